@@ -1,0 +1,160 @@
+"""Finding the weights of a model and turning the asked-for ones into sites."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
+from leanmill.core.site import EmbeddingSite, LinearSite, Site
+
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "module")
+"""Path components that compile, checkpointing, sharding and adapters insert; not part of a name."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A weight that can become a site."""
+
+    name: str
+    kind: str
+    """`linear`, `expert`, `embedding` or `head` (the output projection)."""
+    module_path: str
+    """Where the owning module sits now."""
+    parameter_name: str
+
+
+def clean_name(path: str) -> str:
+    """Strip the path components that wrappers insert."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` names `name`: a glob over the whole dotted name, or over its last parts.
+
+    `q_proj`, `mlp.*_proj`, `model.layers.0.*` and `*` are all patterns.
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def iter_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
+    """Yield every site of `model` with its plain name, in module order, each once."""
+    for _, module in model.named_modules():
+        if isinstance(module, Site):
+            yield module.site_name, module
+
+
+class Sites:
+    """The sites of one model: what can be one, and what has become one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.candidates = {candidate.name: candidate for candidate in _discover(model)}
+
+    def select(self, targets: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> list[Site]:
+        """Return the matching weights as sites, converting them in place where they are not yet.
+
+        Args:
+            targets: Patterns (see `matches`); None takes every linear and expert weight except
+                the output head. Embeddings and the head are taken only when a pattern names them.
+            exclude: Patterns to leave out again.
+
+        Raises:
+            ConfigError: A pattern matches nothing, nothing is left, or only one of two tied
+                weights is taken.
+        """
+        if targets is None:
+            taken = {name for name, c in self.candidates.items() if c.kind in ("linear", "expert")}
+        else:
+            taken = {name for pattern in targets for name in self._matching("targets", pattern)}
+        for pattern in exclude:
+            taken -= self._matching("exclude", pattern)
+        if not taken:
+            raise ConfigError(
+                f"targets {list(targets or ['*'])} less exclude {list(exclude)} leave no weight of the "
+                f"{len(self.candidates)} in the model; loosen `exclude`"
+            )
+        self._check_ties(taken)
+        return [self._site(self.candidates[name]) for name in self.candidates if name in taken]
+
+    def tied_to(self, site: Site) -> list[str]:
+        """Names of the other candidates that share `site`'s parameter."""
+        return [n for n in self._tie_groups().get(id(site.raw_weight), []) if n != site.site_name]
+
+    def report(self) -> str:
+        """One line: n of N weights carry stages, by kind, and which are left plain."""
+        staged = {name for name, site in iter_sites(self.model) if site.stages}
+        plain = [name for name in self.candidates if name not in staged]
+        kinds = sorted({c.kind for c in self.candidates.values()})
+        parts = [
+            f"{sum(n in staged for n, c in self.candidates.items() if c.kind == kind)} of "
+            f"{sum(c.kind == kind for c in self.candidates.values())} {kind}"
+            for kind in kinds
+        ]
+        left = f"; left plain: {', '.join(plain[:6])}{' ...' if len(plain) > 6 else ''}" if plain else ""
+        return f"converted {', '.join(parts)} weights{left}"
+
+    def _matching(self, field: str, pattern: str) -> set[str]:
+        found = {name for name in self.candidates if matches(pattern, name)}
+        if not found:
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in self.candidates})
+            near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], leaves, n=3, cutoff=0.3)
+            raise ConfigError(
+                f"{field} pattern {pattern!r} matches no weight of this model; "
+                f"near names: {', '.join(near or leaves[:6])}; patterns are globs such as "
+                f"'q_proj', 'mlp.*_proj' or 'model.layers.0.*'"
+            )
+        return found
+
+    def _tie_groups(self) -> dict[int, list[str]]:
+        groups: dict[int, list[str]] = {}
+        for name, candidate in self.candidates.items():
+            module = self.model.get_submodule(candidate.module_path)
+            groups.setdefault(id(getattr(module, candidate.parameter_name)), []).append(name)
+        return groups
+
+    def _check_ties(self, taken: set[str]) -> None:
+        for group in self._tie_groups().values():
+            inside = [name for name in group if name in taken]
+            if inside and len(inside) != len(group):
+                outside = [name for name in group if name not in taken]
+                raise ConfigError(
+                    f"{inside} and {outside} are tied (one parameter), so a technique must take both or "
+                    f"neither; target both, exclude {inside}, or set model.config.tie_word_embeddings: false"
+                )
+
+    def _site(self, candidate: Candidate) -> Site:
+        module = self.model.get_submodule(candidate.module_path)
+        if candidate.kind == "expert":
+            return attach_expert_site(module, candidate.parameter_name, candidate.name)
+        if isinstance(module, Site):
+            return module
+        kind = EmbeddingSite if isinstance(module, nn.Embedding) else LinearSite
+        site = kind.adopt(module, candidate.name)  # type: ignore[arg-type]
+        parent_path, _, leaf = candidate.module_path.rpartition(".")
+        setattr(self.model.get_submodule(parent_path), leaf, site)
+        return site
+
+
+def _discover(model: nn.Module) -> Iterator[Candidate]:
+    head = _output_head(model)
+    for path, module in model.named_modules():
+        name = clean_name(path)
+        if isinstance(module, nn.Linear):
+            yield Candidate(name, "head" if module is head else "linear", path, "weight")
+        elif isinstance(module, nn.Embedding):
+            yield Candidate(name, "embedding", path, "weight")
+        elif is_stacked_experts(module):
+            for parameter_name in stacked_parameters(module):
+                yield Candidate(f"{name}.{parameter_name}", "expert", path, parameter_name)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None

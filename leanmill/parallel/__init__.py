@@ -1,0 +1,1 @@
+"""Processes, meshes and engines: the only place that imports deepspeed or FSDP."""

@@ -1,0 +1,68 @@
+"""How a run is spread over processes. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from leanmill.core.config import Config
+
+
+class AutoEngine(Config):
+    """Let Leanmill pick the engine; the log says which and why."""
+
+    type: Literal["auto"] = "auto"
+
+
+class SingleEngine(Config):
+    """One process, no sharding."""
+
+    type: Literal["single"] = "single"
+
+
+class DdpEngine(Config):
+    """Replicate the model on every rank; all-reduce gradients (torch DDP)."""
+
+    type: Literal["ddp"] = "ddp"
+
+
+class FsdpEngine(Config):
+    """Shard parameters, gradients and optimizer state with torch FSDP2."""
+
+    type: Literal["fsdp"] = "fsdp"
+    shard_size: int | None = Field(default=None, ge=1)
+    """Ranks a parameter is sharded over; fewer than the world size gives HSDP (a 2-D mesh of
+    replicas x shards). None shards over all ranks."""
+    reshard_after_forward: bool = True
+    """Free gathered weights between forward and backward (ZeRO-3 like); false keeps them."""
+    cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the gradient reduction."""
+
+
+class DeepSpeedOffload(Config):
+    """Where ZeRO keeps a part of the state."""
+
+    device: Literal["cpu", "nvme"]
+    """`nvme` needs libaio and `path`."""
+    path: str | None = None
+    """Directory on the NVMe device."""
+
+
+class DeepSpeedEngine(Config):
+    """DeepSpeed ZeRO; `deepspeed.initialize` is called by Leanmill with a config it derives."""
+
+    type: Literal["deepspeed"] = "deepspeed"
+    stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage: 0 none, 1 optimizer state, 2 + gradients, 3 + parameters."""
+    offload_optimizer: DeepSpeedOffload | None = None
+    """Offload of optimizer state; needs stage >= 1."""
+    offload_parameters: DeepSpeedOffload | None = None
+    """Offload of parameters; needs stage 3."""
+
+
+EngineConfig = Annotated[
+    AutoEngine | SingleEngine | DdpEngine | FsdpEngine | DeepSpeedEngine, Field(discriminator="type")
+]

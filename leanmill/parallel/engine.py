@@ -1,0 +1,123 @@
+"""The protocol every engine fulfils. The trainer programs against this and nothing below it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.technique import Batch
+
+
+Losses = dict[str, Tensor]
+"""fp32 scalars: `total` (what is differentiated: weighted sum over tokens) and one raw sum a term."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What the trainer hands an engine to bring a module from meta to trainable."""
+
+    materialise: Callable[[nn.Module], None]
+    """Give storage and values to every parameter and buffer of the (maybe already sharded) module,
+    in place. Plain tensors and DTensors both; values do not depend on the number of ranks."""
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    """Build the optimizer over the module's trainable parameters as they are now."""
+    num_micro_batches: int
+    """Backward passes of a step; constant over the run."""
+    max_grad_norm: float | None
+    """Clipping threshold, also given to `clip`; DeepSpeed wants it at initialisation."""
+
+
+class Engine(ABC):
+    """Owns the module, its sharding, the optimizer and the order of forward, backward and step.
+
+    The module is a *train module*: `module(batch) -> Losses`, un-normalised sums over tokens; its
+    attribute `model` is the causal LM. Every method is called by all ranks together.
+    """
+
+    name: str
+    device: torch.device
+    data_rank: int
+    """Which share of the data this process reads, in [0, data_size)."""
+    data_size: int
+    module: nn.Module
+    """The train module, live (after sharding; not the DDP or DeepSpeed wrapper)."""
+
+    @abstractmethod
+    def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        """Shard, materialise and build the optimizer, in the order this engine needs."""
+
+    @abstractmethod
+    def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
+        """Accumulate gradients of sum(total) / num_valid_tokens over all micro-batches of all ranks.
+
+        Args:
+            micro_batches: This rank's micro-batches, on its device; as many on every rank.
+            num_valid_tokens: Targets in the whole global batch, fp32 scalar, equal on all ranks.
+
+        Returns:
+            Losses summed over this rank's micro-batches (not over ranks), detached.
+        """
+
+    @abstractmethod
+    def clip(self, max_norm: float | None) -> Tensor:
+        """Clip by the global norm and return the norm before clipping, fp32 scalar, equal on all
+        ranks. None only measures. DeepSpeed clips inside its step; then this measures."""
+
+    @abstractmethod
+    def step(self, skip: Tensor) -> None:
+        """Step the optimizer and zero the gradients.
+
+        Args:
+            skip: Bool scalar, equal on all ranks: where true, weights and optimizer state stay as
+                they are and only the gradients are dropped.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Batch) -> Losses:
+        """Forward without gradients, module in eval mode around the call; this rank's sums."""
+
+    @property
+    @abstractmethod
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, whose `lr` a schedule writes before `step`."""
+
+    @abstractmethod
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, full gradient) between backward and step, for tests and step rules."""
+
+    @abstractmethod
+    def full_parameter(self, name: str) -> Tensor:
+        """Gather one parameter of `module.model` by its dotted name: full, fp32 master where there
+        is one, on every rank, on the CPU."""
+
+    @abstractmethod
+    def model_state(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers of `module.model` by name (no wrapper components):
+        DTensor where sharded, plain where replicated. DeepSpeed: full fp32 on rank 0, and
+        0 elements elsewhere are left out, see its docstring. Suits distributed checkpointing."""
+
+    @abstractmethod
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Write what `model_state` returned (after a checkpoint was read into it)."""
+
+    @abstractmethod
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Flat `"<parameter name>/<state key>"` -> tensor (DTensor where sharded); `step` included.
+        Allocates zero-filled state for parameters that have none yet, so it can be loaded into."""
+
+    @abstractmethod
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Write what `optimizer_state` returned (after a checkpoint was read into it)."""
+
+    @abstractmethod
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        """Bring a frozen, materialised CPU model to the device, sharded where this engine shards."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the engine holds; not the process group."""

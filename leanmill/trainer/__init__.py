@@ -1,0 +1,1 @@
+"""The run: recipe, data, models, optimizers, loop, checkpoints, evaluation, export, report."""

@@ -1,0 +1,1 @@
+"""Text to token rows: corpora, tokenizers, packing, mixtures and exactly resumable positions."""

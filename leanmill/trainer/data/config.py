@@ -1,0 +1,94 @@
+"""Where tokens come from. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from leanmill.core.config import Config
+
+
+class TokenizerConfig(Config):
+    """A tokenizer: from Hugging Face (`path`), or byte-level BPE trained once and cached."""
+
+    path: str | None = None
+    """Local folder or hub name; None trains byte-level BPE on the data."""
+    vocab_size: int = Field(default=8192, ge=257)
+    """Vocabulary of a trained tokenizer, special tokens included."""
+    num_training_bytes: int = Field(default=16_000_000, ge=1)
+    """Text a trained tokenizer is fitted on, bytes."""
+
+
+class LocalCorpus(Config):
+    """Real text every machine with the dependencies has, in domains `python`, `cpp`, `english`."""
+
+    type: Literal["local_corpus"] = "local_corpus"
+    domains: dict[Literal["python", "cpp", "english"], float] = Field(
+        default_factory=lambda: {"python": 1.0, "cpp": 0.25, "english": 0.25}
+    )
+    """Sampling weight of each domain, relative."""
+    max_bytes: int | None = Field(default=32_000_000, ge=1)
+    """Upper bound on text read a domain, bytes; None reads all."""
+    validation_fraction: float = Field(default=0.02, gt=0, lt=1)
+    """Share of files held out, by file hash."""
+
+
+class HfDataset(Config):
+    """A Hugging Face dataset: hub name, or local JSONL / Parquet / Arrow / text files."""
+
+    type: Literal["hf"] = "hf"
+    name: str = "data"
+    """Name of the domain in reports."""
+    path: str
+    """Hub name, file, folder or glob of local files."""
+    subset: str | None = None
+    """Hub configuration name."""
+    split: str = "train"
+    """Split to train on."""
+    validation_split: str | None = None
+    """Split to evaluate on; None holds `validation_fraction` of the rows out by row hash."""
+    validation_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of rows held out where there is no validation split."""
+    format: Literal["auto", "json", "parquet", "arrow", "text"] = "auto"
+    """Format of local files; `auto` goes by the ending."""
+    streaming: bool = False
+    """Read as a stream instead of indexing the whole set."""
+    shuffle_buffer: int = Field(default=1000, ge=1)
+    """Rows in the shuffle buffer of a stream."""
+    text_field: str = "text"
+    """Column with the text (pretraining)."""
+    messages_field: str = "messages"
+    """Column with the chat turns, a list of {role, content} (SFT)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Sampling weight inside a mixture, relative."""
+
+
+class Mixture(Config):
+    """A weighted mixture of sources; a row comes whole from one source."""
+
+    type: Literal["mixture"] = "mixture"
+    sources: list[Annotated[LocalCorpus | HfDataset, Field(discriminator="type")]] = Field(min_length=1)
+    """The sources; `weight` of each is relative (a local corpus brings its domains' weights)."""
+
+
+class DataConfig(Config):
+    """Everything between files and token rows."""
+
+    source: Annotated[LocalCorpus | HfDataset | Mixture, Field(discriminator="type")] = Field(
+        default_factory=LocalCorpus
+    )
+    """Where text comes from."""
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+    task: Literal["pretrain", "sft"] = "pretrain"
+    """`pretrain` packs documents and predicts every token; `sft` applies the chat template and
+    predicts the answers only."""
+    sequence_length: int = Field(default=1024, ge=2)
+    """Tokens of a row."""
+    document_mask: bool = True
+    """No token attends across documents of a packed row."""
+    long_documents: Literal["split", "truncate", "error"] = "split"
+    """What happens to a document longer than a row."""
+    cache_dir: str | None = None
+    """Where tokenised data and trained tokenizers are cached; None is `~/.cache/leanmill`."""

@@ -1,0 +1,1 @@
+"""Causal LMs: building on meta, materialising, activation checkpointing, compiling, exporting."""

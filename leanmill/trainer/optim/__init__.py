@@ -1,0 +1,1 @@
+"""Optimizers, wrappers over them and learning-rate schedules."""

@@ -1,0 +1,82 @@
+"""How weights move. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from leanmill.core.config import Config
+
+
+class LookaheadConfig(Config):
+    """Lookahead over the chosen optimizer (Zhang et al. 2019, arXiv:1907.08610)."""
+
+    every: int = Field(default=5, ge=1)
+    """Steps between slow-weight updates (k in the paper)."""
+    alpha: float = Field(default=0.5, gt=0, le=1)
+    """Slow step size; 0.5 in the paper, 0.8 in its code."""
+
+
+class _OptimizerBase(Config):
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; not applied to norms, biases, embeddings of 1 dim and scales."""
+    lookahead: LookaheadConfig | None = None
+    """Wrap in Lookahead."""
+
+
+class AdamW(_OptimizerBase):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused where torch has it."""
+
+    type: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+
+class Lion(_OptimizerBase):
+    """Lion (Chen et al. 2023, arXiv:2302.06675): sign of an interpolated momentum; one state tensor."""
+
+    type: Literal["lion"] = "lion"
+    lr: float = Field(default=1e-4, gt=0)
+    """Peak learning rate; 3 to 10 times below AdamW's."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Interpolation of the update, decay of the momentum."""
+
+
+class Adam8bit(_OptimizerBase):
+    """AdamW with 8-bit state from torchao, which must be installed."""
+
+    type: Literal["adamw8bit"] = "adamw8bit"
+    lr: float = Field(default=1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+
+
+OptimizerConfig = Annotated[AdamW | Lion | Adam8bit, Field(discriminator="type")]
+
+
+class ScheduleConfig(Config):
+    """Learning rate over the run, as a factor of the peak. Warm-up is linear from 0."""
+
+    type: Literal["cosine", "linear", "wsd", "infinite", "constant"] = "cosine"
+    """`wsd`: warm-up, stable, decay (arXiv:2404.06395). `infinite`: warm-up, cosine cooldown to a
+    constant, then a short exponential anneal at the end (arXiv:2503.02844)."""
+    warmup_steps: int | float = Field(default=0.02, ge=0)
+    """Warm-up: steps (int), or share of the run (float below 1)."""
+    min_factor: float = Field(default=0.1, ge=0, le=1)
+    """Factor at the end of the run."""
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Share of the run that decays at the end (`wsd`) or anneals (`infinite`)."""
+    cooldown_fraction: float = Field(default=0.3, ge=0, le=1)
+    """Share of the run for the cosine cooldown (`infinite`)."""
+    constant_factor: float = Field(default=0.4, gt=0, le=1)
+    """Factor of the constant phase (`infinite`)."""
