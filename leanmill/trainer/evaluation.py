@@ -1,0 +1,76 @@
+"""Held-out loss, perplexity and bits per byte, by domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from leanmill.parallel.collectives import sum_over_ranks
+from leanmill.parallel.engine import Engine
+from leanmill.trainer.data.build import EvalDomain
+from leanmill.trainer.observer import DomainScore
+
+
+def evaluate(engine: Engine, domains: Sequence[EvalDomain], rows_per_batch: int) -> dict[str, DomainScore]:
+    """Score every domain; the rows are shared out over the data ranks.
+
+    Args:
+        engine: A prepared engine; all ranks call together.
+        domains: Held-out rows, the same on every rank.
+        rows_per_batch: Rows of one forward.
+
+    Returns:
+        A score for each domain, and `all` over all their tokens and bytes.
+    """
+    totals: dict[str, tuple[float, int]] = {d.name: _sum_domain(engine, d.rows, rows_per_batch) for d in domains}
+    scores = {d.name: _score(*totals[d.name], d.num_bytes, d.order0_bits_per_byte) for d in domains}
+    if len(domains) > 1:
+        num_bytes = sum(d.num_bytes for d in domains)
+        order0 = sum(d.order0_bits_per_byte * d.num_bytes for d in domains) / num_bytes
+        nats, tokens = (sum(column) for column in zip(*totals.values(), strict=True))
+        scores["all"] = _score(nats, int(tokens), num_bytes, order0)
+    elif domains:
+        scores["all"] = scores[domains[0].name]
+    return scores
+
+
+def _sum_domain(engine: Engine, rows: Mapping[str, Tensor], rows_per_batch: int) -> tuple[float, int]:
+    """Sum of nats and number of targets over all ranks."""
+    num_rows = rows["input_ids"].shape[0]
+    stride = rows_per_batch * engine.data_size
+    total = torch.zeros(2, dtype=torch.float64)
+    # Every rank makes the same number of forwards, with empty labels past the end: forwards of a
+    # sharded module are collectives.
+    for start in range(0, num_rows, stride):
+        first = start + engine.data_rank * rows_per_batch
+        batch = {name: _cut(name, value, first, rows_per_batch).to(engine.device) for name, value in rows.items()}
+        losses = engine.evaluate(batch)
+        total[0] += losses["cross_entropy"].double().cpu()
+        total[1] += (batch["labels"] != -100).sum().cpu()
+    nats, tokens = sum_over_ranks(total.to(engine.device)).tolist()
+    return nats, int(tokens)
+
+
+def _cut(name: str, value: Tensor, first: int, num_rows: int) -> Tensor:
+    part = value[first : first + num_rows]
+    if part.shape[0] == num_rows:
+        return part
+    # The last rows stand in for missing ones; their labels are ignored.
+    filler = value[-1:].expand(num_rows - part.shape[0], -1)
+    if name == "labels":
+        filler = torch.full_like(filler, -100)
+    return torch.cat([part, filler])
+
+
+def _score(nats: float, num_tokens: int, num_bytes: int, order0: float) -> DomainScore:
+    loss = nats / max(num_tokens, 1)
+    return DomainScore(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        bits_per_byte=nats / math.log(2) / max(num_bytes, 1),
+        order0_bits_per_byte=order0,
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,82 @@
+"""Running sums between two log records, kept on the device so that logging costs no sync per step."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from leanmill.parallel.collectives import max_over_ranks, sum_over_ranks
+from leanmill.trainer.observer import StepRecord
+
+
+class Meter:
+    """Adds up losses, tokens, time and skipped steps; `record` reduces them over ranks."""
+
+    def __init__(self, device: torch.device, num_skipped: int = 0) -> None:
+        self.device = device
+        self._num_skipped = torch.tensor(float(num_skipped), device=device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: dict[str, Tensor] = {}
+        self._num_valid = torch.zeros((), device=self.device)
+        self._num_steps = 0
+        self._grad_norm = torch.zeros((), device=self.device)
+        self._started = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` of evaluation or saving out of the step time."""
+        self._started += seconds
+
+    def update(self, losses: Mapping[str, Tensor], num_valid: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
+        """Add one step.
+
+        Args:
+            losses: This rank's sums.
+            num_valid: Targets over all ranks.
+            grad_norm: Global norm before clipping.
+            skip: Whether the step was skipped.
+        """
+        for name, value in losses.items():
+            self._losses[name] = self._losses.get(name, 0) + value
+        self._num_valid = self._num_valid + num_valid
+        self._grad_norm = grad_norm.detach()
+        self._num_skipped = self._num_skipped + skip
+        self._num_steps += 1
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps skipped since the start of the run."""
+        return int(self._num_skipped.item())
+
+    def record(self, *, step: int, tokens: int, lr: float, tokens_per_step: int) -> StepRecord:
+        """Reduce over ranks, return the record and start anew. A collective."""
+        names = list(self._losses)
+        sums = sum_over_ranks(torch.stack([self._losses[name].float() for name in names]))
+        means = (sums / self._num_valid.clamp(min=1)).tolist()
+        seconds = (time.perf_counter() - self._started) / self._num_steps
+        peak = max_over_ranks(torch.tensor(float(peak_memory_bytes(self.device)), device=self.device, dtype=torch.float64))
+        record = StepRecord(
+            step=step,
+            tokens=tokens,
+            losses=dict(zip(names, means, strict=True)),
+            grad_norm=float(self._grad_norm),
+            lr=lr,
+            step_seconds=seconds,
+            tokens_per_second=tokens_per_step / seconds,
+            peak_memory_bytes=int(peak.item()),
+            skipped_steps=self.num_skipped,
+        )
+        self._reset()
+        return record
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak allocated device memory on CUDA, peak resident set of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,111 @@
+"""The order in which a model becomes trainable, in one function."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.sites import Sites, iter_sites
+from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
+from leanmill.parallel.engine import Engine, Preparation
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.models.activation_checkpointing import apply_activation_checkpointing
+from leanmill.trainer.models.build import load_frozen, make_materialiser
+from leanmill.trainer.models.compile import compile_blocks
+from leanmill.trainer.optim.build import build_optimizer
+from leanmill.trainer.train_module import TrainModule
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` leaves behind."""
+
+    techniques: InstalledTechniques
+    conversion: str
+    """How many weights carry stages."""
+
+
+def prepare(
+    recipe: Recipe, model: nn.Module, engine: Engine, *, num_micro_batches: int, tokenizer_fingerprint: str | None = None
+) -> Prepared:
+    """Bring a model on the meta device to trainable: sites, techniques, recompute, compile, shard, fill.
+
+    Args:
+        recipe: The validated recipe.
+        model: Causal LM on the meta device.
+        engine: The engine, not yet prepared; afterwards it owns the module and the optimizer.
+        num_micro_batches: Backward passes of a step on this rank.
+        tokenizer_fingerprint: Digest of the tokenizer, for techniques that compare vocabularies.
+    """
+
+    def load_frozen_model(path: str) -> nn.Module:
+        return engine.prepare_frozen(load_frozen(path, trust_remote_code=recipe.model.trust_remote_code))
+
+    context = InstallContext(
+        load_frozen_model=load_frozen_model,
+        vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
+        tokenizer_fingerprint=tokenizer_fingerprint,
+    )
+    techniques = install_techniques(recipe.techniques, model, context)
+    conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
+    module = TrainModule(
+        model, techniques.loss_terms, recipe.train.cross_entropy_weight, recipe.train.logits_chunk_tokens
+    )
+    apply_activation_checkpointing(model, recipe.train.activation_checkpointing)
+    if recipe.train.compile:
+        compile_blocks(model)
+    engine.prepare(
+        module,
+        Preparation(
+            materialise=make_materialiser(recipe.model, seed=recipe.seed),
+            make_optimizer=lambda live: build_optimizer(recipe.optimizer, trainable(live)),
+            num_micro_batches=num_micro_batches,
+            max_grad_norm=recipe.train.max_grad_norm,
+        ),
+    )
+    return Prepared(techniques=techniques, conversion=conversion)
+
+
+def install_techniques(
+    configs: list[TechniqueConfig], model: nn.Module, context: InstallContext
+) -> InstalledTechniques:
+    """Install every technique on `model`; the result does not depend on the listed order."""
+    installed = InstalledTechniques()
+    sites = Sites(model)
+    branches: list[Callable[[nn.Module], None]] = []
+    for config in sorted(configs, key=lambda c: c.type):  # type: ignore[attr-defined]
+        part = config.install(sites, context)
+        installed.loss_terms.extend(part.loss_terms)
+        installed.step_rules.extend(part.step_rules)
+        installed.freeze_base |= part.freeze_base
+        if part.add_branches is not None:
+            branches.append(part.add_branches)
+    base = {id(parameter) for parameter in _base_parameters(model)}
+    for add_branches in branches:
+        add_branches(model)
+    if installed.freeze_base:
+        for parameter in model.parameters():
+            if id(parameter) in base:
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("the techniques leave nothing to train; remove one that freezes, or give `lora` targets")
+    return installed
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the plain model: all but those that stages brought."""
+    staged = {id(p) for _, site in iter_sites(model) for p in site.stages.parameters()}
+    return [p for p in model.parameters() if id(p) not in staged]
+
+
+def trainable(module: nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Named trainable parameters of a train module, tied ones once, named as in its model."""
+    return [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
