@@ -58,7 +58,7 @@ class Loop:
                 last = self.step == self.num_steps or stopping
                 if last or self.step % recipe.log.every_steps == 0:
                     self._log()
-                if _due(self.step, recipe.eval.every_steps) and not last:
+                if self.step == self.num_steps or _due(self.step, recipe.eval.every_steps):
                     self._timed(self.evaluate)
                 if last or _due(self.step, recipe.checkpoint.every_steps):
                     self._timed(self.save)

@@ -1,0 +1,50 @@
+# The verbs of the project. Every one of them sets up its own virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Override anything of the recipe: make train ARGS="train.total_tokens=200000"
+ARGS ?=
+NPROC ?= 2
+# The ranks of a test share the cores, so each stays on one thread.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+TEST_JOBS ?= 2
+
+.PHONY: train test test-slow checks style docs bench setup clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch setuptools wheel ninja numpy
+	# DeepSpeed's build imports torch, so it cannot be built in isolation; it compiles nothing now.
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+train: $(READY)
+	$(BIN)/torchrun --nproc-per-node $(NPROC) launch/train.py --config recipes/quickstart.yaml $(ARGS)
+
+test: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup
+
+test-slow: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+checks: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+bench: $(READY)
+	$(BIN)/python benchmarks/perf/run.py
+
+clean:
+	rm -rf $(VENV) build dist site *.egg-info

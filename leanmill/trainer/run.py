@@ -1,0 +1,221 @@
+"""One run from recipe to report: what `launch/train.py` and `leanmill train` call."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.parallel.build import build_engine
+from leanmill.parallel.collectives import barrier
+from leanmill.parallel.engine import Engine
+from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
+from leanmill.trainer.checkpoint.manager import CheckpointManager
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.data.build import build_eval_data, build_tokenizer, build_train_data
+from leanmill.trainer.data.tokenizer import tokenizer_fingerprint
+from leanmill.trainer.evaluation import evaluate
+from leanmill.trainer.flops import flops_per_token
+from leanmill.trainer.loggers.build import build_observers
+from leanmill.trainer.loop import Loop
+from leanmill.trainer.models.build import build_on_meta, num_parameters
+from leanmill.trainer.observer import DomainScore, EvalRecord, Observer, RunInfo
+from leanmill.trainer.prepare import Prepared, prepare
+from leanmill.trainer.recipe_io import resolved_yaml
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run tells its caller."""
+
+    status: str
+    """`finished` or `stopped`."""
+    run_dir: Path
+    step: int
+    scores: dict[str, DomainScore]
+    """Last evaluation, by domain."""
+    rank: int
+
+
+def run(recipe: Recipe) -> RunResult:
+    """Train `recipe` to its end, resuming where its run_dir has a checkpoint.
+
+    Under torchrun every rank calls this. The process group is taken down before it returns; a
+    launch script then leaves through `os._exit`.
+
+    Raises:
+        ConfigError: The recipe asks for something impossible here.
+        RunError: Something failed on the way.
+    """
+    ranks = init_processes(recipe.device, recipe.cluster)
+    try:
+        return _Run(recipe, ranks).go()
+    finally:
+        finish()
+
+
+class _Run:
+    """The objects of one run, built in order."""
+
+    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+        self.recipe, self.ranks = recipe, ranks
+        self.run_dir = Path(recipe.run_dir.format(name=recipe.name))
+        self.scores: dict[str, DomainScore] = {}
+        torch.manual_seed(recipe.seed)
+        torch.use_deterministic_algorithms(recipe.train.deterministic)
+
+    def go(self) -> RunResult:
+        recipe, ranks = self.recipe, self.ranks
+        tokenizer = build_tokenizer(recipe.data, seed=recipe.seed)
+        self.domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
+        self.data = build_train_data(recipe.data, tokenizer, seed=recipe.seed)
+        model = build_on_meta(recipe.model, vocab_size=len(tokenizer))
+        model_bytes = sum(4 * p.numel() for p in model.parameters())
+        self.engine, why = build_engine(
+            recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=model_bytes
+        )
+        num_micro_batches, num_steps = derive_steps(recipe, self.engine.data_size)
+        flops = flops_per_token(model, recipe.data.sequence_length)
+        num_total, _ = num_parameters(model)
+        prepared = prepare(
+            recipe,
+            model,
+            self.engine,
+            num_micro_batches=num_micro_batches,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        )
+        self._write_recipe(tokenizer)
+        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint)
+        state = self._resume()
+        self.observers = build_observers(recipe, self.run_dir, ranks.rank)
+        loop = self._loop(prepared, num_steps, num_micro_batches, state)
+        num_trainable = sum(p.numel() for p in _trainable_once(model))
+        info = RunInfo(
+            recipe=recipe,
+            run_dir=self.run_dir,
+            engine=self.engine,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            num_steps=num_steps,
+            start_step=loop.step,
+            num_parameters=num_total,
+            num_trainable=num_trainable,
+            flops_per_token=flops,
+            notes=(why, prepared.conversion, self.data.describe(), *self._resume_note(state)),
+        )
+        return self._train(loop, info)
+
+    def _train(self, loop: Loop, info: RunInfo) -> RunResult:
+        for observer in self.observers:
+            observer.on_start(info)
+        try:
+            status = loop.run()
+            self.manager.wait()
+        except BaseException as error:
+            for observer in self.observers:
+                observer.on_end("failed", message=f"{type(error).__name__}: {error}")
+            raise
+        if not self.scores:
+            self._evaluate(loop.step)
+        for observer in self.observers:
+            observer.on_end(status)
+        barrier()
+        self.engine.close()
+        return RunResult(
+            status=status, run_dir=self.run_dir, step=loop.step, scores=self.scores, rank=self.ranks.rank
+        )
+
+    def _loop(self, prepared: Prepared, num_steps: int, num_micro_batches: int, state: dict[str, Any]) -> Loop:
+        recipe = self.recipe
+        self.loop = Loop(
+            recipe=recipe,
+            engine=self.engine,
+            data=self.data,
+            step_rules=prepared.techniques.step_rules,
+            observers=self.observers,
+            num_steps=num_steps,
+            num_micro_batches=num_micro_batches,
+            save=self._save,
+            evaluate=self._evaluate,
+            on_first_step=lambda: shorten_timeout(recipe.cluster.step_timeout_seconds),
+            step=state.get("step", 0),
+            num_skipped=state.get("num_skipped", 0),
+        )
+        return self.loop
+
+    def _write_recipe(self, tokenizer: Any) -> None:
+        if self.ranks.rank == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            (self.run_dir / "recipe.yaml").write_text(resolved_yaml(self.recipe), encoding="utf-8")
+            tokenizer.save_pretrained(self.run_dir / "tokenizer")
+        barrier()
+
+    def _resume(self) -> dict[str, Any]:
+        path = self.manager.find(self.recipe.checkpoint.resume)
+        if path is None:
+            return {}
+        state = self.manager.load(path, self.engine)
+        self.data.load_state_dict(state["data"])
+        self.resumed_from = path
+        return state
+
+    def _resume_note(self, state: dict[str, Any]) -> list[str]:
+        return [f"resumed {self.resumed_from} at step {state['step']}"] if state else []
+
+    def _save(self, step: int) -> None:
+        state = {
+            "step": step,
+            "tokens": self.data.position_tokens,
+            "data": self.data.state_dict(),
+            "seed": self.recipe.seed,
+            "world_size": self.ranks.world_size,
+            "num_skipped": self.loop.meter.num_skipped,
+        }
+        score = self.scores["all"].loss if self.scores_step == step and self.scores else None
+        seconds = self.manager.save(step, self.engine, state, self.recipe.model_dump(mode="json"), score=score)
+        for observer in self.observers:
+            observer.on_checkpoint(step, self.run_dir / "checkpoints" / f"step-{step:08d}", seconds)
+
+    scores_step = -1
+
+    def _evaluate(self, step: int) -> None:
+        recipe = self.recipe
+        rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
+        self.scores, self.scores_step = evaluate(self.engine, self.domains, rows), step
+        record = EvalRecord(step=step, tokens=self.data.position_tokens, domains=self.scores)
+        for observer in self.observers:
+            observer.on_eval(record)
+
+
+def derive_steps(recipe: Recipe, data_size: int) -> tuple[int, int]:
+    """Return (micro-batches of a step on one rank, optimizer steps of the run).
+
+    Raises:
+        ConfigError: The batch does not divide over the ranks.
+    """
+    batch = recipe.batch
+    share = batch.tokens_per_micro_batch * data_size
+    if batch.tokens_per_step % share:
+        below = max(share, batch.tokens_per_step // share * share)
+        raise ConfigError(
+            f"batch.tokens_per_step={batch.tokens_per_step} is no multiple of tokens_per_micro_batch="
+            f"{batch.tokens_per_micro_batch} x {data_size} data ranks = {share}; "
+            f"set batch.tokens_per_step={below} or {below + share}, or a smaller tokens_per_micro_batch"
+        )
+    train = recipe.train
+    steps = train.steps or math.ceil((train.total_tokens or 0) / batch.tokens_per_step)
+    return batch.tokens_per_step // share, steps
+
+
+def _trainable_once(model: nn.Module) -> Sequence[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
