@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
 
@@ -80,3 +80,26 @@ class ScheduleConfig(Config):
     """Share of the run for the cosine cooldown (`infinite`)."""
     constant_factor: float = Field(default=0.4, gt=0, le=1)
     """Factor of the constant phase (`infinite`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.warmup_steps, float) and self.warmup_steps >= 1:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps}: a float is a share of the run and must be below 1; "
+                f"type warmup_steps: {round(self.warmup_steps)} for steps"
+            )
+        if self.type == "infinite":
+            self._check_infinite()
+        return self
+
+    def _check_infinite(self) -> None:
+        if not 0 < self.min_factor <= self.constant_factor:
+            raise ValueError(
+                f"schedule.min_factor={self.min_factor}: the anneal of `infinite` is exponential from "
+                f"constant_factor={self.constant_factor}, so min_factor must be above 0 and at most that"
+            )
+        if self.cooldown_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"schedule.cooldown_fraction={self.cooldown_fraction} and decay_fraction={self.decay_fraction} "
+                f"add up to more than the run; their sum must be at most 1"
+            )

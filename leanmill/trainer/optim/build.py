@@ -1,0 +1,106 @@
+"""From a recipe's optimizer section to a torch optimizer with and without weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.optim.config import Adam8bit, AdamW, OptimizerConfig
+
+
+def build_optimizer(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> torch.optim.Optimizer:
+    """Build the optimizer over every trainable parameter, each exactly once.
+
+    Args:
+        config: Which optimizer, with its settings.
+        named_parameters: Dotted names and parameters (plain or DTensor); a parameter that is tied
+            appears once however often it is named, frozen ones are left out.
+
+    Returns:
+        The optimizer with up to two groups (`decay`, `no_decay` in the group's key `name`), each
+        with `initial_lr`, the peak that a schedule's factor multiplies.
+
+    Raises:
+        ConfigError: Nothing is trainable, or the optimizer's package is not installed.
+    """
+    groups = decay_groups(config, named_parameters)
+    optimizer = _build_inner(config, groups)
+    if config.lookahead is None:
+        return optimizer
+    from leanmill.trainer.optim.lookahead import Lookahead
+
+    return Lookahead(optimizer, config.lookahead.every, config.lookahead.alpha)
+
+
+def decay_groups(config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Split trainable parameters into those that weight decay shrinks and those it does not."""
+    split: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    seen: set[int] = set()
+    for name, parameter in named_parameters:
+        if parameter.requires_grad and id(parameter) not in seen:
+            seen.add(id(parameter))
+            split["decay" if decays(name, parameter) else "no_decay"].append(parameter)
+    if not seen:
+        raise ConfigError(
+            "no parameter is trainable: the techniques freeze the base model and add nothing to train; "
+            "add a technique with parameters (e.g. {type: lora}) or remove the one that freezes"
+        )
+    decay = {"decay": config.weight_decay, "no_decay": 0.0}
+    return [
+        {"params": params, "name": key, "weight_decay": decay[key], "lr": config.lr, "initial_lr": config.lr}
+        for key, params in split.items()
+        if params
+    ]
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, embeddings and stacked experts.
+
+    It does not to biases, norms and vectors, nor to learned scales of stages, vectors even as (out, 1).
+    """
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
+    owner, _, leaf = name.rpartition(".")
+    if len(shape) <= 1 or leaf.endswith("bias") or "norm" in owner.rpartition(".")[2].lower():
+        return False
+    return ".stages." not in name or sum(size > 1 for size in shape) > 1
+
+
+def _build_inner(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if isinstance(config, AdamW):
+        fused = fused_is_supported(groups)
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+            fused=fused or None, foreach=None if fused else True,
+        )  # fmt: skip
+    if isinstance(config, Adam8bit):
+        return _build_adamw8bit(config, groups)
+    from leanmill.trainer.optim.lion import Lion
+
+    return Lion(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def fused_is_supported(groups: list[dict[str, Any]]) -> bool:
+    """Whether torch has a fused AdamW for these parameters' devices and dtypes."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    supported = _get_fused_kernels_supported_devices()
+    return all(p.device.type in supported and p.is_floating_point() for group in groups for p in group["params"])
+
+
+def _build_adamw8bit(config: Adam8bit, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            "optimizer.type: adamw8bit needs torchao, which is not installed; type `pip install torchao`, "
+            "or use optimizer.type: adamw"
+        ) from error
+    return AdamW8bit(  # type: ignore[no-any-return]
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
