@@ -45,13 +45,17 @@ class Loop:
     num_skipped: int = 0
     meter: Meter = field(init=False)
 
+    def start(self) -> None:
+        """Start the clock; `run` does it too."""
+        self.meter = Meter(self.engine.device, self.num_skipped)
+
     def run(self) -> str:
         """Train to the end; return `finished`, or `stopped` when a signal asked for it."""
-        self.meter = Meter(self.engine.device, self.num_skipped)
+        self.start()
         recipe, first = self.recipe, self.step
         with _stop_signals() as stop_requested:
             while self.step < self.num_steps:
-                stopping = self._train_step(torch.tensor(float(stop_requested())))
+                stopping = self.train_step(torch.tensor(float(stop_requested())))
                 self.step += 1
                 if self.step == first + 1:
                     self.on_first_step()
@@ -67,7 +71,12 @@ class Loop:
         return "finished"
 
     @torch.no_grad()
-    def _train_step(self, stop_requested: Tensor) -> bool:
+    def train_step(self, stop_requested: Tensor) -> bool:
+        """Do one optimizer step on the next batch; return whether any rank asked to stop.
+
+        Args:
+            stop_requested: fp32 scalar, 1 where this rank asks to stop after the step.
+        """
         recipe, engine = self.recipe, self.engine
         seed_step(recipe.seed, self.step, engine.data_rank)
         micro_batches, num_valid, stopping = self._next_batch(stop_requested)

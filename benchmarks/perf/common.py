@@ -1,0 +1,154 @@
+"""What the performance benchmarks share: one model, its data, conditions, and where results go."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanmill.parallel.build import build_engine
+from leanmill.parallel.config import SingleEngine
+from leanmill.parallel.launch import Ranks
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.data.build import TrainData, build_tokenizer, build_train_data
+from leanmill.trainer.loop import Loop
+from leanmill.trainer.models.build import build_on_meta
+from leanmill.trainer.prepare import prepare
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+LLAMA_15M = {
+    "model_type": "llama",
+    "hidden_size": 320,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "intermediate_size": 864,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+"""15.0M parameters with the 8,192-token vocabulary."""
+
+
+def recipe_15m(**changes: Any) -> Recipe:
+    """The benchmark recipe: 15M Llama, bf16, one micro-batch of 4,096 tokens a step."""
+    raw: dict[str, Any] = {
+        "name": "bench",
+        "device": "cpu",
+        "run_dir": tempfile.mkdtemp(prefix="leanmill-bench-"),
+        "model": {"config": LLAMA_15M},
+        "data": {"sequence_length": 512},
+        "batch": {"tokens_per_step": 4096, "tokens_per_micro_batch": 4096},
+        "train": {"steps": 100_000, "precision": "bf16"},
+        "engine": "single",
+        "log": {"every_steps": 10, "tensorboard": False},
+    }
+    return Recipe.model_validate(raw | changes)
+
+
+def tokenizer_and_data(recipe: Recipe) -> tuple[Any, TrainData]:
+    """The recipe's tokenizer and training rows."""
+    tokenizer = build_tokenizer(recipe.data, seed=recipe.seed)
+    return tokenizer, build_train_data(recipe.data, tokenizer, seed=recipe.seed)
+
+
+def make_loop(recipe: Recipe) -> Loop:
+    """A real training loop of `recipe` on one process, without observers."""
+    tokenizer, data = tokenizer_and_data(recipe)
+    model = build_on_meta(recipe.model, vocab_size=len(tokenizer))
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=recipe.train.precision, model_bytes=0)
+    num_micro_batches = recipe.batch.tokens_per_step // recipe.batch.tokens_per_micro_batch
+    prepared = prepare(recipe, model, engine, num_micro_batches=num_micro_batches)
+    loop = Loop(
+        recipe=recipe,
+        engine=engine,
+        data=data,
+        step_rules=prepared.techniques.step_rules,
+        observers=(),
+        num_steps=recipe.train.steps or 1,
+        num_micro_batches=num_micro_batches,
+        save=lambda step: None,
+        evaluate=lambda step: None,
+    )
+    loop.start()
+    return loop
+
+
+def stepper(loop: Loop) -> Callable[[], None]:
+    """One optimizer step of `loop`, data and metering included."""
+
+    def step() -> None:
+        loop.train_step(torch.zeros(()))
+        loop.step += 1
+
+    return step
+
+
+def interleaved(steps: Mapping[str, Callable[[], None]], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Time each step function in turn, so that drift of the machine hits all alike.
+
+    Returns:
+        Seconds of every counted step, by name.
+    """
+    for step in steps.values():
+        for _ in range(warmup):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
+    """Median over rounds of the pairwise ratio name / base."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def conditions() -> dict[str, Any]:
+    """Versions, processor, threads, load and date of a measurement."""
+    packages = ("torch", "transformers", "deepspeed", "peft", "torchao")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "processor": _processor(),
+        "num_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average_at_start": os.getloadavg()[0],
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write_result(name: str, figures: Mapping[str, Any], measured_under: Mapping[str, Any]) -> None:
+    """Print and store one benchmark's figures with their conditions."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"figures": dict(figures), "conditions": dict(measured_under)}, indent=2) + "\n")
+    print(f"{name}: {json.dumps(dict(figures), indent=2)}\n-> {path}")

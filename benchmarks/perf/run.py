@@ -1,0 +1,23 @@
+"""Run every performance benchmark in turn, each in its own process; results land in benchmarks/results."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+
+BENCHMARKS = ("command_line", "step_time", "techniques", "checkpoint_stall", "plan_memory", "quickstart")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=BENCHMARKS, help=f"of {', '.join(BENCHMARKS)}; default all")
+    folder = Path(__file__).parent
+    for name in parser.parse_args().names:
+        subprocess.run([sys.executable, str(folder / f"{name}.py")], check=True, cwd=folder)
+
+
+if __name__ == "__main__":
+    main()

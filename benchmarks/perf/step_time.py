@@ -1,0 +1,117 @@
+"""Step time of our loop against a bare PyTorch loop and transformers' Trainer: same model, same rows."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import conditions, interleaved, make_loop, ratio, recipe_15m, stepper, tokenizer_and_data, write_result
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from leanmill.trainer.config import Recipe
+
+
+def hf_model(recipe: Recipe, vocab_size: int) -> nn.Module:
+    """The recipe's plain transformers model."""
+    raw = dict(recipe.model.config or {})
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw, vocab_size=vocab_size)
+    config.use_cache = False
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def bare_step(recipe: Recipe) -> Callable[[], None]:
+    """The shortest honest loop: autocast, cross-entropy, clip, fused AdamW."""
+    tokenizer, data = tokenizer_and_data(recipe)
+    model = hf_model(recipe, len(tokenizer)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    num_rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
+
+    def step() -> None:
+        batch = data.next_rows(num_rows, rank=0, world_size=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+            ).logits
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def trainer_seconds(recipe: Recipe, num_steps: int) -> list[float]:
+    """Step times inside transformers' Trainer, first two steps left out."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    tokenizer, data = tokenizer_and_data(recipe)
+    num_rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
+    rows = data.next_rows(num_rows * (num_steps + 2), rank=0, world_size=1)
+    examples = []
+    for ids, positions in zip(rows["input_ids"], rows["position_ids"], strict=True):
+        # The Trainer's loss shifts labels itself.
+        examples.append({"input_ids": ids, "position_ids": positions, "labels": ids})
+
+    class Clock(TrainerCallback):
+        ends: list[float] = []  # noqa: RUF012
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    clock = Clock()
+    clock.ends = []
+    arguments = TrainingArguments(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=num_rows,
+        max_steps=num_steps + 2,
+        learning_rate=1e-3,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=True,
+        optim="adamw_torch_fused",
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    Trainer(model=hf_model(recipe, len(tokenizer)), args=arguments, train_dataset=examples, callbacks=[clock]).train()
+    return [b - a for a, b in zip(clock.ends[1:], clock.ends[2:], strict=False)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=3, help="alternations with transformers' Trainer")
+    rounds, blocks = parser.parse_args().rounds, parser.parse_args().blocks
+    measured_under = conditions()
+    recipe = recipe_15m()
+    steps = {"leanmill": stepper(make_loop(recipe)), "bare": bare_step(recipe)}
+    seconds = interleaved(steps, rounds=rounds)
+    ours, theirs = [], []
+    for _ in range(blocks):
+        ours.append(statistics.median(interleaved({"leanmill": steps["leanmill"]}, rounds=6, warmup=1)["leanmill"]))
+        theirs.append(statistics.median(trainer_seconds(recipe, 6)))
+    figures = {
+        "leanmill_over_bare_loop": ratio(seconds, "leanmill", "bare"),
+        "leanmill_over_transformers_trainer": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "leanmill_step_seconds_median": statistics.median(seconds["leanmill"]),
+        "bare_step_seconds_median": statistics.median(seconds["bare"]),
+        "transformers_trainer_step_seconds_median": statistics.median(theirs),
+        "rounds": rounds,
+        "trainer_blocks": blocks,
+    }
+    write_result("step_time", figures, measured_under)
+
+
+if __name__ == "__main__":
+    main()

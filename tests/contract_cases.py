@@ -1,0 +1,156 @@
+"""What the contract test trains: tiny model, every technique and combination, every engine.
+
+A new technique adds one line to `TECHNIQUES` and, where it promises something of the weights, one to
+`check_invariants`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmill.parallel.build import build_engine
+from leanmill.parallel.engine import Engine
+from leanmill.parallel.launch import Ranks
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.loop import Loop
+from leanmill.trainer.models.build import build_on_meta
+from leanmill.trainer.prepare import prepare
+
+
+VOCAB_SIZE, SEQUENCE_LENGTH, NUM_ROWS, NUM_STEPS = 61, 16, 8, 3
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "nm_sparsity": {"type": "nm_sparsity", "num_kept": 2, "group_size": 4, "gradient": "sr_ste", "decay": 1e-2},
+    "ternary": {"type": "ternary"},
+    "lora": {"type": "lora", "rank": 4, "alpha": 8},
+    "lora_branch": {"type": "lora", "rank": 4, "alpha": 8, "where": "branch"},
+    "distill": {"type": "distill", "teacher": "TEACHER", "weight": 0.5},
+}
+
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    **{name: (name,) for name in TECHNIQUES},
+    **{
+        f"{a}+{b}": (a, b)
+        for a, b in itertools.combinations(TECHNIQUES, 2)
+        if TECHNIQUES[a]["type"] != TECHNIQUES[b]["type"]
+    },
+    "all": ("nm_sparsity", "ternary", "lora", "distill"),
+}
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"type": "ddp"},
+    "fsdp": {"type": "fsdp"},
+    "zero1": {"type": "deepspeed", "stage": 1},
+    "zero2": {"type": "deepspeed", "stage": 2},
+    "zero3": {"type": "deepspeed", "stage": 3},
+}
+
+
+class FixedRows:
+    """Training rows drawn from a seed; unequal numbers of targets a row, so ranks differ too."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(7)
+        shape = (NUM_STEPS * NUM_ROWS, SEQUENCE_LENGTH)
+        self.ids = torch.randint(VOCAB_SIZE, shape, generator=generator)
+        self.labels = torch.randint(VOCAB_SIZE, shape, generator=generator)
+        for row in range(shape[0]):
+            self.labels[row, : 1 + (5 * row) % 13] = -100
+        self.position_tokens = 0
+
+    def next_rows(self, num_rows: int, *, rank: int, world_size: int) -> dict[str, Tensor]:
+        share = num_rows // world_size
+        start = self.position_tokens // SEQUENCE_LENGTH + rank * share
+        self.position_tokens += num_rows * SEQUENCE_LENGTH
+        part = slice(start, start + share)
+        positions = torch.arange(SEQUENCE_LENGTH).expand(share, -1)
+        return {"input_ids": self.ids[part], "labels": self.labels[part], "position_ids": positions.contiguous()}
+
+
+def recipe_of(names: tuple[str, ...], engine: dict[str, Any], teacher: str, world_size: int) -> Recipe:
+    """Two micro-batches a rank, whatever the number of ranks."""
+    techniques = [
+        {key: teacher if value == "TEACHER" else value for key, value in TECHNIQUES[name].items()} for name in names
+    ]
+    tokens = NUM_ROWS * SEQUENCE_LENGTH
+    return Recipe.model_validate(
+        {
+            "device": "cpu",
+            "model": {"config": MODEL},
+            "data": {"sequence_length": SEQUENCE_LENGTH},
+            "techniques": techniques,
+            "engine": engine,
+            # A large eps keeps Adam from turning rounding noise in near-zero gradients into full steps.
+            "optimizer": {"type": "adamw", "lr": 1e-2, "eps": 1e-3},
+            "schedule": {"type": "constant", "warmup_steps": 0},
+            "batch": {"tokens_per_step": tokens, "tokens_per_micro_batch": tokens // (2 * world_size)},
+            "train": {"steps": NUM_STEPS, "precision": "fp32", "max_grad_norm": 0.5},
+        }
+    )
+
+
+def train(recipe: Recipe, ranks: Ranks, *, num_steps: int = NUM_STEPS) -> tuple[Engine, Loop]:
+    """Train the recipe on fixed rows through the real preparation and loop."""
+    model = build_on_meta(recipe.model, vocab_size=None)
+    engine, _ = build_engine(recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=0)
+    prepared = prepare(recipe, model, engine, num_micro_batches=2)
+    loop = Loop(
+        recipe=recipe,
+        engine=engine,
+        data=FixedRows(),
+        step_rules=prepared.techniques.step_rules,
+        observers=(),
+        num_steps=NUM_STEPS,
+        num_micro_batches=2,
+        save=lambda step: None,
+        evaluate=lambda step: None,
+    )
+    loop.start()
+    for _ in range(num_steps):
+        loop.train_step(torch.zeros(()))
+        loop.step += 1
+    return engine, loop
+
+
+def full_parameters(engine: Engine) -> dict[str, Tensor]:
+    """Every parameter of the model, full, by name. A collective."""
+    names = [name for name, _ in engine.module.model.named_parameters()]
+    return {name: engine.full_parameter(name) for name in names}
+
+
+def train_combinations(engine: dict[str, Any], teacher: str, ranks: Ranks) -> dict[str, dict[str, Tensor] | str]:
+    """Train every combination on this engine; an error becomes its text, so the others still run."""
+    results: dict[str, dict[str, Tensor] | str] = {}
+    for key, names in COMBINATIONS.items():
+        trained, _ = train(recipe_of(names, engine, teacher, ranks.world_size), ranks)
+        results[key] = full_parameters(trained)
+        trained.close()
+    return results
+
+
+def save_teacher(folder: Path) -> str:
+    """A tiny teacher with the student's vocabulary."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = {**MODEL, "hidden_size": 24, "intermediate_size": 40}
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)

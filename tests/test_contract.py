@@ -1,0 +1,96 @@
+"""The contract: any subset of techniques, in any listed order, under any engine, equals one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract_cases import COMBINATIONS, ENGINES, full_parameters, recipe_of, save_teacher, train, train_combinations
+from distributed import run_ranks
+
+from leanmill.core.sites import iter_sites
+from leanmill.parallel.launch import Ranks
+
+
+ONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def single(teacher):
+    return train_combinations({"type": "single"}, teacher, ONE)
+
+
+_trained: dict[str, dict] = {}
+
+
+def _on_two_ranks(rank, world_size, engine, teacher):
+    ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
+    results = train_combinations(engine, teacher, ranks)
+    return results if rank == 0 else None
+
+
+def _results(engine_name, teacher):
+    # One launch an engine serves all combinations: starting ranks costs more than training them.
+    if engine_name not in _trained:
+        _trained[engine_name] = run_ranks(_on_two_ranks, 2, ENGINES[engine_name], teacher)[0]
+    return _trained[engine_name]
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_two_ranks_equal_one_process(engine_name, combination, single, teacher):
+    expected, got = single[combination], _results(engine_name, teacher)[combination]
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].float(), value.float(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.xdist_group("contract")
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_trained_weights_keep_their_promises(combination, teacher):
+    names = COMBINATIONS[combination]
+    engine, loop = train(recipe_of(names, {"type": "single"}, teacher, 1), ONE)
+    moved = train(recipe_of(names, {"type": "single"}, teacher, 1), ONE, num_steps=0)[0]
+    before, after = full_parameters(moved), full_parameters(engine)
+    assert all(torch.isfinite(value).all() for value in after.values())
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed, "training moved nothing"
+    if any(name.startswith("lora") for name in names):
+        assert all("lora_" in name for name in changed), "the base must stay frozen"
+    inputs = torch.randn(3, 5, 32)
+    for name, site in iter_sites(engine.module.model):
+        weight = site.effective_weight().detach()
+        if "nm_sparsity" in names:
+            zeros = (weight.reshape(-1, 4) == 0).sum(-1)
+            assert (zeros >= 2).all(), name
+            if "ternary" not in names:
+                assert (zeros == 2).all(), name
+        if "ternary" in names:
+            assert weight.unique().numel() <= 3, name
+            torch.testing.assert_close(weight.unique(), -weight.unique().flip(0), rtol=0, atol=0)
+        if isinstance(site, torch.nn.Linear) and site.in_features == 32:
+            torch.testing.assert_close(site.fold()(inputs), site(inputs), rtol=0, atol=0)
+
+
+@pytest.mark.xdist_group("contract")
+def test_listed_order_does_not_matter(teacher):
+    names = COMBINATIONS["all"]
+    forward = train(recipe_of(names, {"type": "single"}, teacher, 1), ONE)[0]
+    backward = train(recipe_of(names[::-1], {"type": "single"}, teacher, 1), ONE)[0]
+    expected = full_parameters(forward)
+    for name, value in full_parameters(backward).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.xdist_group("contract")
+def test_off_is_bitwise_the_plain_model(teacher):
+    staged = train(recipe_of(("nm_sparsity", "ternary"), {"type": "single"}, teacher, 1), ONE, num_steps=0)[0]
+    plain = train(recipe_of((), {"type": "single"}, teacher, 1), ONE, num_steps=0)[0]
+    staged_state, plain_state = full_parameters(staged), full_parameters(plain)
+    assert staged_state.keys() == plain_state.keys()
+    assert all(torch.equal(staged_state[name], value) for name, value in plain_state.items())
