@@ -1,0 +1,27 @@
+"""Finding the repeated layers of a causal LM, the unit of sharding, recompute and compilation."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of `model`, in order.
+
+    They are the children of the largest `nn.ModuleList` (by parameters) that lies in no other one,
+    which is what every Hugging Face causal LM calls `layers`, `h` or `blocks`.
+
+    Args:
+        model: A causal LM, or any module that holds one.
+    """
+    best: list[nn.Module] = []
+    most = 0
+    inside: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or id(module) in inside:
+            continue
+        inside.update(id(child) for child in module.modules() if child is not module)
+        size = sum(p.numel() for p in module.parameters())
+        if size > most:
+            best, most = list(module), size
+    return best

@@ -1,0 +1,67 @@
+"""Trading compute for memory: which activations of a decoder block are kept for backward.
+
+Built on transformers' own switch, which wraps a block's `forward` inside its hooks, so parameter
+names stay as they are and a sharding engine gathers weights outside the recomputed part. The
+recompute of staged weights inside sites nests in it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from leanmill.core.errors import ConfigError
+
+
+_MATMULS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "linear")
+_ATTENTION = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math",
+)
+
+
+def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
+    """Recompute decoder blocks in backward, in training mode only.
+
+    Args:
+        model: The Hugging Face causal LM.
+        mode: `none` changes nothing; `full` keeps a block's input only; `selective` also keeps
+            what its matmuls and its attention return and recomputes the rest (norms, activations,
+            rotary embeddings), which costs little time.
+
+    Raises:
+        ConfigError: The family does not support it.
+    """
+    if mode == "none":
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            f"{type(model).__name__} does not support activation checkpointing; set train.activation_checkpointing=none"
+        )
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = _selective_contexts
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+    # The switch also makes embeddings require gradients, for reentrant checkpoints. Ours are not,
+    # and a frozen embedding should cost no backward.
+    model.disable_input_require_grads()  # type: ignore[operator]
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_kept_operators())
+
+
+@cache
+def _kept_operators() -> list[Any]:
+    """Overloads that exist in this version of torch."""
+    packets = [getattr(torch.ops.aten, name) for name in (*_MATMULS, *_ATTENTION) if hasattr(torch.ops.aten, name)]
+    kept = [packet.default for packet in packets if "default" in packet.overloads()]
+    return [*kept, torch.ops.higher_order.flex_attention]

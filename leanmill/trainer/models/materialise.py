@@ -1,0 +1,291 @@
+"""Giving storage and values to a model that was built on the meta device and maybe sharded since.
+
+Values depend on the seed and on a tensor's name only. For random weights every rank computes the
+whole of one module's tensors on the CPU, with a generator seeded from (seed, module name), and
+keeps its share, so no rank count, engine or order of materialising changes them and nothing is
+communicated. A checkpoint is read by rank 0 and broadcast one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.sites import clean_name
+from leanmill.core.stage import Stage
+
+
+if TYPE_CHECKING:
+    from leanmill.trainer.models.config import ModelConfig
+
+
+def make_materialiser(
+    config: ModelConfig, *, seed: int, reset_branches: Callable[[nn.Module], None] | None = None
+) -> Callable[[nn.Module], None]:
+    """Return the function an engine calls to fill a train module in place.
+
+    It gives every parameter and buffer of the module storage and a value. Tensors still on the
+    meta device are created on the CPU (plain ones) or on their mesh's device (DTensors); an engine
+    that wants them elsewhere gives them storage first, keeping tied parameters one object. Plain
+    tensors that were never on meta keep their value unless their module re-draws it.
+
+    Args:
+        config: The model section; a `path` loads that checkpoint, a `config` draws weights.
+        seed: Seed of everything drawn.
+        reset_branches: Fills a full-size copy of an adapter layer, in place; None calls PEFT's own
+            `reset_lora_parameters` for each adapter.
+    """
+
+    def materialise(module: nn.Module) -> None:
+        is_lm = callable(getattr(module, "_init_weights", None))
+        model: nn.Module = module if is_lm else module.model  # type: ignore[assignment]
+        loaded = _load(config, model) if config.path is not None else frozenset()
+        _Filler(module, model, seed, loaded, reset_branches or _reset_lora).fill()
+
+    return materialise
+
+
+@torch.no_grad()
+def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
+    """Broadcast the checkpoint's weights into `model`; return the ids of the tensors it filled."""
+    is_reader = not dist.is_initialized() or dist.get_rank() == 0
+    weights: dict[str, Tensor] = {}
+    problem: dict[str, str] = {}
+    if is_reader:
+        try:
+            weights = _read(config)
+        except (ConfigError, RunError) as error:
+            problem = {"kind": type(error).__name__, "message": str(error)}
+    problem = _from_rank_0(problem)
+    if problem:
+        raise (ConfigError if problem["kind"] == "ConfigError" else RunError)(problem["message"])
+    filled: set[int] = set()
+    for name, owner, key in _base_tensors(model):
+        tensor = _with_storage(owner, key, model)
+        if id(tensor) not in filled:
+            _fill(tensor, _broadcast(weights.pop(name, None), tensor, name))
+            filled.add(id(tensor))
+    return frozenset(filled)
+
+
+def _read(config: ModelConfig) -> dict[str, Tensor]:
+    from leanmill.trainer.models.build import load_weights
+
+    model = load_weights(config, dtype=torch.float32)
+    state = dict(model.named_parameters(remove_duplicate=False))
+    persistent = set(model.state_dict())
+    state |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield (plain name, owner, key) of what a checkpoint of the plain model holds."""
+    for path, module in _own_modules(model):
+        for key in module._parameters:
+            if module._parameters[key] is not None:
+                yield clean_name(f"{path}.{key}" if path else key), module, key
+        for key in module._buffers:
+            if module._buffers[key] is not None and key not in module._non_persistent_buffers_set:
+                yield clean_name(f"{path}.{key}" if path else key), module, key
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the plain model, leaving out stages and adapter branches."""
+    skipped: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Stage):
+            skipped.update(id(m) for m in module.modules())
+        elif _is_adapter(module):
+            skipped.update(id(m) for m in _branch_modules(module))
+        if id(module) not in skipped:
+            yield path, module
+
+
+def _broadcast(value: Tensor | None, like: Tensor, name: str) -> Tensor:
+    """Return rank 0's full `value` on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        if value is None:
+            raise ConfigError(f"the checkpoint holds no {name}; give the complete checkpoint")
+        return value
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    if dist.get_rank() == 0 and (value is None or value.shape != like.shape):
+        raise RunError(f"{name} of the checkpoint does not fit the model; restart from a matching checkpoint")
+    full = torch.empty(like.shape, dtype=like.dtype, device=device) if value is None else value.to(device, like.dtype)
+    full = full.contiguous()
+    dist.broadcast(full, src=0)
+    return full
+
+
+def _from_rank_0(value: dict[str, str]) -> dict[str, str]:
+    from leanmill.parallel.collectives import broadcast_object
+
+    if not dist.is_initialized():
+        return value
+    return broadcast_object(value)  # type: ignore[no-any-return]
+
+
+class _Filler:
+    """One pass over a module that fills whatever `loaded` does not name."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        model: nn.Module,
+        seed: int,
+        loaded: frozenset[int],
+        reset_branches: Callable[[nn.Module], None],
+    ) -> None:
+        self.root, self.model, self.seed = root, model, seed
+        self.done = set(loaded)
+        self.reset_branches = reset_branches
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        prefix = next((f"{path}." for path, m in self.root.named_modules() if m is self.model and path), "")
+        initialisers = self._initialisers()
+        visited: set[int] = set()
+        for path, module in self.root.named_modules():
+            if id(module) in visited:
+                continue
+            name = clean_name(path.removeprefix(prefix))
+            if isinstance(module, Stage):
+                visited.update(id(m) for m in module.modules())
+                self._draw(name, list(module.modules()), module, lambda full: full.reset_parameters())
+            elif _is_adapter(module):
+                branches = _branch_modules(module)
+                visited.update(id(m) for m in branches)
+                self._draw(f"{name}.branches", [module, *branches], module, self.reset_branches)
+            elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+                self._draw(name, [module], module, initialisers.get(id(module), _no_initialiser))
+        self._check()
+
+    def _initialisers(self) -> dict[int, Callable[[Any], None]]:
+        """By module id: transformers initialises a module through the innermost model that holds it."""
+        found: dict[int, Callable[[Any], None]] = {}
+        for owner in self.model.modules():  # outer models come first
+            if callable(getattr(owner, "_init_weights", None)):
+                found |= {id(module): owner._init_weights for module in owner.modules()}  # type: ignore[misc]
+        return found
+
+    def _draw(self, name: str, members: list[nn.Module], top: nn.Module, reset: Callable[[Any], None]) -> None:
+        """Fill the own tensors of `members` by running `reset` on a full-size CPU copy of `top`."""
+        targets = [(m, key) for m in members for key in (*m._parameters, *m._buffers) if _own(m, key) is not None]
+        if all(id(_own(m, key)) in self.done for m, key in targets):
+            return
+        full, copies = _full_copy(top, members)
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would reseed accelerators too.
+            torch.default_generator.manual_seed(_seed_of(self.seed, name))
+            reset(full)
+        for module, key in targets:
+            if id(_own(module, key)) in self.done:
+                continue
+            value = _own(copies[id(module)], key)
+            tensor = _with_storage(module, key, self.root)
+            assert value is not None
+            if value.is_floating_point() and value.isnan().any():
+                raise RunError(f"{name}: nothing gives {key!r} a value; its module must initialise it")
+            _fill(tensor, value)
+            self.done.add(id(tensor))
+
+    def _check(self) -> None:
+        named = (*self.root.named_parameters(), *self.root.named_buffers())
+        left = [name for name, tensor in named if tensor.is_meta]
+        if left:
+            raise RunError(f"{len(left)} tensors were left without storage: {', '.join(left[:5])}")
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        by_name = {clean_name(n): p for n, p in self.model.named_parameters(remove_duplicate=False)}
+        for target, source in tied.items():
+            if target in by_name and source in by_name and by_name[target] is not by_name[source]:
+                raise RunError(f"{target} and {source} are tied in the config but came apart while sharding")
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return callable(getattr(module, "reset_lora_parameters", None)) and "base_layer" in module._modules
+
+
+def _branch_modules(adapter: nn.Module) -> list[nn.Module]:
+    """All modules an adapter layer added: everything below it but its base layer."""
+    children = [child for key, child in adapter._modules.items() if key != "base_layer" and child is not None]
+    return [module for child in children for module in child.modules()]
+
+
+def _reset_lora(layer: Any) -> None:
+    for adapter in (*layer.lora_A, *layer.lora_embedding_A):
+        layer.reset_lora_parameters(adapter, True)
+
+
+def _no_initialiser(module: nn.Module) -> None:
+    """For modules outside the causal LM: leaves the blanks that `_draw` reports."""
+
+
+def _own(module: nn.Module, key: str) -> Tensor | None:
+    return module._parameters[key] if key in module._parameters else module._buffers[key]
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+
+
+def _full_copy(top: nn.Module, members: list[nn.Module]) -> tuple[nn.Module, dict[int, nn.Module]]:
+    """Copy `top` shallowly, giving `members` below it full-size tensors of their own on the CPU.
+
+    New tensors start as NaN (floats) or zero, to show later what nobody initialised; plain tensors
+    with a value start with it.
+    """
+    copies = {id(module): copy.copy(module) for module in members}
+    for module in members:
+        twin = copies[id(module)]
+        own = {key: None if p is None else nn.Parameter(_blank(p), False) for key, p in module._parameters.items()}
+        twin.__dict__["_parameters"] = own
+        twin.__dict__["_buffers"] = {key: None if b is None else _blank(b) for key, b in module._buffers.items()}
+        twin.__dict__["_modules"] = {
+            key: None if child is None else copies.get(id(child), child) for key, child in module._modules.items()
+        }
+    return copies[id(top)], copies
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    if tensor.is_meta or isinstance(tensor, DTensor) or isinstance(tensor, nn.Parameter):
+        fill = float("nan") if tensor.is_floating_point() else 0
+        return torch.full(tensor.shape, fill, dtype=tensor.dtype, device="cpu")
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _with_storage(owner: nn.Module, key: str, root: nn.Module) -> Tensor:
+    """Return the tensor `owner.key`, replaced by one with storage everywhere it occurs if on meta."""
+    tensor = _own(owner, key)
+    assert tensor is not None
+    if not tensor.is_meta:
+        return tensor
+    if isinstance(tensor, DTensor):
+        new: Tensor = torch.empty_like(tensor, device=tensor.device_mesh.device_type)
+    else:
+        new = torch.empty_like(tensor, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, tensor.requires_grad)
+        for module in root.modules():  # tied parameters stay one object
+            for name, parameter in module._parameters.items():
+                if parameter is tensor:
+                    module._parameters[name] = new  # type: ignore[assignment]
+    else:
+        owner._buffers[key] = new
+    return new
+
+
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    """Write the full `value` into `tensor`, or this rank's share of it where it is sharded."""
+    if isinstance(tensor, DTensor):
+        # Without a source rank nothing is sent: every rank cuts its own share.
+        share = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(share.to_local())
+    else:
+        tensor.copy_(value)
