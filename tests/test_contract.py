@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_cases import COMBINATIONS, ENGINES, full_parameters, recipe_of, save_teacher, train, train_combinations
-from distributed import run_ranks
+import torch.distributed as dist
+from tests.contract_cases import COMBINATIONS, ENGINES, full_parameters, recipe_of, save_teacher, train, train_combinations
+from tests.distributed import run_ranks
 
 from leanmill.core.sites import iter_sites
 from leanmill.parallel.launch import Ranks
@@ -27,7 +28,8 @@ def single(teacher):
 _trained: dict[str, dict] = {}
 
 
-def _on_two_ranks(rank, world_size, engine, teacher):
+def _on_two_ranks(engine, teacher):
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
     results = train_combinations(engine, teacher, ranks)
     return results if rank == 0 else None
