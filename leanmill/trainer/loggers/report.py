@@ -1,0 +1,26 @@
+"""Rewrites the HTML report while the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from leanmill.trainer.observer import EvalRecord, Observer, RunInfo
+from leanmill.trainer.report.html import write_report
+
+
+class ReportLog(Observer):
+    """Writes `run_dir/report.html` at each evaluation and at the end, from the files other observers wrote."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._started = False
+
+    def on_start(self, info: RunInfo) -> None:
+        self._started = True
+
+    def on_eval(self, record: EvalRecord) -> None:
+        write_report(self._run_dir)
+
+    def on_end(self, status: str, message: str = "") -> None:
+        if self._started:
+            write_report(self._run_dir)

@@ -1,0 +1,176 @@
+"""A run that never trained, told through the observers as a real one would tell it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.site import LinearSite
+from leanmill.core.stage import Slot, Stage
+from leanmill.core.technique import TechniqueConfig
+from leanmill.trainer.config import LogConfig, Recipe
+from leanmill.trainer.observer import DomainScore, EvalRecord, Observer, RunInfo, StepRecord
+
+
+class FakeTechnique(TechniqueConfig):
+    type: Literal["nm_sparsity", "ternary"]
+
+
+class TwoOfFour(Stage):
+    slot, technique = Slot.MASK, "nm_sparsity"
+
+    def forward(self, weight: Tensor) -> Tensor:
+        groups = weight.reshape(-1, 4)
+        kept = groups.abs().argsort(dim=-1, descending=True)[:, :2]
+        return (groups * torch.zeros_like(groups).scatter_(1, kept, 1.0)).reshape(weight.shape)
+
+
+class LearnedScale(nn.Module):
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((num_rows, 1), 0.5))
+
+
+class TernaryWithScale(Stage):
+    slot, technique = Slot.QUANT, "ternary"
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.learned = LearnedScale(num_rows)
+        self.register_buffer("strength", torch.ones(1), persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        ternary = weight.sign() * (weight.abs() > 0.02)
+        return self.strength * self.learned.scale * ternary
+
+
+class FakeEngine:
+    """As much of an engine as observers ask for, on one process."""
+
+    name = "single"
+    device = torch.device("cpu")
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module = nn.Module()
+        self.module.model = model
+        self.asked: list[str] = []
+
+    def full_parameter(self, name: str) -> Tensor:
+        self.asked.append(name)
+        return self.module.model.get_parameter(name)
+
+
+def tiny_model(num_layers: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Module() for _ in range(num_layers))
+    for index, layer in enumerate(model.layers):
+        for leaf, (rows, columns) in {"q_proj": (24, 32), "down_proj": (32, 48)}.items():
+            linear = nn.Linear(columns, rows, bias=False)
+            nn.init.normal_(linear.weight, std=0.05)
+            site = LinearSite.adopt(linear, f"model.layers.{index}.{leaf}")
+            site.put(TwoOfFour())
+            if leaf == "down_proj":
+                site.put(TernaryWithScale(rows))
+            setattr(layer, leaf, site)
+    root = nn.Module()
+    root.model = model
+    return root
+
+
+def fake_recipe(
+    run_dir: Path, name: str = "fake", techniques: Sequence[str] = ("nm_sparsity", "ternary"), **log: Any
+) -> Recipe:
+    return Recipe(
+        name=name,
+        run_dir=str(run_dir),
+        seed=7,
+        model={"config": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32}},
+        train={"steps": 400},
+        techniques=[FakeTechnique(type=t) for t in techniques],
+        log=LogConfig(**{"tensorboard": False, **log}),
+    )
+
+
+def fake_info(recipe: Recipe, run_dir: Path, *, start_step: int = 0, num_steps: int = 400, **changes: Any) -> RunInfo:
+    fields: dict[str, Any] = {
+        "recipe": recipe,
+        "run_dir": run_dir,
+        "engine": FakeEngine(tiny_model()),
+        "rank": 0,
+        "world_size": 2,
+        "num_steps": num_steps,
+        "start_step": start_step,
+        "num_parameters": 5_243_136,
+        "num_trainable": 5_243_136,
+        "flops_per_token": 3.4e7,
+        "notes": (
+            "engine single: one process, no sharding needed",
+            "converted 4 of 4 linear weights; left plain: none",
+        ),
+    }
+    return RunInfo(**{**fields, **changes})
+
+
+def fake_step(step: int, num_steps: int = 400, *, skipped: int = 0, **changes: Any) -> StepRecord:
+    noise = random.Random(step)
+    loss = 1.9 + 7.1 * math.exp(-step / 45) + noise.gauss(0, 0.06)
+    distill = 0.4 + math.exp(-step / 60) + noise.gauss(0, 0.02)
+    warmup = min(1.0, step / 20)
+    seconds = 1.4 * (1 + abs(noise.gauss(0, 0.04)))
+    fields: dict[str, Any] = {
+        "step": step,
+        "tokens": step * 32_768,
+        "losses": {"total": loss + distill, "cross_entropy": loss, "distill": distill},
+        "grad_norm": 0.5 + 20 * math.exp(-step / 25) * (1 + noise.random()) + noise.random() * 0.2,
+        "lr": 3e-3 * warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * step / num_steps))),
+        "step_seconds": seconds,
+        "tokens_per_second": 32_768 / seconds,
+        "peak_memory_bytes": int(1.6e9 + 1e6 * min(step, 40)),
+        "skipped_steps": skipped,
+    }
+    return StepRecord(**{**fields, **changes})
+
+
+def fake_eval(step: int) -> EvalRecord:
+    decline = math.exp(-step / 120)
+    domains = {}
+    for index, (name, order0) in enumerate({"python": 4.71, "cpp": 4.9, "english": 4.6}.items()):
+        loss = 1.8 + 0.25 * index + 3.0 * decline
+        domains[name] = DomainScore(
+            loss=loss,
+            perplexity=math.exp(loss),
+            bits_per_byte=0.55 * loss,
+            order0_bits_per_byte=order0,
+            num_tokens=65_536,
+        )
+    loss = sum(d.loss for d in domains.values()) / 3
+    domains["all"] = DomainScore(
+        loss=loss, perplexity=math.exp(loss), bits_per_byte=0.55 * loss, order0_bits_per_byte=4.74, num_tokens=196_608
+    )
+    return EvalRecord(step=step, tokens=step * 32_768, domains=domains)
+
+
+def play(
+    observers: Sequence[Observer], info: RunInfo, *, until: int, skip_at: int = -1, status: str | None = "finished"
+) -> None:
+    """Tell `observers` of the steps after `info.start_step` up to `until`; None as status is a kill."""
+    for observer in observers:
+        observer.on_start(info)
+    for step in range(info.start_step + 2, until + 1, 2):
+        record = fake_step(step, info.num_steps, skipped=1 if 0 <= skip_at <= step else 0)
+        for observer in observers:
+            observer.on_step(record)
+        if step % 50 == 0:
+            for observer in observers:
+                observer.on_eval(fake_eval(step))
+                observer.on_checkpoint(step, info.run_dir / "checkpoints" / f"step-{step:08d}", 0.21)
+    if status is not None:
+        for observer in observers:
+            observer.on_end(status)
