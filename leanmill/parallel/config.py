@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
+from leanmill.core.errors import ConfigError
 
 
 class AutoEngine(Config):
@@ -50,6 +51,14 @@ class DeepSpeedOffload(Config):
     path: str | None = None
     """Directory on the NVMe device."""
 
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedOffload:
+        if self.device == "nvme" and not self.path:
+            raise ConfigError("device nvme needs a directory; add path: /path/on/the/nvme/device, or use device: cpu")
+        if self.device == "cpu" and self.path is not None:
+            raise ConfigError(f"path={self.path!r} is only for device nvme; remove it, or use device: nvme")
+        return self
+
 
 class DeepSpeedEngine(Config):
     """DeepSpeed ZeRO; `deepspeed.initialize` is called by Leanmill with a config it derives."""
@@ -61,6 +70,14 @@ class DeepSpeedEngine(Config):
     """Offload of optimizer state; needs stage >= 1."""
     offload_parameters: DeepSpeedOffload | None = None
     """Offload of parameters; needs stage 3."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedEngine:
+        if self.offload_optimizer is not None and self.stage == 0:
+            raise ConfigError("offload_optimizer needs stage 1, 2 or 3, got stage 0; set engine.stage=2")
+        if self.offload_parameters is not None and self.stage != 3:
+            raise ConfigError(f"offload_parameters needs stage 3, got stage {self.stage}; set engine.stage=3")
+        return self
 
 
 EngineConfig = Annotated[

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from leanmill.core.config import Config
+from leanmill.core.errors import ConfigError
 from leanmill.core.registry import parse_technique
 from leanmill.core.technique import TechniqueConfig
 from leanmill.parallel.config import AutoEngine, EngineConfig
 from leanmill.trainer.data.config import DataConfig
 from leanmill.trainer.models.config import ModelConfig
 from leanmill.trainer.optim.config import AdamW, OptimizerConfig, ScheduleConfig
+from leanmill.trainer.recipe_rules import problems
 
 
 class BatchConfig(Config):
@@ -47,7 +49,7 @@ class TrainConfig(Config):
     """Refuse nondeterministic kernels (torch.use_deterministic_algorithms)."""
     cross_entropy_weight: float = Field(default=1.0, ge=0)
     """Weight of the next-token cross-entropy beside the techniques' loss terms."""
-    logits_chunk_tokens: int | Literal["auto"] = "auto"
+    logits_chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Tokens whose logits exist at once; `auto` chunks only when all logits would exceed 256 MiB."""
 
 
@@ -117,7 +119,9 @@ class Recipe(Config):
     """The model."""
     data: DataConfig = Field(default_factory=DataConfig)
     """The data."""
-    techniques: list[SerializeAsAny[TechniqueConfig]] = Field(default_factory=list)
+    techniques: list[Annotated[SerializeAsAny[TechniqueConfig], BeforeValidator(parse_technique)]] = Field(
+        default_factory=list
+    )
     """Techniques, each `{type: name, ...}`; the order does not matter."""
     engine: EngineConfig = Field(default_factory=AutoEngine)
     """How the run is spread over ranks; a bare string is short for `{type: ...}`."""
@@ -138,12 +142,14 @@ class Recipe(Config):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     """Process groups."""
 
-    @field_validator("techniques", mode="before")
-    @classmethod
-    def _parse_techniques(cls, value: Any) -> Any:
-        return [parse_technique(item) for item in value] if isinstance(value, list) else value
-
     @field_validator("engine", mode="before")
     @classmethod
     def _expand_engine(cls, value: Any) -> Any:
         return {"type": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        found = list(problems(self))
+        if found:
+            raise ConfigError("\n".join(found))
+        return self

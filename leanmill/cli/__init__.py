@@ -1,0 +1,1 @@
+"""The `leanmill` command: train, plan, methods, check, schema, eval, export, report."""

@@ -1,0 +1,27 @@
+"""`leanmill export`: write a checkpoint in a format others load."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export `args.checkpoint`; success is only reported after the copy was loaded and compared."""
+    from leanmill.cli.checkpoints import resolve_checkpoint
+    from leanmill.core.errors import ConfigError
+
+    if args.to == "adapter" and args.packing != "none":
+        raise ConfigError(f"--packing {args.packing} packs weights, and --to adapter writes none; use --to hf")
+    checkpoint, out = resolve_checkpoint(args.checkpoint), Path(args.out)
+    if args.to == "adapter":
+        from leanmill.trainer.export import export_adapter
+
+        report = export_adapter(checkpoint, out)
+    else:
+        from leanmill.trainer.export import export_hf
+
+        report = export_hf(checkpoint, out, packing=args.packing)
+    print(f"exported {checkpoint} to {out.resolve()}, loaded it back and compared the logits")
+    print(report)
+    return 0

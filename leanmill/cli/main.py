@@ -1,0 +1,162 @@
+"""The `leanmill` command. Only argparse is imported here; a verb imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from leanmill import __version__
+
+
+EXIT_RUN, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+
+_VERBS: dict[str, str] = {
+    "train": "train a recipe on one process (many: torchrun launch/train.py --config recipe.yaml)",
+    "plan": "predict parameters, memory per rank, tokens and FLOPs without touching a device",
+    "check": "validate a recipe and explain it in plain words",
+    "methods": "list the techniques",
+    "schema": "write the JSON schema of a recipe, for editors",
+    "eval": "score a checkpoint on held-out text",
+    "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
+    "report": "rebuild the HTML report of a run",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; the arguments of a verb come from its module."""
+    parser = argparse.ArgumentParser(
+        prog="leanmill", description="Train, fine-tune and compress small, sparse and low-bit language models."
+    )
+    parser.add_argument("--version", action="version", version=f"leanmill {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+    for name, summary in _VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        _ADD_ARGUMENTS[name](verb)
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0, 1 (the run failed), 2 (the recipe or the arguments are wrong), 130 (interrupted).
+    """
+    args = build_parser().parse_args(argv)
+    module = importlib.import_module(f"leanmill.cli.{args.verb}_command")
+    return guarded(lambda: module.run(args), debug=args.debug)
+
+
+def guarded(action: Callable[[], int], *, debug: bool) -> int:
+    """Run `action`; turn what it raises into `error: ...` lines on stderr and an exit code.
+
+    Args:
+        action: Returns an exit code.
+        debug: Print the traceback as well.
+    """
+    from leanmill.core.errors import ConfigError
+
+    try:
+        return action()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) left; a second failure at the flush on exit would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_RUN
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        for line in _lines(error):
+            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {line}", file=sys.stderr)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_RUN
+
+
+def _lines(error: Exception) -> list[str]:
+    """Return the user's lines of an error; an unforeseen one says how to see more."""
+    from leanmill.core.errors import ConfigError, RunError
+
+    if isinstance(error, ConfigError | RunError):
+        return [line for line in str(error).splitlines() if line.strip()]
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+        return [text]
+    return [f"{type(error).__name__}: {text[:300]} (add --debug for the traceback)"]
+
+
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key, e.g. train.steps=100")
+
+
+def _plan(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
+    parser.add_argument("--gpus-per-node", type=_positive, default=1, help="ranks of a machine (default 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument(
+        "--ranks", type=_positive, nargs="+", default=[1, 2, 8], metavar="N", help="world sizes to explain (1 2 8)"
+    )
+
+
+def _schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", help="file to write; stdout without it")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of the checkpoint's recipe")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
+    parser.add_argument("--to", required=True, choices=["hf", "adapter"], help="kind of folder")
+    parser.add_argument("--packing", choices=["none", "bitnet"], default="none", help="packing of ternary weights (hf)")
+    parser.add_argument("--out", required=True, help="folder to write")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", help="folder of a run")
+
+
+def _nothing(parser: argparse.ArgumentParser) -> None:
+    """The verb has no arguments of its own."""
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return value
+
+
+_ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "train": _recipe,
+    "plan": _plan,
+    "check": _check,
+    "methods": _nothing,
+    "schema": _schema,
+    "eval": _eval,
+    "export": _export,
+    "report": _report,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

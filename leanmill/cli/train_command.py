@@ -1,0 +1,66 @@
+"""`leanmill train`, and what `launch/train.py` calls on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from leanmill.trainer.config import Recipe
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train `args.recipe` with `args.overrides`."""
+    return train(args.recipe, args.overrides)
+
+
+def train(path: str, overrides: Sequence[str]) -> int:
+    """Load a recipe, train it and say on rank 0 where the results are.
+
+    Returns:
+        0; errors are raised.
+    """
+    # Everything that can be wrong on paper is found before torch is imported.
+    recipe = _load(path, overrides)
+    _log_from_rank_0()
+    from leanmill.trainer.run import run as run_recipe
+
+    result = run_recipe(recipe)
+    if result.rank == 0:
+        report = result.run_dir / "report.html"
+        print(f"{result.status} after {result.step} steps; results in {result.run_dir.resolve()}", flush=True)
+        if report.is_file():
+            print(f"report: {report.resolve()}", flush=True)
+    return 0
+
+
+def _load(path: str, overrides: Sequence[str]) -> Recipe:
+    from leanmill.core.errors import ConfigError
+    from leanmill.trainer.check import check_files
+    from leanmill.trainer.recipe_io import load_recipe
+
+    try:
+        recipe = load_recipe(path, overrides)
+        check_files(recipe)
+    except ConfigError:
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            # The first rank of this machine read the same file and says it; an empty message prints nothing.
+            raise ConfigError("") from None
+        raise
+    return recipe
+
+
+def _log_from_rank_0() -> None:
+    """Show the project's INFO lines on rank 0 and only warnings elsewhere."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(levelname)s: %(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s",
+    )
+    logging.getLogger("leanmill").setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -1,0 +1,215 @@
+"""A recipe in plain words, and what can be checked about it without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.registry import TECHNIQUES
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
+from leanmill.trainer.recipe_rules import nearest_multiples
+
+
+def check_files(recipe: Recipe) -> None:
+    """Refuse local paths of the recipe that do not exist; hub names are left to the hub.
+
+    Not part of parsing: a recipe saved in a checkpoint stays readable after its data moved.
+
+    Raises:
+        ConfigError: One line for each missing path.
+    """
+    missing = [f"{key}={path!r} does not exist; correct the path" for key, path in _local_paths(recipe) if _gone(path)]
+    if missing:
+        raise ConfigError("\n".join(missing))
+
+
+def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (key, path) of every value that can only mean a local path."""
+    named = {
+        "model.path": recipe.model.path,
+        "data.tokenizer.path": recipe.data.tokenizer.path,
+        "checkpoint.resume": recipe.checkpoint.resume if recipe.checkpoint.resume not in ("auto", "never") else None,
+    }
+    source = recipe.data.source
+    if isinstance(source, HfDataset):
+        named["data.source.path"] = source.path
+    if isinstance(source, Mixture):
+        for index, part in enumerate(source.sources):
+            if isinstance(part, HfDataset):
+                named[f"data.source.sources.{index}.path"] = part.path
+    for key, path in named.items():
+        if path is not None and (key == "checkpoint.resume" or _looks_local(path)):
+            yield key, path
+
+
+def _looks_local(path: str) -> bool:
+    data_file = Path(path).suffix in (".jsonl", ".json", ".parquet", ".arrow", ".txt")
+    return path.startswith(("/", "./", "../", "~")) or data_file
+
+
+def _gone(path: str) -> bool:
+    expanded = Path(path).expanduser()
+    if any(sign in path for sign in "*?["):
+        root = Path(expanded.anchor) if expanded.is_absolute() else Path()
+        return not any(root.glob(str(expanded.relative_to(root) if expanded.is_absolute() else expanded)))
+    return not expanded.exists()
+
+
+def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
+    """Return a recipe in plain words: what is trained, on what, how, and what is written where."""
+    sections = {
+        "model": [_model(recipe)],
+        "data": _data(recipe.data),
+        "techniques": _techniques(recipe),
+        "engine": [_engine(recipe)],
+        "batch": _batch(recipe, world_sizes),
+        "length": [_length(recipe)],
+        "optimizer": [_optimizer(recipe)],
+        "numerics": [_numerics(recipe)],
+        "evaluation": [_evaluation(recipe)],
+        "written": _written(recipe),
+    }
+    width = max(map(len, sections))
+    lines = [
+        f"{name if index == 0 else '':<{width}}  {line}"
+        for name, text in sections.items()
+        for index, line in enumerate(text)
+    ]
+    return "\n".join([f"recipe {recipe.name!r} is valid", *lines])
+
+
+def _model(recipe: Recipe) -> str:
+    model = recipe.model
+    if model.path is not None:
+        revision = f" at revision {model.revision}" if model.revision else ""
+        remote = ", running Python code that comes with it" if model.trust_remote_code else ""
+        return f"weights and configuration of {model.path}{revision}{remote}"
+    config = model.config or {}
+    sizes = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+    known = [f"{config[key]} {name}" for name, key in sizes.items() if key in config]
+    tied = ", tied embeddings" if config.get("tie_word_embeddings") else ""
+    return f"{config.get('model_type')} with random weights of seed {recipe.seed}: {', '.join(known)}{tied}"
+
+
+def _data(data: DataConfig) -> list[str]:
+    sources = data.source.sources if isinstance(data.source, Mixture) else [data.source]
+    what = "whole text, packed into rows" if data.task == "pretrain" else "chats, loss on the answers only"
+    mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
+    tokenizer = data.tokenizer.path or f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
+    return [
+        " + ".join(_source(source) for source in sources),
+        f"{what} of {data.sequence_length:,} tokens; {mask}; longer documents: {data.long_documents}",
+        f"tokenizer: {tokenizer}",
+    ]
+
+
+def _source(source: LocalCorpus | HfDataset) -> str:
+    if isinstance(source, LocalCorpus):
+        weights = ", ".join(f"{name} x {weight:g}" for name, weight in source.domains.items())
+        return f"text found on this machine ({weights})"
+    return f"{source.path} split {source.split!r}{' as a stream' if source.streaming else ''}"
+
+
+def _techniques(recipe: Recipe) -> list[str]:
+    if not recipe.techniques:
+        return ["none: every weight stays plain"]
+    lines = []
+    for technique in recipe.techniques:
+        name = str(getattr(technique, "type", type(technique).__name__))
+        options = technique.model_dump(mode="json", exclude={"type"}, exclude_defaults=True)
+        given = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+        lines.append(f"{name} ({given}): {TECHNIQUES[name].summary}")
+    if len(lines) > 1:
+        lines.append("on one weight they apply as delta, then mask, then quantiser, whatever order is listed here")
+    return lines
+
+
+def _engine(recipe: Recipe) -> str:
+    engine = recipe.engine
+    options = engine.model_dump(mode="json", exclude={"type"}, exclude_defaults=True)
+    given = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
+    return f"{engine.type}{given}: {' '.join((type(engine).__doc__ or '').split())}"
+
+
+def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
+    batch, row = recipe.batch, recipe.data.sequence_length
+    lines = [
+        f"{batch.tokens_per_step:,} tokens an optimizer step = {batch.tokens_per_step // row:,} rows of {row:,}; "
+        f"{batch.tokens_per_micro_batch:,} tokens = {batch.tokens_per_micro_batch // row:,} rows a forward on one rank"
+    ]
+    for size in world_sizes:
+        share = batch.tokens_per_micro_batch * size
+        ranks = f"{size} rank{'s' if size > 1 else ''}"
+        if batch.tokens_per_step % share == 0:
+            rounds = batch.tokens_per_step // share
+            how = f"{rounds} micro-batches accumulated" if rounds > 1 else "one micro-batch, nothing to accumulate"
+            lines.append(f"on {ranks}: {how}")
+        else:
+            lines.append(
+                f"on {ranks}: impossible, {share:,} tokens a round; "
+                f"set batch.tokens_per_step={nearest_multiples(batch.tokens_per_step, share)}"
+            )
+    return lines
+
+
+def num_steps(recipe: Recipe) -> int:
+    """Optimizer steps of the run."""
+    return recipe.train.steps or math.ceil((recipe.train.total_tokens or 0) / recipe.batch.tokens_per_step)
+
+
+def _length(recipe: Recipe) -> str:
+    steps = num_steps(recipe)
+    return f"{steps:,} optimizer steps = {steps * recipe.batch.tokens_per_step:,} tokens"
+
+
+def _optimizer(recipe: Recipe) -> str:
+    optimizer, schedule, steps = recipe.optimizer, recipe.schedule, num_steps(recipe)
+    warmup = schedule.warmup_steps
+    warmup_steps = warmup if isinstance(warmup, int) else round(warmup * steps)
+    wrapped = ", wrapped in Lookahead" if optimizer.lookahead else ""
+    return (
+        f"{optimizer.type}{wrapped}, peak learning rate {optimizer.lr:g} after {warmup_steps:,} warm-up steps, then "
+        f"{schedule.type}{'' if schedule.type == 'constant' else f' to {schedule.min_factor * optimizer.lr:g}'}; "
+        f"weight decay {optimizer.weight_decay:g}"
+    )
+
+
+def _numerics(recipe: Recipe) -> str:
+    train = recipe.train
+    clip = f"gradients clipped to norm {train.max_grad_norm:g}" if train.max_grad_norm else "no clipping"
+    extras = [
+        *(["blocks compiled"] if train.compile else []),
+        *(["deterministic kernels only"] if train.deterministic else []),
+        *([f"{train.activation_checkpointing} recomputation"] if train.activation_checkpointing != "none" else []),
+    ]
+    finite = "stops the run" if train.non_finite == "stop" else "skips the step"
+    return ", ".join([train.precision, clip, f"a non-finite gradient {finite}", *extras])
+
+
+def _evaluation(recipe: Recipe) -> str:
+    every = recipe.eval.every_steps
+    when = f"every {every:,} steps and at the end" if every else "at the end"
+    return f"{when}, on {recipe.eval.tokens_per_domain:,} held-out tokens of each domain"
+
+
+def _written(recipe: Recipe) -> list[str]:
+    run_dir, checkpoint, log = recipe.run_dir.format(name=recipe.name), recipe.checkpoint, recipe.log
+    every = f"every {checkpoint.every_steps:,} steps and at the end" if checkpoint.every_steps else "at the end"
+    best = " and the best" if checkpoint.keep_best else ""
+    resume = {
+        "auto": "the same command continues from the newest",
+        "never": "a run_dir that has one is refused",
+    }.get(checkpoint.resume, f"training starts from {checkpoint.resume}")
+    logs = [
+        f"{run_dir}/metrics.jsonl (every {log.every_steps} steps)",
+        *([f"{run_dir}/tensorboard/"] if log.tensorboard else []),
+        *([f"{run_dir}/wandb/"] if log.wandb else []),
+        *([f"{run_dir}/report.html"] if log.report else []),
+    ]
+    return [
+        f"{run_dir}/checkpoints/ {every}, keeping the last {checkpoint.keep_last}{best}; {resume}",
+        ", ".join(logs),
+    ]

@@ -1,0 +1,187 @@
+"""Validation errors in the words of a recipe: one line each, with the nearest known key. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from leanmill.trainer.recipe_yaml import Lines
+from leanmill.trainer.secrets import is_secret, shown
+
+
+Path = tuple[str | int, ...]
+
+
+def describe(error: ValidationError, root: type[BaseModel], source: str, lines: Lines) -> list[str]:
+    """Return one line for each problem: file and line, key, what was given, what is allowed.
+
+    Args:
+        error: What validation raised.
+        root: The model that was validated.
+        source: Name of the file, for the front of each line.
+        lines: Line number of each path of the file.
+    """
+    found = dict.fromkeys(_problems(error, root, ()))  # a union may report one problem twice
+    return [f"{source}{_at(path, lines)}: {text}" for path, text in found]
+
+
+def _at(path: Path, lines: Lines) -> str:
+    while path:
+        if path in lines:
+            return f" line {lines[path]}"
+        path = path[:-1]
+    return ""
+
+
+def _problems(error: ValidationError, root: Any, prefix: Path) -> Iterator[tuple[Path, str]]:
+    alternatives: dict[Path, list[tuple[Mapping[str, Any], list[type[BaseModel]], str]]] = {}
+    for item in error.errors(include_url=False):
+        local, owners, below = _resolve(item["loc"], root)
+        path = (*prefix, *local)
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, ValidationError):
+            yield from _problems(cause, _model_of(cause, item["input"]), path)
+        elif cause is not None:
+            yield from ((path, _placed(line, path)) for line in str(cause).splitlines())
+        elif item["type"] in ("extra_forbidden", "missing", "union_tag_not_found", "union_tag_invalid"):
+            yield path, _shape_problem(item, path, owners, below)
+        else:
+            alternatives.setdefault(path, []).append((item, owners, _allowed(item)))
+    for path, items in alternatives.items():
+        yield path, _value_problem(path, items)
+
+
+def _placed(line: str, path: Path) -> str:
+    """Put the place in front of a validator's own line, unless it names the key itself."""
+    name = _dotted(path)
+    return line if not path or name in line else f"{name}: {line}"
+
+
+def _shape_problem(
+    item: Mapping[str, Any], path: Path, owners: Sequence[type[BaseModel]], below: Sequence[type[BaseModel]]
+) -> str:
+    name = _dotted(path)
+    if item["type"] == "extra_forbidden":
+        known = list(dict.fromkeys(key for model in owners for key in model.model_fields))
+        return _unknown_key(name, str(path[-1]), item["input"], known)
+    if item["type"] == "missing":
+        return f"{name} is missing; add it{_meaning(owners, str(path[-1]))}"
+    tags = [tag for model in below for tag in get_args(model.model_fields["type"].annotation)]
+    known_types = f"known types: {', '.join(tags)}"
+    if item["type"] == "union_tag_not_found":
+        return f"{name} needs a `type`, got {shown(name, item['input'])}; {known_types}"
+    tag = str(item["ctx"]["tag"])
+    return f"{name}.type={tag!r} is unknown; {known_types}{_near(tag, tags)}"
+
+
+def _value_problem(path: Path, items: Sequence[tuple[Mapping[str, Any], Sequence[type[BaseModel]], str]]) -> str:
+    """One line for a value that no member of its type accepts."""
+    item, owners, _ = items[0]
+    key = str(path[-1]) if path else ""
+    text = f"{_dotted(path)}={shown(key, item['input'])} is not allowed; give {' or '.join(a for *_, a in items)}"
+    if item["type"] == "literal_error" and len(items) == 1:
+        text += _near(str(item["input"]), _unquote(item["ctx"]["expected"]))
+    return text + _meaning(owners, key)
+
+
+def _allowed(item: Mapping[str, Any]) -> str:
+    if item["type"] == "literal_error":
+        return str(item["ctx"]["expected"])
+    message = item["msg"].removeprefix("Input should be ").split(", unable to parse")[0]
+    return f"a value {message}" if message.startswith(("greater", "less")) else message
+
+
+def _unknown_key(name: str, key: str, value: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    secret = "; credentials do not belong in a recipe" if is_secret(key, value) else ""
+    return f"unknown key {name}; {hint}{secret}"
+
+
+def _meaning(models: Sequence[type[BaseModel]], key: str) -> str:
+    for model in models:
+        if key in model.model_fields and (text := model.model_fields[key].description):
+            return f" ({' '.join(text.split()).split('. ')[0].rstrip('.')})"
+    return ""
+
+
+def _unquote(text: str) -> list[str]:
+    return [part.strip().strip("'") for part in text.replace(" or ", ", ").split(",") if part.strip()]
+
+
+def _near(given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path)) or "recipe"
+
+
+def _model_of(error: ValidationError, raw: Any) -> Any:
+    """Return the technique class whose validation failed inside a validator."""
+    from leanmill.core.registry import technique_class
+
+    return technique_class(raw["type"]) if isinstance(raw, dict) else None
+
+
+def _resolve(loc: Sequence[str | int], root: Any) -> tuple[Path, list[type[BaseModel]], list[type[BaseModel]]]:
+    """Return the path as written in the recipe, the models its last key belongs to, and those below it.
+
+    Pydantic puts the chosen member of a union into the location; it is no key of the recipe.
+    """
+    path: list[str | int] = []
+    here: Any = root
+    owners: list[type[BaseModel]] = []
+    for part in loc:
+        models = _models(here)
+        tagged = [model for model in models if _has_tag(model, part)]
+        if len(models) > 1 and tagged:
+            here, owners = tagged[0], tagged
+            continue
+        if not models and _is_union_label(here, part):
+            continue
+        path.append(part)
+        owners = models
+        here = _below(here, models, part)
+    return tuple(path), owners, _models(here)
+
+
+def _below(here: Any, models: list[type[BaseModel]], part: str | int) -> Any:
+    for model in models:
+        if part in model.model_fields:
+            return model.model_fields[str(part)].annotation
+    arguments = get_args(_plain(here))
+    return arguments[-1] if arguments and get_origin(_plain(here)) in (list, dict, tuple) else None
+
+
+def _plain(annotation: Any) -> Any:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, types.UnionType):
+        others = [a for a in get_args(annotation) if a is not type(None)]
+        return _plain(others[0]) if len(others) == 1 else annotation
+    return annotation
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    annotation = _plain(annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [model for member in get_args(annotation) for model in _models(member)]
+    return []
+
+
+def _has_tag(model: type[BaseModel], part: str | int) -> bool:
+    field = model.model_fields.get("type")
+    return field is not None and get_origin(field.annotation) is Literal and part in get_args(field.annotation)
+
+
+def _is_union_label(annotation: Any, part: str | int) -> bool:
+    """Whether `part` names a member of a union of plain types, such as `int` or `literal['auto']`."""
+    return get_origin(_plain(annotation)) in (Union, types.UnionType) and isinstance(part, str)

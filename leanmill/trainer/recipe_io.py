@@ -1,0 +1,147 @@
+"""Recipes from files: YAML and dotted overrides in, a validated `Recipe` or clear lines out. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.recipe_errors import describe
+from leanmill.trainer.recipe_yaml import Lines, parse_scalar, parse_yaml
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: YAML file, UTF-8.
+        overrides: `a.b=c` each; the value is YAML, a number in the path indexes a list
+            (`techniques.0.n=1`), and the index just past a list's end appends.
+
+    Raises:
+        ConfigError: One line for each problem: where, what was given, what is allowed.
+    """
+    text = _read(Path(path))
+    raw, lines = parse_yaml(text, str(path))
+    if raw is None:
+        raise ConfigError(
+            f"{path} is empty; a recipe needs at least `model:` and `train:`, see recipes/quickstart.yaml"
+        )
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            f"{path} holds a {type(raw).__name__}, not a mapping of sections such as `model:` and `train:`"
+        )
+    for override in overrides:
+        apply_override(raw, override)
+    return validate_recipe(raw, source=str(path), lines=lines)
+
+
+def validate_recipe(raw: dict[str, Any], source: str = "recipe", lines: Lines | None = None) -> Recipe:
+    """Validate a mapping, such as a checkpoint's `recipe.json`.
+
+    Args:
+        raw: The recipe as plain values.
+        source: What error lines call it.
+        lines: Line number of each path, where it came from a file.
+
+    Raises:
+        ConfigError: One line for each problem.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        # `from None`: the chain would print inputs, and an input may be a credential.
+        raise ConfigError("\n".join(describe(error, Recipe, source, lines or {}))) from None
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """Return the whole recipe, defaults written out, as YAML that `load_recipe` reads back equal."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Write one `a.b=c` into `raw`, making sections on the way.
+
+    Raises:
+        ConfigError: No `=`, an index past the end, or a path through a plain value.
+    """
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form a.b=value; type e.g. train.steps=100")
+    node: Any = raw
+    for depth, key in enumerate(keys[:-1]):
+        node = _child(node, key, keys, depth, override)
+    _assign(node, keys[-1], parse_scalar(value, override), override)
+
+
+def _child(node: Any, key: str, keys: list[str], depth: int, override: str) -> Any:
+    """Return the container under `key`, creating it where there is none."""
+    wanted: Any = [] if keys[depth + 1].isdigit() and (depth + 1 == 1) else {}
+    if isinstance(node, list):
+        index = _index(node, key, override)
+        if index == len(node):
+            node.append({})
+        return node[index]
+    if not isinstance(node, dict):
+        raise _not_a_section(node, keys[:depth], override)
+    child = node.get(key)
+    if child is None:
+        node[key] = wanted
+    elif isinstance(child, str) and key == "engine":
+        node[key] = {"type": child}  # the short form of the section
+    return node[key]
+
+
+def _assign(node: Any, key: str, value: Any, override: str) -> None:
+    if isinstance(node, list):
+        index = _index(node, key, override)
+        node[index : index + 1] = [value]
+    elif isinstance(node, dict):
+        node[key] = value
+    else:
+        raise _not_a_section(node, override.partition("=")[0].split(".")[:-1], override)
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) > len(node):
+        raise ConfigError(
+            f"override {override!r}: {key!r} is no place in a list of {len(node)}; type 0 to {len(node)}"
+            f"{' (the last one appends)' if node else ''}"
+        )
+    return int(key)
+
+
+def _not_a_section(node: Any, keys: list[str], override: str) -> ConfigError:
+    return ConfigError(f"override {override!r}: {'.'.join(keys)} is the plain value {node!r}, so nothing lies below it")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe at {path}; {_nearby(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name a recipe file in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); "
+            f"save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _nearby(path: Path) -> str:
+    folders = [folder for folder in (path.parent, Path("recipes")) if folder.is_dir()]
+    found = sorted(str(p) for folder in folders for p in folder.glob("[!.]*.yaml"))
+    near = difflib.get_close_matches(str(path), found, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"there are {', '.join(found[:8])}" if found else f"there is no recipe in {path.parent} either"

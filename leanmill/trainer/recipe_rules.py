@@ -1,0 +1,110 @@
+"""What must hold between the sections of a recipe. Pure arithmetic on the parsed values; imports no torch.
+
+Each rule yields one line: what was given, what is allowed, what to type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from leanmill.trainer.data.config import LocalCorpus, Mixture
+from leanmill.trainer.secrets import find_secrets
+
+
+if TYPE_CHECKING:
+    from leanmill.trainer.config import Recipe
+
+
+def problems(recipe: Recipe) -> Iterator[str]:
+    """Yield every contradiction between sections, in the order a reader meets them."""
+    yield from _names(recipe)
+    yield from _batch(recipe)
+    yield from _length(recipe)
+    yield from _context(recipe)
+    yield from _data(recipe)
+    yield from _losses(recipe)
+    yield from _secrets(recipe)
+
+
+def nearest_multiples(value: int, unit: int) -> str:
+    """Return the multiples of `unit` around `value`, for a remedy: `4096 or 8192`."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
+        yield f"name={recipe.name!r} must be one non-empty folder name, since it fills run_dir; type e.g. name: run"
+    try:
+        recipe.run_dir.format(name=recipe.name)
+    except (KeyError, IndexError, ValueError):
+        yield f"run_dir={recipe.run_dir!r} may contain `{{name}}` and no other braces; type e.g. run_dir: runs/{{name}}"
+
+
+def _batch(recipe: Recipe) -> Iterator[str]:
+    row, micro, step = (
+        recipe.data.sequence_length,
+        recipe.batch.tokens_per_micro_batch,
+        recipe.batch.tokens_per_step,
+    )
+    if micro % row:
+        yield (
+            f"batch.tokens_per_micro_batch={micro} is no multiple of data.sequence_length={row}; "
+            f"set batch.tokens_per_micro_batch={nearest_multiples(micro, row)}"
+        )
+    if step % micro:
+        yield (
+            f"batch.tokens_per_step={step} is no multiple of batch.tokens_per_micro_batch={micro}; "
+            f"set batch.tokens_per_step={nearest_multiples(step, micro)}"
+        )
+
+
+def _length(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    if train.total_tokens is None and train.steps is None:
+        yield "the length of the run is missing; set train.total_tokens (tokens) or train.steps (optimizer steps)"
+    if train.total_tokens is not None and train.steps is not None:
+        yield (
+            f"train.total_tokens={train.total_tokens} and train.steps={train.steps} are both given; keep one "
+            f"(train.steps=null or train.total_tokens=null)"
+        )
+
+
+def _context(recipe: Recipe) -> Iterator[str]:
+    limit, source = recipe.model.max_context, "model.max_context"
+    if limit is None and recipe.model.config is not None:
+        limit, source = recipe.model.config.get("max_position_embeddings"), "model.config.max_position_embeddings"
+    if isinstance(limit, int) and recipe.data.sequence_length > limit:
+        yield (
+            f"data.sequence_length={recipe.data.sequence_length} is longer than the context of the model, "
+            f"{source}={limit}; set data.sequence_length={limit} or raise {source}"
+        )
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    sources = data.source.sources if isinstance(data.source, Mixture) else [data.source]
+    if data.task == "sft" and any(isinstance(source, LocalCorpus) for source in sources):
+        yield (
+            "data.task=sft needs chats, and local_corpus has none; set data.source={type: hf, path: chats.jsonl} "
+            "with a column of messages, or data.task=pretrain"
+        )
+    if recipe.eval.tokens_per_domain < data.sequence_length:
+        yield (
+            f"eval.tokens_per_domain={recipe.eval.tokens_per_domain} is less than one row of data.sequence_length="
+            f"{data.sequence_length}; set eval.tokens_per_domain={data.sequence_length} or more"
+        )
+
+
+def _losses(recipe: Recipe) -> Iterator[str]:
+    if recipe.train.cross_entropy_weight == 0 and not recipe.techniques:
+        yield "train.cross_entropy_weight=0 without techniques leaves no loss; set it to 1, or add e.g. {type: distill}"
+
+
+def _secrets(recipe: Recipe) -> Iterator[str]:
+    for path in find_secrets(recipe.model_dump(mode="json")):
+        yield (
+            f"{'.'.join(map(str, path))} looks like a credential, and recipes are saved with every checkpoint; "
+            f"remove it and log in outside the recipe (`hf auth login`, `wandb login`)"
+        )
