@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
 
@@ -14,8 +14,8 @@ class TokenizerConfig(Config):
 
     path: str | None = None
     """Local folder or hub name; None trains byte-level BPE on the data."""
-    vocab_size: int = Field(default=8192, ge=257)
-    """Vocabulary of a trained tokenizer, special tokens included."""
+    vocab_size: int = Field(default=8192, ge=260)
+    """Vocabulary of a trained tokenizer: 256 bytes, 4 special tokens, the rest learned."""
     num_training_bytes: int = Field(default=16_000_000, ge=1)
     """Text a trained tokenizer is fitted on, bytes."""
 
@@ -24,14 +24,21 @@ class LocalCorpus(Config):
     """Real text every machine with the dependencies has, in domains `python`, `cpp`, `english`."""
 
     type: Literal["local_corpus"] = "local_corpus"
-    domains: dict[Literal["python", "cpp", "english"], float] = Field(
-        default_factory=lambda: {"python": 1.0, "cpp": 0.25, "english": 0.25}
+    domains: dict[Literal["python", "cpp", "english"], Annotated[float, Field(ge=0)]] = Field(
+        default={"python": 1.0, "cpp": 0.25, "english": 0.25}, min_length=1
     )
     """Sampling weight of each domain, relative."""
     max_bytes: int | None = Field(default=32_000_000, ge=1)
-    """Upper bound on text read a domain, bytes; None reads all."""
+    """Training text read of the domain with the largest weight, bytes; the others get their share,
+    so that all are repeated equally often. None reads all."""
     validation_fraction: float = Field(default=0.02, gt=0, lt=1)
     """Share of files held out, by file hash."""
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> Self:
+        if not any(self.domains.values()):
+            raise ValueError("domains: every weight is 0; give at least one domain a weight above 0")
+        return self
 
 
 class HfDataset(Config):
@@ -53,9 +60,9 @@ class HfDataset(Config):
     format: Literal["auto", "json", "parquet", "arrow", "text"] = "auto"
     """Format of local files; `auto` goes by the ending."""
     streaming: bool = False
-    """Read as a stream instead of indexing the whole set."""
+    """Read as a stream instead of tokenising the whole set once; every rank then tokenises everything."""
     shuffle_buffer: int = Field(default=1000, ge=1)
-    """Rows in the shuffle buffer of a stream."""
+    """Rows of a stream that are shuffled together; rows further apart stay in order."""
     text_field: str = "text"
     """Column with the text (pretraining)."""
     messages_field: str = "messages"
@@ -88,7 +95,22 @@ class DataConfig(Config):
     """Tokens of a row."""
     document_mask: bool = True
     """No token attends across documents of a packed row."""
-    long_documents: Literal["split", "truncate", "error"] = "split"
-    """What happens to a document longer than a row."""
+    long_documents: Literal["split", "truncate", "error"] | None = None
+    """What happens to a document longer than a row. `split` joins documents and cuts them at row ends, so
+    nothing is padded; with `truncate` and `error` every document stays whole in one row. None is
+    `split` for `pretrain` and `error` for `sft`, which never cuts a conversation from its answers."""
     cache_dir: str | None = None
     """Where tokenised data and trained tokenizers are cached; None is `~/.cache/leanmill`."""
+
+    @property
+    def long_document_rule(self) -> Literal["split", "truncate", "error"]:
+        """`long_documents`, with None resolved."""
+        return self.long_documents or ("error" if self.task == "sft" else "split")
+
+    @model_validator(mode="after")
+    def _check_long_documents(self) -> Self:
+        if self.task == "sft" and self.long_documents == "split":
+            raise ValueError(
+                "long_documents: split would cut a conversation from its answer; set truncate or error with task: sft"
+            )
+        return self

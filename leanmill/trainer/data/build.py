@@ -1,0 +1,124 @@
+"""From the `data` section of a recipe to a tokenizer, training rows and held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+from leanmill.trainer.data.cache import cache_root, fingerprint
+from leanmill.trainer.data.config import DataConfig
+from leanmill.trainer.data.documents import Documents, StreamingDocuments, open_documents
+from leanmill.trainer.data.encoding import Document, Encoder, num_chars
+from leanmill.trainer.data.evaluation import EvalDomain, eval_domain
+from leanmill.trainer.data.sources import MapSource, Source, StreamSource
+from leanmill.trainer.data.store import token_store
+from leanmill.trainer.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
+from leanmill.trainer.data.train_data import TrainData
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def build_tokenizer(config: DataConfig, *, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a recipe: loaded, or trained once on the data's own text and cached.
+
+    Args:
+        config: The `data` section.
+        seed: Unused by byte-level BPE, whose training has no randomness; there so that every
+            builder takes one.
+
+    Raises:
+        ConfigError: The tokenizer or the data does not exist or does not fit.
+        RunError: The hub does not answer.
+    """
+    if config.tokenizer.path is not None:
+        return load_tokenizer(config.tokenizer.path)
+    root = cache_root(config.cache_dir)
+    domains = open_documents(config, root)
+    key = fingerprint([[domain.key, domain.weight] for domain in domains])
+    return trained_tokenizer(
+        config.tokenizer,
+        text_key=key,
+        texts=lambda: _training_text(domains, config.tokenizer.num_training_bytes),
+        root=root,
+    )
+
+
+def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, seed: int) -> TrainData:
+    """Return the training rows of a recipe, tokenising what is not cached.
+
+    Safe on all ranks at once: one of them builds a cache, the others wait for it.
+
+    Raises:
+        ConfigError: The data does not exist, is empty or cannot be read.
+        RunError: The hub does not answer, or the cache cannot be written.
+    """
+    root = cache_root(config.cache_dir)
+    encoder, tokenizer_key = Encoder(tokenizer, config.task), tokenizer_fingerprint(tokenizer)
+    pad_id = _pad_id(tokenizer)
+    sources: list[Source] = []
+    for index, documents in enumerate(open_documents(config, root)):
+        own_seed = (seed << 8) + index  # so that two copies of one text are not read in the same order
+        if documents.streaming:
+            stream = cast(StreamingDocuments, documents)
+            sources.append(StreamSource(stream, encoder, config, pad_id=pad_id, seed=own_seed))
+        else:
+            store = token_store(documents, encoder, vocab_size=len(tokenizer), tokenizer_key=tokenizer_key, root=root)
+            name, weight = documents.name, documents.weight
+            sources.append(MapSource(store, config, name=name, weight=weight, pad_id=pad_id, seed=own_seed))
+    identity = {
+        **{f"text of {source.name!r}": source.text_fingerprint for source in sources},
+        "weights": {source.name: source.weight for source in sources},
+        "tokenizer": tokenizer_key,
+        "seed": seed,
+        **config.model_dump(include={"task", "sequence_length", "document_mask"}),
+        "long_documents": config.long_document_rule,
+    }
+    return TrainData(sources, sequence_length=config.sequence_length, seed=seed, identity=identity)
+
+
+def build_eval_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, tokens_per_domain: int
+) -> list[EvalDomain]:
+    """Return the held-out rows of each domain that has some.
+
+    Args:
+        config: The `data` section.
+        tokenizer: What `build_tokenizer` returned.
+        tokens_per_domain: Tokens of each domain, rounded down to whole rows; at least one row.
+
+    Raises:
+        ConfigError: A domain has nothing held out.
+    """
+    root = cache_root(config.cache_dir)
+    encoder, pad_id = Encoder(tokenizer, config.task), _pad_id(tokenizer)
+    key = tokenizer_fingerprint(tokenizer)
+    domains = [
+        eval_domain(documents, encoder, config, num_tokens=tokens_per_domain, pad_id=pad_id, key=key, root=root)
+        for documents in open_documents(config, root)
+    ]
+    return [domain for domain in domains if domain is not None]
+
+
+def _training_text(domains: list[Documents], num_bytes: int) -> Iterator[str]:
+    """Text of every domain in proportion to its weight, at most `num_bytes` together."""
+    total = sum(domain.weight for domain in domains)
+    for domain in domains:
+        left = num_bytes * domain.weight / total
+        for document in domain.train():
+            if left <= 0:
+                break
+            yield from _texts(document)
+            left -= num_chars(document)
+
+
+def _texts(document: Document) -> Iterator[str]:
+    if isinstance(document, str):
+        yield document
+    else:
+        yield from (turn["content"] for turn in document if isinstance(turn.get("content"), str))
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

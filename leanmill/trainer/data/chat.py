@@ -1,0 +1,91 @@
+"""Chat templates: the text of a conversation and which of its characters are the answers."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.data.hub import one_line
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Span = tuple[int, int]
+
+
+class ChatRenderer:
+    """Renders conversations with a tokenizer's chat template.
+
+    Where the template marks answers with `{% generation %}`, those marks are used. Elsewhere an
+    answer is what the template adds, after its generation prompt, when the turn is appended; that
+    is exact as long as rendering the first turns gives the beginning of rendering all of them,
+    which is checked for every conversation.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        if not tokenizer.chat_template:
+            raise ConfigError(
+                "data.task: sft needs a tokenizer with a chat template, and this one has none; use the tokenizer of an "
+                "instruction-tuned model, or leave data.tokenizer.path out to train one with a template"
+            )
+        self._tokenizer = tokenizer
+        self._has_marks = bool(_GENERATION_TAG.search(str(tokenizer.get_chat_template())))
+
+    def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """Return the text of a conversation and the character spans of its answers.
+
+        Raises:
+            ConfigError: The template refuses the conversation, or its answers cannot be located.
+        """
+        return self._marked(messages) if self._has_marks else self._by_prefix(messages)
+
+    def _marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            special_tokens: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
+            rendered: Any = render_jinja_template(
+                conversations=[messages],
+                chat_template=str(self._tokenizer.get_chat_template()),
+                return_assistant_tokens_mask=True,
+                **special_tokens,
+            )
+        except Exception as error:
+            raise _refused(error) from error
+        texts, spans = rendered
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
+
+    def _by_prefix(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        text = self._text(messages)
+        spans = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._text(messages[:index], add_generation_prompt=True)
+            through = self._text(messages[: index + 1])
+            if not (text.startswith(through) and through.startswith(before) and len(through) > len(before)):
+                raise ConfigError(
+                    "the chat template rewrites earlier turns, so the answers cannot be located; mark them in the "
+                    "template with {% generation %}...{% endgeneration %}, or keep one answer a conversation"
+                )
+            spans.append((len(before), len(through)))
+        return text, spans
+
+    def _text(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        if not messages and not add_generation_prompt:
+            return ""
+        try:
+            return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:
+            raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ConfigError:
+    return ConfigError(f"the chat template refuses a conversation: {one_line(error)}; correct the turns")

@@ -1,0 +1,183 @@
+"""Documents to tokens: which ids a document has, and which of them are to be predicted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.data.chat import ChatRenderer
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+Document = str | list[dict[str, Any]]
+"""Text (pretraining), or the turns of a conversation (SFT)."""
+
+_BATCH_CHARS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A document as tokens."""
+
+    ids: NDArray[np.int64]
+    """[N], the end-of-text token included."""
+    is_target: NDArray[np.bool_] | None
+    """[N], which tokens may be predicted; None means all of them."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A document as tokens, with the bytes each token stands for."""
+
+    encoded: Encoded
+    num_bytes: NDArray[np.int64]
+    """[N], UTF-8 bytes of `text` that the token adds; special tokens added by us add none."""
+    text: NDArray[np.uint8]
+    """The bytes; sum(num_bytes) of them."""
+
+
+class Encoder:
+    """Turns documents of one task into tokens with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: Literal["pretrain", "sft"]) -> None:
+        from tokenizers import Tokenizer
+
+        self.task = task
+        # Copies: padding, truncation and special-token handling are switches on the object itself.
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        # Text that mentions <|endoftext|> must not end a document, so in plain text it is only text.
+        self._backend.encode_special_tokens = task == "pretrain"
+        self._special = np.asarray(sorted(tokenizer.all_special_ids), dtype=np.int64)
+        self._eos = int(tokenizer.eos_token_id)
+        self._bos = _leading_bos(tokenizer)
+        self._chat = ChatRenderer(tokenizer) if task == "sft" else None
+
+    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
+        """Encode documents on all cores."""
+        if self._chat is not None:
+            return [measured.encoded for measured in map(self.measure, documents)]
+        encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
+        return [Encoded(self._framed(encoding.ids), None) for encoding in encodings]
+
+    def measure(self, document: Document) -> Measured:
+        """Encode one document and count the bytes of each token."""
+        if self._chat is not None:
+            assert isinstance(document, list)
+            text, spans = self._chat.render(document)
+        else:
+            assert isinstance(document, str)
+            text, spans = document, None
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids = np.asarray(encoding.ids, dtype=np.int64)
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        raw = text.encode()
+        num_bytes = _bytes_per_token(text, len(raw), offsets)
+        if spans is None:
+            pad = ([len(self._bos)] if self._bos else [0])[0]
+            num_bytes = np.concatenate([np.zeros(pad, dtype=np.int64), num_bytes, np.zeros(1, dtype=np.int64)])
+            return Measured(Encoded(self._framed(ids), None), num_bytes, np.frombuffer(raw, dtype=np.uint8))
+        is_target = self._targets(ids, offsets, spans, text)
+        # Markers of a template are not text: they cost nats but stand for no bytes.
+        keep = np.repeat(~np.isin(ids, self._special), num_bytes)
+        num_bytes = np.where(np.isin(ids, self._special), 0, num_bytes)
+        return Measured(Encoded(ids, is_target), num_bytes, np.frombuffer(raw, dtype=np.uint8)[: len(keep)][keep])
+
+    def _framed(self, ids: Any) -> NDArray[np.int64]:
+        return np.asarray([*self._bos, *ids, self._eos], dtype=np.int64)
+
+    def _targets(
+        self, ids: NDArray[np.int64], offsets: NDArray[np.int64], spans: list[tuple[int, int]], text: str
+    ) -> NDArray[np.bool_]:
+        is_target = np.zeros(len(ids), dtype=np.bool_)
+        for start, end in spans:
+            inside = (offsets[:, 1] > start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+            inside[_trailing_blanks(ids, offsets, inside, self._special, text)] = False
+            is_target |= inside
+        is_target[:1] = False  # nothing comes before the first token that could predict it
+        return is_target
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _bytes_per_token(text: str, num_bytes: int, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes up to the end of each token less those up to the token before: they sum to the text."""
+    if len(offsets) == 0:
+        return np.zeros(0, dtype=np.int64)
+    ends = offsets[:, 1]
+    if num_bytes != len(text):
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        widths = 1 + (code_points > 0x7F).astype(np.int64) + (code_points > 0x7FF) + (code_points > 0xFFFF)
+        ends = np.concatenate([[0], np.cumsum(widths)])[ends]
+    ends = np.maximum.accumulate(ends)
+    ends[-1] = num_bytes
+    return np.diff(ends, prepend=0)
+
+
+def _trailing_blanks(
+    ids: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+    inside: NDArray[np.bool_],
+    special: NDArray[np.int64],
+    text: str,
+) -> NDArray[np.int64]:
+    """Blanks that a template writes after the closing token: layout, not answer."""
+    tokens = np.flatnonzero(inside)
+    closing = tokens[np.isin(ids[tokens], special)]
+    if len(closing) == 0 or closing[-1] == tokens[-1]:
+        return tokens[:0]
+    after = tokens[tokens > closing[-1]]
+    return after if not text[offsets[after[0], 0] : offsets[after[-1], 1]].strip() else tokens[:0]
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Group documents into batches worth encoding at once."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += num_chars(document)
+        if size >= _BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def num_chars(document: Document) -> int:
+    """Characters of text in a document, roughly for conversations."""
+    return len(document) if isinstance(document, str) else sum(len(str(m.get("content", ""))) for m in document)
+
+
+def document_digest(document: Document) -> bytes:
+    """Hash of a document's content, 16 bytes: what decides whether it is held out."""
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
+
+
+def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return `value` as turns of a conversation.
+
+    Raises:
+        ConfigError: It is not a list of {role, content}.
+    """
+    good = isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in value
+    )
+    if not good:
+        raise ConfigError(f"{where} must be a list of {{role, content}} turns, got {str(value)[:80]!r}")
+    return [{key: item for key, item in turn.items() if item is not None} for turn in value]

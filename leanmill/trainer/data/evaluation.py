@@ -1,0 +1,120 @@
+"""Held-out rows of each domain, with the bytes they stand for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.data.cache import cached_folder, fingerprint, read_json, write_json
+from leanmill.trainer.data.config import DataConfig
+from leanmill.trainer.data.documents import Documents
+from leanmill.trainer.data.encoding import Encoder, Measured
+from leanmill.trainer.data.packing import NONE
+from leanmill.trainer.data.sources import Row, make_packer, render_row
+from leanmill.trainer.data.train_data import stack_rows
+
+
+_VERSION = 1
+"""Raise when the same documents would give other rows."""
+_OVERSAMPLING = 3
+"""Rows are picked evenly from this many times the text, so that one long file is not a domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDomain:
+    """Held-out rows of one domain. Bits per byte = (sum of nats over labels) / ln 2 / `num_bytes`."""
+
+    name: str
+    rows: dict[str, Tensor]
+    """`input_ids`, `labels`, `position_ids`, each [R, S] int64, as in training."""
+    num_bytes: int
+    """UTF-8 bytes of the text whose tokens are labels; special tokens count as none."""
+    order0_bits_per_byte: float
+    """Entropy of a byte of that same text."""
+
+
+def eval_domain(
+    documents: Documents, encoder: Encoder, config: DataConfig, *, num_tokens: int, pad_id: int, key: str, root: Path
+) -> EvalDomain | None:
+    """Return about `num_tokens` held-out tokens of a domain, at least one row.
+
+    None where the recipe holds nothing out.
+
+    Raises:
+        ConfigError: The domain has no held-out text.
+    """
+    held_out = documents.validation()
+    if held_out is None:
+        return None
+    num_rows = max(1, num_tokens // config.sequence_length)
+    packing = [config.task, config.sequence_length, config.document_mask, config.long_document_rule]
+    full_key = fingerprint([_VERSION, _OVERSAMPLING, documents.name, documents.key, key, packing, num_rows])
+
+    def build(folder: Path) -> None:
+        needed = num_rows * config.sequence_length * _OVERSAMPLING
+        measured: list[Measured] = []
+        for document in held_out:
+            measured.append(encoder.measure(document))
+            needed -= len(measured[-1].encoded.ids)
+            if needed <= 0:
+                break
+        if not measured:
+            raise ConfigError(
+                f"data.source: no text of {documents.name!r} is held out for evaluation; raise validation_fraction, "
+                f"name a validation_split, or set validation_fraction: 0 to train without evaluation"
+            )
+        _save(folder, *_rows(measured, config, name=documents.name, num_rows=num_rows, pad_id=pad_id))
+
+    folder = cached_folder(root, "evaluation", full_key, build)
+    facts = read_json(folder / "facts.json")
+    arrays = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("input_ids", "labels", "position_ids")]
+    return EvalDomain(
+        name=documents.name,
+        rows=dict(zip(("input_ids", "labels", "position_ids"), map(torch.from_numpy, arrays), strict=True)),
+        num_bytes=facts["num_bytes"],
+        order0_bits_per_byte=facts["order0_bits_per_byte"],
+    )
+
+
+def _rows(
+    measured: list[Measured], config: DataConfig, *, name: str, num_rows: int, pad_id: int
+) -> tuple[list[Row], NDArray[np.int64]]:
+    """Pack documents as in training; return the rows and the counts [256] of the bytes they predict."""
+    offsets = np.cumsum([0, *(len(m.encoded.ids) for m in measured)], dtype=np.int64)
+    tokens = np.concatenate([m.encoded.ids for m in measured])
+    masks = [m.encoded.is_target for m in measured if m.encoded.is_target is not None]
+    is_target = np.concatenate(masks) if masks else None
+    packer = make_packer(offsets, is_target, config, name=name, seed=0)
+    available = packer.rows_per_epoch
+    chosen = np.unique(np.linspace(0, available - 1, min(num_rows, available)).astype(np.int64)).tolist()
+    plans = [packer.row(number) for number in chosen]
+    predicted = np.zeros(len(tokens), dtype=np.bool_)
+    for plan in plans:
+        predicted[plan.targets[plan.targets != NONE]] = True
+    if is_target is not None:
+        predicted &= is_target
+    byte_is_predicted = np.repeat(predicted, np.concatenate([m.num_bytes for m in measured]))
+    text = np.concatenate([m.text for m in measured])
+    counts = np.bincount(text[byte_is_predicted], minlength=256)
+    return [render_row(plan, tokens, is_target, pad_id=pad_id) for plan in plans], counts
+
+
+def _save(folder: Path, rows: list[Row], byte_counts: NDArray[np.int64]) -> None:
+    for name, tensor in stack_rows(rows).items():
+        np.save(folder / f"{name}.npy", tensor.numpy())
+    facts = {"num_bytes": int(byte_counts.sum()), "order0_bits_per_byte": order0_bits_per_byte(byte_counts)}
+    write_json(folder / "facts.json", facts)
+
+
+def order0_bits_per_byte(byte_counts: NDArray[np.int64]) -> float:
+    """Entropy in bits of one byte, from the counts [256] of each."""
+    counts = byte_counts[byte_counts > 0].astype(np.float64)
+    share = counts / counts.sum()
+    return max(0.0, -math.fsum((share * np.log2(share)).tolist()))

@@ -1,0 +1,85 @@
+"""Tokenised documents on disk: one flat memory-mapped array that every rank and run shares."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.data.cache import cached_folder, fingerprint, read_json, write_json
+from leanmill.trainer.data.documents import Documents
+from leanmill.trainer.data.encoding import Document, Encoder, batches, document_digest
+
+
+_VERSION = 1
+"""Raise when the same documents would give other tokens."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Tokens of all training documents of one domain."""
+
+    tokens: NDArray[Any]
+    """[N] uint16 or uint32, memory-mapped."""
+    is_target: NDArray[np.bool_] | None
+    """[N], memory-mapped; None where every token may be predicted."""
+    offsets: NDArray[np.int64]
+    """Boundaries of documents [D + 1]."""
+    text_fingerprint: str
+    num_dropped: int
+    """Conversations without an answer, which train nothing."""
+
+
+def token_store(
+    documents: Documents, encoder: Encoder, *, vocab_size: int, tokenizer_key: str, root: Path
+) -> TokenStore:
+    """Return the tokens of a map-style domain, tokenising it where that is not cached.
+
+    Raises:
+        ConfigError: The domain is empty or cannot be read.
+    """
+    key = fingerprint([_VERSION, documents.key, documents.name, encoder.task, tokenizer_key, vocab_size])
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    folder = cached_folder(root, "tokens", key, lambda path: _build(documents, encoder, dtype, path))
+    facts = read_json(folder / "facts.json")
+    is_target = None
+    if encoder.task == "sft":
+        is_target = np.memmap(folder / "is_target.bin", dtype=np.bool_, mode="r")
+    return TokenStore(
+        np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),
+        is_target,
+        np.load(folder / "offsets.npy", allow_pickle=False),
+        facts["text"],
+        facts["dropped"],
+    )
+
+
+def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedinteger[Any]], folder: Path) -> None:
+    text, lengths, dropped = hashlib.blake2b(digest_size=8), [], 0
+
+    def hashed() -> Iterator[Document]:
+        for document in documents.train():
+            text.update(document_digest(document))
+            yield document
+
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "is_target.bin").open("wb") as targets:
+        for batch in batches(hashed()):
+            for encoded in encoder.encode(batch):
+                if encoded.is_target is not None:
+                    if not encoded.is_target.any():
+                        dropped += 1
+                        continue
+                    encoded.is_target.tofile(targets)
+                encoded.ids.astype(dtype).tofile(tokens)
+                lengths.append(len(encoded.ids))
+    if not lengths:
+        what = "conversation with an assistant turn" if encoder.task == "sft" else "text"
+        raise ConfigError(f"data.source: {documents.name!r} holds no {what}; give data that is not empty")
+    np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    write_json(folder / "facts.json", {"text": text.hexdigest(), "dropped": dropped})

@@ -1,0 +1,129 @@
+"""Tokenizers: from Hugging Face, or byte-level BPE trained once on the data and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.data.cache import cached_folder, fingerprint
+from leanmill.trainer.data.config import TokenizerConfig
+from leanmill.trainer.data.hub import hub_errors
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (END_OF_TEXT, "<|user|>", "<|assistant|>", "<|system|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' + message['role'] + '; roles are system, user and assistant') }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+_VERSION = 1
+"""Raise when the same text would train another tokenizer."""
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a local folder or the hub; never runs code that comes with it.
+
+    Raises:
+        ConfigError: There is none under that name, it has no fast version, or no end-of-text token.
+        RunError: The hub does not answer.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    if _looks_local(path) and not Path(path).expanduser().exists():
+        raise ConfigError(f"data.tokenizer.path: no folder {path!r}; give a local folder, a hub name, or leave it out")
+    location = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    with hub_errors("data.tokenizer.path", path, "a local folder with tokenizer.json"):
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
+        raise ConfigError(
+            f"data.tokenizer.path: {path!r} has no fast tokenizer; give a folder that contains tokenizer.json"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"data.tokenizer.path: {path!r} has no eos token, which separates documents; set eos_token in its "
+            f"tokenizer_config.json"
+        )
+    return tokenizer  # type: ignore[return-value]
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
+
+
+def trained_tokenizer(
+    config: TokenizerConfig, *, text_key: str, texts: Callable[[], Iterable[str]], root: Path
+) -> PreTrainedTokenizerFast:
+    """Return the byte-level BPE fitted on `texts`, training it where it is not cached.
+
+    Args:
+        config: Vocabulary and how much text to read.
+        text_key: Fingerprint of the text.
+        texts: Opens the text in a fixed order; called only when training is needed.
+        root: Folder of all caches.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    settings = [_VERSION, config.vocab_size, config.num_training_bytes, SPECIAL_TOKENS, CHAT_TEMPLATE, text_key]
+    folder = cached_folder(root, "tokenizer", fingerprint(settings), lambda path: _train(config, texts, path))
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))  # type: ignore[no-any-return]
+
+
+def _train(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_first_bytes(texts(), config.num_training_bytes), trainer=trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.save_pretrained(str(folder))
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    left = limit
+    for text in texts:
+        if left <= 0:
+            return
+        # A character has at least one byte, so the cut reads at most `limit` characters.
+        yield text[:left]
+        left -= len(text.encode())
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hash what decides which ids a text gets: the tokenizer's own file, special tokens, template."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Padding and truncation are state that calls leave behind, not part of what the tokenizer is.
+    backend["padding"] = backend["truncation"] = None
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.chat_template]
+    text = json.dumps([backend, special], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,136 @@
+"""The training rows of a run: one global order, whatever the number of ranks and the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.data.cache import fingerprint
+from leanmill.trainer.data.mixture import MixtureSchedule
+from leanmill.trainer.data.sources import Row, Source
+
+
+_FIELDS = ("input_ids", "labels", "position_ids")
+
+
+class TrainData:
+    """Rows by global number: row g is the same in every run of the same data, tokenizer and seed."""
+
+    def __init__(
+        self, sources: Sequence[Source], *, sequence_length: int, seed: int, identity: Mapping[str, Any]
+    ) -> None:
+        """Start at row 0.
+
+        Args:
+            sources: The domains.
+            sequence_length: Tokens of a row.
+            seed: Seed of the order.
+            identity: What decides the rows, by what a person would call it; JSON-able.
+        """
+        self.sequence_length = sequence_length
+        self._sources = list(sources)
+        self._schedule = MixtureSchedule([source.weight for source in sources], seed)
+        self._identity = dict(identity)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the text, tokenizer, seed and packing: equal fingerprints give equal rows."""
+        return fingerprint(self._identity)
+
+    @property
+    def position_rows(self) -> int:
+        """Rows handed out so far over all ranks."""
+        return sum(self._schedule.counts)
+
+    @property
+    def position_tokens(self) -> int:
+        """Tokens handed out so far over all ranks, padding included."""
+        return self.position_rows * self.sequence_length
+
+    def next_rows(self, num_rows: int, *, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+        """Advance by `num_rows` rows over all ranks and return this rank's share of them.
+
+        Rank r gets the r-th contiguous part. Every rank must make the same calls.
+
+        Args:
+            num_rows: Rows over all ranks; a multiple of `world_size`.
+            rank: This rank.
+            world_size: Number of ranks that share the rows.
+
+        Returns:
+            `input_ids`, `labels` (shifted; -100 where nothing is predicted) and `position_ids`,
+            each [num_rows / world_size, S] int64 on the CPU.
+
+        Raises:
+            ConfigError: `num_rows` does not divide.
+        """
+        if num_rows % world_size or num_rows < 1:
+            raise ConfigError(
+                f"{num_rows} rows of {self.sequence_length} tokens cannot be shared by {world_size} ranks; make "
+                f"batch.tokens_per_step a multiple of data.sequence_length x {world_size}"
+            )
+        share = num_rows // world_size
+        mine: list[Row] = []
+        for index in range(num_rows):
+            source, number = self._schedule.next()
+            if index // share == rank:
+                mine.append(self._sources[source].row(number))
+            else:
+                self._sources[source].skip(number)
+        return stack_rows(mine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what the data is; JSON-able, the same on every rank."""
+        return {
+            "position_tokens": self.position_tokens,
+            "rows": dict(zip(self._names, self._schedule.counts, strict=True)),
+            "sources": {source.name: source.state_dict() for source in self._sources},
+            "identity": self._identity,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken, with any number of ranks and any batch size.
+
+        Raises:
+            ConfigError: The checkpoint was trained on other data; the message says what differs.
+        """
+        self._check_identity(state["identity"])
+        self._schedule.counts = [int(state["rows"][name]) for name in self._names]
+        for source in self._sources:
+            source.load_state_dict(state["sources"][source.name])
+
+    def describe(self) -> str:
+        """One line for the log: each domain, its share and size."""
+        total = sum(source.weight for source in self._sources)
+        parts = [f"{s.name} {s.weight / total:.0%} ({s.describe()})" for s in self._sources]
+        return f"data {self.fingerprint}: {'; '.join(parts)}"
+
+    @property
+    def _names(self) -> list[str]:
+        return [source.name for source in self._sources]
+
+    def _check_identity(self, other: Mapping[str, Any]) -> None:
+        keys = [*self._identity, *(key for key in other if key not in self._identity)]
+        differing = [key for key in keys if self._identity.get(key) != other.get(key)]
+        if differing:
+            mine = self._identity
+            pairs = [f"{k} (checkpoint {_short(other.get(k))}, recipe {_short(mine.get(k))})" for k in differing]
+            raise ConfigError(
+                f"the checkpoint was trained on other data: {', '.join(pairs)} differ; restore them (text of "
+                f"local_corpus follows the installed packages), or start anew in another run_dir"
+            )
+
+
+def stack_rows(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Return rows as one batch, each tensor [R, S] int64."""
+    return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in _FIELDS}
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
