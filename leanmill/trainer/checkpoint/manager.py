@@ -1,0 +1,391 @@
+"""Saving, finding, loading and pruning the checkpoints of a run.
+
+A save goes into `step-XXXXXXXX.tmp`; every file is flushed, the manifest comes last, and a rename
+makes the folder count. Whatever kills the run in between leaves the earlier checkpoints as they
+were. All ranks must see the same `run_dir`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.trainer.checkpoint.compare import compare
+from leanmill.trainer.checkpoint.group import SaveGroup, describe
+from leanmill.trainer.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    complete_checkpoints,
+    read_manifest,
+    record_file,
+    sync_folder,
+    unreadable_checkpoints,
+    verify,
+    write_json,
+    write_manifest,
+)
+from leanmill.trainer.checkpoint.reading import StoredTensor, read_index
+from leanmill.trainer.checkpoint.redaction import redact
+from leanmill.trainer.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
+from leanmill.trainer.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from leanmill.trainer.config import CheckpointConfig
+
+
+if TYPE_CHECKING:
+    from leanmill.parallel.engine import Engine
+
+
+log = logging.getLogger(__name__)
+_VERSIONED = ("leanmill", "torch", "transformers", "safetensors", "peft", "torchao", "deepspeed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Everything a save writes, fixed at the moment `save` was called."""
+
+    step: int
+    parts: dict[str, Snapshot]
+    documents: dict[str, Any]
+    score: float | None
+    partial: bool
+    base: str | None
+
+
+class CheckpointManager:
+    """The checkpoints of one run. Construction, `save`, `wait`, `find` and `load` are collective.
+
+    Args:
+        run_dir: Folder of the run; checkpoints lie in its `checkpoints/`.
+        config: When and what to keep.
+    """
+
+    def __init__(self, run_dir: str | Path, config: CheckpointConfig) -> None:
+        self.root = Path(run_dir) / "checkpoints"
+        self.config = config
+        self.group = SaveGroup()
+        self._snapshots = Snapshots(self.group.rank)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._damaged: set[Path] = set()
+
+    def save(
+        self,
+        step: int,
+        engine: Engine,
+        train_state: Mapping[str, Any],
+        recipe_json: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        names: Collection[str] | None = None,
+        base: str | None = None,
+    ) -> float:
+        """Save the state of this moment; written in the background when the config says so.
+
+        Args:
+            step: Optimizer steps done.
+            engine: Whose model and optimizer to save.
+            train_state: What `load` gives back, JSON-able.
+            recipe_json: The resolved recipe; credentials in it are redacted.
+            score: Validation loss of this step, where known; lower is better.
+            names: Names of the model's parameters and buffers to save; None saves all. An adapter
+                run gives those it trains.
+            base: Fingerprint of the model the rest comes from, see `fingerprint.py`.
+
+        Returns:
+            Seconds the caller was kept from training.
+
+        Raises:
+            RunError: This save, or an earlier one in the background, failed.
+        """
+        started = time.perf_counter()
+        self.wait()
+        model = engine.model_state()
+        kept = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
+        states = {"model": kept, "optimizer": engine.optimizer_state()}
+        copy = self.config.asynchronous
+        job = _Job(
+            step=step,
+            parts={part: self._snapshots.take(part, state, copy=copy) for part, state in states.items()},
+            documents={
+                "train_state.json": json.loads(json.dumps(train_state)),
+                "recipe.json": redact(recipe_json),
+                "versions.json": _versions(),
+            },
+            score=score,
+            partial=names is not None,
+            base=base,
+        )
+        if copy:
+            self._thread = threading.Thread(target=self._write_in_background, args=(job,), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(job)
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if any.
+
+        Raises:
+            RunError: It failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def find(self, resume: str) -> Path | None:
+        """Return the checkpoint that `checkpoint.resume` asks for.
+
+        Args:
+            resume: `auto`, `never`, or a path to a checkpoint or a run folder.
+
+        Raises:
+            ConfigError: `never` in a folder that has checkpoints, or a path that is none.
+            RunError: The given checkpoint, or each one found, is damaged.
+        """
+        if resume == "auto":
+            return self._newest_sound(self.root)
+        if resume == "never":
+            present = self.latest()
+            if self.group.broadcast(str(present or "")):
+                raise ConfigError(
+                    f"checkpoint.resume=never, but {self.root} has checkpoints; give another run_dir, "
+                    f"or type checkpoint.resume=auto to continue"
+                )
+            return None
+        path = Path(resume)
+        for root in (path / "checkpoints", path):
+            if not (path / "manifest.json").exists() and complete_checkpoints(root):
+                return self._newest_sound(root)
+        if not path.is_dir():
+            raise ConfigError(f"checkpoint.resume={resume}: no such folder; give a folder such as {self.root}/step-...")
+        problems = self._verify(path)
+        if problems:
+            raise RunError(f"checkpoint.resume={resume} cannot be used: {problems}")
+        return path
+
+    def latest(self) -> Path | None:
+        """Return the newest complete checkpoint of the run, unverified; local, not collective."""
+        found = complete_checkpoints(self.root)
+        return found[0][0] if found else None
+
+    def load(
+        self, path: str | Path, engine: Engine, *, names: Collection[str] | None = None, base: str | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint into the engine and return the saved `train_state`.
+
+        Args:
+            path: What `find` returned.
+            engine: Prepared engine; its layout and number of ranks may differ from the saving one's.
+            names: As for `save`.
+            base: As for `save`.
+
+        Raises:
+            ConfigError: The checkpoint is of another model, optimizer or base.
+            RunError: A file is damaged.
+        """
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        _check_kind(folder, manifest, names, base)
+        model = engine.model_state()
+        wanted = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
+        engine.load_model_state(model | self._read_part(folder / "model", wanted))
+        engine.load_optimizer_state(self._read_part(folder / "optimizer", engine.optimizer_state()))
+        state: dict[str, Any] = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
+        return state
+
+    # Finding
+
+    def _newest_sound(self, root: Path) -> Path | None:
+        found = {"good": [str(p) for p, _ in complete_checkpoints(root)], "bad": unreadable_checkpoints(root)}
+        listed = json.loads(self.group.broadcast(json.dumps(found, default=str)))
+        problems = {Path(path): problem for path, problem in listed["bad"]}
+        newest = None
+        for path in map(Path, listed["good"]):
+            if problem := self._verify(path):
+                problems[path] = problem
+            else:
+                newest = path
+                break
+        self._damaged |= problems.keys()
+        for path, problem in problems.items() if self.group.rank == 0 else ():
+            log.warning("skipping damaged checkpoint %s: %s", path, problem)
+        if newest is None and problems:
+            raise RunError(
+                f"every checkpoint in {root} is damaged ({next(iter(problems.values()))}); "
+                f"move them away to start over, or give another run_dir"
+            )
+        return newest
+
+    def _verify(self, path: Path) -> str:
+        """Return the first problem of a checkpoint, equal on all ranks; ranks share the reading."""
+        problems = verify(path, share=(self.group.rank, self.group.size))
+        if not self.group.total(len(problems)):
+            return ""
+        found = self.group.gather("; ".join(problems[:3]))
+        return next(text for text in found if text)
+
+    # Loading
+
+    def _read_part(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        index = read_index(folder)
+        # Engines whose state only rank 0 can show (DeepSpeed) are given everything on the others.
+        problem = compare(index, state, folder) if state or self.group.rank == 0 else ""
+        problem = self.group.broadcast(problem)
+        if problem:
+            raise ConfigError(problem)
+        targets = dict(state) or {name: _empty(stored) for name, stored in index.items()}
+        error = ""
+        try:
+            _quiet()
+            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+            # Every rank plans its own reads: nothing needs to be agreed, so nothing is sent.
+            dcp.load(targets, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=True)
+        except (CheckpointException, RunError, OSError) as failure:
+            error = _message(failure)
+        if self.group.total(bool(error)):
+            raise RunError(error or f"{folder}: another rank failed to read it")
+        return targets
+
+    # Saving
+
+    def _write_in_background(self, job: _Job) -> None:
+        try:
+            self._write(job)
+        except BaseException as error:  # noqa: BLE001 (handed to the next `save` or `wait`)
+            self._error = error
+
+    def _write(self, job: _Job) -> None:
+        folder = self.root / f"step-{job.step:08d}.tmp"
+        try:
+            self.group.on_first_rank(lambda: _start(folder))
+            files: dict[str, FileRecord] = {}
+            for part, snapshot in job.parts.items():
+                files |= self._write_part(folder, part, snapshot)
+            self.group.on_first_rank(lambda: self._finish(folder, job, files))
+        except (Exception, CheckpointException) as error:
+            if self.group.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise RunError(
+                f"saving {folder.with_suffix('')} failed: {_message(error)}; earlier checkpoints are intact. "
+                f"Free space there or set run_dir to another disk, then run the same command again"
+            ) from error
+
+    def _write_part(self, folder: Path, part: str, snapshot: Snapshot) -> dict[str, FileRecord]:
+        _quiet()
+        writer = SafetensorsWriter(folder / part)
+        dcp.save(
+            {},
+            storage_writer=writer,
+            planner=SnapshotPlanner(snapshot),
+            process_group=self.group.group,
+            no_dist=self.group.group is None,
+        )
+        return {f"{part}/{name}": record for name, record in writer.files.items()}
+
+    def _finish(self, folder: Path, job: _Job, files: dict[str, FileRecord]) -> None:
+        for name, document in job.documents.items():
+            write_json(folder / name, document)
+            files[name] = record_file(folder / name)
+        present = complete_checkpoints(self.root)
+        manifest = Manifest(
+            step=job.step,
+            sequence=1 + max((m.sequence for _, m in present), default=0),
+            score=job.score,
+            partial=job.partial,
+            base=job.base,
+            files=files,
+        )
+        write_manifest(folder, manifest)
+        sync_folder(folder)
+        final = folder.with_suffix("")
+        if final.exists():
+            os.rename(final, final.with_suffix(".old"))
+        os.rename(folder, final)
+        sync_folder(self.root)
+        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
+        self._damaged.discard(final)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove what need not stay. Runs when the newest checkpoint is complete."""
+        present = complete_checkpoints(self.root)
+        sound = [(path, manifest) for path, manifest in present if path not in self._damaged]
+        keep = {path for path, _ in sound[: self.config.keep_last]}
+        scored = [(manifest.score, path) for path, manifest in sound if manifest.score is not None]
+        if self.config.keep_best and scored:
+            keep.add(min(scored)[1])
+        for path, _ in present:
+            if path not in keep:
+                doomed = path.with_suffix(".old")
+                os.rename(path, doomed)  # at once, so that a half-deleted folder never counts
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _start(folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for pattern in ("step-*.tmp", "step-*.old"):  # left by a run that was killed
+        for stale in folder.parent.glob(pattern):
+            shutil.rmtree(stale)
+    folder.mkdir()
+
+
+def _check_kind(folder: Path, manifest: Manifest, names: Collection[str] | None, base: str | None) -> None:
+    if manifest.partial != (names is not None):
+        held, asked = ("only the trained parameters", "all") if manifest.partial else ("all", "only the trained")
+        raise ConfigError(
+            f"{folder} holds {held}, this run saves {asked} parameters: their techniques differ; "
+            f"use the recipe in {folder}/recipe.json, or another run_dir"
+        )
+    if manifest.base is not None and base is not None and manifest.base != base:
+        raise ConfigError(
+            f"{folder} was trained on another base model (fingerprint {manifest.base[:12]}, this run's is "
+            f"{base[:12]}); set model.path or model.config and seed as in {folder}/recipe.json"
+        )
+
+
+def _empty(stored: StoredTensor) -> Tensor:
+    return torch.empty(stored.shape, dtype=stored.dtype)
+
+
+def _message(error: BaseException) -> str:
+    """One line about what went wrong on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        return describe(cause) + (f" (rank {rank})" if rank else "")
+    return describe(error)
+
+
+def _quiet() -> None:
+    # Torch warns whenever one process saves or loads alone, which is what is asked for here.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _VERSIONED:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

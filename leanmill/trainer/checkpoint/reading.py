@@ -1,0 +1,103 @@
+"""Reading tensors of a checkpoint: an index in JSON, bytes in safetensors, nothing unpickled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leanmill.core.errors import RunError
+from leanmill.trainer.checkpoint.manifest import read_manifest
+
+
+INDEX = "index.json"
+Part = Literal["model", "optimizer"]
+
+
+@dataclass(frozen=True)
+class StoredChunk:
+    """A box of a tensor and where it lies."""
+
+    file: str
+    """Name of the safetensors file in the part's folder."""
+    key: str
+    """Name of the box in that file."""
+    offsets: tuple[int, ...]
+    """First element of the box in the whole tensor, one a dim."""
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor made of boxes that cover it exactly."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[StoredChunk, ...]
+
+
+def read_index(folder: Path) -> dict[str, StoredTensor]:
+    """Read which tensors a part's folder holds.
+
+    Raises:
+        RunError: The index is missing or damaged.
+    """
+    path = folder / INDEX
+    try:
+        raw: dict[str, Any] = json.loads(path.read_bytes())["tensors"]
+        return {name: _parse(entry) for name, entry in raw.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{path}: missing or damaged ({error}); use an earlier checkpoint") from error
+
+
+def _parse(entry: dict[str, Any]) -> StoredTensor:
+    chunks = [StoredChunk(c["file"], c["key"], tuple(c["offsets"]), tuple(c["sizes"])) for c in entry["chunks"]]
+    dtype = getattr(torch, entry["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"unknown dtype {entry['dtype']!r}")
+    return StoredTensor(dtype, tuple(entry["shape"]), tuple(chunks))
+
+
+def read_full_state(path: str | Path, part: Part = "model") -> dict[str, Tensor]:
+    """Read every tensor of a checkpoint, whole and on the CPU, in one process without a group.
+
+    Args:
+        path: The checkpoint folder.
+        part: `model`, or `optimizer` whose names are `"<parameter>/<state key>"`. A partial
+            checkpoint (see `Manifest.partial`) holds the trained parameters only.
+
+    Raises:
+        RunError: The folder is no finished checkpoint, or damaged.
+    """
+    read_manifest(Path(path))
+    folder = Path(path) / part
+    index = read_index(folder)
+    state = {name: torch.empty(stored.shape, dtype=stored.dtype) for name, stored in index.items()}
+    by_file: dict[str, list[tuple[str, StoredChunk]]] = {}
+    for name, stored in index.items():
+        for chunk in stored.chunks:
+            by_file.setdefault(chunk.file, []).append((name, chunk))
+    for file, chunks in by_file.items():
+        with open_tensors(folder / file) as tensors:
+            for name, chunk in chunks:
+                box = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+                state[name][box] = tensors.get_tensor(chunk.key)
+    return state
+
+
+def open_tensors(path: Path) -> Any:
+    """Open a safetensors file lazily.
+
+    Raises:
+        RunError: It is missing or its header is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: missing or damaged ({error}); use an earlier checkpoint") from error
