@@ -59,7 +59,7 @@ def build_on_meta(
     """
     from transformers import AutoModelForCausalLM
 
-    hf_config = _from_mapping(config.config, vocab_size) if _is_mapping(config) else _from_checkpoint(config)
+    hf_config = _from_checkpoint(config) if config.path is not None else _from_mapping(config.config, vocab_size)
     _check_sizes(hf_config, config, vocab_size, sequence_length)
     hf_config.use_cache = False
     try:
@@ -100,12 +100,15 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
         RunError: The hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     hf_config = _from_checkpoint(config)
     attention = "sdpa" if config.attention == "auto" else config.attention
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its table of missing weights; `_check_report` says it in one line
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            config.path,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(config.path),
             config=hf_config,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -117,6 +120,9 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
         )
     except Exception as error:
         raise _hub_error(config, error) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model, report = loaded
     _check_report(str(config.path), report)
     return model
 
@@ -145,15 +151,6 @@ def num_active_parameters(model: nn.Module) -> int:
             num_experts = getattr(module, stacked_parameters(module)[0]).shape[0]
             idle += size - size * min(top_k, num_experts) // num_experts
     return total - idle
-
-
-def _is_mapping(config: ModelConfig) -> bool:
-    if (config.config is None) == (config.path is None):
-        raise ConfigError(
-            "model needs exactly one of `config` (random weights, e.g. {model_type: llama, hidden_size: 256}) "
-            "and `path` (a checkpoint)"
-        )
-    return config.config is not None
 
 
 def _from_mapping(mapping: dict[str, Any] | None, vocab_size: int | None) -> Any:
@@ -198,7 +195,9 @@ def _from_checkpoint(config: ModelConfig) -> Any:
     if folder.is_dir():
         _check_folder(folder)
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ConfigError(f"model.path {path!r} is no folder; give a checkpoint folder or a hub name such as 'org/name'")
+        raise ConfigError(
+            f"model.path {path!r} is no folder; give a checkpoint folder or a hub name such as 'org/name'"
+        )
     try:
         hf_config = AutoConfig.from_pretrained(
             str(folder) if folder.is_dir() else path,
@@ -217,7 +216,9 @@ def _from_checkpoint(config: ModelConfig) -> Any:
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} holds no config.json, so it is no Hugging Face checkpoint; give the model's folder")
+        raise ConfigError(
+            f"{folder} holds no config.json, so it is no Hugging Face checkpoint; give the model's folder"
+        )
     if any(folder.glob("*.safetensors")):
         return
     pickled = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)]

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name
 from leanmill.core.stage import Stage
+from leanmill.parallel.collectives import broadcast_object
+from leanmill.parallel.tensors import assign
 
 
 if TYPE_CHECKING:
@@ -45,12 +47,21 @@ def make_materialiser(
     """
 
     def materialise(module: nn.Module) -> None:
-        is_lm = callable(getattr(module, "_init_weights", None))
-        model: nn.Module = module if is_lm else module.model  # type: ignore[assignment]
+        model = _causal_lm(module)
         loaded = _load(config, model) if config.path is not None else frozenset()
         _Filler(module, model, seed, loaded, reset_branches or _reset_lora).fill()
 
     return materialise
+
+
+def draw(module: nn.Module, *, seed: int) -> None:
+    """Fill a train module or causal LM with random values, whatever its weights will come from."""
+    _Filler(module, _causal_lm(module), seed, frozenset(), _reset_lora).fill()
+
+
+def _causal_lm(module: nn.Module) -> nn.Module:
+    is_lm = callable(getattr(module, "_init_weights", None))
+    return module if is_lm else module.model  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -64,14 +75,14 @@ def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
             weights = _read(config)
         except (ConfigError, RunError) as error:
             problem = {"kind": type(error).__name__, "message": str(error)}
-    problem = _from_rank_0(problem)
+    problem = broadcast_object(problem)
     if problem:
         raise (ConfigError if problem["kind"] == "ConfigError" else RunError)(problem["message"])
     filled: set[int] = set()
     for name, owner, key in _base_tensors(model):
         tensor = _with_storage(owner, key, model)
         if id(tensor) not in filled:
-            _fill(tensor, _broadcast(weights.pop(name, None), tensor, name))
+            assign(tensor, _broadcast(weights.pop(name, None), tensor, name))
             filled.add(id(tensor))
     return frozenset(filled)
 
@@ -124,14 +135,6 @@ def _broadcast(value: Tensor | None, like: Tensor, name: str) -> Tensor:
     return full
 
 
-def _from_rank_0(value: dict[str, str]) -> dict[str, str]:
-    from leanmill.parallel.collectives import broadcast_object
-
-    if not dist.is_initialized():
-        return value
-    return broadcast_object(value)  # type: ignore[no-any-return]
-
-
 class _Filler:
     """One pass over a module that fills whatever `loaded` does not name."""
 
@@ -163,7 +166,7 @@ class _Filler:
                 branches = _branch_modules(module)
                 visited.update(id(m) for m in branches)
                 self._draw(f"{name}.branches", [module, *branches], module, self.reset_branches)
-            elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+            elif module._parameters or module._buffers:
                 self._draw(name, [module], module, initialisers.get(id(module), _no_initialiser))
         self._check()
 
@@ -193,7 +196,7 @@ class _Filler:
             assert value is not None
             if value.is_floating_point() and value.isnan().any():
                 raise RunError(f"{name}: nothing gives {key!r} a value; its module must initialise it")
-            _fill(tensor, value)
+            assign(tensor, value)
             self.done.add(id(tensor))
 
     def _check(self) -> None:
@@ -254,7 +257,7 @@ def _full_copy(top: nn.Module, members: list[nn.Module]) -> tuple[nn.Module, dic
 
 
 def _blank(tensor: Tensor) -> Tensor:
-    if tensor.is_meta or isinstance(tensor, DTensor) or isinstance(tensor, nn.Parameter):
+    if tensor.is_meta or isinstance(tensor, (DTensor, nn.Parameter)):
         fill = float("nan") if tensor.is_floating_point() else 0
         return torch.full(tensor.shape, fill, dtype=tensor.dtype, device="cpu")
     return tensor.detach().to("cpu", copy=True)
@@ -279,13 +282,3 @@ def _with_storage(owner: nn.Module, key: str, root: nn.Module) -> Tensor:
     else:
         owner._buffers[key] = new
     return new
-
-
-def _fill(tensor: Tensor, value: Tensor) -> None:
-    """Write the full `value` into `tensor`, or this rank's share of it where it is sharded."""
-    if isinstance(tensor, DTensor):
-        # Without a source rank nothing is sent: every rank cuts its own share.
-        share = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.to_local().copy_(share.to_local())
-    else:
-        tensor.copy_(value)
