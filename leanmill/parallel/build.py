@@ -1,0 +1,122 @@
+"""From a recipe's engine section to an engine, and the reason for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from leanmill.core.errors import ConfigError
+from leanmill.parallel.collectives import max_over_ranks
+from leanmill.parallel.config import (
+    AutoEngine,
+    DdpEngine,
+    DeepSpeedEngine,
+    EngineConfig,
+    FsdpEngine,
+    SingleEngine,
+)
+from leanmill.parallel.engine import Engine
+from leanmill.parallel.launch import Ranks, ensure_process_group
+
+
+COMFORTABLE_SHARE = 0.5
+"""Share of a rank's memory that weights, gradients and optimizer state may take under DDP; the rest
+is for activations, which `auto` cannot know."""
+
+
+def build_engine(
+    config: EngineConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"], model_bytes: int
+) -> tuple[Engine, str]:
+    """Build the engine; all ranks call it together.
+
+    Args:
+        config: The recipe's engine section; `auto` is resolved here.
+        ranks: Which process this is.
+        precision: Compute precision.
+        model_bytes: Bytes of the whole model's fp32 weights.
+
+    Returns:
+        The engine, not yet prepared, and one line on why it is this one.
+
+    Raises:
+        ConfigError: This engine cannot run on these ranks.
+    """
+    why = "as the recipe asks"
+    if isinstance(config, AutoEngine):
+        config, why = choose_engine(ranks=ranks, precision=precision, model_bytes=model_bytes)
+    engine = _make(config, ranks, precision)
+    places = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    return engine, f"engine {engine.name} on {places} ({ranks.device.type}, {precision}): {why}"
+
+
+def choose_engine(
+    *, ranks: Ranks, precision: Literal["fp32", "bf16"], model_bytes: int, memory_bytes: int | None = None
+) -> tuple[EngineConfig, str]:
+    """Pick an engine: single for one process, DDP where a replica fits comfortably, else FSDP.
+
+    Args:
+        ranks: Which process this is.
+        precision: bf16 adds a bf16 copy of the weights under DDP.
+        model_bytes: Bytes of the whole model's fp32 weights.
+        memory_bytes: Memory of one rank; None asks the machine, and takes the smallest rank's.
+    """
+    if ranks.world_size == 1:
+        return SingleEngine(), "one process needs no sharding"
+    # fp32 weights, gradients and AdamW's two moments; autocast adds the weights in bf16.
+    factor = 4.5 if precision == "bf16" else 4.0
+    needed = factor * model_bytes
+    memory = memory_bytes if memory_bytes is not None else _smallest_memory(ranks)
+    limit = COMFORTABLE_SHARE * memory
+    sizes = (
+        f"a replica needs {_gib(needed)} for weights, gradients and optimizer state ({factor:g} x {_gib(model_bytes)})"
+    )
+    if needed <= limit:
+        return DdpEngine(), f"{sizes}, at most half of a rank's {_gib(memory)}, so nothing need be sharded"
+    return FsdpEngine(), f"{sizes}, more than half of a rank's {_gib(memory)}, so it is sharded over the ranks"
+
+
+def _make(config: EngineConfig, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> Engine:
+    # Imported here: each engine brings its own library, and DeepSpeed's costs seconds.
+    if isinstance(config, SingleEngine):
+        from leanmill.parallel.single import SingleEngine as Single
+
+        return Single(config, ranks=ranks, precision=precision)
+    if isinstance(config, DdpEngine):
+        from leanmill.parallel.ddp import DdpEngine as Ddp
+
+        return Ddp(config, ranks=ranks, precision=precision)
+    if isinstance(config, FsdpEngine):
+        from leanmill.parallel.fsdp import FsdpEngine as Fsdp
+
+        return Fsdp(config, ranks=ranks, precision=precision)
+    if isinstance(config, DeepSpeedEngine):
+        from leanmill.parallel.deepspeed import DeepSpeedEngine as DeepSpeed
+
+        ensure_process_group(ranks)
+        return DeepSpeed(config, device=ranks.device, precision=precision)
+    raise ConfigError(f"engine {config!r} is unknown; type engine=auto, single, ddp, fsdp or deepspeed")
+
+
+def _smallest_memory(ranks: Ranks) -> int:
+    # Negated maximum: all ranks must decide alike, or they would wait for each other for ever.
+    mine = torch.tensor([-float(_rank_memory(ranks))], dtype=torch.float64)
+    return int(-max_over_ranks(mine).item())
+
+
+def _rank_memory(ranks: Ranks) -> int:
+    """Bytes this rank may use: its GPU, or its share of the machine's (or container's) memory."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_properties(ranks.device).total_memory
+    import psutil
+
+    total = psutil.virtual_memory().total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total // (ranks.local_world_size or ranks.world_size)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

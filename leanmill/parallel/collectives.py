@@ -1,0 +1,70 @@
+"""Small collectives over all ranks; each is a no-op on one process. Every rank must call them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the element-wise sum of `tensor` over all ranks; the argument is left as it is."""
+    return _reduced(tensor, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the element-wise maximum of `tensor` over all ranks; the argument is left as it is."""
+    return _reduced(tensor, dist.ReduceOp.MAX)
+
+
+def broadcast_object(value: Any = None) -> Any:
+    """Return rank 0's `value` on every rank.
+
+    Args:
+        value: Anything JSON can hold; only rank 0's counts. It comes back as JSON returns it
+            (tuples as lists), on rank 0 too, so that ranks cannot differ.
+    """
+    if not _is_distributed():
+        return json.loads(json.dumps(value))
+    device = _collective_device()
+    encoded = json.dumps(value).encode() if dist.get_rank() == 0 else b""
+    size = torch.tensor([len(encoded)], device=device)
+    dist.broadcast(size, src=0)
+    if dist.get_rank() == 0:
+        data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
+    else:
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(data, src=0)
+    return json.loads(bytes(data.tolist()))
+
+
+def barrier() -> None:
+    """Return once every rank has called it."""
+    if _is_distributed():
+        # A reduction rather than dist.barrier, which guesses a device under NCCL.
+        token = torch.zeros(1, device=_collective_device())
+        dist.all_reduce(token)
+        token.item()
+
+
+def _reduced(tensor: Tensor, operation: Any) -> Tensor:
+    if not _is_distributed():
+        return tensor.clone()
+    device = _collective_device() if tensor.device.type == "cpu" else tensor.device
+    result = tensor.detach().to(device, copy=True)
+    dist.all_reduce(result, op=operation)
+    return result.to(tensor.device)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _collective_device() -> torch.device:
+    """Where small tensors of unknown home are reduced: the CPU unless only NCCL is there."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

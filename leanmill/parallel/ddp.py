@@ -1,0 +1,67 @@
+"""Data parallelism with a replica on every rank."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from leanmill.core.technique import Batch
+from leanmill.parallel.config import DdpEngine as DdpConfig
+from leanmill.parallel.engine import Losses, Preparation
+from leanmill.parallel.launch import Ranks, ensure_process_group
+from leanmill.parallel.native import NativeEngine
+from leanmill.parallel.single import freeze
+
+
+# Renamed in torch 2.13, where the old spelling warns.
+_SIGNATURE = inspect.signature(DistributedDataParallel.__init__).parameters
+_BUFFERS_EACH_FORWARD = "forward_sync_buffers" if "forward_sync_buffers" in _SIGNATURE else "broadcast_buffers"
+
+
+class DdpEngine(NativeEngine):
+    """Replicas whose gradients are averaged in the last micro-batch's backward. bf16 is autocast.
+
+    Args:
+        config: The recipe's engine section.
+        ranks: Which process this is.
+        precision: Compute precision.
+    """
+
+    name = "ddp"
+
+    def __init__(self, config: DdpConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
+        super().__init__(ranks=ranks, precision=precision)
+        ensure_process_group(ranks)
+        self._replica: DistributedDataParallel | None = None
+
+    def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        preparation.materialise(module)
+        self.module = module.to(self.device)
+        self._replica = DistributedDataParallel(
+            self.module,
+            # Materialised values are equal on all ranks, and no layer of a causal LM trains its
+            # buffers; gloo could not broadcast every dtype either.
+            init_sync=False,
+            gradient_as_bucket_view=True,
+            **{_BUFFERS_EACH_FORWARD: False},
+        )
+        self._make_optimizer(preparation)
+
+    def _micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        assert self._replica is not None
+        return nullcontext() if is_last else self._replica.no_sync()
+
+    def _train_forward(self, batch: Batch) -> Losses:
+        assert self._replica is not None
+        return self._replica(batch)  # type: ignore[no-any-return]
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return freeze(model, self.precision).to(self.device)
+
+    def close(self) -> None:
+        super().close()
+        self._replica = None

@@ -1,0 +1,184 @@
+"""What the torch-native engines (single, DDP, FSDP) share: everything but how they shard and sync."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.errors import RunError
+from leanmill.core.technique import Batch
+from leanmill.parallel.engine import Engine, Losses, Preparation
+from leanmill.parallel.launch import Ranks
+from leanmill.parallel.naming import state_buffers, state_name, state_parameters
+from leanmill.parallel.optimizer_state import allocate_state
+from leanmill.parallel.tensors import assign, full, global_norm, scale_to_norm
+
+
+class NativeEngine(Engine):
+    """Base of the engines whose optimizer sees the module's own parameters.
+
+    Args:
+        ranks: Which process this is.
+        precision: `bf16` computes in bf16 over fp32 master weights.
+    """
+
+    def __init__(self, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
+        self.device = ranks.device
+        self.data_rank, self.data_size = ranks.rank, ranks.world_size
+        self.precision = precision
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    # How engines differ.
+
+    @abstractmethod
+    def _micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: whether gradients are reduced."""
+
+    def _train_forward(self, batch: Batch) -> Losses:
+        return self.module(batch)  # type: ignore[no-any-return]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _settle(self) -> None:
+        """Make the registered parameters the ones the optimizer writes."""
+
+    # Steps.
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, after `prepare`."""
+        if self._optimizer is None:
+            raise RuntimeError("the engine is not prepared, or closed")
+        return self._optimizer
+
+    def _make_optimizer(self, preparation: Preparation) -> None:
+        self._optimizer = preparation.make_optimizer(self.module)
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        # Only a fused kernel reads the flag itself, on the device that holds the flag.
+        self._skips_on_device = bool(getattr(self._optimizer, "_step_supports_amp_scaling", False)) and all(
+            p.device.type == self.device.type for p in parameters
+        )
+
+    def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
+        # Reductions over ranks average, so what is to be summed is scaled up by their number.
+        scale = self.data_size / num_valid_tokens
+        sums: Losses = {}
+        for index, batch in enumerate(micro_batches):
+            with self._micro_batch(is_last=index == len(micro_batches) - 1):
+                with self._autocast():
+                    losses = self._train_forward(batch)
+                (losses["total"] * scale).backward()
+            for name, value in losses.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        return sums
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.module.parameters() if p.grad is not None]
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        gradients = self._gradients()
+        norm = global_norm(gradients, self.device)
+        if max_norm is not None:
+            scale_to_norm(gradients, norm, max_norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, skip: Tensor) -> None:
+        optimizer: Any = self.optimizer
+        if self._skips_on_device:
+            optimizer.found_inf = skip.to(self.device, torch.float32)
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf
+        elif not skip:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Losses:
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with self._autocast():
+                return self.module(batch)  # type: ignore[no-any-return]
+        finally:
+            self.module.train(was_training)
+            self._settle()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def _model(self) -> nn.Module:
+        return self.module.model  # type: ignore[return-value]
+
+    # Values by name.
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in state_parameters(self._model):
+            if parameter.grad is not None:
+                yield name, full(parameter.grad)
+
+    def full_parameter(self, name: str) -> Tensor:
+        wanted = state_name(name)
+        for known, parameter in state_parameters(self._model, aliases=True):
+            if known == wanted:
+                return full(parameter.detach()).cpu().clone()
+        raise KeyError(f"no parameter {name!r}")
+
+    def model_state(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {name: p.detach() for name, p in state_parameters(self._model)}
+        return state | {name: buffer.detach() for name, buffer in state_buffers(self._model)}
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        known: dict[str, Tensor] = dict(state_parameters(self._model, aliases=True))
+        known |= dict(state_buffers(self._model))
+        _load(known, state, "model")
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        optimizer = self.optimizer
+        allocate_state(optimizer)
+        names = {id(p): name for name, p in state_parameters(self._model)}
+        flat: dict[str, Tensor] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, value in optimizer.state[parameter].items():
+                    if not isinstance(value, Tensor):
+                        raise TypeError(
+                            f"optimizer state {key!r} is a {type(value).__name__}; checkpoints hold tensors"
+                        )
+                    flat[f"{names[id(parameter)]}/{key}"] = value
+        return flat
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        known = self.optimizer_state()
+        missing = sorted(known.keys() - state.keys())
+        if missing:
+            raise RunError(
+                f"the checkpoint lacks optimizer state {missing[0]} and {len(missing) - 1} more; resume with the "
+                f"optimizer and techniques it was written with"
+            )
+        _load(known, state, "optimizer")
+
+    def close(self) -> None:
+        self._optimizer = None
+
+
+def _load(known: Mapping[str, Tensor], state: Mapping[str, Tensor], kind: str) -> None:
+    for name, value in state.items():
+        if name not in known:
+            raise RunError(f"the checkpoint's {kind} state holds {name}, which this run has not; use its own recipe")
+        try:
+            assign(known[name], value)
+        except ValueError as error:
+            raise RunError(f"the checkpoint's {kind} state does not fit at {name}: {error}") from error

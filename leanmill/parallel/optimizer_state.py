@@ -1,0 +1,61 @@
+"""Bringing an optimizer's lazy state into being, whatever its keys are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+CHUNK = 32
+"""Parameters whose state is made at once: bounds the extra memory, and the passes over all groups."""
+
+
+@torch.no_grad()
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter without state the state it would start from; weights stay bitwise.
+
+    Optimizers make their state in the first step and each knows its own keys, so one step is taken
+    with zero gradients, zero learning rate and zero decay. That leaves moments at zero and copies
+    of weights equal to them; the counters (0-dim tensors) it has moved are set back to zero.
+    """
+    missing = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    if not missing:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    settings = [
+        (group, {key: group[key] for key in ("lr", "weight_decay") if key in group}) for group in optimizer.param_groups
+    ]
+    try:
+        for group, saved in settings:
+            group.update({key: torch.zeros_like(v) if isinstance(v, Tensor) else 0.0 for key, v in saved.items()})
+        for parameter in parameters:
+            parameter.grad = None
+        for chunk in _chunks(missing):
+            _step_in_place(optimizer, chunk)
+    finally:
+        for group, saved in settings:
+            group.update(saved)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+def _step_in_place(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+    before = [p.detach().clone() for p in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.grad = None
+        parameter.copy_(value)
+        for entry in optimizer.state[parameter].values():
+            if isinstance(entry, Tensor) and entry.dim() == 0:
+                entry.zero_()
+
+
+def _chunks(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    for start in range(0, len(parameters), CHUNK):
+        yield parameters[start : start + CHUNK]

@@ -1,0 +1,62 @@
+"""The engine of one process."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.parallel.config import SingleEngine as SingleConfig
+from leanmill.parallel.engine import Preparation
+from leanmill.parallel.launch import Ranks
+from leanmill.parallel.native import NativeEngine
+
+
+class SingleEngine(NativeEngine):
+    """One process, nothing sharded. bf16 is autocast over fp32 weights.
+
+    Args:
+        config: The recipe's engine section.
+        ranks: Which process this is.
+        precision: Compute precision.
+
+    Raises:
+        ConfigError: There is more than one process.
+    """
+
+    name = "single"
+
+    def __init__(self, config: SingleConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
+        if ranks.world_size != 1:
+            raise ConfigError(
+                f"engine: single runs one process, but {ranks.world_size} were started; "
+                f"type engine=ddp or engine=fsdp, or start one process"
+            )
+        super().__init__(ranks=ranks, precision=precision)
+
+    def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        preparation.materialise(module)
+        self.module = module.to(self.device)
+        self._make_optimizer(preparation)
+
+    def _micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return freeze(model, self.precision).to(self.device)
+
+
+def freeze(model: nn.Module, precision: Literal["fp32", "bf16"]) -> nn.Module:
+    """Freeze `model` in eval mode, its weights in the run's compute precision.
+
+    Buffers keep their dtype: rotary frequencies lose positions in bf16.
+    """
+    model.eval().requires_grad_(False)
+    if precision == "bf16":
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
