@@ -1,0 +1,281 @@
+"""DeepSpeed ZeRO behind the engine protocol; `deepspeed.initialize` is called here and nowhere else.
+
+Written against DeepSpeed 0.19: next to its public `safe_get_full_*` functions it uses a few of the
+optimizer wrappers' own methods, all of them in `deepspeed_state`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from leanmill.core.experts import is_stacked_experts
+from leanmill.core.technique import Batch
+from leanmill.parallel import config as configs
+from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
+from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, empty_share, share
+from leanmill.parallel.engine import Engine, Losses, Preparation
+from leanmill.parallel.naming import state_buffers, state_parameters
+from leanmill.parallel.tensors import full
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO stages 0 to 3, with offload of optimizer state and parameters.
+
+    Args:
+        config: The engine section of the recipe.
+        device: This rank's device.
+        precision: `bf16` computes matmuls in bf16 under autocast over fp32 parameters.
+        persist_below: ZeRO-3 keeps parameters with fewer elements gathered.
+
+    Raises:
+        ConfigError: The section asks for what this machine or the stage cannot do.
+    """
+
+    name = "deepspeed"
+
+    def __init__(
+        self,
+        config: configs.DeepSpeedEngine,
+        *,
+        device: torch.device,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        persist_below: int = PERSIST_BELOW,
+    ) -> None:
+        check_config(config)
+        self.config, self.device, self.precision, self.persist_below = config, device, precision, persist_below
+        self._owns_group = not dist.is_initialized()
+        if self._owns_group:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
+        self._mesh = cpu_mesh()
+        _start_deepspeed(device)
+
+    def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        import deepspeed
+
+        self.module, self._preparation = module, preparation
+        ds_config = derive_config(
+            self.config,
+            module,
+            device=self.device,
+            precision=self.precision,
+            num_micro_batches=preparation.num_micro_batches,
+            max_grad_norm=preparation.max_grad_norm,
+            persist_below=self.persist_below,
+        )
+        self._give_storage(module)
+        preparation.materialise(module)
+        for owner, key, buffer in _own_tensors(module, "_buffers"):
+            owner._buffers[key] = buffer.to(self.device)
+        # Before ZeRO-3 empties the parameters: groups depend on their shapes.
+        optimizer = preparation.make_optimizer(module)
+        check_optimizer(optimizer)
+        if self.config.stage == 3:
+            _mark_experts(module)
+            replaced = self._partition(module, ds_config)
+            for group in optimizer.param_groups:
+                group["params"] = [replaced[id(p)] for p in group["params"]]
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+        self._zero = ZeroState(self._optimizer, self.config.stage)
+        self._client_optimizer = optimizer
+        module.train()
+
+    def _give_storage(self, module: nn.Module) -> None:
+        """Replace meta parameters by ones with storage, tied ones staying one object.
+
+        Stages 0 to 2 keep the whole model on the device. Stage 3 fills rows of a DTensor on the
+        CPU first, so that no rank ever holds more than its share and one whole parameter.
+        """
+        new: dict[int, nn.Parameter] = {}
+        for owner, key, tensor in _own_tensors(module, "_parameters"):
+            if not tensor.is_meta:
+                continue
+            if id(tensor) not in new:
+                sharded = self.config.stage == 3 and self.data_size > 1 and tensor.dim() > 0
+                place = "cpu" if self.config.stage == 3 else self.device
+                value = empty_share(tensor, self._mesh) if sharded else torch.empty_like(tensor, device=place)
+                new[id(tensor)] = nn.Parameter(value, tensor.requires_grad)
+            owner._parameters[key] = new[id(tensor)]
+
+    def _partition(self, module: nn.Module, ds_config: dict[str, Any]) -> dict[int, nn.Parameter]:
+        """Turn every parameter into a ZeRO-3 one, whole for a moment each; return old id -> new."""
+        from deepspeed import zero
+
+        done: dict[int, nn.Parameter] = {}
+        kept: list[Tensor] = []  # ids stay unique only as long as the old ones live
+        for owner, key, tensor in _own_tensors(module, "_parameters"):
+            if id(tensor) not in done:
+                kept.append(tensor)
+                value = full(tensor.detach()).to(self.device)
+                holder = nn.Module()
+                holder.parameter = nn.Parameter(value, tensor.requires_grad)
+                del value
+                zero.Init(module=holder, config_dict_or_path=ds_config, dtype=None)
+                done[id(tensor)] = holder.parameter
+            owner._parameters[key] = done[id(tensor)]
+        return done
+
+    def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
+        if len(micro_batches) != self._preparation.num_micro_batches:
+            raise ValueError(f"got {len(micro_batches)} micro-batches, prepared for {self._preparation.num_micro_batches}")
+        # DeepSpeed averages over ranks; we want the sum. Its division by the accumulation steps is
+        # switched off, since micro-batches weigh by their tokens.
+        scale = self.data_size / num_valid_tokens
+        sums: Losses = {}
+        for index, batch in enumerate(micro_batches):
+            self._engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
+            losses: Losses = self._engine(batch)
+            self._engine.backward(losses["total"] * scale, scale_wrt_gas=False)
+            for name, value in losses.items():
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        return sums
+
+    @torch.no_grad()
+    def clip(self, max_norm: float | None) -> Tensor:
+        if self.config.stage == 0:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients).float()
+            if max_norm is not None:
+                parameters = [p for p in self.module.parameters() if p.grad is not None]
+                nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            return norm
+        self._optimizer.clip_grad = max_norm or 0.0
+        return torch.as_tensor(self._zero.global_norm(), dtype=torch.float32, device=self.device).reshape(())
+
+    def step(self, skip: Tensor) -> None:
+        # Reading the flag waits for the device; DeepSpeed's own step does so for its norm anyway.
+        if bool(skip):
+            self._zero.drop_gradients()
+            return
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Losses:
+        self.module.eval()
+        try:
+            losses: Losses = self._engine(batch)
+        finally:
+            self.module.train()
+        return {name: value.detach() for name, value in losses.items()}
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._zero.base.param_groups
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._trained():
+            yield name, self._zero.gradient(parameter)
+
+    def full_parameter(self, name: str) -> Tensor:
+        for candidate, parameter in state_parameters(self._model):
+            if candidate == name:
+                return self._zero.parameter(parameter).detach().to("cpu", copy=True)
+        raise KeyError(name)
+
+    def model_state(self) -> dict[str, Tensor]:
+        state = {name: self._hand_out(self._zero.parameter(p), p) for name, p in state_parameters(self._model)}
+        return state | dict(state_buffers(self._model))
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, parameter in state_parameters(self._model):
+            self._zero.set_parameter(parameter, full(state[name]).to(self.device))
+        for name, buffer in state_buffers(self._model):
+            buffer.copy_(state[name])
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        self._zero.allocate()
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._trained():
+            element_wise, counters = self._zero.state_keys(parameter)
+            for key in element_wise:
+                state[f"{name}/{key}"] = self._hand_out(self._zero.state(parameter, key), parameter)
+            for key in counters:
+                state[f"{name}/{key}"] = self._zero.counter(parameter, key)
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        self._zero.allocate()
+        for name, parameter in self._trained():
+            element_wise, counters = self._zero.state_keys(parameter)
+            for key in element_wise:
+                self._zero.set_state(parameter, key, full(state[f"{name}/{key}"]).to(self.device))
+            for key in counters:
+                self._zero.set_counter(parameter, key, state[f"{name}/{key}"])
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def close(self) -> None:
+        engine = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.destroy()
+        for held in ("_optimizer", "_zero", "_client_optimizer", "_preparation", "module"):
+            self.__dict__.pop(held, None)
+        del engine
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self._owns_group = False
+
+    @property
+    def _model(self) -> nn.Module:
+        return self.module.model  # type: ignore[return-value]
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in state_parameters(self._model) if p.requires_grad)
+
+    def _hand_out(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Rows of what is sharded, as a DTensor on the CPU; what every rank holds whole stays plain."""
+        replicated = self.config.stage == 0 or (self.config.stage < 3 and not parameter.requires_grad)
+        return value.detach() if replicated else share(value, self._mesh)
+
+
+def _own_tensors(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """List (owner, key, tensor), shared tensors once an owner, in an order equal on all ranks."""
+    owners = list(module.modules())
+    return iter([(o, k, t) for o in owners for k, t in getattr(o, kind).items() if t is not None])
+
+
+def _mark_experts(module: nn.Module) -> None:
+    """Let ZeRO-3 gather a layer's experts as one, whatever each rank's tokens are routed to."""
+    from deepspeed.utils import set_z3_leaf_modules_by_name
+
+    names = [name for name, child in module.named_modules() if is_stacked_experts(child)]
+    if names:
+        set_z3_leaf_modules_by_name(module, names)
+
+
+def _start_deepspeed(device: torch.device) -> None:
+    """Import DeepSpeed, quietly, for this device and on the process group that exists."""
+    # It insists on the launcher's variable even when it is handed a process group.
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    with contextlib.redirect_stdout(None):
+        import deepspeed
+        from deepspeed import accelerator, ops
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.ERROR)
+        if accelerator.get_accelerator().device_name() != device.type:
+            if device.type == "cpu":
+                from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+                accelerator.set_accelerator(CPU_Accelerator())
+        # Its shared-memory all-reduce for CPUs is compiled at start (20 to 100 s, and needs a
+        # compiler); gloo does without.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=None, dist_init_required=False)

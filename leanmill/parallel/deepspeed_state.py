@@ -1,0 +1,241 @@
+"""Reading and writing what ZeRO has cut up, one whole parameter at a time.
+
+DeepSpeed keeps flat partitions cut at any element; everything outside this file sees parameters by
+name. A gathered value is handed out as a DTensor on a CPU mesh, each rank keeping its rows, so
+that a checkpoint looks like any sharded engine's and loads at another rank count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+
+def cpu_mesh() -> DeviceMesh:
+    """Return a 1-D mesh over all ranks whose collectives run on CPU tensors."""
+    if "gloo" in dist.get_backend_config():
+        return init_device_mesh("cpu", (dist.get_world_size(),))
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def empty_share(like: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return CPU storage for this rank's rows of a tensor like `like`, as a DTensor."""
+    rows = _rows(like.shape, mesh)
+    local = torch.empty((rows.stop - rows.start, *like.shape[1:]), dtype=like.dtype)
+    return _as_dtensor(local, like, mesh)
+
+
+def share(full: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return this rank's rows of `full` as a DTensor; tensors without rows, or on one rank, stay whole."""
+    if mesh.size() == 1 or full.dim() == 0:
+        return full.detach().to("cpu", copy=True)
+    local = full.detach()[_rows(full.shape, mesh)].to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return _as_dtensor(local, full, mesh)
+
+
+def _rows(shape: torch.Size, mesh: DeviceMesh) -> slice:
+    each = -(-shape[0] // mesh.size())
+    first = min(each * mesh.get_local_rank(), shape[0])
+    return slice(first, min(first + each, shape[0]))
+
+
+def _as_dtensor(local: Tensor, full: Tensor, mesh: DeviceMesh) -> Tensor:
+    stride = torch.empty(full.shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=stride)
+
+
+class ZeroState:
+    """Whole values out of DeepSpeed's optimizer wrapper and back.
+
+    Args:
+        optimizer: DeepSpeed's wrapper (stages 1 to 3) or the plain optimizer (stage 0).
+        stage: ZeRO stage.
+    """
+
+    def __init__(self, optimizer: Any, stage: int) -> None:
+        self.optimizer, self.stage = optimizer, stage
+
+    @property
+    def base(self) -> torch.optim.Optimizer:
+        """The recipe's optimizer, which steps flat partitions in stages 1 to 3."""
+        return self.optimizer if self.stage == 0 else self.optimizer.optimizer  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def parameter(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole parameter, the fp32 master where it is trained, on every rank."""
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if self.stage == 0 or (self.stage < 3 and not parameter.requires_grad):
+            return parameter.detach()
+        if parameter.requires_grad:
+            return safe_get_full_fp32_param(parameter)  # type: ignore[no-any-return]
+        with zero.GatheredParameters(parameter):
+            return parameter.detach().clone()
+
+    @torch.no_grad()
+    def set_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Write the whole `value` into the parameter, its partitions and its master."""
+        from deepspeed import zero
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if self.stage < 3:
+            parameter.copy_(value)
+            if self.stage > 0 and parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, value.float())
+            return
+        with zero.GatheredParameters(parameter, modifier_rank=0):
+            parameter.copy_(value)
+        if parameter.requires_grad:
+            safe_set_local_fp32_param(parameter, self._partition(parameter, value.float()))
+
+    @torch.no_grad()
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Return the whole gradient, reduced over ranks; zero where nothing reached the parameter."""
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.stage == 0:
+            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return safe_get_full_grad(parameter)  # type: ignore[no-any-return]
+
+    def state_keys(self, parameter: nn.Parameter) -> tuple[list[str], list[str]]:
+        """Names of the element-wise state of a parameter, and of its counters."""
+        owner = self._owner(parameter)
+        state = self.base.state[owner]
+        element_wise = [k for k, v in state.items() if isinstance(v, Tensor) and v.dim() > 0]
+        return element_wise, [k for k in state if k not in element_wise]
+
+    @torch.no_grad()
+    def state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """Return one whole element-wise state tensor, on every rank."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return self.base.state[parameter][key]  # type: ignore[no-any-return]
+        return safe_get_full_optimizer_state(parameter, key)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def set_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Write one whole element-wise state tensor."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.stage == 0:
+            self.base.state[parameter][key].copy_(value)
+        elif self.stage < 3:
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            safe_set_local_optimizer_state(parameter, self._partition(parameter, value), key)
+
+    def counter(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """Return a counter such as `step`, which a partition's parameters share."""
+        value = self.base.state[self._owner(parameter)][key]
+        return torch.as_tensor(value, dtype=torch.float32, device="cpu").clone()
+
+    def set_counter(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Write a counter, keeping its kind (tensor or number)."""
+        state = self.base.state[self._owner(parameter)]
+        old = state[key]
+        state[key] = old.copy_(value) if isinstance(old, Tensor) else type(old)(value.item())
+
+    @torch.no_grad()
+    def allocate(self) -> None:
+        """Give every trained parameter zero-filled optimizer state where it has none yet.
+
+        One step with zero gradients at a zero learning rate leaves weights as they are and makes
+        the optimizer allocate whatever it keeps; the counters are then set back.
+        """
+        owners = self._owners()
+        missing = [owner for owner in owners if not self.base.state.get(owner)]
+        if missing:
+            before = [owner.grad for owner in owners]
+            rates = [group["lr"] for group in self.base.param_groups]
+            if self.stage == 3:
+                self.optimizer._set_fp32_optimizer_param_groups()
+            for owner in owners:
+                owner.grad = torch.zeros_like(owner) if any(owner is m for m in missing) else None
+            for group in self.base.param_groups:
+                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+            self.base.step()
+            for group, rate in zip(self.base.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for owner, grad in zip(owners, before, strict=True):
+                owner.grad = grad
+            if self.stage == 3:
+                self.optimizer._clear_fp32_optimizer_param_groups()
+            for owner in missing:
+                self._zero_counters(owner)
+        if self.stage in (1, 2):
+            # DeepSpeed links parameters to their state after its own first step.
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _zero_counters(self, owner: Tensor) -> None:
+        state = self.base.state[owner]
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                state[key] = type(value)(0)
+            elif value.dim() == 0:
+                value.zero_()
+
+    def drop_gradients(self) -> None:
+        """Forget this step's gradients, the way DeepSpeed does after an fp16 overflow."""
+        optimizer = self.optimizer
+        if self.stage == 3:
+            optimizer._pre_step()
+            optimizer._partition_all_parameters()
+            optimizer._overflow_clean_up(1.0)
+            return
+        optimizer.zero_grad(set_to_none=True)
+        if self.stage == 0:
+            return
+        optimizer.micro_step_id = -1
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+            optimizer.reset_cpu_buffers()
+            return
+        for index in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[index] = None
+            optimizer.all_grad_tensors[index] = None
+
+    @torch.no_grad()
+    def global_norm(self) -> Any:
+        """Return the gradient norm over all ranks (stages 1 to 3), as `step` will compute it again."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        if self.stage == 3:
+            return combine_grad_norm_groups(self.optimizer._get_norm_groups())
+        return self.optimizer.scaled_global_norm()
+
+    def _owners(self) -> list[Tensor]:
+        """The tensors that the recipe's optimizer steps: parameters, or flat partitions."""
+        if self.stage == 0:
+            return [p for group in self.base.param_groups for p in group["params"]]
+        if self.stage < 3:
+            return list(self.optimizer.single_partition_of_fp32_groups)
+        return list(self.optimizer.fp32_partitioned_groups_flat)
+
+    def _owner(self, parameter: nn.Parameter) -> Tensor:
+        if self.stage == 0:
+            return parameter
+        if self.stage == 3:
+            index = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)][0]
+            return self.optimizer.fp32_partitioned_groups_flat[index]  # type: ignore[no-any-return]
+        for index, group in enumerate(self.optimizer.bit16_groups):
+            if any(parameter is member for member in group):
+                return self.optimizer.single_partition_of_fp32_groups[index]  # type: ignore[no-any-return]
+        raise AssertionError("a trained parameter belongs to a group")
+
+    @staticmethod
+    def _partition(parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's flat part of `value`, padded to the size all ranks have."""
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        flat = value.detach().reshape(-1)
+        part = flat[dist.get_rank() * size : (dist.get_rank() + 1) * size]
+        return torch.nn.functional.pad(part, (0, size - part.numel()))
