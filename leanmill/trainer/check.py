@@ -101,7 +101,7 @@ def _data(data: DataConfig) -> list[str]:
     tokenizer = data.tokenizer.path or f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
     return [
         " + ".join(_source(source) for source in sources),
-        f"{what} of {data.sequence_length:,} tokens; {mask}; longer documents: {data.long_documents}",
+        f"{what} of {data.sequence_length:,} tokens; {mask}; longer documents: {data.long_document_rule}",
         f"tokenizer: {tokenizer}",
     ]
 

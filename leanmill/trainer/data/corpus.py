@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,17 +110,19 @@ def _build(config: LocalCorpus, domain: Domain, folder: Path) -> None:
     held_out_limit = min(limit, max(int(limit * config.validation_fraction), _MIN_VALIDATION_BYTES))
     splits = {"train": _Split(limit), "validation": _Split(held_out_limit)}
     skipped, seen = 0, set[bytes]()
-    for source, documents in _texts(domain):
-        digest = hashlib.blake2b(source, digest_size=16).digest()
-        if digest in seen:
+    for content, documents_of in _contents(domain):
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        split = splits["validation" if _is_held_out(digest, config.validation_fraction) else "train"]
+        if digest in seen or split.full:
             continue
         seen.add(digest)
-        if documents is None:
+        try:
+            documents = documents_of(content.decode())
+        except UnicodeDecodeError:
             skipped += 1
             continue
-        split = splits["validation" if _is_held_out(digest, config.validation_fraction) else "train"]
         for document in documents:
-            split.add(document)
+            split.add(document.encode())
         if splits["train"].full and splits["validation"].num_bytes >= min(held_out_limit, _ENOUGH_VALIDATION_BYTES):
             break
     for name, split in splits.items():
@@ -152,53 +154,35 @@ class _Split:
         self.num_bytes += len(document)
 
 
-def _texts(domain: Domain) -> Iterator[tuple[bytes, list[bytes] | None]]:
-    """Yield (content of a file, its documents); None instead of documents that are not UTF-8."""
+def _contents(domain: Domain) -> Iterator[tuple[bytes, Callable[[str], list[str]]]]:
+    """Yield the content of each file and what turns it into documents, one at a time."""
     if domain == "python":
-        yield from _whole_files(_python_files())
+        yield from ((file.read(), _whole) for file in _python_files())
     elif domain == "cpp":
-        yield from _whole_files(_cpp_files())
+        yield from ((file.read(), _whole) for file in _cpp_files())
     else:
-        yield from _prose(_prose_files())
-        yield from _docstrings(_python_files())
+        for file in _prose_files():
+            yield file.read(), _description if file.relative.endswith("METADATA") else _whole
+        yield from ((file.read(), _docstrings) for file in _python_files())
 
 
-def _whole_files(files: Iterable[_File]) -> Iterator[tuple[bytes, list[bytes] | None]]:
-    for file in files:
-        content = file.read()
-        yield content, [content] if _is_utf8(content) else None
+def _whole(text: str) -> list[str]:
+    return [text]
 
 
-def _prose(files: Iterable[_File]) -> Iterator[tuple[bytes, list[bytes] | None]]:
-    for file in files:
-        content = file.read()
-        is_metadata = file.relative.endswith("METADATA")
-        # The header of METADATA is key-value lines; the description follows the first empty line.
-        text = content.partition(b"\n\n")[2] if is_metadata else content
-        yield content, [text] if _is_utf8(content) else None
+def _description(metadata: str) -> list[str]:
+    """Drop the header, which is key-value lines; the description follows the first empty line."""
+    return [metadata.partition("\n\n")[2]]
 
 
-def _docstrings(files: Iterable[_File]) -> Iterator[tuple[bytes, list[bytes] | None]]:
-    for file in files:
-        content = file.read()
-        if not _is_utf8(content):
-            continue  # counted by the python domain
-        found = [_dedent(text) for text in _DOCSTRING.findall(content.decode())]
-        yield content, [text.encode() for text in found if len(text) >= _MIN_DOCSTRING_CHARS]
+def _docstrings(source: str) -> list[str]:
+    return [_dedent(text) for text in _DOCSTRING.findall(source) if len(text) >= _MIN_DOCSTRING_CHARS]
 
 
 def _dedent(docstring: str) -> str:
     lines = docstring.strip().splitlines()
     indent = min((len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()), default=0)
     return "\n".join([*lines[:1], *(line[indent:].rstrip() for line in lines[1:])])
-
-
-def _is_utf8(content: bytes) -> bool:
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _is_held_out(digest: bytes, fraction: float) -> bool:
@@ -276,13 +260,14 @@ def _in_order(files: Iterable[_File]) -> list[_File]:
     return sorted(files, key=lambda file: (file.order, file.relative))
 
 
-def _walk(root: str, skip: tuple[str, ...] = ()) -> Iterator[_File]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in ("__pycache__", *skip) and "leanmill" not in f]
-        for name in names:
-            path = os.path.join(folder, name)
-            if not name.endswith((".py", *_CPP_ENDINGS, *_PROSE_ENDINGS)) and not name.upper().startswith(_PROSE_STEMS):
-                continue
-            size = os.stat(path, follow_symlinks=False).st_size
-            if 0 < size <= _MAX_FILE_BYTES and not os.path.islink(path):
-                yield _File(root, os.path.relpath(path, root), size)
+def _walk(root: str, skip: tuple[str, ...] = (), below: str = "") -> Iterator[_File]:
+    with os.scandir(os.path.join(root, below)) as entries:
+        for entry in entries:
+            name = entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if name != "__pycache__" and name not in skip and "leanmill" not in name:
+                    yield from _walk(root, (), f"{below}{name}/")
+            elif name.endswith((".py", *_CPP_ENDINGS, *_PROSE_ENDINGS)) or name.upper().startswith(_PROSE_STEMS):
+                size = entry.stat(follow_symlinks=False).st_size
+                if 0 < size <= _MAX_FILE_BYTES and not entry.is_symlink():
+                    yield _File(root, f"{below}{name}", size)
