@@ -21,7 +21,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,7 +41,7 @@ from leanmill.trainer.checkpoint.manifest import (
     write_json,
     write_manifest,
 )
-from leanmill.trainer.checkpoint.reading import StoredTensor, read_index
+from leanmill.trainer.checkpoint.reading import read_index
 from leanmill.trainer.checkpoint.redaction import redact
 from leanmill.trainer.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
 from leanmill.trainer.checkpoint.storage import SafetensorsReader, SafetensorsWriter
@@ -248,13 +247,10 @@ class CheckpointManager:
     # Loading
 
     def _read_part(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        index = read_index(folder)
-        # Engines whose state only rank 0 can show (DeepSpeed) are given everything on the others.
-        problem = compare(index, state, folder) if state or self.group.rank == 0 else ""
-        problem = self.group.broadcast(problem)
+        problem = compare(read_index(folder), state, folder)
         if problem:
             raise ConfigError(problem)
-        targets = dict(state) or {name: _empty(stored) for name, stored in index.items()}
+        targets = dict(state)
         error = ""
         try:
             _quiet()
@@ -362,10 +358,6 @@ def _check_kind(folder: Path, manifest: Manifest, names: Collection[str] | None,
             f"{folder} was trained on another base model (fingerprint {manifest.base[:12]}, this run's is "
             f"{base[:12]}); set model.path or model.config and seed as in {folder}/recipe.json"
         )
-
-
-def _empty(stored: StoredTensor) -> Tensor:
-    return torch.empty(stored.shape, dtype=stored.dtype)
 
 
 def _message(error: BaseException) -> str:

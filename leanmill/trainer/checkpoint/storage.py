@@ -1,9 +1,9 @@
 """Storage for torch.distributed.checkpoint: one safetensors file a rank and an index in JSON.
 
-Torch's own Hugging Face storage copies every shard twice in memory on its way to the disk, gives no
-checksums and cannot read 0-dim tensors back. This one streams straight from the tensors' memory and
-computes the checksum of what it writes on the way. Its files keep that storage's header, so torch's
-`HuggingFaceStorageReader` reads them too.
+Torch's own Hugging Face storage turns a rank's whole share into one byte string before it writes, and
+gives no checksums. This one streams from the tensors' own memory and computes the checksum of what
+it writes on the way. Its files keep that storage's header, so torch's `HuggingFaceStorageReader`
+reads them too.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from leanmill.parallel.engine import Engine
@@ -38,16 +37,6 @@ class FakeEngine(Engine):
 
     prepare = forward_backward = clip = step = evaluate = gradients = full_parameter = prepare_frozen = close = _unused
     param_groups = property(_unused)  # type: ignore[assignment]
-
-
-class RankZeroEngine(FakeEngine):
-    """Shows its full state on rank 0 only, as DeepSpeed does, and loads full tensors everywhere."""
-
-    def model_state(self) -> dict[str, Tensor]:
-        return super().model_state() if dist.get_rank() == 0 else {}
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return super().optimizer_state() if dist.get_rank() == 0 else {}
 
 
 def odd_tensors(seed: int = 0) -> dict[str, Tensor]:
