@@ -64,7 +64,9 @@ def _use_our_compute(module: nn.Module) -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     config = getattr(module, "config", None)
     if config is None:
-        raise ConfigError(f"{type(module).__name__} does not choose its compute through transformers' experts interface")
+        raise ConfigError(
+            f"{type(module).__name__} does not choose its compute through transformers' experts interface"
+        )
     config._experts_implementation = IMPLEMENTATION
 
 
@@ -119,7 +121,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _has_grouped_mm(rows, weight):
         return F.grouped_mm(rows.contiguous(), weight.transpose(-2, -1), offs=offsets)
     ends = offsets.tolist()
-    pieces = [F.linear(rows[start:end], weight[e]) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))]
+    pieces = [
+        F.linear(rows[start:end], weight[e]) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+    ]
     return torch.cat(pieces)
 
 

@@ -65,7 +65,7 @@ class Site(ABC):
 
     def stage(self, slot: Slot) -> Stage | None:
         """Return the tenant of `slot`, if any."""
-        return self.stages[slot.key] if slot.key in self.stages else None  # type: ignore[return-value]
+        return self.stages._modules.get(slot.key)  # type: ignore[return-value]
 
     def effective_weight(self) -> Tensor:
         """Run the stages on the live weight, in slot order; what training uses and export writes."""

@@ -12,6 +12,7 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
+from leanmill.core.stage import Stage
 
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "module")
@@ -98,7 +99,9 @@ class Sites:
             for kind in kinds
         ]
         left = f"; left plain: {', '.join(plain[:6])}{' ...' if len(plain) > 6 else ''}" if plain else ""
-        return f"converted {', '.join(parts)} weights{left}"
+        num_branches = sum("base_layer" in module._modules for module in self.model.modules())
+        branches = f"; {num_branches} with an output branch" if num_branches else ""
+        return f"converted {', '.join(parts)} weights{branches}{left}"
 
     def _matching(self, field: str, pattern: str) -> set[str]:
         found = {name for name in self.candidates if matches(pattern, name)}
@@ -144,7 +147,16 @@ class Sites:
 
 def _discover(model: nn.Module) -> Iterator[Candidate]:
     head = _output_head(model)
+    added: set[int] = set()
     for path, module in model.named_modules():
+        # What stages and adapter branches brought is not a weight of the model.
+        if isinstance(module, Stage):
+            added.update(id(m) for m in module.modules())
+        elif "base_layer" in module._modules:
+            branches = [child for key, child in module._modules.items() if key != "base_layer" and child is not None]
+            added.update(id(m) for branch in branches for m in branch.modules())
+        if id(module) in added:
+            continue
         name = clean_name(path)
         if isinstance(module, nn.Linear):
             yield Candidate(name, "head" if module is head else "linear", path, "weight")

@@ -91,6 +91,9 @@ class InstallContext:
     """Rows of the student's embedding."""
     tokenizer_fingerprint: str | None = None
     """Digest of the student's tokenizer, where there is one."""
+    fingerprint_of_tokenizer: Callable[[str], str | None] | None = None
+    """Digest of the tokenizer in a folder or hub repository, comparable with the above; None where
+    there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +107,9 @@ class Installation:
     add_branches: Callable[[nn.Module], None] | None = None
     """Called with the model after every technique has put its stages: wraps sites with output
     branches (adapters). Wrapping last keeps the result independent of the listed order."""
+    reset_branch: Callable[[nn.Module], None] | None = None
+    """Fills the parameters of one layer that `add_branches` wrapped, once they have been materialised
+    from meta; called with the random generator seeded for this layer, on full tensors."""
 
 
 class TechniqueConfig(Config):

@@ -1,0 +1,94 @@
+"""Distillation as a loss term: the teacher's body once a micro-batch, its logits a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.technique import Batch, InstallContext
+from leanmill.distill.logits.divergence import divergence
+
+
+if TYPE_CHECKING:
+    from leanmill.distill.logits.config import Distill
+
+
+_HEAD_EXTRAS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "output_multiplier_scale")
+"""Config keys by which a family changes its logits after the head."""
+
+
+class DistillTerm:
+    """T^2 x divergence between teacher and student, summed over tokens with a label."""
+
+    name = "distill"
+
+    def __init__(self, config: Distill, context: InstallContext) -> None:
+        self.config, self.weight = config, config.weight
+        self._context = context
+        self._teacher: nn.Module | None = None
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The frozen teacher, loaded when first asked for.
+
+        Raises:
+            ConfigError: Its vocabulary is not the student's.
+        """
+        if self._teacher is None:
+            teacher = self._context.load_frozen_model(self.config.teacher)
+            self._check(teacher)
+            self._teacher = teacher
+        return self._teacher
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Return the teacher's last hidden states [B, S, hidden of the teacher]."""
+        teacher: Any = self.teacher
+        found: list[Tensor] = []
+        # The whole model is called, so that a sharding engine gathers what it must, but the head
+        # sees a single position; its input for all of them is picked up on the way.
+        hook = teacher.base_model.register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
+        try:
+            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+            teacher(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return {"teacher_hidden": found[0]}
+
+    def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        """See `LossTerm`; the teacher's logits [N, V] live as long as this call."""
+        with torch.no_grad():
+            teacher_logits = self.teacher.get_output_embeddings()(extras["teacher_hidden"])  # type: ignore[operator]
+        vocab_size = min(logits.shape[-1], teacher_logits.shape[-1])
+        per_token = divergence(
+            logits[..., :vocab_size],
+            teacher_logits[..., :vocab_size],
+            kind=self.config.divergence,
+            temperature=self.config.temperature,
+            beta=self.config.beta,
+        )
+        return torch.where(labels != -100, per_token, 0.0).sum()
+
+    def _check(self, teacher: Any) -> None:
+        extras = [name for name in _HEAD_EXTRAS if getattr(teacher.config, name, None) not in (None, 1, 1.0)]
+        if extras:
+            raise ConfigError(
+                f"teacher {self.config.teacher} changes its logits after the head ({', '.join(extras)}), which "
+                f"distill does not cover; choose a teacher of another family"
+            )
+        size, student_size = teacher.config.vocab_size, self._context.vocab_size
+        if size != student_size and not self._is_padded():
+            raise ConfigError(
+                f"teacher {self.config.teacher} has a vocabulary of {size} and the student one of {student_size}, and "
+                f"their tokenizers are not known to agree; set data.tokenizer.path: {self.config.teacher} and "
+                f"model.config.vocab_size: {size}, or choose a teacher with the student's tokenizer"
+            )
+
+    def _is_padded(self) -> bool:
+        """Whether both models share a tokenizer, so that sizes differ by rows no token uses."""
+        mine, fingerprint_of = self._context.tokenizer_fingerprint, self._context.fingerprint_of_tokenizer
+        return mine is not None and fingerprint_of is not None and fingerprint_of(self.config.teacher) == mine

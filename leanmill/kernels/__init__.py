@@ -1,0 +1,1 @@
+"""Tensor operations that deserve more than plain code: a reference, fast paths, one entry each."""

@@ -1,0 +1,1 @@
+"""Masks that keep the N largest of every M weights."""

@@ -1,0 +1,1 @@
+"""Weights snapped to {-s, 0, s}."""

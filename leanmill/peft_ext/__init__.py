@@ -1,0 +1,1 @@
+"""Techniques that add trainable parameters to a frozen model."""

@@ -1,0 +1,62 @@
+"""Low-rank output branches beside linear sites, wrapped by Hugging Face PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.site import ExpertSite, LinearSite, Site
+from leanmill.core.technique import Installation
+
+
+if TYPE_CHECKING:
+    from leanmill.peft_ext.lora.config import Lora
+
+
+def branches(config: Lora, selected: Sequence[Site]) -> Installation:
+    """Return an installation that wraps the selected sites once all stages are in place.
+
+    Raises:
+        ConfigError: A selected site is not a linear layer.
+    """
+    others = [site for site in selected if not isinstance(site, LinearSite)]
+    if others:
+        name = others[0].site_name
+        pattern = f"{name.split('.')[-2]}.*" if isinstance(others[0], ExpertSite) else name
+        raise ConfigError(
+            f"lora with where: branch wraps linear layers only, and {name} ({len(others)} of {len(selected)} targets) "
+            f"is not one; add {pattern!r} to lora.exclude, or use where: weight"
+        )
+    init: bool | str = True if config.init == "kaiming" else config.init
+
+    def add_branches(model: nn.Module) -> None:
+        _inject(model, config, [site.site_name for site in selected], init)
+
+    def reset_branch(layer: Any) -> None:
+        for adapter in layer.lora_A:
+            layer.reset_lora_parameters(adapter, init)
+
+    return Installation(freeze_base=True, add_branches=add_branches, reset_branch=reset_branch)
+
+
+def _inject(model: nn.Module, config: Lora, names: list[str], init: bool | str) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        init_lora_weights=init,  # type: ignore[arg-type]
+        target_modules=names,
+        task_type="CAUSAL_LM",
+    )
+    inject_adapter_in_model(peft_config, model)
+    # PEFT freezes all but its own parameters, those of stages included. What freezes is the
+    # trainer's business: the base does (`freeze_base`), stages do not.
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable.get(id(parameter), True))

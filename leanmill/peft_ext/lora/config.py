@@ -1,0 +1,72 @@
+"""Configuration of low-rank adapters. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
+
+
+if TYPE_CHECKING:
+    from leanmill.core.sites import Sites
+
+
+class Lora(TechniqueConfig):
+    """Freeze the model and train low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
+
+    type: Literal["lora"] = "lora"
+    """Name of the technique."""
+    rank: int = Field(default=16, ge=1)
+    """Inner size r of the two factors."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the scaling alpha / r."""
+    where: Literal["weight", "branch"] = "weight"
+    """`weight` trains W + s B A, which masks and quantisers then see; `branch` adds s B (A x) to the
+    layer's output through Hugging Face PEFT (linear layers only)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of a branch."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts: Kaiming-uniform as PEFT does, or normal with standard deviation 1 / r. B starts
+    at zero, so step 0 is the base model."""
+    targets: list[str] | None = None
+    """Patterns of weights to take; None takes every linear and expert weight except the head."""
+    exclude: list[str] = Field(default_factory=list)
+    """Patterns of weights to leave out again."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor s of the product B A."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    @model_validator(mode="after")
+    def _dropout_needs_an_input(self) -> Lora:
+        if self.where == "weight" and self.dropout > 0:
+            raise ConfigError(
+                f"lora.dropout {self.dropout} drops inputs of a branch, and `where: weight` has none; "
+                f"set dropout: 0 or where: branch"
+            )
+        return self
+
+    def install(self, sites: Sites, context: InstallContext) -> Installation:
+        """Put delta stages on every target, or arrange for branches to be wrapped around them."""
+        selected = sites.select(self.targets, self.exclude)
+        if self.where == "branch":
+            from leanmill.peft_ext.lora.branch import branches
+
+            return branches(self, selected)
+        from leanmill.peft_ext.lora.stage import LoraStage
+
+        for site in selected:
+            tied = sites.tied_to(site)
+            if tied:
+                raise ConfigError(
+                    f"{site.site_name} and {tied[0]} are tied (one parameter) and cannot get adapters of their own "
+                    f"inside the weight; add both to lora.exclude or set model.config.tie_word_embeddings: false"
+                )
+            site.put(LoraStage(site.raw_weight, self.rank, self.scaling, init=self.init))
+        return Installation(freeze_base=True)

@@ -1,0 +1,1 @@
+"""Techniques that snap weights to levels."""
