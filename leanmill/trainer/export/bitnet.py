@@ -1,0 +1,127 @@
+"""Packing ternary linear weights into the BitNet format that transformers loads.
+
+What transformers computes for such a layer, with t the ternary weight in {-1, 0, 1}, s its scale and
+x a row of the input: `q = clamp(round(x * 127 / max|x|), -128, 127)`, then
+`y = (q @ t^T) / ((127 / max|x|) * (1 / s)) + bias`. The weight is exact; the input is quantised to
+8 bits a row, which training did not do unless it quantised activations too. The format has one
+scale a weight.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.site import LinearSite
+from leanmill.core.sites import iter_sites
+from leanmill.core.stage import Slot
+from leanmill.trainer.export.compare import largest_difference, sample_logits
+
+
+VALUES_PER_BYTE = 4
+_ROUNDING = 1e-5
+"""A ternary weight may differ from {-s, 0, s} by this share of s (straight-through rounding)."""
+
+
+@torch.no_grad()
+def ternary_weights(model: nn.Module) -> dict[str, tuple[Tensor, float]]:
+    """Return (ternary weight [out, in] float, scale) of each linear site with a quantiser, by name.
+
+    Raises:
+        ConfigError: There is none, or one does not fit the format.
+    """
+    found: dict[str, tuple[Tensor, float]] = {}
+    for name, site in iter_sites(model):
+        if isinstance(site, LinearSite) and site.stage(Slot.QUANT) is not None:
+            found[name] = _split(site.effective_weight().float(), name)
+    if not found:
+        raise ConfigError("no linear weight of this run is quantised, so there is nothing to pack; use packing=none")
+    return found
+
+
+def _split(weight: Tensor, name: str) -> tuple[Tensor, float]:
+    if weight.shape[0] % VALUES_PER_BYTE:
+        raise ConfigError(
+            f"{name} has {weight.shape[0]} rows and the BitNet format packs {VALUES_PER_BYTE} at a time; "
+            f"use packing=none, or exclude it from `ternary`"
+        )
+    scale = weight.abs().max()
+    ternary = (weight / scale).round() if scale > 0 else torch.zeros_like(weight)
+    if (weight - ternary * scale).abs().max() > _ROUNDING * scale:
+        raise ConfigError(
+            f"{name} is not {{-s, 0, s}} with one s for the whole weight, which is all the BitNet format holds; train "
+            f"with ternary {{granularity: tensor}}, or use packing=none"
+        )
+    return ternary, scale.item() if scale > 0 else 1.0
+
+
+def pack(ternary: Tensor) -> Tensor:
+    """Pack [out, in] of {-1, 0, 1} into [out / 4, in] uint8; row r of quarter i takes bits 2i, 2i + 1."""
+    codes = (ternary + 1).to(torch.uint8).unflatten(0, (VALUES_PER_BYTE, -1))
+    return codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+
+
+def save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) -> None:
+    """Save the folded `model` with the linears in `ternary` packed."""
+    from transformers import BitNetQuantConfig
+
+    plain = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in ternary]
+    state = dict(model.state_dict())
+    for name, (weight, scale) in ternary.items():
+        state[f"{name}.weight"] = pack(weight)
+        state[f"{name}.weight_scale"] = torch.tensor([1 / scale])
+    quantization = BitNetQuantConfig(modules_to_not_convert=plain, linear_class="bitlinear", quantization_mode="offline")
+    model.config.quantization_config = quantization
+    try:
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+    finally:
+        del model.config.quantization_config
+
+
+def check(
+    folder: Path, model: Any, ternary: dict[str, tuple[Tensor, float]], expected: dict[str, Tensor]
+) -> tuple[float, tuple[str, ...]]:
+    """Load `folder` back and compare each packed layer, then all logits.
+
+    A layer is compared exactly, with its input quantised as transformers does it; the logits only
+    have to be finite, since 8-bit inputs change them by as much as the model is sensitive to them.
+
+    Returns:
+        Largest logit difference to the trained model, and notes for the report.
+
+    Raises:
+        RunError: A layer computes something else.
+    """
+    from leanmill.trainer.export.hf import reload
+
+    with torch.compiler.set_stance("force_eager"):  # transformers decorates this format with torch.compile
+        reloaded = reload(folder)
+        for name in ternary:
+            _check_layer(name, reloaded.get_submodule(name), model.get_submodule(name))
+        logits = sample_logits(reloaded)
+    difference = largest_difference(logits, expected)
+    if not torch.isfinite(torch.tensor(difference)):
+        raise RunError("the reloaded BitNet export computes non-finite logits; nothing was written")
+    agreement = min((logits[k].argmax(-1) == expected[k].argmax(-1)).float().mean().item() for k in expected)
+    return difference, (
+        f"{len(ternary)} linear weights packed to 2 bits; each layer equals the de-quantised one on 8-bit inputs",
+        f"transformers quantises these layers' inputs to 8 bits: {agreement:.1%} of the sampled tokens keep their top logit",
+    )
+
+
+@torch.no_grad()
+def _check_layer(name: str, packed: Any, plain: nn.Linear) -> None:
+    rows = torch.randn(5, plain.in_features, generator=torch.Generator().manual_seed(0))
+    expected, found = plain(quantise_input(rows)), packed(rows)
+    if not (found - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1e-6):
+        raise RunError(f"{name} of the reloaded BitNet export computes something else; nothing was written")
+
+
+def quantise_input(rows: Tensor) -> Tensor:
+    """Round each row [..., in] to 8 bits by its largest magnitude and back, as transformers does."""
+    scale = 127 / rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5)
+    return (rows * scale).round().clamp(-128, 127) / scale

@@ -1,0 +1,60 @@
+"""Output folders that are complete or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from leanmill.core.errors import ConfigError, RunError
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `path` when the block ends well.
+
+    Whatever goes wrong inside, nothing stays behind.
+
+    Raises:
+        ConfigError: `path` exists and is not an empty folder.
+        RunError: The disk is full or refuses.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists already; give a new folder as the output, or remove it")
+    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    except Exception as error:
+        if _is_disk_error(error):
+            raise RunError(f"cannot write {path}: {_reason(error)}; free some space or give another folder") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def folder_bytes(path: Path) -> int:
+    """Return the size of all files below `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _is_disk_error(error: Exception) -> bool:
+    # safetensors reports the operating system's error as text only.
+    return isinstance(error, OSError) or type(error).__module__.startswith("safetensors")
+
+
+def _reason(error: Exception) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "StorageFull" in str(error)
+    return "the disk is full" if full else " ".join(str(error).split())

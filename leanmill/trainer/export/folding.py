@@ -1,0 +1,112 @@
+"""Turning a model with sites and adapters into the plain model that computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.site import ExpertSite, Site
+from leanmill.core.sites import iter_sites
+from leanmill.core.stage import Slot
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (path, layer) of every PEFT layer that wraps a base layer."""
+    for path, module in model.named_modules():
+        if callable(getattr(module, "reset_lora_parameters", None)) and "base_layer" in module._modules:
+            yield path, module
+
+
+def reshaping_stages(module: nn.Module) -> list[str]:
+    """Names of the techniques that mask or quantise the weight of `module`, if it is a site."""
+    if not isinstance(module, Site):
+        return []
+    stages = [module.stage(slot) for slot in (Slot.MASK, Slot.QUANT)]
+    return [stage.technique for stage in stages if stage is not None]
+
+
+@torch.no_grad()
+def effective_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the staged weight of every site, by the plain name of its parameter."""
+    return {parameter_name(name, site): site.effective_weight().detach().clone() for name, site in iter_sites(model)}
+
+
+def parameter_name(name: str, site: Site) -> str:
+    """Name of a site's weight in the plain model."""
+    return name if isinstance(site, ExpertSite) else f"{name}.weight"
+
+
+def fold(model: Any) -> None:
+    """Merge adapters and stages into plain weights, in place.
+
+    Raises:
+        ConfigError: An adapter's output is added to a masked or quantised weight, so that no single
+            weight of that kind computes the sum.
+    """
+    for path, layer in list(adapter_layers(model)):
+        base = layer.base_layer
+        techniques = reshaping_stages(base)
+        if techniques:
+            raise ConfigError(
+                f"{path}: an output-branch adapter beside {' and '.join(techniques)} cannot be merged, the sum would "
+                f"be neither; export it with `--to adapter`, which writes the folded base beside it"
+            )
+        if isinstance(base, Site):
+            layer.base_layer = base.fold()
+        layer.merge(safe_merge=True)
+        _replace(model, path, layer.base_layer)
+    _fold_sites(model)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def fold_bases(model: Any) -> None:
+    """Fold every site and leave adapters where they are, around plain layers."""
+    _fold_sites(model)
+
+
+def detach_adapters(model: Any) -> None:
+    """Take adapters off without merging them."""
+    for path, layer in list(adapter_layers(model)):
+        _replace(model, path, layer.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def _fold_sites(model: Any) -> None:
+    tied = _is_tied(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ExpertSite):
+            module.fold()
+        elif isinstance(module, Site):
+            _replace(model, path, module.fold())
+    for module in list(model.modules()):
+        sites = module._modules.get("sites")
+        if isinstance(sites, nn.ModuleDict) and all(isinstance(site, ExpertSite) for site in sites.values()):
+            del module._modules["sites"]
+    if tied:
+        _tie_again(model)
+
+
+def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def _is_tied(model: Any) -> bool:
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(table, "weight", ())
+
+
+def _tie_again(model: Any) -> None:
+    """Share one parameter where both folded to the same values, else store both."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if torch.equal(head.weight, table.weight):
+        head.weight = table.weight
+    else:
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = {}

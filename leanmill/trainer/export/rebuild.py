@@ -1,0 +1,130 @@
+"""Rebuilding, in one process, the model that a checkpoint was saved from."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.sites import clean_name
+from leanmill.core.technique import InstallContext, StepContext, StepRule
+from leanmill.parallel.naming import state_buffers, state_parameters
+from leanmill.parallel.tensors import assign
+from leanmill.trainer.checkpoint.manifest import read_manifest, verify
+from leanmill.trainer.checkpoint.reading import read_full_state
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.models.build import build_on_meta, make_materialiser
+from leanmill.trainer.models.materialise import draw
+from leanmill.trainer.prepare import install_techniques
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """A trained model on the CPU, in eval mode, its sites and adapters in place."""
+
+    model: Any
+    recipe: Recipe
+    step: int
+    versions: dict[str, str]
+    """Of the packages that trained it."""
+    tokenizer_dir: Path | None
+    """The run's tokenizer, where it is still beside the checkpoint."""
+
+
+def rebuild(checkpoint_dir: Path) -> Rebuilt:
+    """Return the model of a checkpoint with its trained weights, fp32.
+
+    Raises:
+        ConfigError: The recipe saved with the checkpoint does not describe its weights.
+        RunError: The checkpoint is incomplete or damaged.
+    """
+    if not checkpoint_dir.is_dir():
+        raise ConfigError(f"{checkpoint_dir}: no such folder; give a checkpoint such as runs/NAME/checkpoints/step-...")
+    problems = verify(checkpoint_dir)
+    if problems:
+        raise RunError(f"{checkpoint_dir} cannot be exported: {problems[0]}")
+    partial = read_manifest(checkpoint_dir).partial
+    recipe = Recipe.model_validate(_read_json(checkpoint_dir / "recipe.json"))
+    step = int(_read_json(checkpoint_dir / "train_state.json").get("step", 0))
+    stored = read_full_state(checkpoint_dir)
+    tokenizer_dir = checkpoint_dir.parent.parent / "tokenizer"
+    model = _build(recipe, stored, tokenizer_dir)
+    context = InstallContext(load_frozen_model=_no_teacher, vocab_size=model.config.vocab_size)
+    techniques = install_techniques(recipe.techniques, model, context)
+    if partial:
+        make_materialiser(recipe.model, seed=recipe.seed)(model)
+    else:
+        draw(model, seed=recipe.seed)
+    _load(model, stored, checkpoint_dir, partial)
+    _replay_schedules(techniques.step_rules, recipe, step)
+    return Rebuilt(
+        model=model.eval(),
+        recipe=recipe,
+        step=step,
+        versions=_read_json(checkpoint_dir / "versions.json"),
+        tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+    )
+
+
+def _build(recipe: Recipe, stored: dict[str, Tensor], tokenizer_dir: Path) -> Any:
+    """Build on meta; a vocabulary that came from the tokenizer is read off the stored embedding."""
+    vocab_size = None
+    if recipe.model.config is not None and "vocab_size" not in recipe.model.config:
+        probe = build_on_meta(recipe.model, device_type="cpu")
+        table = probe.get_input_embeddings()
+        name = next(f"{path}.weight" for path, module in probe.named_modules() if module is table)
+        rows = [tensor.shape[0] for key, tensor in stored.items() if clean_name(key) == name]
+        vocab_size = rows[0] if rows else _tokenizer_size(tokenizer_dir)
+    return build_on_meta(recipe.model, vocab_size=vocab_size, device_type="cpu")
+
+
+def _tokenizer_size(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise ConfigError(f"the run's tokenizer is missing at {folder}; keep the checkpoint inside its run folder")
+    return len(AutoTokenizer.from_pretrained(str(folder)))
+
+
+def _load(model: nn.Module, stored: dict[str, Tensor], folder: Path, partial: bool) -> None:
+    live: dict[str, Tensor] = {**dict(state_parameters(model)), **dict(state_buffers(model))}
+    unexpected = sorted(stored.keys() - live.keys())
+    missing = [] if partial else sorted(live.keys() - stored.keys())
+    if unexpected or missing:
+        what = f"holds {unexpected[0]}, which" if unexpected else f"lacks {missing[0]}, which"
+        has = "lacks" if unexpected else "has"
+        raise ConfigError(
+            f"{folder} {what} the model of its recipe.json {has} ({len(unexpected)} unknown, {len(missing)} missing); "
+            f"export with the leanmill version that wrote it (versions.json)"
+        )
+    for name, value in stored.items():
+        if live[name].shape != value.shape:
+            raise ConfigError(
+                f"{folder}: {name} has shape {tuple(value.shape)}, its recipe.json describes {tuple(live[name].shape)}; "
+                f"the checkpoint belongs to another model"
+            )
+        assign(live[name], value)
+
+
+def _replay_schedules(rules: list[StepRule], recipe: Recipe, step: int) -> None:
+    """Put scheduled values where they stood in the last step done; they are in no checkpoint."""
+    steps = recipe.train.steps or math.ceil((recipe.train.total_tokens or 0) / recipe.batch.tokens_per_step)
+    for rule in rules:
+        rule.begin_step(StepContext(step=max(0, step - 1), num_steps=max(steps, step), num_micro_batches=1))
+
+
+def _no_teacher(path: str) -> nn.Module:
+    raise RunError(f"the frozen model {path} is not needed for an export")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: missing or damaged; use another checkpoint") from error
+    return value

@@ -1,0 +1,196 @@
+"""A folder that plain transformers loads computes what the trained model computes."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.sites import iter_sites
+from leanmill.trainer.export import export_hf
+from leanmill.trainer.export.bitnet import pack, quantise_input
+from leanmill.trainer.export.folding import parameter_name
+from tests.trainer.export.checkpoints import checkpoint_of
+from tests.trainer.models.families import FAMILIES
+
+
+SPARSE = {"type": "nm_sparsity"}
+TERNARY = {"type": "ternary"}
+LORA = {"type": "lora", "rank": 3, "alpha": 6}
+BRANCH = {**LORA, "where": "branch"}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.arange(34).view(2, 17) * 5 % 97
+    positions = torch.cat([torch.arange(8), torch.arange(9)]).expand(2, -1)
+    with torch.no_grad():
+        # With a cache, transformers does not look for restarting positions.
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+
+def plain(path: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(str(path), dtype="auto").eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_mask_and_ternary(family: str, tmp_path: Path) -> None:
+    # DeepSeek's q_a_proj and friends have 16 or 24 columns, the rest 32 or 48: all multiples of 4.
+    model, checkpoint = checkpoint_of(tmp_path / "run", family, [SPARSE, TERNARY])
+    report = export_hf(checkpoint, tmp_path / "out")
+    reloaded = plain(report.path)
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
+    assert report.max_difference <= report.tolerance
+    assert type(reloaded.get_submodule("model.layers.1.self_attn.o_proj")) is nn.Linear
+    for name, site in iter_sites(model):
+        weight = reloaded.get_parameter(parameter_name(name, site)).detach()
+        assert torch.equal(weight, site.effective_weight().detach()), name
+        assert int((weight.unflatten(-1, (-1, 4)) != 0).sum(-1).max()) <= 2
+        levels = weight.flatten(-2).abs().sort(-1).values[..., -1:]
+        assert torch.all((weight.flatten(-2).abs() == levels) | (weight.flatten(-2) == 0)), name
+    assert len(report.sparsity) == len(list(iter_sites(model)))
+    assert min(report.sparsity.values()) >= 0.5
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [[], [SPARSE], [TERNARY], [LORA], [BRANCH], [LORA, SPARSE, TERNARY], [{**TERNARY, "granularity": "row"}]],
+    ids=["none", "sparse", "ternary", "lora", "branch", "all", "rows"],
+)
+def test_every_technique(techniques: list[dict], tmp_path: Path) -> None:
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", techniques)
+    report = export_hf(checkpoint, tmp_path / "out")
+    torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-4, atol=1e-5)
+    summary = json.loads((report.path / "leanmill.json").read_text())
+    assert [t["type"] for t in summary["techniques"]] == [t["type"] for t in techniques]
+    assert json.loads((report.path / "config.json").read_text())["use_cache"] is True
+    assert {p.suffix for p in report.path.iterdir()} <= {".json", ".safetensors"}
+    assert "largest logit difference" in str(report)
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    technique = {**TERNARY, "targets": ["*_proj", "embed_tokens", "lm_head"]}
+    model, checkpoint = checkpoint_of(tmp_path / "run", "llama", [technique])
+    report = export_hf(checkpoint, tmp_path / "out")
+    reloaded = plain(report.path)
+    assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_branch_beside_a_mask_is_not_merged(tmp_path: Path) -> None:
+    _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [SPARSE, BRANCH])
+    with pytest.raises(ConfigError, match="--to adapter"):
+        export_hf(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bitnet_packing_loads_and_matches_on_8_bit_inputs(tmp_path: Path) -> None:
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{**TERNARY, "exclude": ["layers.0.mlp.down_proj"]}])
+    report = export_hf(checkpoint, tmp_path / "out", packing="bitnet")
+    config = json.loads((report.path / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "bitnet"
+    assert "lm_head" in config["modules_to_not_convert"]
+    with torch.compiler.set_stance("force_eager"):
+        reloaded = plain(report.path)
+        found = logits(reloaded)
+    packed = reloaded.model.layers[1].mlp.up_proj
+    assert packed.weight.dtype == torch.uint8
+    assert packed.weight.shape == (12, 32)
+    assert type(reloaded.model.layers[0].mlp.down_proj) is nn.Linear
+    # The same maths written out: inputs of the ternary layers rounded to 8 bits.
+    for site in [site for _, site in iter_sites(model)]:
+        site.register_forward_pre_hook(lambda _, inputs: (quantise_input(inputs[0]),))
+    torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=1e-3)
+    assert 0 < report.max_difference < 0.1
+    whole = export_hf(checkpoint, tmp_path / "whole")
+    assert (report.path / "model.safetensors").stat().st_size < (whole.path / "model.safetensors").stat().st_size / 2
+
+
+def test_packing_is_that_of_transformers() -> None:
+    from transformers.integrations.bitnet import pack_weights
+
+    ternary = torch.randint(-1, 2, (12, 7), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(pack(ternary), pack_weights(ternary.clone()))
+
+
+@pytest.mark.parametrize(
+    ("family", "techniques", "expected"),
+    [
+        ("llama", [{**TERNARY, "granularity": "row"}], "granularity: tensor"),
+        ("llama", [SPARSE], "nothing to pack"),
+        ("deepseek_v3", [{**TERNARY, "targets": ["mlp.experts.gate_up_proj"]}], "nothing to pack"),
+    ],
+)
+def test_what_the_bitnet_format_cannot_hold(family: str, techniques: list[dict], expected: str, tmp_path: Path) -> None:
+    _, checkpoint = checkpoint_of(tmp_path / "run", family, techniques)
+    with pytest.raises(ConfigError, match=expected):
+        export_hf(checkpoint, tmp_path / "out", packing="bitnet")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_damaged_checkpoint_and_a_taken_folder_are_refused(tmp_path: Path) -> None:
+    _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="exists already"):
+        export_hf(checkpoint, tmp_path / "out")
+    weights = next((checkpoint / "model").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(RunError, match="cannot be exported"):
+        export_hf(checkpoint, tmp_path / "new")
+    with pytest.raises(ConfigError, match="no such folder"):
+        export_hf(tmp_path / "nothing", tmp_path / "new")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    from leanmill.trainer.export.rebuild import _load
+
+    model, _ = checkpoint_of(tmp_path / "run", "llama", [])
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    with pytest.raises(ConfigError, match=r"lacks model\.norm\.weight"):
+        _load(model, {k: v for k, v in state.items() if k != "model.norm.weight"}, tmp_path, False)
+    with pytest.raises(ConfigError, match="holds other"):
+        _load(model, state | {"other": torch.zeros(1)}, tmp_path, False)
+    with pytest.raises(ConfigError, match="shape"):
+        _load(model, state | {"model.norm.weight": torch.zeros(3)}, tmp_path, False)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [])
+
+    def fail(self: object, folder: Path, **_: object) -> None:
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    with pytest.raises(RunError, match="disk is full"):
+        export_hf(checkpoint, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_copy_that_differs_is_not_a_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from leanmill.trainer.export import hf
+
+    _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [SPARSE])
+    reload = hf.reload
+
+    def tampered(folder: Path) -> nn.Module:
+        model = reload(folder)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+        return model
+
+    monkeypatch.setattr(hf, "reload", tampered)
+    with pytest.raises(RunError, match="other logits"):
+        export_hf(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
