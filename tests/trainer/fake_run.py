@@ -92,7 +92,7 @@ def fake_recipe(
         run_dir=str(run_dir),
         seed=7,
         model={"config": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32}},
-        train={"steps": 400},
+        train={"steps": 400, "precision": "fp32"},
         techniques=[FakeTechnique(type=t) for t in techniques],
         log=LogConfig(**{"tensorboard": False, **log}),
     )

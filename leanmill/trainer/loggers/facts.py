@@ -57,15 +57,11 @@ def device_peak(info: RunInfo) -> float | None:
     return peak_flops_per_second(info.engine.device, info.recipe.train.precision)
 
 
-def mfu(info: RunInfo, peak: float | None, tokens_per_second: float) -> float | None:
-    """Model FLOPs utilisation: tokens/s x FLOPs per token / (ranks x peak FLOP/s); None without a peak.
+def utilisation(info: RunInfo, peak: float | None, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilisation of all ranks together; None without a known peak of one rank."""
+    from leanmill.trainer.flops import mfu
 
-    FLOPs count active parameters only and no recomputation (Chowdhery et al. 2022, arXiv:2204.02311,
-    appendix B).
-    """
-    if not peak:
-        return None
-    return tokens_per_second * info.flops_per_token / (info.world_size * peak)
+    return mfu(tokens_per_second, info.flops_per_token, info.world_size * peak) if peak else None
 
 
 def versions() -> dict[str, str]:

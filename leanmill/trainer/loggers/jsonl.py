@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -42,10 +43,10 @@ class JsonlLog(Observer):
         self._write("start", run_facts(info))
 
     def on_step(self, record: StepRecord) -> None:
-        from leanmill.trainer.loggers.facts import mfu
+        from leanmill.trainer.loggers.facts import utilisation
 
         assert self._info is not None
-        self._write("step", {**asdict(record), "mfu": mfu(self._info, self._peak, record.tokens_per_second)})
+        self._write("step", {**asdict(record), "mfu": utilisation(self._info, self._peak, record.tokens_per_second)})
 
     def on_eval(self, record: EvalRecord) -> None:
         self._write("eval", asdict(record))
@@ -56,8 +57,11 @@ class JsonlLog(Observer):
     def on_end(self, status: str, message: str = "") -> None:
         if self._file is None:
             return
-        self._write("end", {"status": status, "message": message})
-        self._file.close()
+        # The disk may be what failed: the run's own error must reach the user, not a second one.
+        with suppress(RunError) if status == "failed" else nullcontext():
+            self._write("end", {"status": status, "message": message})
+        with suppress(OSError):
+            self._file.close()
         self._file = None
 
     def _write(self, kind: str, fields: Mapping[str, Any]) -> None:

@@ -6,9 +6,9 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from leanmill.trainer.loggers.facts import device_peak, mfu, run_facts
+from leanmill.trainer.loggers.facts import device_peak, run_facts, utilisation
 from leanmill.trainer.loggers.redact import redact
 from leanmill.trainer.observer import EvalRecord, Observer, RunInfo, StepRecord
 from leanmill.trainer.report.units import count, duration, plural
@@ -47,12 +47,12 @@ class Progress(Observer):
 
     def on_step(self, record: StepRecord) -> None:
         assert self._info is not None, "on_start comes first"
-        share = mfu(self._info, self._peak, record.tokens_per_second)
+        share = utilisation(self._info, self._peak, record.tokens_per_second)
         if self._bar is None:
             self._print(step_line(record, self._info.num_steps, share))
             return
         assert self._task is not None
-        fields = step_fields(record, self._info.num_steps, share)
+        fields: dict[str, Any] = {**step_fields(record, self._info.num_steps, share)}
         self._bar.update(self._task, completed=record.step, **fields)
 
     def on_eval(self, record: EvalRecord) -> None:
@@ -108,10 +108,11 @@ def banner(info: RunInfo) -> list[str]:
     parameters = count(info.num_parameters)
     if info.num_trainable != info.num_parameters:
         parameters += f" ({count(info.num_trainable)} trainable)"
+    ranks = plural(info.world_size, "rank")
     start = f" from step {info.start_step:,}" if info.start_step else ""
     lines = [
         f"{facts['name']}: {facts['model']}, {parameters} parameters, {techniques}",
-        f"{facts['engine']} on {plural(info.world_size, 'rank')} of {facts['hardware']['device']}, {facts['precision']}",
+        f"{facts['engine']} on {ranks} of {facts['hardware']['device']}, {facts['precision']}",
         f"{plural(info.num_steps, 'step')} of {facts['tokens_per_step']:,} tokens{start}, "
         f"{info.flops_per_token:.3g} FLOPs a token",
         *info.notes,
@@ -150,7 +151,7 @@ def step_line(record: StepRecord, num_steps: int, share: float | None) -> str:
     ]
     line = "  ".join(part for part in parts if part)
     # The least needed part goes first where a line would wrap.
-    for droppable in (parts[3], parts[2]):
+    for droppable in (parts[3], parts[2], fields["mfu"]):
         if len(line) > WIDTH:
             line = line.replace(f"  {droppable}", "", 1)
     return line

@@ -15,7 +15,20 @@ _MIN_SECRET_LENGTH = 8
 """Shorter values (`1`, `true`, `default`) are settings, and replacing them would eat plain text."""
 
 _SECRET_WORDS = frozenset(
-    ["key", "apikey", "token", "secret", "password", "passwd", "passphrase", "credential", "credentials", "auth", "pat", "bearer"]
+    [
+        "key",
+        "apikey",
+        "token",
+        "secret",
+        "password",
+        "passwd",
+        "passphrase",
+        "credential",
+        "credentials",
+        "auth",
+        "pat",
+        "bearer",
+    ]
 )
 _SECRET_TEXT = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
@@ -26,9 +39,11 @@ _SECRET_TEXT = re.compile(
     r"|\b(?:sk|rk|pk)-[A-Za-z0-9_-]{20,}"  # OpenAI, Anthropic and the like
     r"|\bgh[opsur]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS key ids
-    r"|\bxox[abeoprs]-[\w-]{10,}"
+    r"|\bxox[abeoprs]-[\w-]{10,}"  # Slack
+    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+"  # JSON web tokens
 )
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
+# At least one character that prose has not, so that `basic understanding` stays.
+_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+(?=\S*[0-9=_+/])[A-Za-z0-9._~+/=-]{8,}")
 _URL_PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 
 

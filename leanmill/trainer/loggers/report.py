@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
+from leanmill.core.errors import RunError
 from leanmill.trainer.observer import EvalRecord, Observer, RunInfo
 from leanmill.trainer.report.html import write_report
 
@@ -22,5 +24,8 @@ class ReportLog(Observer):
         write_report(self._run_dir)
 
     def on_end(self, status: str, message: str = "") -> None:
-        if self._started:
+        if not self._started:
+            return
+        # A failed run's own error must reach the user, not that of a full disk here.
+        with suppress(RunError) if status == "failed" else nullcontext():
             write_report(self._run_dir)

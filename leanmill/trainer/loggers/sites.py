@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from leanmill.trainer.observer import EvalRecord, Observer, RunInfo, StepRecord
 from leanmill.trainer.report.files import write_atomically
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from leanmill.core.site import Site
+    from leanmill.core.stage import Stage
     from leanmill.parallel.engine import Engine
 
 FILE_NAME = "sites.json"
@@ -62,7 +63,7 @@ class SiteStatistics(Observer):
         assert self._info is not None, "on_start comes first"
         self._written_at = self._step
         rank = self._info.rank
-        sites = [statistics for statistics in site_statistics(self._info.engine, compute=rank == 0)]
+        sites = list(site_statistics(self._info.engine, compute=rank == 0))
         if rank == 0:
             document = {"step": self._step, "tokens": self._tokens, "group_size": GROUP_SIZE, "sites": sites}
             write_atomically(self._path, json.dumps(document))
@@ -76,44 +77,38 @@ def site_statistics(engine: Engine, *, compute: bool = True) -> Iterator[dict[st
         compute: False only takes part in gathering and yields nothing.
     """
     from leanmill.core.sites import iter_sites
+    from leanmill.parallel.naming import state_parameters
 
-    paths = {id(module): path for path, module in engine.module.model.named_modules()}  # type: ignore[operator, union-attr]
-    for name, site in iter_sites(engine.module.model):  # type: ignore[arg-type]
-        weight, stages = gather_site(engine, site, paths[id(site)])
+    model = cast("nn.Module", engine.module.model)
+    # By identity: a site may sit inside wrappers, share a tied weight, or (experts) own none itself.
+    names = {id(parameter): name for name, parameter in state_parameters(model)}
+    for name, site in iter_sites(model):
+        weight, stages = gather_site(engine, site, names)
         if not compute:
             continue
         for stage in stages:
             weight = stage.forward(weight)
-        techniques = [stage.technique for stage in stages]
-        yield {"name": name, "techniques": techniques, **weight_statistics(weight)}
+        yield {"name": name, "techniques": [stage.technique for stage in stages], **weight_statistics(weight)}
 
 
-def gather_site(engine: Engine, site: Site, path: str) -> tuple[Tensor, list[nn.Module]]:
+def gather_site(engine: Engine, site: Site, names: Mapping[int, str]) -> tuple[Tensor, list[Stage]]:
     """Gather a site's weight and CPU copies of its stages, in slot order. A collective.
 
     Args:
         engine: Owner of the site.
         site: A site of `engine.module.model`.
-        path: Where the site sits in the model now, wrappers included.
+        names: Name of every live parameter by its id.
     """
-    from leanmill.core.site import ExpertSite
-    from leanmill.core.sites import clean_name
     from leanmill.core.stage import Slot
 
-    path = clean_name(path)
-    if isinstance(site, ExpertSite):
-        # The stacked weight belongs to the experts module, above the `sites` its stages hang in.
-        weight_name = f"{path.rpartition('.sites.')[0]}.{site.parameter_name}"
-    else:
-        weight_name = f"{path}.weight"
-    weight = engine.full_parameter(weight_name).detach()
+    def gather(parameter: Tensor) -> Tensor:
+        return engine.full_parameter(names[id(parameter)]).detach()
+
+    weight = gather(site.raw_weight)
     stages = []
-    for slot in Slot:
-        stage = site.stage(slot)
-        if stage is not None:
-            prefix = f"{path}.stages.{slot.key}."
-            full = {name: engine.full_parameter(prefix + name).detach() for name, _ in stage.named_parameters()}
-            stages.append(cpu_copy(stage, full))
+    for stage in filter(None, (site.stage(slot) for slot in Slot)):
+        full = {name: gather(parameter) for name, parameter in stage.named_parameters()}
+        stages.append(cast("Stage", cpu_copy(stage, full)))
     return weight, stages
 
 
@@ -155,15 +150,14 @@ def weight_statistics(weight: Tensor) -> dict[str, Any]:
         the most in one row, which tells a scale per row from a scale per tensor (both capped at
         MAX_LEVELS, counted on up to a million weights); `group_zeros`, how many groups of GROUP_SIZE
         along the last dim have 0, 1, ... zeros; `two_of_four`, the share of groups with at least
-        half zeros; `histogram` counts between `low` and `high`; `num_non_finite`.
+        half zeros; `histogram` counts in equal bins from `low` to `high`; `num_non_finite`.
     """
     import torch
 
     values = weight.detach().float()
     finite = values[torch.isfinite(values)]
-    low, high = (finite.min().item(), finite.max().item()) if finite.numel() else (0.0, 0.0)
-    # A constant weight still needs an interval with a width.
-    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+    # Symmetric, so that zero is in the middle; a weight of zeros still needs a width.
+    high = (finite.abs().max().item() if finite.numel() else 0.0) or 1.0
     groups = _group_zeros(values)
     num_groups = sum(groups)
     return {
@@ -172,8 +166,8 @@ def weight_statistics(weight: Tensor) -> dict[str, Any]:
         **_count_levels(values),
         "group_zeros": groups,
         "two_of_four": sum(groups[GROUP_SIZE // 2 :]) / num_groups if num_groups else None,
-        "histogram": torch.histc(finite, bins=NUM_BINS, min=low, max=high).long().tolist(),
-        "low": low,
+        "histogram": torch.histc(finite, bins=NUM_BINS, min=-high, max=high).long().tolist(),
+        "low": -high,
         "high": high,
         "num_non_finite": values.numel() - finite.numel(),
     }

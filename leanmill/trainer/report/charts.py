@@ -30,7 +30,9 @@ class Series:
     """Index into the palette of page.css; 0 is the colour of text."""
     dashed: bool = False
     faint: bool = False
-    """Drawn in the background and left out of legend and cursor."""
+    """Drawn thin in the background."""
+    in_legend: bool = True
+    """Shown in the legend and at the cursor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ def with_smoothing(series: Series, min_points: int = 40) -> list[Series]:
     """The series smoothed, over the raw values in the background; short series as they are."""
     if len(series.points) < min_points:
         return [series]
-    raw = Series(label=series.label, points=series.points, color=series.color, faint=True)
+    raw = Series(label=series.label, points=series.points, color=series.color, faint=True, in_legend=False)
     return [raw, Series(label=series.label, points=smooth(series.points), color=series.color)]
 
 
@@ -64,9 +66,9 @@ def draw(chart: Chart, x_scale: Scale) -> str:
     """Return the chart as a `figure`."""
     drawn = [series for series in chart.series if series.points]
     caption = f'<figcaption><h3>{escape(chart.title)}</h3><span class="unit">{escape(chart.unit)}</span></figcaption>'
-    note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
+    note = f'<p class="note">{escape(chart.note)}</p>'
     if not drawn:
-        return f'<figure class="chart">{caption}<p class="empty">No values yet.</p>{note}</figure>'
+        return f'<figure class="chart">{caption}<p class="empty">No values yet.</p></figure>'
     y_scale = _y_scale(chart)
     return (
         f'<figure class="chart" id="chart-{chart.id}" data-chart="{chart.id}">{caption}{_legend(chart, drawn)}'
@@ -90,7 +92,7 @@ def chart_values(chart: Chart, x_scale: Scale) -> dict[str, Any]:
         "series": [
             {"x": [int(x) for x, _ in kept], "y": [float(f"{y:.6g}") for _, y in kept]}
             for series in chart.series
-            if series.points and not series.faint
+            if series.points and series.in_legend
             for kept in [thin(series.points)]
         ],
     }
@@ -102,10 +104,11 @@ def _y_scale(chart: Chart) -> Scale:
 
 
 def _legend(chart: Chart, drawn: Sequence[Series]) -> str:
-    visible = [series for series in drawn if not series.faint]
+    visible = [series for series in drawn if series.in_legend]
     items = "".join(
         f'<li><svg class="key" viewBox="0 0 18 8" aria-hidden="true"><path class="line c{s.color}{_dash(s)}" '
-        f'd="M1 4H17"/></svg><span>{escape(s.label)}</span> <output>{escape(chart.format(s.points[-1][1]))}</output></li>'
+        f'd="M1 4H17"/></svg><span>{escape(s.label)}</span> '
+        f"<output>{escape(chart.format(s.points[-1][1]))}</output></li>"
         for s in visible
     )
     return f'<ul class="legend">{items}<li class="at" aria-live="polite"></li></ul>'
@@ -165,6 +168,6 @@ def _summary(chart: Chart, drawn: Sequence[Series]) -> str:
         f"{s.label} from {chart.format(s.points[0][1])} at step {s.points[0][0]:,.0f} "
         f"to {chart.format(s.points[-1][1])} at step {s.points[-1][0]:,.0f}"
         for s in drawn
-        if not s.faint
+        if s.in_legend
     ]
     return f"{chart.title}, {chart.unit}: {'; '.join(parts)}."

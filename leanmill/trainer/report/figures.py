@@ -50,7 +50,7 @@ def _training_loss(run: RunData, events: Sequence[tuple[str, int]]) -> Chart:
     smoothed = any(part.faint for part in series)
     return Chart(
         id="loss", title="Training loss", unit="nats per token", series=series, format=number, events=events,
-        note="Strong line: exponential moving average. Light line: as logged." if smoothed else "",
+        note="Strong line: moving average, exponential to both sides. Light line: as logged." if smoothed else "",
     )  # fmt: skip
 
 
@@ -64,14 +64,17 @@ def _validation_loss(run: RunData) -> Chart:
 
 def _bits_per_byte(run: RunData) -> Chart:
     scores, baselines = [], []
+    levels: list[str] = []
     for index, name in enumerate(domains(run)):
         color = _color(index, name)
         scores.append(Series(label=name, points=points(run.evals, "domains", name, "bits_per_byte"), color=color))
         order0 = points(run.evals, "domains", name, "order0_bits_per_byte")
-        baselines.append(Series(label=f"{name}, order-0", points=order0, color=color, dashed=True))
+        baselines.append(Series(label=name, points=order0, color=color, dashed=True, in_legend=False))
+        levels.extend(f"{name} {value:.2f}" for _, value in order0[-1:])
+    note = f"Dashed: order-0, the entropy of single bytes in the same text ({', '.join(levels)})." if levels else ""
     return Chart(
-        id="bpb", title="Bits per byte", unit="held-out text", series=[*scores, *baselines], format=number,
-        from_zero=True, note="Dashed: entropy of single bytes in the same text (order-0).",
+        id="bpb", title="Bits per byte", unit="held-out text", series=[*baselines, *scores], format=number,
+        from_zero=True, note=note,
     )  # fmt: skip
 
 
@@ -95,8 +98,8 @@ def _speed(run: RunData, events: Sequence[tuple[str, int]]) -> list[Chart]:
     memory = [(step, value / 2**30) for step, value in points(run.steps, "peak_memory_bytes")]
     charts = [
         Chart(
-            id="speed", title="Throughput", unit="tokens per second, all ranks", format=count, style="count",
-            series=[Series(label="tokens/s", points=points(run.steps, "tokens_per_second"), color=3)],
+            id="speed", title="Throughput", unit="tokens/s, all ranks", format=count, style="count",
+            series=[Series(label="all ranks", points=points(run.steps, "tokens_per_second"), color=3)],
             from_zero=True, events=events,
         ),
         Chart(
@@ -104,15 +107,15 @@ def _speed(run: RunData, events: Sequence[tuple[str, int]]) -> list[Chart]:
             series=[Series(label="seconds a step", points=points(run.steps, "step_seconds"), color=4)],
         ),
         Chart(
-            id="memory", title="Peak memory", unit="GiB, largest of all ranks", format=number, from_zero=True,
-            series=[Series(label="GiB", points=memory, color=5)], events=events,
+            id="memory", title="Peak memory", unit="GiB, worst rank", format=number, from_zero=True,
+            series=[Series(label="worst rank", points=memory, color=5)], events=events,
         ),
     ]  # fmt: skip
     utilisation = points(run.steps, "mfu")
     if utilisation:
         charts.insert(1, Chart(
-            id="mfu", title="MFU", unit="model FLOPs utilisation", format=percent, style="percent", from_zero=True,
-            series=[Series(label="MFU", points=utilisation, color=1)], events=events,
+            id="mfu", title="MFU", unit="of peak FLOP/s", format=percent, style="percent", from_zero=True,
+            series=[Series(label="utilisation", points=utilisation, color=1)], events=events,
         ))  # fmt: skip
     return charts
 

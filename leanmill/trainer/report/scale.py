@@ -71,13 +71,27 @@ def thin(points: Points, max_points: int = 800) -> Points:
 
 
 def smooth(points: Points) -> Points:
-    """Exponential moving average over about a twenty-fifth of the series, free of start-up bias."""
-    decay = 1 - 2 / (max(len(points) / 25, 1) + 1)
-    total, weight, smoothed = 0.0, 0.0, []
-    for x, y in points:
-        total, weight = decay * total + y, decay * weight + 1
-        smoothed.append((x, total / weight))
+    """Weighted mean around each point, weights falling off exponentially to both sides.
+
+    Looking both ways keeps a steep start from being drawn late, as a one-sided average would.
+    """
+    decay = 1 - 2 / (max(len(points) / 50, 1) + 1)
+    values = [y for _, y in points]
+    before, after = _decayed_sums(values, decay), _decayed_sums(values[::-1], decay)[::-1]
+    smoothed: Points = []
+    for (x, y), (sum_before, weight_before), (sum_after, weight_after) in zip(points, before, after, strict=True):
+        # Both sums hold the point itself.
+        smoothed.append((x, (sum_before + sum_after - y) / (weight_before + weight_after - 1)))
     return smoothed
+
+
+def _decayed_sums(values: Sequence[float], decay: float) -> list[tuple[float, float]]:
+    """For each value, the sum of it and all before it, decayed by distance, and the sum of the weights."""
+    total, weight, sums = 0.0, 0.0, []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        sums.append((total, weight))
+    return sums
 
 
 def _nice(step: float) -> float:

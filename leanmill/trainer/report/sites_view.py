@@ -11,6 +11,10 @@ from leanmill.trainer.report.units import count, number, percent
 
 _MANY_LEVELS = 256
 """Where the site statistics stop counting."""
+_HEADINGS = (
+    '<th scope="col">Site</th><th scope="col">Techniques</th><th scope="col" class="num">Shape</th>'
+    '<th scope="col">Zeros</th><th scope="col" class="num">2 of 4</th><th scope="col" class="num">Levels</th>'
+)
 
 
 def draw_sites(document: dict[str, Any]) -> str:
@@ -24,8 +28,7 @@ def draw_sites(document: dict[str, Any]) -> str:
         f'<p class="note">Effective weights (what the matmul sees) of {len(sites)} sites after step '
         f"{document.get('step', 0):,}. {escape(_overall(sites))}</p>"
         f'<div class="sites"><div class="scroll site-table" tabindex="0" role="region" aria-label="Sites">'
-        f'<table><thead><tr><th scope="col">Site</th><th scope="col">Techniques</th><th scope="col" class="num">Shape</th>'
-        f'<th scope="col">Zeros</th><th scope="col" class="num">2 of 4</th><th scope="col" class="num">Levels</th></tr></thead>'
+        f"<table><thead><tr>{_HEADINGS}</tr></thead>"
         f"<tbody>{rows}</tbody></table></div>"
         f'<figure class="chart histogram"><figcaption><h3>Weight histogram</h3></figcaption>'
         f'<p class="controls"><label for="site">Site</label> <select id="site">{options}</select> '
@@ -46,15 +49,17 @@ def site_values(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 def draw_histogram(site: dict[str, Any]) -> str:
     """Return the bars of one site's histogram with its axis and a line of text."""
-    counts = site["histogram"]
+    counts, low, high = site["histogram"], site["low"], site["high"]
+    labels = "".join(
+        f'<span style="left:{place}%">{escape(number(value))}</span>'
+        for place, value in ((0, low), (50, (low + high) / 2), (100, high))
+    )
     return (
         f'<div class="frame"><div class="y-labels" aria-hidden="true"></div>'
         f'<div class="plot" id="histogram" role="img" aria-label="{escape(describe(site), quote=True)}">'
         f'<svg viewBox="0 0 {len(counts)} 1000" preserveAspectRatio="none" aria-hidden="true">'
         f'<path class="bars" d="{bars_path(counts)}"/></svg></div>'
-        f'<div class="x-labels" id="histogram-axis" aria-hidden="true"><span style="left:0%">{escape(number(site["low"]))}</span>'
-        f'<span style="left:50%">{escape(number((site["low"] + site["high"]) / 2))}</span>'
-        f'<span style="left:100%">{escape(number(site["high"]))}</span></div></div>'
+        f'<div class="x-labels" id="histogram-axis" aria-hidden="true">{labels}</div></div>'
         f'<p class="note" id="histogram-text" aria-live="polite">{escape(describe(site))}</p>'
     )
 
@@ -72,7 +77,7 @@ def describe(site: dict[str, Any]) -> str:
         " x ".join(str(n) for n in site["shape"]),
         f"{percent(site['zero_fraction'])} zeros",
         f"{_levels(site['num_levels'])} levels ({_levels(site['num_levels_per_row'])} a row)",
-        f"from {number(site['low'])} to {number(site['high'])}",
+        f"largest magnitude {number(site['high'])}",
     ]
     if site.get("num_non_finite"):
         parts.append(f"{site['num_non_finite']:,} NOT FINITE")

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from leanmill.trainer.loggers.redact import MASK, redact, redact_tree
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "aB3" * 11,
+        "f" * 20 + "0123456789" * 2,
+        "wandb_v1_" + "Xy9_" * 10,
+        "sk-proj-" + "a1B2" * 8,
+        "ghp_" + "a1B2" * 9,
+        "AKIA" + "ABCD1234" * 2,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-DEF_123",
+    ],
+)
+def test_keys_of_known_services_go(secret: str) -> None:
+    assert redact(f"login with {secret}, please") == f"login with {MASK}, please"
+
+
+def test_authorisation_goes_and_prose_stays() -> None:
+    assert redact("Authorization: Bearer abc123.def456-x") == f"Authorization: Bearer {MASK}"
+    assert redact("basic understanding of bearer certificates") == "basic understanding of bearer certificates"
+
+
+def test_password_in_a_url_goes() -> None:
+    assert redact("http://me:hunter22@proxy:3128/x") == f"http://{MASK}@proxy:3128/x"
+    assert redact("https://example.org:8080/a@b") == "https://example.org:8080/a@b"
+
+
+def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SERVICE_TOKEN", "open sesame")
+    monkeypatch.setenv("STORE_SECRET_KEY", "open sesame and more")
+    assert redact("said open sesame and more, then open sesame") == f"said {MASK}, then {MASK}"
+
+
+def test_settings_with_harmless_values_stay(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "falsehood")
+    monkeypatch.setenv("AUTH_ENABLED", "true")
+    monkeypatch.setenv("SERVICE_CREDENTIALS", str(tmp_path))
+    monkeypatch.setenv("KEYBOARD_LAYOUT", "us-international")
+    text = f"falsehood is not true in {tmp_path} with us-international"
+    assert redact(text) == text
+
+
+def test_commits_and_longer_digests_stay() -> None:
+    text = f"revision: {COMMIT}, fingerprint {'ab' * 32}"
+    assert redact(text) == text
+    assert redact_tree({"revision": COMMIT, "other": COMMIT}) == {"revision": COMMIT, "other": MASK}
+
+
+def test_secret_fields_go_whatever_they_hold() -> None:
+    tree = {
+        "hf_token": "correct horse",
+        "nested": [{"api_key": "battery staple"}],
+        "pad_token": "<|endoftext|>",
+        "tokens_per_step": 4096,
+        "path": "org/model",
+    }
+    assert redact_tree(tree) == {**tree, "hf_token": MASK, "nested": [{"api_key": MASK}]}
