@@ -7,6 +7,7 @@ were. All ranks must see the same `run_dir`.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,8 @@ class _Job:
     score: float | None
     partial: bool
     base: str | None
+    copied: threading.Event = field(default_factory=threading.Event)
+    """Set once the host's copies are done."""
 
 
 class CheckpointManager:
@@ -74,14 +77,19 @@ class CheckpointManager:
     Args:
         run_dir: Folder of the run; checkpoints lie in its `checkpoints/`.
         config: When and what to keep.
+        overlap: The caller promises to call `finish_copies` before anything writes trained
+            parameters or optimizer state after a `save`. Then those are copied beside the next
+            forward and backward passes instead of while `save` runs.
     """
 
-    def __init__(self, run_dir: str | Path, config: CheckpointConfig) -> None:
+    def __init__(self, run_dir: str | Path, config: CheckpointConfig, *, overlap: bool = False) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.config = config
+        self.overlap = overlap
         self.group = SaveGroup()
         self._snapshots = Snapshots(self.group.rank)
         self._thread: threading.Thread | None = None
+        self._job: _Job | None = None
         self._error: BaseException | None = None
         self._damaged: set[Path] = set()
 
@@ -119,10 +127,15 @@ class CheckpointManager:
         model = engine.model_state()
         kept = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
         states = {"model": kept, "optimizer": engine.optimizer_state()}
+        trained = {name.rpartition("/")[0] for name in states["optimizer"]}
         copy = self.config.asynchronous
+        put_off = {"model": trained.__contains__, "optimizer": lambda _: True} if self.overlap else {}
         job = _Job(
             step=step,
-            parts={part: self._snapshots.take(part, state, copy=copy) for part, state in states.items()},
+            parts={
+                part: self._snapshots.take(part, state, copy=copy, put_off=put_off.get(part, lambda _: False))
+                for part, state in states.items()
+            },
             documents={
                 "train_state.json": json.loads(json.dumps(train_state)),
                 "recipe.json": redact(recipe_json),
@@ -133,10 +146,27 @@ class CheckpointManager:
             base=base,
         )
         if copy:
+            self._job = job
             self._thread = threading.Thread(target=self._write_in_background, args=(job,), name="checkpoint")
             self._thread.start()
+            if not self.overlap:
+                self.finish_copies()
         else:
             self._write(job)
+        return time.perf_counter() - started
+
+    def finish_copies(self) -> float:
+        """Return once training may write parameters and optimizer state again; cheap when it may already.
+
+        Returns:
+            Seconds waited; together with what `save` returned, how long a save stalls training.
+        """
+        started = time.perf_counter()
+        if self._job is not None:
+            self._job.copied.wait()
+            for snapshot in self._job.parts.values():
+                snapshot.protect()
+            self._job = None
         return time.perf_counter() - started
 
     def wait(self) -> None:
@@ -147,7 +177,7 @@ class CheckpointManager:
         """
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            self._thread = self._job = None
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -267,6 +297,13 @@ class CheckpointManager:
 
     def _write_in_background(self, job: _Job) -> None:
         try:
+            try:
+                for snapshot in job.parts.values():
+                    snapshot.finish_host_copies()
+            finally:
+                job.copied.set()
+            for snapshot in job.parts.values():
+                snapshot.wait_for_device()
             self._write(job)
         except BaseException as error:  # noqa: BLE001 (handed to the next `save` or `wait`)
             self._error = error
@@ -373,6 +410,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in _VERSIONED:

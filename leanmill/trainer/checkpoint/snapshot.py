@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -14,22 +16,65 @@ from torch.distributed.checkpoint.planner_helpers import _create_write_items
 from torch.distributed.tensor import DTensor
 
 
-@dataclass(frozen=True)
 class Snapshot:
-    """Chunks this rank writes, each with its data."""
+    """Chunks this rank writes, each with its data.
 
-    items: list[WriteItem]
-    tensors: list[Tensor]
-    """Local data of each item; plain tensors."""
+    Args:
+        items: What is written.
+        sources: Local data of each item, live, plain tensors.
+        buffers: Host memory for copies; None writes the live tensors.
+        now: Whether each item must be copied before the constructor returns.
+    """
+
+    def __init__(
+        self, items: list[WriteItem], sources: list[Tensor], buffers: list[Tensor] | None, now: list[bool]
+    ) -> None:
+        self.items = items
+        self.tensors = sources if buffers is None else buffers
+        self._later: list[tuple[Tensor, Tensor]] = []
+        self._events: list[torch.cuda.Event] = []
+        if buffers is not None:
+            pairs = list(zip(buffers, sources, strict=True))
+            self._start([pair for pair, first in zip(pairs, now, strict=True) if first], wait=True)
+            self._start([pair for pair, first in zip(pairs, now, strict=True) if not first], wait=False)
+
+    def _start(self, pairs: list[tuple[Tensor, Tensor]], *, wait: bool) -> None:
+        on_device = [pair for pair in pairs if pair[1].is_cuda]
+        on_host = [pair for pair in pairs if not pair[1].is_cuda]
+        if on_device:
+            # A stream of its own copies beside the next step's kernels; those that write wait for it.
+            event = _copy_from_device(on_device)
+            self._events.append(event)
+            if wait:
+                torch.cuda.current_stream().wait_event(event)
+        if wait:
+            _copy_on_host(on_host)
+        else:
+            self._later = on_host
+
+    def finish_host_copies(self) -> None:
+        """Copy what was put off and lies on the host; from a thread beside the training one."""
+        _copy_on_host(self._later)
+        self._later = []
+
+    def wait_for_device(self) -> None:
+        """Return once the device's copies have arrived."""
+        for event in self._events:
+            event.synchronize()
+
+    def protect(self) -> None:
+        """Make kernels launched from now on wait for the device's copies, without waiting here."""
+        for event in self._events:
+            torch.cuda.current_stream().wait_event(event)
 
 
 @dataclass
-class _Buffers:
+class _Kept:
     """What a part looked like at the last save, with host memory to copy it into."""
 
     signature: list[tuple[str, torch.Size, torch.dtype]]
     items: list[WriteItem]
-    tensors: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] | None = None
 
 
 class Snapshots:
@@ -44,10 +89,12 @@ class Snapshots:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self._parts: dict[str, _Buffers] = {}
+        self._parts: dict[str, _Kept] = {}
 
     @torch.no_grad()
-    def take(self, part: str, state: Mapping[str, Tensor], *, copy: bool) -> Snapshot:
+    def take(
+        self, part: str, state: Mapping[str, Tensor], *, copy: bool, put_off: Callable[[str], bool] = lambda name: False
+    ) -> Snapshot:
         """Return this rank's chunks of `state`.
 
         Args:
@@ -55,6 +102,7 @@ class Snapshots:
             state: Names to tensors, DTensor where sharded.
             copy: Copy into host buffers, valid until the next snapshot of this part; otherwise the
                 snapshot refers to the live tensors.
+            put_off: By name, which copies may wait for `Snapshot.finish_host_copies` and `protect`.
         """
         owned = {name: tensor for name, tensor in state.items() if _writes(tensor, self.rank)}
         local = {name: _local(tensor) for name, tensor in owned.items()}
@@ -62,14 +110,11 @@ class Snapshots:
         kept = self._parts.get(part)
         if kept is None or kept.signature != signature:
             items = [item for name, tensor in owned.items() for item in _create_write_items(name, tensor)]
-            kept = self._parts[part] = _Buffers(signature, items)
+            kept = self._parts[part] = _Kept(signature, items)
         sources = list(local.values())
-        if not copy:
-            return Snapshot(kept.items, sources)
-        if not kept.tensors:
-            kept.tensors = [_host_buffer(tensor) for tensor in sources]
-        _copy_to_host(kept.tensors, sources)
-        return Snapshot(kept.items, kept.tensors)
+        if copy and kept.buffers is None:
+            kept.buffers = [_host_buffer(tensor) for tensor in sources]
+        return Snapshot(kept.items, sources, kept.buffers if copy else None, [not put_off(name) for name in local])
 
 
 def _writes(tensor: Tensor, rank: int) -> bool:
@@ -92,11 +137,28 @@ def _host_buffer(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
-def _copy_to_host(buffers: list[Tensor], sources: list[Tensor]) -> None:
-    for buffer, source in zip(buffers, sources, strict=True):
-        buffer.copy_(source, non_blocking=source.is_cuda)
-    for device in {source.device for source in sources if source.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
+def _copy_from_device(pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
+    stream = torch.cuda.Stream(pairs[0][1].device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for buffer, source in pairs:
+            buffer.copy_(source, non_blocking=True)
+            source.record_stream(stream)
+    return stream.record_event()
+
+
+def _copy_on_host(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    # One thread, outside the interpreter's lock: torch's own copy would wake the threads that the
+    # training thread computes with, and wait for all of them.
+    for buffer, source in pairs:
+        if source.is_contiguous() and source.dim() > 0:
+            np.copyto(_raw(buffer), _raw(source))
+        else:
+            buffer.copy_(source)
+
+
+def _raw(tensor: Tensor) -> np.ndarray[Any, Any]:
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 class SnapshotPlanner(DefaultSavePlanner):

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.checkpoint import storage
+from leanmill.trainer.checkpoint import snapshot, storage
 from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.checkpoint.manifest import read_manifest, verify
 from leanmill.trainer.checkpoint.reading import read_full_state
@@ -409,3 +410,49 @@ def test_only_the_named_parameters_are_saved(tmp_path: Path) -> None:
         manager.load(path, other, names=names, base="abd")
     with pytest.raises(ConfigError, match="only the trained parameters"):
         manager.load(path, other)
+
+
+# Copies beside training
+
+
+def test_overlapped_copies_hold_the_moment_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine()
+    trained = engine.model["model.embed.weight"]  # the one with optimizer state
+    manager = CheckpointManager(tmp_path, CheckpointConfig(), overlap=True)
+    original: Callable[..., Any] = snapshot._copy_on_host
+    put_off: list[int] = []
+
+    def slow(pairs: list[Any]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.2)
+            put_off.append(len(pairs))
+        original(pairs)
+
+    monkeypatch.setattr(snapshot, "_copy_on_host", slow)
+    for step in (1, 2):
+        model, optimizer = _clones(engine.model), _clones(engine.optimizer)
+        assert manager.save(step, engine, {}, {}) < 0.2
+        for name, tensor in engine.model.items():
+            if name != "model.embed.weight":  # a forward or a step rule may write it at once
+                tensor.logical_not_() if tensor.dtype == torch.bool else tensor.add_(1)
+        assert manager.finish_copies() > 0.2
+        assert manager.finish_copies() < 0.2
+        trained.add_(1)
+        engine.optimizer["model.embed.weight/exp_avg"].zero_()
+        manager.wait()
+        path = manager.root / f"step-{step:08d}"
+        assert same(read_full_state(path), model)
+        assert same(read_full_state(path, "optimizer"), optimizer)
+    assert put_off == [1, 2, 1, 2]
+
+
+def test_finish_copies_without_a_save_is_nothing(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, CheckpointConfig(), overlap=True)
+    assert manager.finish_copies() < 0.1
+    manager.save(1, _engine(), {}, {})
+    manager.wait()
+    assert manager.finish_copies() < 0.1
+
+
+def _clones(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
