@@ -108,14 +108,15 @@ def _build(config: LocalCorpus, domain: Domain, folder: Path) -> None:
     max_bytes = domain_max_bytes(config, domain)
     limit = max_bytes if max_bytes is not None else sys.maxsize
     held_out_limit = min(limit, max(int(limit * config.validation_fraction), _MIN_VALIDATION_BYTES))
-    splits = {"train": _Split(limit), "validation": _Split(held_out_limit)}
-    skipped, seen = 0, set[bytes]()
+    documents_seen = set[bytes]()  # of both splits: what one has, the other must not
+    splits = {"train": _Split(limit, documents_seen), "validation": _Split(held_out_limit, documents_seen)}
+    skipped, files_seen = 0, set[bytes]()
     for content, documents_of in _contents(domain):
         digest = hashlib.blake2b(content, digest_size=16).digest()
         split = splits["validation" if _is_held_out(digest, config.validation_fraction) else "train"]
-        if digest in seen or split.full:
+        if digest in files_seen or split.full:
             continue
-        seen.add(digest)
+        files_seen.add(digest)
         try:
             documents = documents_of(content.decode())
         except UnicodeDecodeError:
@@ -138,10 +139,10 @@ def _build(config: LocalCorpus, domain: Domain, folder: Path) -> None:
 class _Split:
     """Documents of one split, each once, until the limit in bytes is reached."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, seen: set[bytes]) -> None:
         self.limit, self.num_bytes, self.full = limit, 0, False
         self.documents: list[bytes] = []
-        self._seen: set[bytes] = set()
+        self._seen = seen
 
     def add(self, document: bytes) -> None:
         if self.num_bytes + len(document) > self.limit:

@@ -68,7 +68,7 @@ def render_row(
     at = np.maximum(plan.targets, 0)
     if is_target is not None:
         has_target &= is_target[at]
-    labels = np.where(has_target, tokens[at], IGNORED).astype(np.int64)
+    labels = np.where(has_target, tokens[at].astype(np.int64), IGNORED)
     return Row(inputs, labels, plan.positions)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.trainer.data.cache import cached_folder, fingerprint
 from leanmill.trainer.data.config import TokenizerConfig
 from leanmill.trainer.data.hub import hub_errors
@@ -127,3 +127,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.chat_template]
     text = json.dumps([backend, special], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def fingerprint_of(path: str) -> str | None:
+    """Return `tokenizer_fingerprint` of the tokenizer in a folder or hub repository, None without one."""
+    try:
+        return tokenizer_fingerprint(load_tokenizer(path))
+    except (ConfigError, RunError):
+        return None
