@@ -93,10 +93,11 @@ def _skips(steps: Sequence[Record]) -> list[int]:
 
 def _seconds(everything: Sequence[Record]) -> float:
     total, started = 0.0, None
-    for record, following in zip(everything, [*everything[1:], None], strict=True):
+    for index, record in enumerate(everything):
         if record["kind"] == "start":
             started = record.get("time")
-        if started is not None and (following is None or following["kind"] == "start"):
+        ends_session = index + 1 == len(everything) or everything[index + 1]["kind"] == "start"
+        if started is not None and ends_session:
             total += record.get("time", started) - started
     return total
 

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from leanmill.core.errors import ConfigError
 from leanmill.trainer.loggers.redact import redact, redact_tree
 from leanmill.trainer.report.charts import chart_values, draw
 from leanmill.trainer.report.data import RunData, load_run
@@ -30,10 +31,14 @@ def write_report(run_dir: Path) -> Path:
     Whatever is missing is left out, so it can be written at any time and again after a resume.
 
     Raises:
+        ConfigError: There is no such folder.
         RunError: The file cannot be written.
     """
-    path = Path(run_dir) / FILE_NAME
-    write_atomically(path, render(load_run(Path(run_dir))))
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ConfigError(f"{run_dir} is no folder; give the run_dir of a run, e.g. runs/quickstart")
+    path = run_dir / FILE_NAME
+    write_atomically(path, render(load_run(run_dir)))
     return path
 
 

@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
 def size(num_bytes: float) -> str:
     """Write bytes in binary units: 1572864 -> `1.5 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
+        if abs(num_bytes) < 1000:  # so that three digits always suffice
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.3g} TiB"

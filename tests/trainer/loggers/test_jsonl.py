@@ -107,7 +107,7 @@ def test_credentials_do_not_reach_the_file(tmp_path: Path, monkeypatch: pytest.M
 def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     log = JsonlLog(tmp_path)
     log.on_start(fake_info(fake_recipe(tmp_path), tmp_path))
-    log._file = Path("/dev/full").open("w", encoding="utf-8")
+    log._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
     with pytest.raises(RunError, match=r"cannot write .*metrics\.jsonl: No space left.*resume"):
         log.on_step(fake_step(2))
     log.on_end("failed", "the error above must stay the one that is seen")
