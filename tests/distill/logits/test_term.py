@@ -1,0 +1,151 @@
+"""Distillation against its formulas, chunked as the trainer does, and its errors."""
+
+import pytest
+import torch
+
+from leanmill.core.errors import ConfigError
+from leanmill.distill.logits.config import Distill
+from leanmill.distill.logits.divergence import divergence
+from leanmill.distill.logits.term import DistillTerm
+from tests.core.tiny import VOCAB_SIZE, context, tiny, tokens
+
+
+def by_hand(student, teacher, kind, temperature, beta):
+    p, q = (torch.softmax(z.double() / temperature, -1) for z in (teacher, student))
+    m = beta * p + (1 - beta) * q
+    kl = {
+        "forward_kl": p * (p / q).log(),
+        "reverse_kl": q * (q / p).log(),
+        "js": beta * p * (p / m).log() + (1 - beta) * q * (q / m).log(),
+    }[kind]
+    return temperature**2 * kl.sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js"])
+def test_divergence_value_and_gradient(kind, temperature):
+    student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    twin = student.detach().clone().requires_grad_()
+    teacher = torch.randn(7, 11, dtype=torch.float64)
+    got = divergence(student, teacher, kind=kind, temperature=temperature, beta=0.3)
+    expected = by_hand(twin, teacher, kind, temperature, 0.3)
+    torch.testing.assert_close(got, expected)
+    got.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(student.grad, twin.grad)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js"])
+def test_low_precision_logits_are_compared_in_fp32(kind):
+    student, teacher = (torch.randn(5, 300) * 20).bfloat16(), (torch.randn(5, 300) * 20).bfloat16()
+    got = divergence(student, teacher, kind=kind)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(
+        got.double(), divergence(student.double(), teacher.double(), kind=kind), rtol=1e-4, atol=1e-5
+    )
+    assert torch.isfinite(divergence(student.float() * 1000, teacher.float() * 1000, kind=kind)).all()
+
+
+def batch_of(ids):
+    labels = ids.roll(-1, 1).clone()
+    labels[:, -1] = -100
+    labels[0, :4] = -100
+    positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+@pytest.mark.parametrize("chunk", [1000, 5])
+def test_the_term_is_the_divergence_of_whole_logits_over_tokens_with_a_label(chunk):
+    student, teacher = tiny(), tiny(seed=9, hidden_size=24)
+    batch = batch_of(tokens())
+    term = DistillTerm(Distill(teacher="t", divergence="js", temperature=2.0, weight=0.3), context(teacher))
+    assert (term.name, term.weight) == ("distill", 0.3)
+    extras = {name: value.flatten(0, 1) for name, value in term.prepare(batch).items()}
+    assert all(not value.requires_grad and value.shape[-1] == 24 for value in extras.values())
+    logits = student(batch["input_ids"]).logits.flatten(0, 1)
+    labels = batch["labels"].flatten()
+    got = sum(
+        term(logits[i : i + chunk], labels[i : i + chunk], {n: v[i : i + chunk] for n, v in extras.items()})
+        for i in range(0, len(labels), chunk)
+    )
+    whole = by_hand(logits, teacher(batch["input_ids"]).logits.flatten(0, 1), "js", 2.0, 0.5)
+    torch.testing.assert_close(got.double(), whole[labels != -100].sum(), rtol=1e-4, atol=1e-5)
+    got.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_teachers_head_never_sees_the_whole_micro_batch():
+    teacher, seen = tiny(seed=9), []
+    teacher.get_output_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:-1].numel()))
+    term = DistillTerm(Distill(teacher="t"), context(teacher))
+    extras = term.prepare(batch_of(tokens(2, 13)))
+    assert seen == [2]
+    term(
+        torch.randn(3, VOCAB_SIZE),
+        torch.zeros(3, dtype=torch.long),
+        {"teacher_hidden": extras["teacher_hidden"][0, :3]},
+    )
+    assert seen == [2, 3]
+    assert not teacher.base_model._forward_hooks
+
+
+def test_tokens_without_a_label_pass_no_gradient():
+    teacher = tiny(seed=9)
+    term = DistillTerm(Distill(teacher="t"), context(teacher))
+    hidden = torch.randn(3, 32)
+    logits = torch.randn(3, VOCAB_SIZE, requires_grad=True)
+    value = term(logits, torch.tensor([4, -100, 5]), {"teacher_hidden": hidden})
+    value.backward()
+    assert (logits.grad[1] == 0).all()
+    assert (logits.grad[[0, 2]] != 0).any()
+
+
+def test_the_teacher_is_loaded_once_and_not_at_installation():
+    loads = []
+
+    def load(path):
+        loads.append(path)
+        return tiny(seed=9).eval().requires_grad_(False)
+
+    installation = Distill(teacher="some/folder").install(None, context(load_frozen_model=load))
+    assert loads == []
+    for _ in range(2):
+        installation.loss_terms[0].prepare(batch_of(tokens()))
+    assert loads == ["some/folder"]
+
+
+def test_documents_do_not_attend_to_each_other_in_the_teacher():
+    teacher = tiny(seed=9)
+    term = DistillTerm(Distill(teacher="t"), context(teacher))
+    ids = tokens(1, 12)
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(12).remainder(6)[None]}
+    alone = {"input_ids": ids[:, 6:], "labels": ids[:, 6:], "position_ids": torch.arange(6)[None]}
+    got = term.prepare(packed)["teacher_hidden"][:, 6:]
+    torch.testing.assert_close(got, term.prepare(alone)["teacher_hidden"], rtol=1e-4, atol=1e-5)
+
+
+def test_padding_rows_are_cut_when_the_tokenizers_agree():
+    teacher = tiny(seed=9, vocab_size=VOCAB_SIZE + 3)
+    changes = {"tokenizer_fingerprint": "abc", "fingerprint_of_tokenizer": lambda path: "abc"}
+    term = DistillTerm(Distill(teacher="t"), context(teacher, **changes))
+    batch = batch_of(tokens())
+    hidden = term.prepare(batch)["teacher_hidden"].flatten(0, 1)
+    logits = torch.randn(len(hidden), VOCAB_SIZE)
+    got = term(logits, batch["labels"].flatten(), {"teacher_hidden": hidden})
+    whole = by_hand(logits, teacher.lm_head(hidden)[:, :VOCAB_SIZE], "forward_kl", 1.0, 0.5)
+    torch.testing.assert_close(got.double(), whole[batch["labels"].flatten() != -100].sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tokenizer_fingerprint": "a", "fingerprint_of_tokenizer": lambda path: "b"}])
+def test_other_vocabularies_are_refused_with_both_sizes(changes):
+    term = DistillTerm(Distill(teacher="big/one"), context(tiny(vocab_size=70), **changes))
+    with pytest.raises(ConfigError, match=rf"big/one.* 70 .*{VOCAB_SIZE}.*data\.tokenizer\.path") as error:
+        term.prepare(batch_of(tokens()))
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_that_caps_its_logits_is_refused():
+    teacher = tiny()
+    teacher.config.final_logit_softcapping = 30.0
+    with pytest.raises(ConfigError, match="final_logit_softcapping"):
+        DistillTerm(Distill(teacher="t"), context(teacher)).prepare(batch_of(tokens()))
