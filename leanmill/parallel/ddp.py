@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +19,9 @@ from leanmill.parallel.single import freeze
 
 # Renamed in torch 2.13, where the old spelling warns.
 _SIGNATURE = inspect.signature(DistributedDataParallel.__init__).parameters
-_BUFFERS_EACH_FORWARD = "forward_sync_buffers" if "forward_sync_buffers" in _SIGNATURE else "broadcast_buffers"
+_NO_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _SIGNATURE else "broadcast_buffers": False
+}
 
 
 class DdpEngine(NativeEngine):
@@ -47,7 +49,7 @@ class DdpEngine(NativeEngine):
             # buffers; gloo could not broadcast every dtype either.
             init_sync=False,
             gradient_as_bucket_view=True,
-            **{_BUFFERS_EACH_FORWARD: False},
+            **_NO_BUFFERS,
         )
         self._make_optimizer(preparation)
 

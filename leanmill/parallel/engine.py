@@ -65,8 +65,10 @@ class Engine(ABC):
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> Tensor:
-        """Clip by the global norm and return the norm before clipping, fp32 scalar, equal on all
-        ranks. None only measures. DeepSpeed clips inside its step; then this measures."""
+        """Clip by the global norm; return the norm before clipping, fp32 scalar, equal on all ranks.
+
+        None only measures. DeepSpeed clips inside its step; then this measures.
+        """
 
     @abstractmethod
     def step(self, skip: Tensor) -> None:
@@ -92,14 +94,18 @@ class Engine(ABC):
 
     @abstractmethod
     def full_parameter(self, name: str) -> Tensor:
-        """Gather one parameter of `module.model` by its dotted name: full, fp32 master where there
-        is one, on every rank, on the CPU."""
+        """Gather one parameter of `module.model` by its dotted name.
+
+        Full, fp32 master where there is one, on every rank, on the CPU.
+        """
 
     @abstractmethod
     def model_state(self) -> dict[str, Tensor]:
-        """Parameters and persistent buffers of `module.model` by name (no wrapper components):
+        """Parameters and persistent buffers of `module.model` by name (no wrapper components).
+
         DTensor where sharded, plain where replicated. DeepSpeed: full fp32 on rank 0, and
-        0 elements elsewhere are left out, see its docstring. Suits distributed checkpointing."""
+        0 elements elsewhere are left out, see its docstring. Suits distributed checkpointing.
+        """
 
     @abstractmethod
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
@@ -108,7 +114,10 @@ class Engine(ABC):
     @abstractmethod
     def optimizer_state(self) -> dict[str, Tensor]:
         """Flat `"<parameter name>/<state key>"` -> tensor (DTensor where sharded); `step` included.
-        Allocates zero-filled state for parameters that have none yet, so it can be loaded into."""
+
+        Parameters that have no state yet get the one they would start from (zero moments and
+        counters), so it can be loaded into; no weight changes.
+        """
 
     @abstractmethod
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:

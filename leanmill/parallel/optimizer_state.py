@@ -26,12 +26,12 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters]
-    settings = [
+    settings: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (group, {key: group[key] for key in ("lr", "weight_decay") if key in group}) for group in optimizer.param_groups
     ]
     try:
         for group, saved in settings:
-            group.update({key: torch.zeros_like(v) if isinstance(v, Tensor) else 0.0 for key, v in saved.items()})
+            group.update((key, torch.zeros_like(v) if isinstance(v, Tensor) else 0.0) for key, v in saved.items())
         for parameter in parameters:
             parameter.grad = None
         for chunk in _chunks(missing):

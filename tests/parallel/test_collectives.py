@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from leanmill.parallel.collectives import barrier, broadcast_object, max_over_ranks, sum_over_ranks
+from tests.distributed import run_ranks
+
+
+def body() -> dict[str, Any]:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    mine = torch.tensor([1.0, float(rank)])
+    result = {"sum": sum_over_ranks(mine), "max": max_over_ranks(mine), "mine": mine}
+    objects = [{"rank": rank, "text": "ä" * (rank + 1), "list": (1, 2)}, None, "", []]
+    result["objects"] = [broadcast_object(value) for value in objects]
+    barrier()
+    return result
+
+
+def test_collectives() -> None:
+    for rank, result in enumerate(run_ranks(body, 3)):
+        assert result["sum"].tolist() == [3.0, 3.0]
+        assert result["max"].tolist() == [1.0, 2.0]
+        assert result["mine"].tolist() == [1.0, rank]  # left as it was
+        assert result["objects"] == [{"rank": 0, "text": "ä", "list": [1, 2]}, None, "", []]
+
+
+def test_one_process_needs_no_group() -> None:
+    result = body()
+    assert result["sum"].tolist() == [1.0, 0.0]
+    assert result["objects"][0] == {"rank": 0, "text": "ä", "list": [1, 2]}

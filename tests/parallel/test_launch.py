@@ -1,0 +1,159 @@
+"""Processes start under torchrun and alone, and end cleanly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from leanmill.core.errors import ConfigError
+from leanmill.parallel import launch
+from leanmill.parallel.launch import finish, init_processes, num_cores, set_threads, shorten_timeout
+from tests.distributed import run_ranks
+
+
+CLUSTER = SimpleNamespace(init_timeout_seconds=60, flight_recorder=True)
+
+SCRIPT = """
+import os, sys
+from types import SimpleNamespace
+import torch
+from leanmill.parallel.collectives import broadcast_object, sum_over_ranks
+from leanmill.parallel.launch import finish, init_processes, shorten_timeout
+ranks = init_processes("cpu", SimpleNamespace(init_timeout_seconds=60, flight_recorder=True))
+total = sum_over_ranks(torch.tensor(float(ranks.rank + 1)))
+shorten_timeout(30)
+name = broadcast_object("from 0" if ranks.rank == 0 else None)
+finish()
+print(f"rank {ranks.rank}/{ranks.world_size} local {ranks.local_rank}: {total:g} {name}", flush=True)
+os._exit(0)
+"""
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        capture_output=True, text=True, timeout=120, check=False, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
+    assert lines == ["rank 0/2 local 0: 3 from 0", "rank 1/2 local 1: 3 from 0"]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("alone")
+def test_one_process_has_no_group() -> None:
+    ranks = init_processes("cpu", CLUSTER)
+    assert (ranks.rank, ranks.world_size, ranks.device) == (0, 1, torch.device("cpu"))
+    assert not dist.is_initialized()
+    shorten_timeout(5)
+    finish()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_missing_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="device=cpu"):
+        init_processes("cuda", CLUSTER)
+    assert init_processes("auto", CLUSTER).device.type == "cpu"
+
+
+@pytest.mark.usefixtures("alone")
+def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=r"4 processes .* 2 GPUs; type torchrun --nproc-per-node 2"):
+        init_processes("auto", CLUSTER)
+
+
+def test_a_broken_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE='two'"):
+        init_processes("cpu", CLUSTER)
+
+
+def test_threads_are_shared_out_unless_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setattr(launch, "num_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    set_threads(2)
+    assert calls == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for local_world_size in (2, 3, 100):
+        set_threads(local_world_size)
+    assert calls == [4, 2, 1]
+    assert num_cores() >= 1
+
+
+def test_the_flight_recorder_is_switched_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+    files = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    for name in (*names, *files):
+        monkeypatch.setenv(name, "")  # so that teardown takes away what is set below
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+    prefix = launch._start_flight_recorder()
+    assert Path(prefix).parent.is_dir()
+    assert {os.environ[name] for name in files} == {prefix}
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
+
+
+def test_warns_of_restarts_on_a_shared_store(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    with caplog.at_level(logging.WARNING):
+        launch._warn_of_shared_store()
+        assert caplog.text == ""
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        launch._warn_of_shared_store()
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
+
+
+def test_the_shortened_timeout_counts_for_every_group() -> None:
+    def body() -> list[str]:
+        groups = [None, dist.new_group([0, 1])]
+        shorten_timeout(1)
+        failures = []
+        for group in groups:
+            if dist.get_rank() == 0:
+                try:
+                    dist.all_reduce(torch.zeros(1), group=group)
+                except RuntimeError as error:
+                    failures.append(str(error))
+        if dist.get_rank() == 1:
+            import time
+
+            time.sleep(4)
+        return failures
+
+    failures = run_ranks(body, 2)[0]
+    assert len(failures) == 2
+    assert all("imed out" in text or "imeout" in text for text in failures), failures
+
+
+def test_timeouts_are_given_to_the_group() -> None:
+    def body() -> bool:
+        shorten_timeout(7)
+        group = dist.distributed_c10d._get_default_group()
+        return group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
+
+    assert run_ranks(body, 1) == [True]
