@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.registry import TECHNIQUES
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
-from leanmill.trainer.recipe_rules import nearest_multiples
+from leanmill.trainer.recipe_rules import nearest_multiples, num_steps
 
 
 def check_files(recipe: Recipe) -> None:
@@ -153,11 +152,6 @@ def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
                 f"set batch.tokens_per_step={nearest_multiples(batch.tokens_per_step, share)}"
             )
     return lines
-
-
-def num_steps(recipe: Recipe) -> int:
-    """Optimizer steps of the run."""
-    return recipe.train.steps or math.ceil((recipe.train.total_tokens or 0) / recipe.batch.tokens_per_step)
 
 
 def _length(recipe: Recipe) -> str:

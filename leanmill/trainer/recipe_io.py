@@ -22,7 +22,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: YAML file, UTF-8.
         overrides: `a.b=c` each; the value is YAML, a number in the path indexes a list
-            (`techniques.0.n=1`), and the index just past a list's end appends.
+            (`techniques.0.group_size=8`), and the index just past a list's end appends.
 
     Raises:
         ConfigError: One line for each problem: where, what was given, what is allowed.

@@ -5,9 +5,11 @@ Each rule yields one line: what was given, what is allowed, what to type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from leanmill.core.errors import ConfigError
 from leanmill.trainer.data.config import LocalCorpus, Mixture
 from leanmill.trainer.secrets import find_secrets
 
@@ -31,6 +33,32 @@ def nearest_multiples(value: int, unit: int) -> str:
     """Return the multiples of `unit` around `value`, for a remedy: `4096 or 8192`."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)
+
+
+def derive_steps(recipe: Recipe, data_size: int) -> tuple[int, int]:
+    """Return (micro-batches of a step on one rank, optimizer steps of the run).
+
+    Args:
+        recipe: The recipe.
+        data_size: Ranks that read different data.
+
+    Raises:
+        ConfigError: The batch does not divide over the ranks.
+    """
+    batch = recipe.batch
+    share = batch.tokens_per_micro_batch * data_size
+    if batch.tokens_per_step % share:
+        raise ConfigError(
+            f"batch.tokens_per_step={batch.tokens_per_step} is no multiple of tokens_per_micro_batch="
+            f"{batch.tokens_per_micro_batch} x {data_size} data ranks = {share}; set batch.tokens_per_step="
+            f"{nearest_multiples(batch.tokens_per_step, share)}, or a smaller tokens_per_micro_batch"
+        )
+    return batch.tokens_per_step // share, num_steps(recipe)
+
+
+def num_steps(recipe: Recipe) -> int:
+    """Optimizer steps of the run."""
+    return recipe.train.steps or math.ceil((recipe.train.total_tokens or 0) / recipe.batch.tokens_per_step)
 
 
 def _names(recipe: Recipe) -> Iterator[str]:

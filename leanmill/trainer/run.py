@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from leanmill.core.errors import ConfigError
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.engine import Engine
@@ -29,6 +27,7 @@ from leanmill.trainer.models.build import build_on_meta, num_parameters
 from leanmill.trainer.observer import DomainScore, EvalRecord, Observer, RunInfo
 from leanmill.trainer.prepare import Prepared, prepare
 from leanmill.trainer.recipe_io import resolved_yaml
+from leanmill.trainer.recipe_rules import derive_steps
 
 
 log = logging.getLogger(__name__)
@@ -79,7 +78,12 @@ class _Run:
         tokenizer = build_tokenizer(recipe.data, seed=recipe.seed)
         self.domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
         self.data = build_train_data(recipe.data, tokenizer, seed=recipe.seed)
-        model = build_on_meta(recipe.model, vocab_size=len(tokenizer))
+        model = build_on_meta(
+            recipe.model,
+            vocab_size=len(tokenizer),
+            sequence_length=recipe.data.sequence_length,
+            device_type=ranks.device.type,
+        )
         model_bytes = sum(4 * p.numel() for p in model.parameters())
         self.engine, why = build_engine(
             recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=model_bytes
@@ -195,26 +199,6 @@ class _Run:
         record = EvalRecord(step=step, tokens=self.data.position_tokens, domains=self.scores)
         for observer in self.observers:
             observer.on_eval(record)
-
-
-def derive_steps(recipe: Recipe, data_size: int) -> tuple[int, int]:
-    """Return (micro-batches of a step on one rank, optimizer steps of the run).
-
-    Raises:
-        ConfigError: The batch does not divide over the ranks.
-    """
-    batch = recipe.batch
-    share = batch.tokens_per_micro_batch * data_size
-    if batch.tokens_per_step % share:
-        below = max(share, batch.tokens_per_step // share * share)
-        raise ConfigError(
-            f"batch.tokens_per_step={batch.tokens_per_step} is no multiple of tokens_per_micro_batch="
-            f"{batch.tokens_per_micro_batch} x {data_size} data ranks = {share}; "
-            f"set batch.tokens_per_step={below} or {below + share}, or a smaller tokens_per_micro_batch"
-        )
-    train = recipe.train
-    steps = train.steps or math.ceil((train.total_tokens or 0) / batch.tokens_per_step)
-    return batch.tokens_per_step // share, steps
 
 
 def _trainable_once(model: nn.Module) -> Sequence[nn.Parameter]:
