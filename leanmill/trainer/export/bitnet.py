@@ -5,6 +5,10 @@ x a row of the input: `q = clamp(round(x * 127 / max|x|), -128, 127)`, then
 `y = (q @ t^T) / ((127 / max|x|) * (1 / s)) + bias`. The weight is exact; the input is quantised to
 8 bits a row, which training did not do unless it quantised activations too. The format has one
 scale a weight.
+
+Of transformers' modes, `bitlinear` and offline `autobitlinear` compute this, with equal results;
+`bitlinear`, written here, keeps the weights packed in memory too. The online mode takes the mean
+magnitude of the stored weight for its scale, which for an already ternary weight is another one.
 """
 
 from __future__ import annotations
@@ -74,7 +78,9 @@ def save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) -> 
     for name, (weight, scale) in ternary.items():
         state[f"{name}.weight"] = pack(weight)
         state[f"{name}.weight_scale"] = torch.tensor([1 / scale])
-    quantization = BitNetQuantConfig(modules_to_not_convert=plain, linear_class="bitlinear", quantization_mode="offline")
+    quantization = BitNetQuantConfig(
+        modules_to_not_convert=plain, linear_class="bitlinear", quantization_mode="offline"
+    )
     model.config.quantization_config = quantization
     try:
         model.save_pretrained(folder, state_dict=state, safe_serialization=True)
@@ -109,7 +115,7 @@ def check(
     agreement = min((logits[k].argmax(-1) == expected[k].argmax(-1)).float().mean().item() for k in expected)
     return difference, (
         f"{len(ternary)} linear weights packed to 2 bits; each layer equals the de-quantised one on 8-bit inputs",
-        f"transformers quantises these layers' inputs to 8 bits: {agreement:.1%} of the sampled tokens keep their top logit",
+        f"their inputs are quantised to 8 bits by transformers: {agreement:.1%} of sampled tokens keep their top logit",
     )
 
 

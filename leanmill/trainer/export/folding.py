@@ -59,14 +59,9 @@ def fold(model: Any) -> None:
             layer.base_layer = base.fold()
         layer.merge(safe_merge=True)
         _replace(model, path, layer.base_layer)
-    _fold_sites(model)
+    fold_sites(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
-
-
-def fold_bases(model: Any) -> None:
-    """Fold every site and leave adapters where they are, around plain layers."""
-    _fold_sites(model)
 
 
 def detach_adapters(model: Any) -> None:
@@ -77,7 +72,8 @@ def detach_adapters(model: Any) -> None:
         del model.peft_config
 
 
-def _fold_sites(model: Any) -> None:
+def fold_sites(model: Any) -> None:
+    """Fold every site into a plain module, in place; adapters around them stay where they are."""
     tied = _is_tied(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, ExpertSite):

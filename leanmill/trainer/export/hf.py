@@ -21,9 +21,7 @@ from leanmill.trainer.export.rebuild import Rebuilt, rebuild
 from leanmill.trainer.export.report import ExportReport
 
 
-def export_hf(
-    checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "bitnet"] = "none"
-) -> ExportReport:
+def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "bitnet"] = "none") -> ExportReport:
     """Write config, safetensors, tokenizer and `leanmill.json`, then load them back and compare.
 
     Every stage is folded into its weight (zeros of a mask in place, quantised weights de-quantised)
@@ -140,4 +138,6 @@ def _check_weights(reloaded: Any, staged: dict[str, Tensor], masked: dict[str, t
             num_kept, group_size = pattern
             kept = (found.unflatten(-1, (-1, group_size)) != 0).sum(-1)
             if int(kept.max()) > num_kept:
-                raise RunError(f"{name} of the reloaded export keeps {int(kept.max())} of {group_size} weights, not {num_kept}")
+                raise RunError(
+                    f"{name} of the reloaded export keeps {int(kept.max())} of {group_size} weights, not {num_kept}"
+                )

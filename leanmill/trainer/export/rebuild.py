@@ -105,8 +105,8 @@ def _load(model: nn.Module, stored: dict[str, Tensor], folder: Path, partial: bo
     for name, value in stored.items():
         if live[name].shape != value.shape:
             raise ConfigError(
-                f"{folder}: {name} has shape {tuple(value.shape)}, its recipe.json describes {tuple(live[name].shape)}; "
-                f"the checkpoint belongs to another model"
+                f"{folder}: {name} has shape {tuple(value.shape)}, its recipe.json describes "
+                f"{tuple(live[name].shape)}; the checkpoint belongs to another model"
             )
         assign(live[name], value)
 

@@ -33,7 +33,14 @@ class HeldModel:
 def recipe_of(family: str, techniques: list[dict[str, Any]], path: Path | None = None, **changes: Any) -> Recipe:
     model = {"path": str(path)} if path is not None else {"config": tiny_config(family, **changes)}
     return Recipe.model_validate(
-        {"model": model, "techniques": techniques, "train": {"steps": 4}, "data": {"sequence_length": 32}, "batch": {"tokens_per_step": 64, "tokens_per_micro_batch": 64}, "checkpoint": {"asynchronous": False}}
+        {
+            "model": model,
+            "techniques": techniques,
+            "train": {"steps": 4},
+            "data": {"sequence_length": 32},
+            "batch": {"tokens_per_step": 64, "tokens_per_micro_batch": 64},
+            "checkpoint": {"asynchronous": False},
+        }
     )
 
 

@@ -1,0 +1,188 @@
+"""Exporting the adapters of a checkpoint as a folder that Hugging Face PEFT loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.site import EmbeddingSite, LinearSite, Site
+from leanmill.core.sites import clean_name, iter_sites
+from leanmill.core.stage import Slot, Stage
+from leanmill.trainer.export.compare import allowed, check_same, sample_logits
+from leanmill.trainer.export.folder import folder_bytes, new_folder
+from leanmill.trainer.export.folding import adapter_layers, detach_adapters, fold_sites, reshaping_stages
+from leanmill.trainer.export.hf import prepare_config, reload, write_summary
+from leanmill.trainer.export.rebuild import Rebuilt, rebuild
+from leanmill.trainer.export.report import ExportReport
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """One adapter: the weight it adds to gains `scaling` x `b` x `a`."""
+
+    a: Tensor
+    """[rank, in]"""
+    b: Tensor
+    """[out, rank]"""
+    scaling: float
+    is_embedding: bool
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+def export_adapter(checkpoint_dir: Path, out_dir: Path) -> ExportReport:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, then load them back and compare.
+
+    The adapter belongs to the checkpoint named in `model.path` where the run left that as it was.
+    Otherwise (random weights, trained ones, masked or quantised ones) the folded base is written
+    beside it as `base/`.
+
+    Args:
+        checkpoint_dir: A finished checkpoint of a run with `lora`.
+        out_dir: Folder to create.
+
+    Raises:
+        ConfigError: There is no adapter, or PEFT has no form for it.
+        RunError: The copy loaded back differs, or the disk is full; `out_dir` is not created.
+    """
+    from peft import PeftModel
+
+    rebuilt = rebuild(checkpoint_dir)
+    model = rebuilt.model
+    adapters = dict(_adapters(model))
+    if not adapters:
+        raise ConfigError(f"{checkpoint_dir} holds no adapter; add `lora` to techniques and train, or export --to hf")
+    expected = sample_logits(model)
+    needs_base = _needs_base(rebuilt)
+    _strip(model)
+    with new_folder(out_dir) as folder:
+        if needs_base:
+            prepare_config(model, rebuilt, folder / "base")
+            model.save_pretrained(folder / "base", safe_serialization=True)
+        name = str((out_dir / "base").resolve()) if needs_base else str(rebuilt.recipe.model.path)
+        _write(folder, adapters, model, name, None if needs_base else rebuilt.recipe.model.revision)
+        base = reload(folder / "base") if needs_base else _load_base(rebuilt)
+        reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
+        difference = check_same(sample_logits(reloaded), expected, "the reloaded adapter")
+        write_summary(folder, rebuilt, format="peft", difference=difference)
+        num_bytes = folder_bytes(folder)
+    return ExportReport(
+        path=out_dir,
+        format="peft",
+        max_difference=difference,
+        tolerance=allowed(expected),
+        num_parameters=sum(f.a.numel() + f.b.numel() for f in adapters.values()),
+        num_bytes=num_bytes,
+        sparsity={},
+        notes=(
+            f"{len(adapters)} adapters on {name}" + (", the folded base written beside them" if needs_base else ""),
+        ),
+    )
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, _Factors]]:
+    """Yield (plain name, factors) of every adapter, in either form."""
+    for path, layer in adapter_layers(model):
+        for adapter in layer.lora_A:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            yield clean_name(path), _Factors(a.detach(), b.detach(), layer.scaling[adapter], False)
+    for name, site in iter_sites(model):
+        stage: Any = site.stage(Slot.DELTA)
+        if stage is not None:
+            yield name, _from_stage(name, site, stage)
+
+
+def _from_stage(name: str, site: Site, stage: Any) -> _Factors:
+    if not all(hasattr(stage, attribute) for attribute in ("lora_A", "lora_B", "scaling")):
+        raise ConfigError(f"{name}: {stage.technique!r} is no low-rank adapter, so PEFT cannot hold it; export --to hf")
+    if not isinstance(site, (LinearSite, EmbeddingSite)):
+        raise ConfigError(
+            f"{name}: PEFT's adapter files have no form for stacked experts; export --to hf, which merges it"
+        )
+    after = reshaping_stages(site)  # type: ignore[arg-type]
+    if after:
+        raise ConfigError(
+            f"{name}: the adapter lies inside the weight that {' and '.join(after)} reshape, so it means nothing "
+            f"beside a base; export --to hf, or train with lora {{where: branch}}"
+        )
+    a, b = stage.lora_A.detach(), stage.lora_B.detach()
+    if isinstance(site, EmbeddingSite):  # PEFT keeps the transpose of a table
+        return _Factors(b.T.contiguous(), a.T.contiguous(), stage.scaling, True)
+    return _Factors(a, b, stage.scaling, False)
+
+
+def _needs_base(rebuilt: Rebuilt) -> bool:
+    """Whether the weights below the adapters are others than `model.path` holds."""
+    model = rebuilt.model
+    own = {id(p) for _, layer in adapter_layers(model) for p in layer.parameters()}
+    own -= {id(p) for _, layer in adapter_layers(model) for p in layer.base_layer.parameters()}
+    own |= {id(p) for module in model.modules() if isinstance(module, Stage) for p in module.parameters()}
+    is_trained = any(p.requires_grad and id(p) not in own for p in model.parameters())
+    is_reshaped = any(reshaping_stages(site) for _, site in iter_sites(model))  # type: ignore[arg-type]
+    return rebuilt.recipe.model.path is None or is_trained or is_reshaped
+
+
+def _strip(model: Any) -> None:
+    """Leave the folded base: no adapters, no stages."""
+    detach_adapters(model)
+    for _, site in iter_sites(model):
+        if site.stage(Slot.DELTA) is not None:
+            del site.stages[Slot.DELTA.key]
+    fold_sites(model)
+
+
+def _write(folder: Path, adapters: dict[str, _Factors], model: nn.Module, base: str, revision: str | None) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    first = next(iter(adapters.values()))
+    ranks = {name: f.rank for name, f in adapters.items() if f.rank != first.rank}
+    alphas = {name: f.scaling * f.rank for name, f in adapters.items()}
+    alpha = first.scaling * first.rank
+    config = LoraConfig(
+        r=first.rank,
+        lora_alpha=_number(alpha),
+        rank_pattern=ranks,
+        alpha_pattern={name: _number(value) for name, value in alphas.items() if value != alpha},
+        target_modules=_targets(model, set(adapters)),
+        base_model_name_or_path=base,
+        revision=revision,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    tensors: dict[str, Tensor] = {}
+    for name, factors in adapters.items():
+        a, b = ("lora_embedding_A", "lora_embedding_B") if factors.is_embedding else ("lora_A.weight", "lora_B.weight")
+        tensors[f"base_model.model.{name}.{a}"] = factors.a.contiguous()
+        tensors[f"base_model.model.{name}.{b}"] = factors.b.contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _number(value: float) -> Any:
+    return int(value) if float(value).is_integer() else value
+
+
+def _targets(model: nn.Module, names: set[str]) -> list[str]:
+    """Last parts of the names where those select the same layers, else the whole names."""
+    leaves = {name.rsplit(".", 1)[-1] for name in names}
+    selected = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding)) and path.rsplit(".", 1)[-1] in leaves
+    }
+    return sorted(leaves if selected == names else names)
+
+
+def _load_base(rebuilt: Rebuilt) -> Any:
+    from leanmill.trainer.models.build import load_weights
+
+    return load_weights(rebuilt.recipe.model, dtype=torch.float32).eval()
