@@ -100,7 +100,14 @@ class HfDocuments:
         files = _files_of_split(files, split, self._config)
         if kind == "text":
             return datasets.IterableDataset.from_generator(_text_rows, gen_kwargs={"files": files})
-        return datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        try:
+            return datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        except StopIteration as error:
+            raise ConfigError(
+                f"data.source.path: {self._config.path!r} holds no rows; give data that is not empty"
+            ) from error
+        except Exception as error:
+            raise self.cannot_read(error) from error
 
     def document(self, row: dict[str, Any]) -> Document | None:
         """Return the document of a row; None where the field is empty."""
@@ -155,13 +162,15 @@ class HfStream:
     ) -> None:
         self._documents, self._held_out = documents, held_out
         self._rows = documents.rows(split)
-        self._can_resume = hasattr(self._rows, "state_dict")
         if state is not None:
             self._rows.load_state_dict(state)
+        self._loaded_state = state
         self._iterator: Iterator[dict[str, Any]] | None = None
 
     def state(self) -> dict[str, Any]:
         """See `DocumentStream`."""
+        if self._iterator is None and self._loaded_state is not None:
+            return self._loaded_state  # datasets reports the beginning until the first row is read
         return self._rows.state_dict()  # type: ignore[no-any-return]
 
     def __iter__(self) -> HfStream:

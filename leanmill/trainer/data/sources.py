@@ -210,7 +210,9 @@ class StreamSource:
         return f"a stream, shuffled in blocks of {self._documents.shuffle_buffer:,} documents"
 
     def _pull(self) -> None:
-        self._pending.extend(next(self._reader))
+        while not (found := next(self._reader)):  # all of a batch may be conversations without an answer
+            pass
+        self._pending.extend(found)
 
     def _split_row(self) -> Row:
         size = self._config.sequence_length

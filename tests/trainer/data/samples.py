@@ -6,7 +6,7 @@ from pathlib import Path
 from leanmill.trainer.data.config import DataConfig, HfDataset
 
 
-WORDS = "mill grain stone water wheel flour lean sparse weight token naïve £5 漢字".split()
+WORDS = ["mill", "grain", "stone", "water", "wheel", "flour", "lean", "weight", "token", "naïve", "£5", "漢字"]
 
 
 def sentences(count: int, start: int = 0) -> list[str]:

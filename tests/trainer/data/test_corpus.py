@@ -15,8 +15,8 @@ DOCSTRING = "Words that explain. " * 20
 def installation(tmp_path, monkeypatch):
     """A standard library, a package folder and headers, of files written here."""
     stdlib, packages, include = (tmp_path / name for name in ("lib", "packages", "include"))
-    for folder in (stdlib / "site-packages", packages / "pack" / "__pycache__", packages / "pack-1.dist-info", include / "c10"):
-        folder.mkdir(parents=True)
+    for folder in ("lib/site-packages", "packages/pack/__pycache__", "packages/pack-1.dist-info", "include/c10"):
+        (tmp_path / folder).mkdir(parents=True)
     for n in range(40):
         (stdlib / f"module_{n}.py").write_text(f'def f{n}():\n    """{n} {DOCSTRING}"""\n    return {n}\n')
     (stdlib / "site-packages" / "hidden.py").write_text("never = 'read'\n")
@@ -39,8 +39,10 @@ def config(**settings):
 def test_every_file_is_in_one_split_once(installation, tmp_path):
     text = corpus_domain(config(), "python", tmp_path / "cache")
     found = text.train + text.validation
-    assert len(found) == 40 and len(set(found)) == 40
-    assert text.validation and len(text.train) > len(text.validation)
+    assert len(found) == 40
+    assert len(set(found)) == 40
+    assert text.validation
+    assert len(text.train) > len(text.validation)
     assert not any("never" in document for document in found)
     assert text.num_skipped == 1
 
@@ -50,7 +52,8 @@ def test_order_does_not_follow_the_folders(installation, tmp_path, monkeypatch):
     walk = corpus._walk
     monkeypatch.setattr(corpus, "_walk", lambda *args, **kwargs: iter(list(walk(*args, **kwargs))[::-1]))
     second = corpus_domain(config(), "python", tmp_path / "b")
-    assert first.train == second.train and first.validation == second.validation
+    assert first.train == second.train
+    assert first.validation == second.validation
     assert first.train != sorted(first.train)
 
 
@@ -61,7 +64,8 @@ def test_english_is_descriptions_and_docstrings_split_with_their_files(installat
     assert not any("Name: pack" in d for d in english.train + english.validation)
     held_out = "".join(python.validation)
     explained = [d for d in english.validation if "explain" in d]
-    assert explained and all(f'"""{d[:30]}' in held_out for d in explained)
+    assert explained
+    assert all(f'"""{d[:30]}' in held_out for d in explained)
     assert not any(f'"""{d[:30]}' in held_out for d in english.train)
 
 
@@ -105,6 +109,7 @@ def test_the_real_machine_has_all_three_domains(tmp_path):
     for domain in ("python", "cpp", "english"):
         text = corpus_domain(settings, domain, tmp_path)
         assert sum(len(d.encode()) for d in text.train) > 0.4 * domain_max_bytes(settings, domain)
-        assert text.validation and not set(text.train) & set(text.validation)
+        assert text.validation
+        assert not set(text.train) & set(text.validation)
         again = corpus_domain(settings, domain, tmp_path)
         assert again == text

@@ -18,7 +18,8 @@ def test_a_document_is_its_tokens_and_the_end_of_text(tokenizer):
 
 def test_text_that_mentions_a_special_token_does_not_end_a_document(tokenizer):
     ids = Encoder(tokenizer, "pretrain").encode(["a<|endoftext|>b"])[0].ids
-    assert (ids == 0).sum() == 1 and ids[-1] == 0
+    assert (ids == 0).sum() == 1
+    assert ids[-1] == 0
     assert tokenizer.decode(ids[:-1]) == "a<|endoftext|>b"
 
 
@@ -36,7 +37,8 @@ def test_bytes_of_the_tokens_sum_to_the_text(tokenizer, text):
     assert bytes(measured.text) == text.encode()
     assert measured.num_bytes.sum() == len(text.encode())
     assert len(measured.num_bytes) == len(measured.encoded.ids)
-    assert (measured.num_bytes >= 0).all() and measured.num_bytes[-1] == 0
+    assert (measured.num_bytes >= 0).all()
+    assert measured.num_bytes[-1] == 0
     assert measured.encoded.ids.tolist() == Encoder(tokenizer, "pretrain").encode([text])[0].ids.tolist()
 
 
@@ -61,14 +63,19 @@ def test_a_tokenizer_that_opens_with_bos_does_so_here(tokenizer, tmp_path):
 
     tokenizer.save_pretrained(tmp_path)
     own = type(tokenizer).from_pretrained(str(tmp_path), bos_token="<|system|>")
-    own.backend_tokenizer.post_processor = TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", 3)])
+    opening = TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", 3)])
+    own.backend_tokenizer.post_processor = opening
     measured = Encoder(own, "pretrain").measure("mill")
-    assert measured.encoded.ids[0] == 3 and measured.encoded.ids[-1] == 0
-    assert measured.num_bytes.tolist()[0] == 0 and measured.num_bytes.sum() == 4
+    assert measured.encoded.ids[0] == 3
+    assert measured.encoded.ids[-1] == 0
+    assert measured.num_bytes.tolist()[0] == 0
+    assert measured.num_bytes.sum() == 4
     assert np.array_equal(Encoder(own, "pretrain").encode(["mill"])[0].ids, measured.encoded.ids)
 
 
-@pytest.mark.parametrize("value", ["text", [{"role": "user"}], [{"content": "x"}], ["x"], {"role": "user"}, [{"role": 3}]])
+@pytest.mark.parametrize(
+    "value", ["text", [{"role": "user"}], [{"content": "x"}], ["x"], {"role": "user"}, [{"role": 3, "content": "x"}]]
+)
 def test_what_is_not_a_conversation_is_refused(value):
     with pytest.raises(ConfigError, match="must be a list of"):
         check_messages(value, "column")

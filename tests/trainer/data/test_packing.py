@@ -75,7 +75,8 @@ def test_whole_packer_keeps_every_document_whole_once_an_epoch(lengths, size, se
         for start, stop in zip(starts, [*starts[1:], size], strict=True):
             piece = plan.inputs[start:stop]
             if piece[0] == NONE:
-                assert (piece == NONE).all() and (plan.targets[start:stop] == NONE).all()
+                assert (piece == NONE).all()
+                assert (plan.targets[start:stop] == NONE).all()
                 assert stop == size
                 continue
             document = int(np.searchsorted(offsets, piece[0], side="right")) - 1

@@ -1,0 +1,197 @@
+"""Local files of every format, splits, and what cannot be read."""
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.trainer.data.config import HfDataset
+from leanmill.trainer.data.hf import open_hf
+from tests.trainer.data.samples import conversations, sentences, write_jsonl, write_texts
+
+
+def opened(path, *, task="pretrain", **settings):
+    return open_hf(HfDataset(path=str(path), **{"validation_fraction": 0.0, **settings}), task)
+
+
+def texts(path, **settings):
+    return list(opened(path, **settings).train())
+
+
+def write(kind, folder, rows):
+    table = pa.table({"text": rows})
+    if kind == "jsonl":
+        write_jsonl(folder / "a.jsonl", [{"text": row} for row in rows])
+    elif kind == "parquet":
+        pq.write_table(table, folder / "a.parquet")
+    elif kind == "arrow":
+        with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        datasets.Dataset(table).save_to_disk(str(folder / "saved"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "saved"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_format_gives_the_same_documents(tmp_path, kind, streaming):
+    write(kind, tmp_path, sentences(23))
+    assert texts(tmp_path, streaming=streaming) == sentences(23)
+
+
+def test_a_file_a_glob_and_a_folder_are_the_same(tmp_path):
+    for n in range(3):
+        write_jsonl(tmp_path / f"part-{n}.jsonl", [{"text": t} for t in sentences(4, start=4 * n)])
+    (tmp_path / "README.md").write_text("not data")
+    assert texts(tmp_path) == texts(tmp_path / "*.jsonl") == sentences(12)
+    assert texts(tmp_path / "part-1.jsonl") == sentences(4, start=4)
+
+
+def test_a_text_file_is_cut_at_line_ends(tmp_path):
+    content = "".join(f"line {n} of a long naïve text\n" for n in range(3000))
+    (tmp_path / "book.txt").write_text(content, encoding="utf-8")
+    found = texts(tmp_path / "book.txt")
+    assert "".join(found) == content
+    assert len(found) > 3
+    assert all(d.endswith("\n") and len(d) < 17_000 for d in found)
+
+
+def test_held_out_rows_are_the_rest(tmp_path):
+    path = write_texts(tmp_path / "a.jsonl", 200)
+    documents = opened(path, validation_fraction=0.2)
+    train, held_out = list(documents.train()), list(documents.validation())
+    assert 15 < len(held_out) < 70
+    assert sorted(train + held_out) == sorted(sentences(200))
+    assert opened(path).validation() is None
+
+
+def test_splits_by_file_name(tmp_path):
+    write_jsonl(tmp_path / "train-0.jsonl", [{"text": "a"}])
+    write_jsonl(tmp_path / "validation.jsonl", [{"text": "b"}])
+    documents = opened(tmp_path, validation_split="validation")
+    assert list(documents.train()) == ["a"]
+    assert list(documents.validation()) == ["b"]
+    with pytest.raises(ConfigError, match="split 'dev'"):
+        list(opened(tmp_path, validation_split="dev").validation())
+
+
+def test_empty_rows_are_passed_over(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("a", "", None, " ", "b")])
+    assert texts(path) == ["a", "b"]
+
+
+def test_conversations(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": c} for c in conversations(5)])
+    assert list(opened(path, task="sft").train()) == conversations(5)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_names_the_columns(tmp_path, streaming):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"content": "a", "id": 1}])
+    with pytest.raises(ConfigError, match=r"no column 'text'; it has content, id; set text_field"):
+        texts(path, streaming=streaming)
+    with pytest.raises(ConfigError, match=r"no column 'messages'; it has content, id; set messages_field"):
+        list(opened(path, task="sft").train())
+    assert texts(path, text_field="content") == ["a"]
+
+
+def test_a_column_that_is_not_text(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": 3}])
+    with pytest.raises(ConfigError, match="holds int, not text"):
+        texts(path)
+
+
+def _file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b'{"text": "\xff\xfe"}\n'), ("a.txt", b"ok\n\xff\xfe\n")])
+def test_not_utf8_names_the_file(tmp_path, name, content, streaming):
+    path = _file(tmp_path, name, content)
+    with pytest.raises(ConfigError, match=rf"{name}' is not UTF-8; convert it") as caught:
+        texts(path, streaming=streaming)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b'{"text": "a"}\n{"text":\n'), ("a.parquet", b"nothing"), ("a.arrow", b"nothing")]
+)
+def test_damaged_files_are_one_line(tmp_path, name, content):
+    with pytest.raises(ConfigError, match="cannot read") as caught:
+        texts(_file(tmp_path, name, content))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/folder", "no/such/*.jsonl"])
+def test_a_missing_file_is_refused(path):
+    with pytest.raises(ConfigError, match=r"no file or folder|holds no json/parquet/arrow/text file"):
+        opened(path)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "data.pkl", "model.bin"])
+def test_pickles_are_never_loaded(tmp_path, name):
+    _file(tmp_path, name, b"cos\nsystem\n(S'false'\ntR.")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ConfigError, match="pickles are never loaded"):
+            opened(path)
+
+
+def test_a_folder_with_a_loading_script_is_not_run(tmp_path):
+    _file(tmp_path, "load.py", b"raise SystemExit('was run')")
+    with pytest.raises(ConfigError, match=r"holds no .* file \(only \.py\)"):
+        opened(tmp_path)
+
+
+def test_several_formats_need_a_choice(tmp_path):
+    write("jsonl", tmp_path, ["a"])
+    write("parquet", tmp_path, ["b"])
+    with pytest.raises(ConfigError, match=r"several formats \(json, parquet\)"):
+        opened(tmp_path)
+    assert texts(tmp_path, format="parquet") == ["b"]
+
+
+def test_a_hub_that_does_not_answer():
+    with pytest.raises(RunError, match=r"'nobody/nothing' is not on this machine.*local JSONL") as caught:
+        opened("nobody/nothing")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (datasets.exceptions.DatasetNotFoundError("doesn't exist"), ConfigError, "no public 'a/b'"),
+        (RuntimeError("Dataset scripts are no longer supported, but found b.py"), ConfigError, "never run"),
+        (ConnectionError("Couldn't reach 'a/b' on the Hub"), RunError, "does not answer"),
+        (ValueError("BuilderConfig 'x' not found. Available: ['y']\nmore"), ConfigError, "'x' not found"),
+    ],
+)
+def test_other_answers_of_the_hub(monkeypatch, error, kind, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    with pytest.raises(kind, match=message) as caught:
+        opened("a/b")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_continues_where_its_state_was_taken(tmp_path):
+    path = write_texts(tmp_path / "a.jsonl", 30)
+    documents = opened(path, streaming=True)
+    stream = documents.stream(None)
+    first = [next(stream) for _ in range(11)]
+    state = stream.state()
+    assert first + list(documents.stream(state)) == sentences(30)
+    # A state taken right after loading one is that one.
+    again = documents.stream(state).state()
+    assert first + list(documents.stream(again)) == sentences(30)
+    # What load_state_dict sets on a datasets object stays; ours must not be shared.
+    assert list(documents.stream(None)) == sentences(30)
+
+
+def test_the_key_follows_the_content(tmp_path):
+    first = opened(write_texts(tmp_path / "a.jsonl", 5)).key
+    assert opened(tmp_path / "a.jsonl").key == first
+    assert opened(write_texts(tmp_path / "a.jsonl", 6)).key != first
