@@ -10,6 +10,7 @@ import contextlib
 import gc
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -270,6 +271,8 @@ def _start_deepspeed(device: torch.device) -> None:
         from deepspeed.utils import logger
 
         logger.setLevel(logging.ERROR)
+        # It calls collectives by names that torch has deprecated, once a parameter.
+        warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
         if accelerator.get_accelerator().device_name() != device.type:
             if device.type == "cpu":
                 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator

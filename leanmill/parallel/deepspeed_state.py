@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from leanmill.parallel.optimizer_state import allocate_state
+
 
 def cpu_mesh() -> DeviceMesh:
     """Return a 1-D mesh over all ranks whose collectives run on CPU tensors."""
@@ -148,40 +150,18 @@ class ZeroState:
     def allocate(self) -> None:
         """Give every trained parameter zero-filled optimizer state where it has none yet.
 
-        One step with zero gradients at a zero learning rate leaves weights as they are and makes
-        the optimizer allocate whatever it keeps; the counters are then set back.
+        For saving before the first step, and for loading into.
         """
-        owners = self._owners()
-        missing = [owner for owner in owners if not self.base.state.get(owner)]
-        if missing:
-            before = [owner.grad for owner in owners]
-            rates = [group["lr"] for group in self.base.param_groups]
-            if self.stage == 3:
-                self.optimizer._set_fp32_optimizer_param_groups()
-            for owner in owners:
-                owner.grad = torch.zeros_like(owner) if any(owner is m for m in missing) else None
-            for group in self.base.param_groups:
-                group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-            self.base.step()
-            for group, rate in zip(self.base.param_groups, rates, strict=True):
-                group["lr"] = rate
-            for owner, grad in zip(owners, before, strict=True):
-                owner.grad = grad
-            if self.stage == 3:
-                self.optimizer._clear_fp32_optimizer_param_groups()
-            for owner in missing:
-                self._zero_counters(owner)
-        if self.stage in (1, 2):
-            # DeepSpeed links parameters to their state after its own first step.
+        if self.stage == 3:
+            # Between steps DeepSpeed keeps the groups of the recipe's optimizer empty.
+            self.optimizer._set_fp32_optimizer_param_groups()
+        allocate_state(self.base)
+        if self.stage == 3:
+            self.optimizer._clear_fp32_optimizer_param_groups()
+        elif self.stage > 0:
+            # DeepSpeed links parameters to their state once, after its step of the first group only.
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _zero_counters(self, owner: Tensor) -> None:
-        state = self.base.state[owner]
-        for key, value in state.items():
-            if not isinstance(value, Tensor):
-                state[key] = type(value)(0)
-            elif value.dim() == 0:
-                value.zero_()
 
     def drop_gradients(self) -> None:
         """Forget this step's gradients, the way DeepSpeed does after an fp16 overflow."""
@@ -212,14 +192,6 @@ class ZeroState:
         if self.stage == 3:
             return combine_grad_norm_groups(self.optimizer._get_norm_groups())
         return self.optimizer.scaled_global_norm()
-
-    def _owners(self) -> list[Tensor]:
-        """The tensors that the recipe's optimizer steps: parameters, or flat partitions."""
-        if self.stage == 0:
-            return [p for group in self.base.param_groups for p in group["params"]]
-        if self.stage < 3:
-            return list(self.optimizer.single_partition_of_fp32_groups)
-        return list(self.optimizer.fp32_partitioned_groups_flat)
 
     def _owner(self, parameter: nn.Parameter) -> Tensor:
         if self.stage == 0:

@@ -13,15 +13,20 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite, LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.parallel import config as configs
+from leanmill.parallel.deepspeed import DeepSpeedEngine
+from leanmill.parallel.deepspeed_config import check_config, check_optimizer
 from leanmill.parallel.engine import Preparation
-from leanmill.parallel.tensors import assign
+from leanmill.parallel.tensors import assign, full
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tests.distributed import run_ranks
 
 
-pytest.importorskip("deepspeed")
+deepspeed = pytest.importorskip("deepspeed")
+# What DeepSpeed imports late costs seconds: once here instead of once in every rank of every test.
+pytest.importorskip("deepspeed.runtime.zero.muon.muon_optimizer")
+deepspeed.ops.__compatible_ops__  # noqa: B018
 
 WORLD, MICRO, ROWS, LENGTH, VOCAB, HIDDEN, INNER = 2, 2, 3, 7, 61, 24, 35
 MAX_NORM = 0.05
@@ -183,8 +188,6 @@ def make_engine(
     path: str | None = None,
     fill: Callable[[nn.Module], None] = materialise,
 ) -> Any:
-    from leanmill.parallel.deepspeed import DeepSpeedEngine
-
     place = None if offload is None else configs.DeepSpeedOffload(device=offload, path=path)  # type: ignore[arg-type]
     config = configs.DeepSpeedEngine(
         stage=stage,  # type: ignore[arg-type]
@@ -221,8 +224,6 @@ def trained_weights(engine: Any) -> Values:
 
 def snapshot(engine: Any) -> tuple[Values, Values]:
     """A copy of all state, as whole tensors."""
-    from leanmill.parallel.tensors import full
-
     model = {k: full(v).clone() for k, v in engine.model_state().items()}
     return model, {k: full(v).clone() for k, v in engine.optimizer_state().items()}
 
@@ -269,3 +270,298 @@ def test_equals_one_process(stage: int, max_norm: float | None) -> None:
 
     for result in run_ranks(ranks, WORLD):
         assert_as_reference(result, reference(3, max_norm))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_skip_changes_nothing(stage: int) -> None:
+    """A skipped step drops the gradients and leaves weights, state and counters bitwise alone."""
+
+    def ranks() -> None:
+        engine, other = make_engine(stage), make_engine(stage)
+        for step in range(2):
+            train_step(engine, step)
+            train_step(other, step)
+        for poison in (False, True):
+            before = snapshot(engine)
+            batches = [micro_batch(9, engine.data_rank, index) for index in range(MICRO)]
+            # A zero divisor makes every gradient infinite or NaN on every rank.
+            engine.forward_backward(batches, torch.tensor(0.0) if poison else num_valid(9))
+            norm = engine.clip(MAX_NORM)
+            assert bool(torch.isfinite(norm)) is not poison
+            engine.step(torch.tensor(True))
+            for mine, theirs in zip(snapshot(engine), before, strict=True):
+                assert_equal(mine, theirs)
+        # Had anything been left behind, the next step would differ.
+        assert torch.equal(train_step(engine, 2), train_step(other, 2))
+        assert_equal(trained_weights(engine), trained_weights(other))
+
+    run_ranks(ranks, WORLD)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_one_rank_with_nan_is_seen_by_all(stage: int) -> None:
+    def ranks() -> tuple[Tensor, Values, Values]:
+        engine = make_engine(stage)
+        before = trained_weights(engine)
+        batches = [micro_batch(0, engine.data_rank, index) for index in range(MICRO)]
+        engine.forward_backward(batches, num_valid(0) * (math.nan if engine.data_rank == 1 else 1.0))
+        norm = engine.clip(MAX_NORM)
+        engine.step(~torch.isfinite(norm))
+        return norm, before, trained_weights(engine)
+
+    for norm, before, after in run_ranks(ranks, WORLD):
+        assert not torch.isfinite(norm)
+        assert_equal(before, after)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_is_bitwise(stage: int) -> None:
+    """State read after step 2 into a new engine gives steps 3 and 4 bitwise, from either kind of reader."""
+
+    def ranks() -> None:
+        whole = make_engine(stage)
+        for step in range(2):
+            train_step(whole, step)
+        model, optimizer = whole.model_state(), whole.optimizer_state()
+        saved = {k: v.clone() for k, v in model.items()}, {k: v.clone() for k, v in optimizer.items()}
+        for step in (2, 3):
+            train_step(whole, step)
+
+        resumed = make_engine(stage)
+        # As distributed checkpointing does it: read in place into what the engine hands out.
+        for mine, kept in zip((resumed.model_state(), resumed.optimizer_state()), saved, strict=True):
+            assert mine.keys() == kept.keys()
+            for name, tensor in mine.items():
+                assign(tensor, kept[name])
+            (resumed.load_model_state if mine.keys() == saved[0].keys() else resumed.load_optimizer_state)(mine)
+        for step in (2, 3):
+            train_step(resumed, step)
+        for left, right in zip(snapshot(whole), snapshot(resumed), strict=True):
+            assert_equal(left, right)
+
+    run_ranks(ranks, WORLD)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 3), (3, 2), (2, 0)])
+def test_state_moves_between_stages(first: int, second: int) -> None:
+    def ranks() -> None:
+        one, two = make_engine(first), make_engine(second)
+        train_step(one, 0)
+        model, optimizer = snapshot(one)
+        two.load_model_state(model)
+        two.load_optimizer_state(optimizer)
+        for mine, theirs in zip(snapshot(two), (model, optimizer), strict=True):
+            assert_equal(mine, theirs)
+        train_step(one, 1)
+        train_step(two, 1)
+        assert_close(trained_weights(two), trained_weights(one), rtol=1e-5, atol=1e-6)
+
+    run_ranks(ranks, WORLD)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_state_before_the_first_step_is_zero_and_harmless(stage: int) -> None:
+    def ranks() -> None:
+        asked, plain = make_engine(stage), make_engine(stage)
+        before = trained_weights(asked)
+        state = snapshot(asked)[1]
+        assert all(not value.any() for value in state.values())
+        assert any(name.endswith("/step") for name in state)
+        assert_equal(trained_weights(asked), before)
+        train_step(asked, 0)
+        train_step(plain, 0)
+        for left, right in zip(snapshot(asked), snapshot(plain), strict=True):
+            assert_equal(left, right)
+
+    run_ranks(ranks, WORLD)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_is_shared_out_and_masks_stay_bool(stage: int) -> None:
+    def ranks() -> None:
+        from torch.distributed.tensor import DTensor
+
+        engine = make_engine(stage)
+        train_step(engine, 0)
+        state = engine.model_state() | engine.optimizer_state()
+        name = "blocks.0.up.stages.mask.mask"
+        assert state[name].dtype == torch.bool
+        assert "head.weight" not in state
+        assert "offset" in state
+        trained = [k for k in trained_weights(engine)]
+        for key in [*trained, *(f"{k}/exp_avg" for k in trained)]:
+            assert isinstance(state[key], DTensor)
+            assert state[key].dtype == torch.float32
+            rows = state[key].shape[0]
+            mine = -(-rows // WORLD) if engine.data_rank == 0 else rows // WORLD
+            assert state[key].to_local().shape[0] == mine
+        if stage == 3:  # sharded with the weight, not a whole copy a rank
+            mask = engine.module.model.blocks[0].up.stages["mask"].mask
+            assert mask.ds_tensor.numel() == INNER * HIDDEN // WORLD
+            assert mask.ds_tensor.dtype == torch.bool
+
+    run_ranks(ranks, WORLD)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_base(stage: int) -> None:
+    """Only the stages' parameters train; the base is bitwise what it was, and is in the state."""
+
+    def build() -> nn.Module:
+        return Train(freeze_base=True)
+
+    def ranks() -> list[dict[str, Any]]:
+        engine = make_engine(stage, build=build)
+        before = engine.full_parameter("blocks.1.up.weight")
+        records = recorded(engine, 2, MAX_NORM)
+        assert torch.equal(engine.full_parameter("blocks.1.up.weight"), before)
+        assert "blocks.1.up.weight" in engine.model_state()
+        assert {k.partition("/")[0] for k in engine.optimizer_state()} == set(trained_weights(engine))
+        return records
+
+    for result in run_ranks(ranks, WORLD):
+        assert_as_reference(result, reference(2, MAX_NORM, build))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_cpu_offload(stage: int) -> None:
+    """Optimizer state, and parameters in stage 3, on the CPU, stepped by the recipe's own optimizer."""
+
+    def ranks() -> list[dict[str, Any]]:
+        engine = make_engine(stage, offload="cpu")
+        records = recorded(engine, 2, MAX_NORM)
+        before = snapshot(engine)
+        engine.forward_backward([micro_batch(9, engine.data_rank, i) for i in range(MICRO)], torch.tensor(0.0))
+        assert not torch.isfinite(engine.clip(MAX_NORM))
+        engine.step(torch.tensor(True))
+        for mine, theirs in zip(snapshot(engine), before, strict=True):
+            assert_equal(mine, theirs)
+        return [*records, *recorded_from(engine, 2, MAX_NORM)]
+
+    for result in run_ranks(ranks, WORLD):
+        assert_as_reference(result, reference(3, MAX_NORM))
+
+
+def recorded_from(engine: Any, step: int, max_norm: float) -> list[dict[str, Any]]:
+    backward(engine, step)
+    gradients = {name: value.clone() for name, value in engine.gradients()}
+    norm = engine.clip(max_norm)
+    engine.step(~torch.isfinite(norm))
+    return [{"gradients": gradients, "norm": norm, "weights": trained_weights(engine)}]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_computes_in_bf16_and_keeps_fp32(stage: int) -> None:
+    def ranks() -> list[dict[str, Any]]:
+        engine = make_engine(stage, precision="bf16")
+        seen: list[torch.dtype] = []
+        engine.module.model.head.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
+        records = recorded(engine, 2, MAX_NORM)
+        assert set(seen) == {torch.bfloat16}
+        # Reduced and kept in fp32: more than bf16's 8 bits survive.
+        assert all(not torch.equal(g, g.bfloat16().float()) for g in records[0]["gradients"].values())
+        state = engine.model_state()
+        assert {v.dtype for v in state.values()} == {torch.float32, torch.bool}
+        return records
+
+    want = reference(2, MAX_NORM)
+    for result in run_ranks(ranks, WORLD):
+        for mine, theirs in zip(result, want, strict=True):
+            torch.testing.assert_close(mine["norm"], theirs["norm"], rtol=0.05, atol=0.0)
+        for name, gradient in result[0]["gradients"].items():
+            error = (gradient - want[0]["gradients"][name]).norm() / want[0]["gradients"][name].norm()
+            assert error < 0.03, name
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("kind", ["lion", "lookahead"])
+def test_other_optimizers(stage: int, kind: str) -> None:
+    """Optimizers of the recipe step flat partitions as they step parameters, and resume."""
+    from leanmill.trainer.optim.lion import Lion
+    from leanmill.trainer.optim.lookahead import Lookahead
+
+    def make(module: nn.Module) -> torch.optim.Optimizer:
+        if kind == "lion":
+            return Lion(adamw(module).param_groups, lr=1e-3)
+        return Lookahead(adamw(module), every=2, alpha=0.5)
+
+    def ranks() -> None:
+        engine, plain = make_engine(stage, optimizer=make), make_engine(0, optimizer=make)
+        for step in range(3):
+            train_step(engine, step)
+            train_step(plain, step)
+        assert_close(trained_weights(engine), trained_weights(plain), rtol=1e-4, atol=2e-5)
+        fresh = make_engine(stage, optimizer=make)
+        model, optimizer = snapshot(engine)
+        fresh.load_model_state(model)
+        fresh.load_optimizer_state(optimizer)
+        train_step(fresh, 3)
+        train_step(engine, 3)
+        for left, right in zip(snapshot(fresh), snapshot(engine), strict=True):
+            assert_equal(left, right)
+
+    run_ranks(ranks, WORLD)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_evaluate_between_steps(stage: int) -> None:
+    def ranks() -> None:
+        engine, other = make_engine(stage), make_engine(stage)
+        for step in range(2):
+            train_step(engine, step)
+            train_step(other, step)
+            losses = engine.evaluate(micro_batch(50, 0, 0))
+            assert engine.module.training
+            assert not losses["total"].requires_grad
+        assert torch.equal(losses["total"], other.evaluate(micro_batch(50, 0, 0))["total"])
+        assert_equal(trained_weights(engine), trained_weights(other))
+
+    run_ranks(ranks, WORLD)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_one_process_and_learning_rate(stage: int) -> None:
+    """One rank works, `param_groups` is what the step reads, and engines can follow each other."""
+
+    def ranks() -> None:
+        for _ in range(2):
+            engine = make_engine(stage)
+            before = trained_weights(engine)
+            for group in engine.param_groups:
+                group["lr"] = 0.0
+            train_step(engine, 0)
+            assert_equal(trained_weights(engine), before)
+            for group in engine.param_groups:
+                group["lr"] = 1e-2
+            train_step(engine, 0)
+            after = trained_weights(engine)
+            assert all(not torch.equal(after[name], before[name]) for name in before)
+            engine.close()
+
+    run_ranks(ranks, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stage": 2, "offload_optimizer": {"device": "nvme", "path": "/"}}, "device: cpu"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme", "path": "/no/such"}}, "create it first"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(configs.DeepSpeedEngine.model_validate(arguments))
+
+
+def test_nvme_without_libaio_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    place = {"device": "nvme", "path": str(tmp_path)}
+    with pytest.raises(ConfigError, match="apt-get install libaio-dev"):
+        check_config(configs.DeepSpeedEngine.model_validate({"stage": 3, "offload_optimizer": place}))
+
+
+def test_low_bit_optimizer_is_refused() -> None:
+    optim = pytest.importorskip("torchao.optim")
+    with pytest.raises(ConfigError, match="low-bit"):
+        check_optimizer(optim.AdamW8bit([nn.Parameter(torch.zeros(4, 4))]))
