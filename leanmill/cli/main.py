@@ -39,6 +39,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; overrides may stand before, between and after options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse fills a `*` positional once, so overrides behind an option are left over.
+    strangers = [item for item in rest if item.startswith("-") or not hasattr(args, "overrides")]
+    if strangers:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)} (see leanmill {args.verb} --help)")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -48,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (the run failed), 2 (the recipe or the arguments are wrong), 130 (interrupted).
     """
-    args = build_parser().parse_args(argv)
+    args = parse_args(argv)
     module = importlib.import_module(f"leanmill.cli.{args.verb}_command")
     return guarded(lambda: module.run(args), debug=args.debug)
 
@@ -104,6 +117,9 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=_positive, default=1, help="ranks of a machine (default 1)")
+    parser.add_argument(
+        "--rank-memory-gib", type=float, default=80.0, metavar="GIB", help="what `engine: auto` decides by (80)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 

@@ -1,0 +1,99 @@
+"""`leanmill plan`: what a run will need, before any device is touched."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from leanmill.trainer.memory import Memory
+    from leanmill.trainer.plan import Plan
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan of `args.recipe` on `args.nodes` x `args.gpus_per_node` ranks."""
+    from leanmill.trainer.recipe_io import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from leanmill.trainer.plan import plan
+
+    world_size = args.nodes * args.gpus_per_node
+    result = plan(recipe, world_size, args.gpus_per_node, rank_memory_gib=args.rank_memory_gib)
+    if args.json:
+        import json
+
+        print(json.dumps(result.to_json(), indent=2))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"{result.recipe} on {result.world_size} ranks, engine {result.engine}: {result.why_engine}")
+    for table in (_run_table(result), _memory_table(result), _engines_table(result)):
+        console.print(table)
+    return 0
+
+
+def _run_table(result: Plan) -> Table:
+    rows = {
+        "parameters": f"{_count(result.num_parameters)} ({result.num_parameters:,})",
+        "active for a token": _count(result.num_active),
+        "trainable": _count(result.num_trainable),
+        "added by techniques": _count(result.num_technique),
+        "tokens a step": f"{result.tokens_per_step:,} in {result.num_micro_batches} micro-batches a rank",
+        "steps": f"{result.num_steps:,}",
+        "tokens of the run": _count(result.total_tokens),
+        "tokens a parameter": f"{result.total_tokens / max(1, result.num_parameters):.3g}",
+        "FLOPs a token": f"{result.flops_per_token:.3g}",
+        "FLOPs a step": f"{result.flops_per_step:.3g}",
+        "FLOPs of the run": f"{result.total_flops:.3g}",
+    }
+    table = _table("run", "quantity", "value")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _memory_table(result: Plan) -> Table:
+    table = _table(f"memory of one rank, {result.engine}", "part", "size", "how long")
+    kinds = {"held": "whole step", "transient": "inside a step, estimate", "host": "in host memory or on NVMe"}
+    for kind, meaning in kinds.items():
+        for part, size in getattr(result.memory, kind).items():
+            table.add_row(part, _size(size), meaning)
+    table.add_row("model, gradients, optimizer state", _size(result.held_bytes), "total held", style="bold")
+    table.add_row("peak", _size(result.peak_bytes), "all parts at once", style="bold")
+    return table
+
+
+def _engines_table(result: Plan) -> Table:
+    table = _table("the same run under other engines", "engine", "held", "peak")
+    for name, memory in result.alternatives.items():
+        held = sum(memory.held.values())
+        table.add_row(name, _size(held), _size(held + _transient(memory)))
+    return table
+
+
+def _transient(memory: Memory) -> int:
+    return sum(memory.transient.values())
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index == 1 and len(columns) > 2 else "left")
+    return table
+
+
+def _count(value: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,234 @@
+"""Bytes a rank holds under each engine, from shapes alone.
+
+Held parts live through the whole step and are exact up to alignment: weights, masters, gradients, optimizer
+state, buffers that a library keeps. Transient parts come and go inside a step: gathered blocks, bf16
+copies, activations, logits. What each engine allocates was read off its live tensors, and
+`tests/trainer/test_plan.py` holds the held parts against them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from leanmill.parallel.config import DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, SingleEngine
+from leanmill.trainer.optim.config import Adam8bit, Lion, OptimizerConfig
+
+
+ZERO3_MAX_LIVE_ELEMENTS = 1_000_000_000
+"""ZeRO-3 frees no gathered parameter before this many elements are live (DeepSpeed's default)."""
+_ADAM8BIT_BLOCK = 256
+_ADAM8BIT_SMALLEST = 4096
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model, tied ones once."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    trainable: bool
+    block: int | None
+    """Index of the decoder block it lies in; None outside."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole parameter."""
+        return self.numel * self.itemsize
+
+
+@dataclass
+class Memory:
+    """Bytes of one rank by part, on its device and (offloaded) on its host."""
+
+    held: dict[str, int] = field(default_factory=dict)
+    transient: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    """Held in host memory, or on NVMe, by offload."""
+
+    def add(self, kind: Literal["held", "transient", "host"], part: str, num_bytes: float) -> None:
+        """Add to a part; parts of no bytes are left out."""
+        if num_bytes > 0:
+            parts: dict[str, int] = getattr(self, kind)
+            parts[part] = parts.get(part, 0) + round(num_bytes)
+
+
+def estimate(
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    weights: Sequence[Weight],
+    *,
+    world_size: int,
+    precision: str,
+    num_micro_batches: int,
+) -> Memory:
+    """Return the memory of one rank for weights, gradients, optimizer state and what moves them.
+
+    Args:
+        engine: The engine, not `auto`.
+        optimizer: The optimizer section.
+        weights: Every parameter of the model with its techniques.
+        world_size: Ranks of the run.
+        precision: `bf16` or `fp32`.
+        num_micro_batches: Backward passes of a step on one rank.
+    """
+    if isinstance(engine, FsdpEngine):
+        return _fsdp(engine, optimizer, weights, world_size, precision, num_micro_batches)
+    if isinstance(engine, DeepSpeedEngine) and engine.stage == 3:
+        return _zero3(engine, optimizer, weights, world_size, precision)
+    if isinstance(engine, DeepSpeedEngine) and engine.stage > 0:
+        return _zero12(engine, optimizer, weights, world_size, precision, num_micro_batches)
+    if isinstance(engine, SingleEngine | DdpEngine | DeepSpeedEngine):
+        return _replicated(optimizer, weights, precision)
+    raise TypeError(f"the engine must be chosen first, got {engine.type!r}")
+
+
+def optimizer_bytes(optimizer: OptimizerConfig, sizes: Iterable[int]) -> float:
+    """Return the bytes of optimizer state over parameters (or shards) of these numbers of elements.
+
+    AdamW keeps two fp32 moments, Lion one; 8-bit AdamW keeps two bytes and two fp32 block scales
+    for parameters it quantises (at least 4,096 elements, a multiple of 256). Lookahead adds fp32 slow weights.
+    """
+    total = 0.0
+    for size in sizes:
+        if isinstance(optimizer, Adam8bit) and size >= _ADAM8BIT_SMALLEST and size % _ADAM8BIT_BLOCK == 0:
+            total += 2 * size * (1 + 4 / _ADAM8BIT_BLOCK)
+        else:
+            total += 4 * size * (1 if isinstance(optimizer, Lion) else 2)
+        total += 4 * size if optimizer.lookahead is not None else 0
+    return total
+
+
+def _replicated(optimizer: OptimizerConfig, weights: Sequence[Weight], precision: str) -> Memory:
+    """Every rank holds everything: single, DDP, ZeRO-0."""
+    memory = Memory()
+    _add_whole_weights(memory, weights)
+    trained = [w for w in weights if w.trainable]
+    memory.add("held", "gradients", sum(w.num_bytes for w in trained))
+    memory.add("held", "optimizer state", optimizer_bytes(optimizer, (w.numel for w in trained)))
+    memory.add("transient", "bf16 copies", _autocast_copies(weights, precision))
+    return memory
+
+
+def _add_whole_weights(memory: Memory, weights: Sequence[Weight]) -> None:
+    memory.add("held", "weights", sum(w.num_bytes for w in weights if w.trainable))
+    memory.add("held", "frozen weights", sum(w.num_bytes for w in weights if not w.trainable and w.itemsize > 1))
+    memory.add("held", "masks", sum(w.num_bytes for w in weights if not w.trainable and w.itemsize == 1))
+
+
+def _autocast_copies(weights: Sequence[Weight], precision: str) -> int:
+    # Autocast keeps a bf16 copy of each matrix from its forward to its backward.
+    return sum(2 * w.numel for w in weights if len(w.shape) >= 2 and w.itemsize == 4) if precision == "bf16" else 0
+
+
+def shard_numel(weight: Weight, shard_size: int) -> int:
+    """Elements FSDP2 keeps of a parameter on each rank: whole rows, the last shard padded."""
+    rows, *rest = weight.shape or (1,)
+    return math.ceil(rows / shard_size) * math.prod(rest)
+
+
+def _fsdp(
+    engine: FsdpEngine,
+    optimizer: OptimizerConfig,
+    weights: Sequence[Weight],
+    world_size: int,
+    precision: str,
+    num_micro_batches: int,
+) -> Memory:
+    size = engine.shard_size or world_size
+    memory = Memory()
+    state: Literal["held", "host"] = "host" if engine.cpu_offload else "held"
+    for w in weights:
+        part = "weights" if w.trainable else "masks" if w.itemsize == 1 else "frozen weights"
+        memory.add(state, part, shard_numel(w, size) * w.itemsize)
+    trained = [w for w in weights if w.trainable]
+    memory.add(state, "gradients", sum(shard_numel(w, size) * w.itemsize for w in trained))
+    memory.add(state, "optimizer state", optimizer_bytes(optimizer, (shard_numel(w, size) for w in trained)))
+    if size == 1 and not engine.cpu_offload:
+        return memory
+    compute = 2 if precision == "bf16" else 4
+    reduce = 2 if engine.reduce_dtype == "bf16" else 4
+    groups = _groups(weights, size)
+    root, blocks = groups.pop(None, (0, 0)), list(groups.values())
+    largest = max((all_ for all_, _ in blocks), default=0)
+    gathered = sum(a for a, _ in blocks) if not engine.reshard_after_forward else 2 * largest  # one is prefetched
+    memory.add("transient", "gathered weights", compute * (root[0] + gathered))
+    largest_trained = max([t for _, t in blocks] + [root[1]])
+    # A block's gradient in the compute dtype, and its copy in the dtype of the reduction.
+    gradients = largest_trained * (compute + (reduce if reduce != compute else 0) + reduce / size)
+    if not engine.reshard_after_forward and num_micro_batches > 1:
+        gradients += reduce * (sum(t for _, t in blocks) + root[1])
+    memory.add("transient", "gradients in flight", gradients)
+    return memory
+
+
+def _groups(weights: Sequence[Weight], size: int) -> dict[int | None, tuple[int, int]]:
+    """Elements (all, trained) of each sharded group when gathered, padding included."""
+    groups: dict[int | None, tuple[int, int]] = {}
+    for w in weights:
+        whole = shard_numel(w, size) * size
+        every, trained = groups.get(w.block, (0, 0))
+        groups[w.block] = (every + whole, trained + (whole if w.trainable else 0))
+    return groups
+
+
+def _zero12(
+    engine: DeepSpeedEngine,
+    optimizer: OptimizerConfig,
+    weights: Sequence[Weight],
+    world_size: int,
+    precision: str,
+    num_micro_batches: int,
+) -> Memory:
+    """Whole weights, and this rank's flat fp32 partition of master, gradient and state."""
+    from leanmill.parallel.deepspeed_config import BUCKET_ELEMENTS
+
+    memory = Memory()
+    _add_whole_weights(memory, weights)
+    trained = sum(w.numel for w in weights if w.trainable)
+    share = math.ceil(trained / world_size)
+    state: Literal["held", "host"] = "held" if engine.offload_optimizer is None else "host"
+    memory.add(state, "master weights", 4 * share)
+    memory.add(state, "gradients", 4 * share)
+    memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]))
+    bucket = min(BUCKET_ELEMENTS, sum(w.numel for w in weights))
+    # Stage 1 keeps whole gradients until the last micro-batch; stage 2 only those of a bucket.
+    whole = trained if engine.stage == 1 and num_micro_batches > 1 else min(bucket, trained)
+    memory.add("transient", "gradients in flight", 4 * whole)
+    memory.add("transient", "reduction bucket", 4 * bucket)
+    memory.add("transient", "bf16 copies", _autocast_copies(weights, precision))
+    return memory
+
+
+def _zero3(
+    engine: DeepSpeedEngine, optimizer: OptimizerConfig, weights: Sequence[Weight], world_size: int, precision: str
+) -> Memory:
+    """Flat partitions of weights, master, gradient and state; small parameters stay gathered."""
+    from leanmill.parallel.deepspeed_config import BUCKET_ELEMENTS, PERSIST_BELOW
+
+    memory = Memory()
+    weights_at: Literal["held", "host"] = "held" if engine.offload_parameters is None else "host"
+    state: Literal["held", "host"] = "held" if engine.offload_optimizer is None else "host"
+    for w in weights:
+        share = math.ceil(w.numel / world_size)
+        part = "weights" if w.trainable else "masks" if w.itemsize == 1 else "frozen weights"
+        memory.add(weights_at, part, share * w.itemsize)
+        if w.trainable:
+            memory.add(state, "master weights", 4 * share)
+            memory.add(state, "gradients", 4 * share)
+            memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]))
+        if w.numel < PERSIST_BELOW:
+            memory.add("held", "small weights kept gathered", w.num_bytes)
+    every = sum(w.numel for w in weights)
+    memory.add("held", "reduction bucket", 4 * min(BUCKET_ELEMENTS, every))
+    memory.add("transient", "gathered weights", 4 * min(every, ZERO3_MAX_LIVE_ELEMENTS))
+    memory.add("transient", "gradients in flight", 4 * min(BUCKET_ELEMENTS, every))
+    memory.add("transient", "bf16 copies", _autocast_copies(weights, precision))
+    return memory

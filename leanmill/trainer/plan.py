@@ -1,0 +1,272 @@
+"""What a run will need, predicted from shapes: parameters, memory of a rank by part, tokens and FLOPs.
+
+The model is built on the meta device with its techniques installed, so nothing is allocated and no
+device is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.technique import InstallContext
+from leanmill.parallel.blocks import decoder_blocks
+from leanmill.parallel.config import (
+    AutoEngine,
+    DdpEngine,
+    DeepSpeedEngine,
+    EngineConfig,
+    FsdpEngine,
+    SingleEngine,
+)
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.flops import flops_per_token
+from leanmill.trainer.memory import Memory, Weight, estimate
+from leanmill.trainer.models.build import build_on_meta, num_active_parameters, num_parameters
+from leanmill.trainer.models.config import ModelConfig
+from leanmill.trainer.prepare import install_techniques
+from leanmill.trainer.recipe_rules import derive_steps
+
+
+DEFAULT_RANK_MEMORY_GIB = 80.0
+"""Memory of one rank that `engine: auto` is decided with, unless told."""
+_LOGITS_AT_ONCE = 256 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Predictions for one recipe on `world_size` ranks. Plain numbers; bytes are of one rank."""
+
+    recipe: str
+    world_size: int
+    num_nodes: int
+    engine: str
+    why_engine: str
+    num_parameters: int
+    """Of the plain model, tied weights once."""
+    num_active: int
+    """Parameters one token passes through: of experts, only the chosen ones."""
+    num_trainable: int
+    """With techniques installed."""
+    num_technique: int
+    """Elements that techniques add: adapters, learned scales, masks."""
+    memory: Memory
+    alternatives: dict[str, Memory]
+    """The same run under every other engine that fits `world_size`."""
+    tokens_per_step: int
+    num_micro_batches: int
+    num_steps: int
+    total_tokens: int
+    flops_per_token: float
+    flops_per_step: float
+    total_flops: float
+
+    @property
+    def held_bytes(self) -> int:
+        """Model, gradients, optimizer state and lasting buffers on the device, at the end of a backward."""
+        return sum(self.memory.held.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything on the device at once: held and transient parts."""
+        return self.held_bytes + sum(self.memory.transient.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Offloaded to host memory or NVMe."""
+        return sum(self.memory.host.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-able values, totals included."""
+        totals = {"held_bytes": self.held_bytes, "peak_bytes": self.peak_bytes, "host_bytes": self.host_bytes}
+        return {**asdict(self), **totals}
+
+
+def plan(
+    recipe: Recipe,
+    world_size: int = 1,
+    gpus_per_node: int | None = None,
+    *,
+    rank_memory_gib: float = DEFAULT_RANK_MEMORY_GIB,
+) -> Plan:
+    """Predict a run.
+
+    Args:
+        recipe: The validated recipe.
+        world_size: Ranks of the run.
+        gpus_per_node: Ranks of one machine; None puts all on one.
+        rank_memory_gib: Memory of a rank, GiB; only `engine: auto` asks.
+
+    Raises:
+        ConfigError: The recipe cannot run on these ranks.
+    """
+    per_node = gpus_per_node or world_size
+    if world_size % per_node:
+        raise ConfigError(f"{world_size} ranks do not fill machines of {per_node}; give --nodes and --gpus-per-node")
+    num_micro_batches, num_steps = derive_steps(recipe, world_size)
+    trained_tokenizer = recipe.data.tokenizer.path is None
+    model = build_on_meta(
+        recipe.model,
+        vocab_size=recipe.data.tokenizer.vocab_size if trained_tokenizer else None,
+        sequence_length=recipe.data.sequence_length,
+        device_type="cpu" if recipe.device == "cpu" else "cuda",
+    )
+    num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
+    flops = flops_per_token(model, recipe.data.sequence_length)
+    context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size)
+    install_techniques(recipe.techniques, model, context)
+    weights = list(_weights(model))
+    engine, why = _engine(recipe, world_size, per_node, 4 * num_total, rank_memory_gib)
+
+    def memory_under(candidate: EngineConfig) -> Memory:
+        memory = estimate(
+            candidate,
+            recipe.optimizer,
+            weights,
+            world_size=world_size,
+            precision=recipe.train.precision,
+            num_micro_batches=num_micro_batches,
+        )
+        memory.add("transient", "activations", activation_bytes(recipe, model.config))
+        memory.add("transient", "logits", logits_bytes(recipe, model.config.vocab_size))
+        memory.add("held", "teacher", _teacher_bytes(recipe, candidate, world_size))
+        return memory
+
+    num_all = sum(w.numel for w in weights)
+    return Plan(
+        recipe=recipe.name,
+        world_size=world_size,
+        num_nodes=world_size // per_node,
+        engine=_label(engine),
+        why_engine=why,
+        num_parameters=num_total,
+        num_active=num_active,
+        num_trainable=sum(w.numel for w in weights if w.trainable),
+        num_technique=num_all - num_total,
+        memory=memory_under(engine),
+        alternatives={_label(other): memory_under(other) for other in _candidates(world_size)},
+        tokens_per_step=recipe.batch.tokens_per_step,
+        num_micro_batches=num_micro_batches,
+        num_steps=num_steps,
+        total_tokens=num_steps * recipe.batch.tokens_per_step,
+        flops_per_token=flops,
+        flops_per_step=flops * recipe.batch.tokens_per_step,
+        total_flops=flops * recipe.batch.tokens_per_step * num_steps,
+    )
+
+
+def activation_bytes(recipe: Recipe, config: Any) -> int:
+    """Estimate the activations that one micro-batch keeps for backward.
+
+    For each token and layer of a pre-norm block with gated MLP, in compute dtype: two norms' outputs,
+    query, key, value, attention's output in and out of its reshape (4 widths), and 4 tensors of
+    the MLP's width (of top_k experts); in fp32: what each of the two norms keeps. With `full` recomputation a
+    layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs.
+    """
+    size = 2 if recipe.train.precision == "bf16" else 4
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries = heads * head_dim
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if isinstance(top_k, int):
+        inner = top_k * (getattr(config, "moe_intermediate_size", None) or inner)
+    whole = size * (2 * hidden + 3 * queries + 2 * keys + 4 * inner) + 4 * 4 * hidden
+    matmuls = size * (2 * hidden + 2 * queries + 2 * keys + 2 * inner)
+    tokens, layers = recipe.batch.tokens_per_micro_batch, config.num_hidden_layers
+    kept = {
+        "none": layers * whole,
+        "selective": layers * (matmuls + size * hidden) + whole,
+        "full": layers * size * hidden + whole,
+    }
+    return int(tokens * kept[recipe.train.activation_checkpointing])
+
+
+def logits_bytes(recipe: Recipe, vocab_size: int) -> int:
+    """Estimate logits alive at once: in compute dtype, in fp32 for the loss, and their fp32 gradient."""
+    chunk = recipe.train.logits_chunk_tokens
+    tokens = recipe.batch.tokens_per_micro_batch
+    if chunk == "auto":
+        chunk = tokens if 4 * tokens * vocab_size <= _LOGITS_AT_ONCE else max(1, _LOGITS_AT_ONCE // (4 * vocab_size))
+    size = 2 if recipe.train.precision == "bf16" else 4
+    return min(chunk, tokens) * vocab_size * (size + 4 + 4)
+
+
+def _weights(model: nn.Module) -> Iterator[Weight]:
+    block_of = {id(p): index for index, block in enumerate(decoder_blocks(model)) for p in block.parameters()}
+    for parameter in model.parameters():
+        yield Weight(
+            tuple(parameter.shape), parameter.element_size(), parameter.requires_grad, block_of.get(id(parameter))
+        )
+
+
+def _engine(
+    recipe: Recipe, world_size: int, per_node: int, model_bytes: int, rank_memory_gib: float
+) -> tuple[EngineConfig, str]:
+    """Return the engine that would run, and why."""
+    from leanmill.parallel.build import choose_engine
+    from leanmill.parallel.launch import Ranks
+
+    engine = recipe.engine
+    if isinstance(engine, AutoEngine):
+        ranks = Ranks(
+            rank=0, world_size=world_size, local_rank=0, device=torch.device("cpu"), local_world_size=per_node
+        )
+        return choose_engine(
+            ranks=ranks,
+            precision=recipe.train.precision,
+            model_bytes=model_bytes,
+            memory_bytes=int(rank_memory_gib * 2**30),
+        )
+    if isinstance(engine, SingleEngine) and world_size > 1:
+        raise ConfigError(f"engine=single runs one process, not {world_size}; type engine=ddp or engine=fsdp")
+    if isinstance(engine, FsdpEngine) and engine.shard_size is not None and world_size % engine.shard_size:
+        raise ConfigError(
+            f"engine.shard_size={engine.shard_size} does not divide {world_size} ranks; remove it, or set a divisor"
+        )
+    return engine, "as the recipe asks"
+
+
+def _candidates(world_size: int) -> list[EngineConfig]:
+    if world_size == 1:
+        return [SingleEngine()]
+    stages: tuple[Any, ...] = (0, 1, 2, 3)
+    return [DdpEngine(), FsdpEngine(), *(DeepSpeedEngine(stage=stage) for stage in stages)]
+
+
+def _label(engine: EngineConfig) -> str:
+    if isinstance(engine, DeepSpeedEngine):
+        offloads = [name for name in ("optimizer", "parameters") if getattr(engine, f"offload_{name}") is not None]
+        return f"deepspeed ZeRO-{engine.stage}" + (f" + offload of {' and '.join(offloads)}" if offloads else "")
+    if isinstance(engine, FsdpEngine):
+        return (
+            f"fsdp{f' x{engine.shard_size}' if engine.shard_size else ''}{' + offload' if engine.cpu_offload else ''}"
+        )
+    return engine.type
+
+
+def _teacher_bytes(recipe: Recipe, engine: EngineConfig, world_size: int) -> float:
+    """Bytes of a distillation teacher on one rank; whole but for FSDP, which shards its blocks."""
+    path = next((t.teacher for t in recipe.techniques if hasattr(t, "teacher")), None)
+    if path is None:
+        return 0.0
+    if not Path(path).expanduser().is_dir() and path.startswith(("/", ".", "~")):
+        raise ConfigError(f"teacher {path!r} does not exist; correct the path")
+    teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+    size = 2 if recipe.train.precision == "bf16" else 4
+    whole = sum(p.numel() for p in teacher.parameters())
+    if not isinstance(engine, FsdpEngine):
+        return float(size * whole)
+    blocks = sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
+    return size * (whole - blocks + blocks / (engine.shard_size or world_size))
+
+
+def _no_loading(path: str) -> nn.Module:
+    raise ConfigError(f"planning loads no weights, but a technique asked for {path} at installation")
