@@ -16,12 +16,12 @@ from leanmill.trainer.data.cache import cached_folder, fingerprint, read_json, w
 from leanmill.trainer.data.config import DataConfig
 from leanmill.trainer.data.documents import Documents
 from leanmill.trainer.data.encoding import Encoder, Measured
-from leanmill.trainer.data.packing import NONE
-from leanmill.trainer.data.sources import Row, make_packer, render_row
+from leanmill.trainer.data.packing import NONE, RowPlan
+from leanmill.trainer.data.sources import Row, keeps_documents_whole, make_packer, render_row
 from leanmill.trainer.data.train_data import stack_rows
 
 
-_VERSION = 1
+_VERSION = 2
 """Raise when the same documents would give other rows."""
 _OVERSAMPLING = 3
 """Rows are picked evenly from this many times the text, so that one long file is not a domain."""
@@ -92,9 +92,12 @@ def _rows(
     masks = [m.encoded.is_target for m in measured if m.encoded.is_target is not None]
     is_target = np.concatenate(masks) if masks else None
     packer = make_packer(offsets, is_target, config, name=name, seed=0)
-    available = packer.rows_per_epoch
+    whole = keeps_documents_whole(config)
+    available = packer.rows_per_epoch if whole else -(-len(tokens) // config.sequence_length)
     chosen = np.unique(np.linspace(0, available - 1, min(num_rows, available)).astype(np.int64)).tolist()
     plans = [packer.row(number) for number in chosen]
+    if not whole:
+        plans = [_cut(p, len(tokens) - n * config.sequence_length) for n, p in zip(chosen, plans, strict=True)]
     predicted = np.zeros(len(tokens), dtype=np.bool_)
     for plan in plans:
         predicted[plan.targets[plan.targets != NONE]] = True
@@ -104,6 +107,16 @@ def _rows(
     text = np.concatenate([m.text for m in measured])
     counts = np.bincount(text[byte_is_predicted], minlength=256)
     return [render_row(plan, tokens, is_target, pad_id=pad_id) for plan in plans], counts
+
+
+def _cut(plan: RowPlan, num_tokens: int) -> RowPlan:
+    """Pad a row after `num_tokens`: training goes on with the next epoch there, an evaluation ends."""
+    if num_tokens > len(plan.inputs):
+        return plan
+    inputs, targets = plan.inputs.copy(), plan.targets.copy()
+    inputs[num_tokens:] = NONE
+    targets[num_tokens - 1 :] = NONE
+    return RowPlan(inputs, targets, plan.positions)
 
 
 def _save(folder: Path, rows: list[Row], byte_counts: NDArray[np.int64]) -> None:
