@@ -16,13 +16,19 @@ from leanmill.trainer.loop import Loop
 def stalls(loop: Loop, *, asynchronous: bool, saves: int, steps_between: int) -> list[float]:
     """Seconds each save kept the loop waiting; the first, which allocates buffers, is left out."""
     folder = Path(loop.recipe.run_dir) / ("async" if asynchronous else "sync")
-    manager = CheckpointManager(folder, CheckpointConfig(asynchronous=asynchronous))
+    manager = CheckpointManager(folder, CheckpointConfig(asynchronous=asynchronous), overlap=True)
+    waits: list[float] = []
+    loop.before_update = lambda: waits.append(manager.finish_copies())
     step, seconds = stepper(loop), []
     for _ in range(saves + 1):
         for _ in range(steps_between):
             step()
         state = {"step": loop.step, "tokens": loop.data.position_tokens, "data": loop.data.state_dict()}
         seconds.append(manager.save(loop.step, loop.engine, state, loop.recipe.model_dump(mode="json")))
+        waits.clear()
+        # The next update waits for copies that run beside its forward and backward; that counts too.
+        step()
+        seconds[-1] += sum(waits)
     manager.wait()
     return seconds[1:]
 

@@ -138,3 +138,4 @@ class InstalledTechniques:
     loss_terms: list[LossTerm] = field(default_factory=list)
     step_rules: list[StepRule] = field(default_factory=list)
     freeze_base: bool = False
+    reset_branch: Callable[[nn.Module], None] | None = None

@@ -38,6 +38,8 @@ class Loop:
     """Write a checkpoint after this many steps."""
     evaluate: Callable[[int], None]
     """Evaluate after this many steps."""
+    before_update: Callable[[], object] = lambda: None
+    """Called once gradients are complete, before anything writes weights: a save may still be copying."""
     on_first_step: Callable[[], None] = lambda: None
     """Called once after the first step: long start-up time-outs end here."""
     step: int = 0
@@ -88,6 +90,7 @@ class Loop:
             group["lr"] = group["initial_lr"] * factor
         with torch.enable_grad():
             losses = engine.forward_backward(micro_batches, num_valid)
+        self.before_update()
         for rule in self.step_rules:
             rule.before_optimizer(context)
         norm = engine.clip(recipe.train.max_grad_norm)

@@ -14,6 +14,7 @@ from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.parallel.engine import Engine, Preparation
 from leanmill.trainer.config import Recipe
+from leanmill.trainer.data.tokenizer import fingerprint_of
 from leanmill.trainer.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.trainer.models.build import load_frozen, make_materialiser
 from leanmill.trainer.models.compile import compile_blocks
@@ -34,7 +35,12 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, model: nn.Module, engine: Engine, *, num_micro_batches: int, tokenizer_fingerprint: str | None = None
+    recipe: Recipe,
+    model: nn.Module,
+    engine: Engine,
+    *,
+    num_micro_batches: int,
+    tokenizer_fingerprint: str | None = None,
 ) -> Prepared:
     """Bring a model on the meta device to trainable: sites, techniques, recompute, compile, shard, fill.
 
@@ -53,6 +59,7 @@ def prepare(
         load_frozen_model=load_frozen_model,
         vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
         tokenizer_fingerprint=tokenizer_fingerprint,
+        fingerprint_of_tokenizer=fingerprint_of,
     )
     techniques = install_techniques(recipe.techniques, model, context)
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
@@ -65,7 +72,7 @@ def prepare(
     engine.prepare(
         module,
         Preparation(
-            materialise=make_materialiser(recipe.model, seed=recipe.seed),
+            materialise=make_materialiser(recipe.model, seed=recipe.seed, reset_branches=techniques.reset_branch),
             make_optimizer=lambda live: build_optimizer(recipe.optimizer, trainable(live)),
             num_micro_batches=num_micro_batches,
             max_grad_norm=recipe.train.max_grad_norm,
@@ -88,6 +95,7 @@ def install_techniques(
         installed.freeze_base |= part.freeze_base
         if part.add_branches is not None:
             branches.append(part.add_branches)
+            installed.reset_branch = part.reset_branch
     base = {id(parameter) for parameter in _base_parameters(model)}
     for add_branches in branches:
         add_branches(model)

@@ -13,8 +13,9 @@ from torch import nn
 
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
-from leanmill.parallel.engine import Engine
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
+from leanmill.parallel.naming import state_buffers, state_parameters
+from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
 from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.data.build import build_eval_data, build_tokenizer, build_train_data
@@ -23,8 +24,8 @@ from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.flops import flops_per_token
 from leanmill.trainer.loggers.build import build_observers
 from leanmill.trainer.loop import Loop
-from leanmill.trainer.models.build import build_on_meta, num_parameters
-from leanmill.trainer.observer import DomainScore, EvalRecord, Observer, RunInfo
+from leanmill.trainer.models.build import build_on_meta, local_folder, num_parameters
+from leanmill.trainer.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.prepare import Prepared, prepare
 from leanmill.trainer.recipe_io import resolved_yaml
 from leanmill.trainer.recipe_rules import derive_steps
@@ -98,9 +99,10 @@ class _Run:
             num_micro_batches=num_micro_batches,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
-        self._write_recipe(tokenizer)
-        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint)
+        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True)
+        self.saved = saved_part(recipe, model, prepared.techniques.freeze_base)
         state = self._resume()
+        self._write_recipe(tokenizer)
         self.observers = build_observers(recipe, self.run_dir, ranks.rank)
         loop = self._loop(prepared, num_steps, num_micro_batches, state)
         num_trainable = sum(p.numel() for p in _trainable_once(model))
@@ -135,9 +137,7 @@ class _Run:
             observer.on_end(status)
         barrier()
         self.engine.close()
-        return RunResult(
-            status=status, run_dir=self.run_dir, step=loop.step, scores=self.scores, rank=self.ranks.rank
-        )
+        return RunResult(status=status, run_dir=self.run_dir, step=loop.step, scores=self.scores, rank=self.ranks.rank)
 
     def _loop(self, prepared: Prepared, num_steps: int, num_micro_batches: int, state: dict[str, Any]) -> Loop:
         recipe = self.recipe
@@ -151,6 +151,7 @@ class _Run:
             num_micro_batches=num_micro_batches,
             save=self._save,
             evaluate=self._evaluate,
+            before_update=self.manager.finish_copies,
             on_first_step=lambda: shorten_timeout(recipe.cluster.step_timeout_seconds),
             step=state.get("step", 0),
             num_skipped=state.get("num_skipped", 0),
@@ -168,7 +169,7 @@ class _Run:
         path = self.manager.find(self.recipe.checkpoint.resume)
         if path is None:
             return {}
-        state = self.manager.load(path, self.engine)
+        state = self.manager.load(path, self.engine, **self.saved)
         self.data.load_state_dict(state["data"])
         self.resumed_from = path
         return state
@@ -186,7 +187,8 @@ class _Run:
             "num_skipped": self.loop.meter.num_skipped,
         }
         score = self.scores["all"].loss if self.scores_step == step and self.scores else None
-        seconds = self.manager.save(step, self.engine, state, self.recipe.model_dump(mode="json"), score=score)
+        recipe = self.recipe.model_dump(mode="json")
+        seconds = self.manager.save(step, self.engine, state, recipe, score=score, **self.saved)
         for observer in self.observers:
             observer.on_checkpoint(step, self.run_dir / "checkpoints" / f"step-{step:08d}", seconds)
 
@@ -199,6 +201,18 @@ class _Run:
         record = EvalRecord(step=step, tokens=self.data.position_tokens, domains=self.scores)
         for observer in self.observers:
             observer.on_eval(record)
+
+
+def saved_part(recipe: Recipe, model: nn.Module, freeze_base: bool) -> dict[str, Any]:
+    """What of the model a checkpoint holds: all of it, or only adapters and stages beside a named base.
+
+    A frozen base that came from a checkpoint is not written again; its digest is.
+    """
+    if not (freeze_base and recipe.model.path):
+        return {}
+    names = {name for name, p in state_parameters(model) if p.requires_grad or ".stages." in name}
+    names |= {name for name, _ in state_buffers(model) if ".stages." in name}
+    return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}
 
 
 def _trainable_once(model: nn.Module) -> Sequence[nn.Parameter]:

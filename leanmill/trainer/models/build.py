@@ -22,6 +22,7 @@ __all__ = [
     "build_on_meta",
     "load_frozen",
     "load_weights",
+    "local_folder",
     "make_materialiser",
     "num_active_parameters",
     "num_parameters",
@@ -125,6 +126,16 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
     model, report = loaded
     _check_report(str(config.path), report)
     return model
+
+
+def local_folder(path: str, revision: str | None) -> Path:
+    """Return the folder a checkpoint's files lie in: the path itself, or a hub model's snapshot."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(path, "config.json", revision=revision))).parent
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
