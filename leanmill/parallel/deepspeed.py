@@ -130,7 +130,9 @@ class DeepSpeedEngine(Engine):
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
         if len(micro_batches) != self._preparation.num_micro_batches:
-            raise ValueError(f"got {len(micro_batches)} micro-batches, prepared for {self._preparation.num_micro_batches}")
+            raise ValueError(
+                f"got {len(micro_batches)} micro-batches, prepared for {self._preparation.num_micro_batches}"
+            )
         # DeepSpeed averages over ranks; we want the sum. Its division by the accumulation steps is
         # switched off, since micro-batches weigh by their tokens.
         scale = self.data_size / num_valid_tokens
@@ -272,12 +274,13 @@ def _start_deepspeed(device: torch.device) -> None:
 
         logger.setLevel(logging.ERROR)
         # It calls collectives by names that torch has deprecated, once a parameter.
-        warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
-        if accelerator.get_accelerator().device_name() != device.type:
-            if device.type == "cpu":
-                from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+        warnings.filterwarnings(
+            "ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning
+        )
+        if device.type == "cpu" and accelerator.get_accelerator().device_name() != "cpu":
+            from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-                accelerator.set_accelerator(CPU_Accelerator())
+            accelerator.set_accelerator(CPU_Accelerator())
         # Its shared-memory all-reduce for CPUs is compiled at start (20 to 100 s, and needs a
         # compiler); gloo does without.
         ops.__compatible_ops__["deepspeed_shm_comm"] = False

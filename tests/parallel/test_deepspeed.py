@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite, LinearSite
 from leanmill.core.stage import Slot, Stage
@@ -17,9 +20,6 @@ from leanmill.parallel.deepspeed import DeepSpeedEngine
 from leanmill.parallel.deepspeed_config import check_config, check_optimizer
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.tensors import assign, full
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
-
 from tests.distributed import run_ranks
 
 
@@ -198,9 +198,7 @@ def make_engine(
     engine = DeepSpeedEngine(config, device=torch.device("cpu"), precision=precision, persist_below=0)
     engine.prepare(
         build(),
-        Preparation(
-            materialise=fill, make_optimizer=optimizer, num_micro_batches=MICRO, max_grad_norm=max_norm
-        ),
+        Preparation(materialise=fill, make_optimizer=optimizer, num_micro_batches=MICRO, max_grad_norm=max_norm),
     )
     return engine
 
@@ -388,7 +386,7 @@ def test_state_is_shared_out_and_masks_stay_bool(stage: int) -> None:
         assert state[name].dtype == torch.bool
         assert "head.weight" not in state
         assert "offset" in state
-        trained = [k for k in trained_weights(engine)]
+        trained = list(trained_weights(engine))
         for key in [*trained, *(f"{k}/exp_avg" for k in trained)]:
             assert isinstance(state[key], DTensor)
             assert state[key].dtype == torch.float32
@@ -555,6 +553,7 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
 
 def test_nvme_without_libaio_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
+
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     place = {"device": "nvme", "path": str(tmp_path)}
     with pytest.raises(ConfigError, match="apt-get install libaio-dev"):
@@ -565,3 +564,23 @@ def test_low_bit_optimizer_is_refused() -> None:
     optim = pytest.importorskip("torchao.optim")
     with pytest.raises(ConfigError, match="low-bit"):
         check_optimizer(optim.AdamW8bit([nn.Parameter(torch.zeros(4, 4))]))
+
+
+@pytest.mark.slow
+def test_nvme_offload(tmp_path: Path) -> None:
+    """Optimizer state and parameters in files, where libaio is installed."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("needs libaio")
+
+    def ranks() -> None:
+        engine, plain = make_engine(3, offload="nvme", path=str(tmp_path)), make_engine(3)
+        for step in range(2):
+            torch.testing.assert_close(train_step(engine, step), train_step(plain, step))
+        assert_close(trained_weights(engine), trained_weights(plain), rtol=1e-4, atol=1e-5)
+        assert any(tmp_path.rglob("*.swp"))
+        for mine, theirs in zip(snapshot(engine), snapshot(plain), strict=True):
+            assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+    run_ranks(ranks, WORLD, timeout_seconds=900.0)
