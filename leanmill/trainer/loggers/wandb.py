@@ -82,9 +82,16 @@ class WandbLog(Observer):
         self._log(record.step, values)
 
     def on_end(self, status: str, message: str = "") -> None:
-        if self._run is not None:
-            self._run.finish(exit_code=1 if status == "failed" else 0)
-            self._run = None
+        if self._run is None:
+            return
+        import wandb
+
+        exit_code = 1 if status == "failed" else 0
+        self._run.finish(exit_code=exit_code)
+        # `finish` returns before wandb's own process has written its file, and a launcher that leaves
+        # through os._exit would not wait for it either.
+        wandb.teardown(exit_code=exit_code)
+        self._run = None
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         assert self._run is not None, "on_start comes first"

@@ -69,7 +69,9 @@ def _bits_per_byte(run: RunData) -> Chart:
         color = _color(index, name)
         scores.append(Series(label=name, points=points(run.evals, "domains", name, "bits_per_byte"), color=color))
         order0 = points(run.evals, "domains", name, "order0_bits_per_byte")
-        baselines.append(Series(label=name, points=order0, color=color, dashed=True, in_legend=False))
+        # A constant of the text, so it spans the chart even where there is only one evaluation.
+        line = [(0.0, order0[-1][1]), (_last_step(run), order0[-1][1])] if order0 else []
+        baselines.append(Series(label=name, points=line, color=color, dashed=True, in_legend=False))
         levels.extend(f"{name} {value:.2f}" for _, value in order0[-1:])
     note = f"Dashed: order-0, the entropy of single bytes in the same text ({', '.join(levels)})." if levels else ""
     return Chart(
@@ -118,6 +120,10 @@ def _speed(run: RunData, events: Sequence[tuple[str, int]]) -> list[Chart]:
             series=[Series(label="utilisation", points=utilisation, color=1)], events=events,
         ))  # fmt: skip
     return charts
+
+
+def _last_step(run: RunData) -> float:
+    return float(max(record["step"] for record in [*run.steps, *run.evals]))
 
 
 def _color(index: int, name: str) -> int:

@@ -97,7 +97,7 @@ def evaluations(run: RunData) -> str:
     sub = _SCORE_HEADINGS * len(names)
     rows = "".join(_evaluation(record, names, record is best) for record in reversed(run.evals))
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Evaluations"><table><thead>'
+        '<div class="scroll evaluations" tabindex="0" role="region" aria-label="Evaluations"><table><thead>'
         f'<tr><th scope="col" rowspan="2">Step</th><th scope="col" rowspan="2" class="num">Tokens</th>{top}</tr>'
         f"<tr>{sub}</tr></thead><tbody>{rows}</tbody></table></div>"
         '<p class="note">★ lowest overall loss. Loss in nats per token, bits per byte of raw text.</p>'
@@ -161,6 +161,8 @@ def _flops(facts: dict[str, Any]) -> list[str]:
             f"MFU = tokens/s × FLOPs per token / ({facts['world_size']} × {peak / 1e12:.4g} TFLOP/s), "
             f"recomputation not counted"
         )
+        if "cuda" not in facts.get("hardware", {}):
+            lines.append("the peak of a rank is that of matrix products timed at the start of the run")
     else:
         lines.append("MFU is not shown: the peak FLOP/s of this device is not known")
     return lines

@@ -59,4 +59,4 @@ def scientific(value: float) -> str:
 
 def percent(value: float) -> str:
     """Write a share: 0.413 -> `41.3%`."""
-    return f"{100 * value:.3g}%"
+    return f"{100 * value:.3g}%" if abs(value) < 9.995 else f"{100 * value:,.0f}%"

@@ -219,3 +219,12 @@ def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere is no folder; give the run_dir"):
         write_report(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_order_0_spans_the_chart_with_a_single_evaluation(tmp_path: Path) -> None:
+    page = _run(tmp_path, until=50)
+    figure = page[page.index('id="chart-bpb"') :]
+    figure = figure[: figure.index("</figure>")]
+    lines = re.findall(r'class="line c\d dashed" d="M0.0 ([\d.]+)L1000.0 ([\d.]+)"', figure)
+    assert len(lines) == 4
+    assert all(left == right for left, right in lines)

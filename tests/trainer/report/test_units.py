@@ -43,5 +43,5 @@ def test_number(value: float, text: str) -> None:
 
 def test_small_helpers() -> None:
     assert (scientific(3.04e-4), scientific(0), scientific(1.0)) == ("3.04e-4", "0", "1e0")
-    assert (percent(0.4134), percent(0), percent(1)) == ("41.3%", "0%", "100%")
+    assert (percent(0.4134), percent(0), percent(1), percent(95.1)) == ("41.3%", "0%", "100%", "9,510%")
     assert (plural(1, "rank"), plural(1200, "step")) == ("1 rank", "1,200 steps")
