@@ -65,8 +65,7 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
             sources.append(StreamSource(stream, encoder, config, pad_id=pad_id, seed=own_seed))
         else:
             store = token_store(documents, encoder, vocab_size=len(tokenizer), tokenizer_key=tokenizer_key, root=root)
-            name, weight = documents.name, documents.weight
-            sources.append(MapSource(store, config, name=name, weight=weight, pad_id=pad_id, seed=own_seed))
+            sources.append(MapSource(store, documents, config, pad_id=pad_id, seed=own_seed))
     identity = {
         **{f"text of {source.name!r}": source.text_fingerprint for source in sources},
         "weights": {source.name: source.weight for source in sources},

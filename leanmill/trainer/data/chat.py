@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
+"""First character of an answer and the one after its last."""
 
 
 class ChatRenderer:

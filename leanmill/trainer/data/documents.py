@@ -21,6 +21,8 @@ class Documents(Protocol):
     key: str
     """Cheap fingerprint: changes whenever the documents may have changed."""
     streaming: bool
+    note: str
+    """What a person should know about how it was read; empty where there is nothing."""
 
     def train(self) -> Iterator[Document]:
         """Open the training documents, in a fixed order."""
@@ -63,7 +65,8 @@ class CorpusDocuments:
         self.weight = config.domains[domain]
         self._text: CorpusText = corpus_domain(config, domain, root)
         self.key = self._text.text_fingerprint
-        self.num_skipped = self._text.num_skipped
+        skipped = self._text.num_skipped
+        self.note = f"{skipped} files skipped for not being UTF-8" if skipped else ""
 
     def train(self) -> Iterator[Document]:
         """See `Documents`."""

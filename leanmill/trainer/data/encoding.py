@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.chat import ChatRenderer
+from leanmill.trainer.data.chat import ChatRenderer, Span
 
 
 if TYPE_CHECKING:
@@ -66,39 +66,42 @@ class Encoder:
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """Encode documents on all cores."""
-        if self._chat is not None:
-            return [measured.encoded for measured in map(self.measure, documents)]
-        encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
-        return [Encoded(self._framed(encoding.ids), None) for encoding in encodings]
+        if self._chat is None:
+            encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
+            return [Encoded(self._framed(encoding.ids), None) for encoding in encodings]
+        rendered = [self._render(document) for document in documents]
+        encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
+        return [
+            Encoded(ids, self._targets(ids, offsets, spans, text))
+            for (text, spans), (ids, offsets) in zip(rendered, map(_arrays, encodings), strict=True)
+        ]
 
     def measure(self, document: Document) -> Measured:
         """Encode one document and count the bytes of each token."""
-        if self._chat is not None:
-            assert isinstance(document, list)
-            text, spans = self._chat.render(document)
-        else:
-            assert isinstance(document, str)
-            text, spans = document, None
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ids = np.asarray(encoding.ids, dtype=np.int64)
-        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        raw = text.encode()
-        num_bytes = _bytes_per_token(text, len(raw), offsets)
-        if spans is None:
-            pad = ([len(self._bos)] if self._bos else [0])[0]
-            num_bytes = np.concatenate([np.zeros(pad, dtype=np.int64), num_bytes, np.zeros(1, dtype=np.int64)])
-            return Measured(Encoded(self._framed(ids), None), num_bytes, np.frombuffer(raw, dtype=np.uint8))
-        is_target = self._targets(ids, offsets, spans, text)
+        text, spans = self._render(document)
+        ids, offsets = _arrays(self._backend.encode(text, add_special_tokens=False))
+        content = np.frombuffer(text.encode(), dtype=np.uint8)
+        num_bytes = _bytes_per_token(text, len(content), offsets)
+        if self._chat is None:
+            none = np.zeros(1, dtype=np.int64)
+            num_bytes = np.concatenate([none[: len(self._bos)], num_bytes, none])
+            return Measured(Encoded(self._framed(ids), None), num_bytes, content)
         # Markers of a template are not text: they cost nats but stand for no bytes.
-        keep = np.repeat(~np.isin(ids, self._special), num_bytes)
-        num_bytes = np.where(np.isin(ids, self._special), 0, num_bytes)
-        return Measured(Encoded(ids, is_target), num_bytes, np.frombuffer(raw, dtype=np.uint8)[: len(keep)][keep])
+        is_text = ~np.isin(ids, self._special)
+        content = content[np.repeat(is_text, num_bytes)]
+        return Measured(Encoded(ids, self._targets(ids, offsets, spans, text)), num_bytes * is_text, content)
+
+    def _render(self, document: Document) -> tuple[str, list[Span]]:
+        if isinstance(document, str):
+            return document, []
+        assert self._chat is not None
+        return self._chat.render(document)
 
     def _framed(self, ids: Any) -> NDArray[np.int64]:
         return np.asarray([*self._bos, *ids, self._eos], dtype=np.int64)
 
     def _targets(
-        self, ids: NDArray[np.int64], offsets: NDArray[np.int64], spans: list[tuple[int, int]], text: str
+        self, ids: NDArray[np.int64], offsets: NDArray[np.int64], spans: list[Span], text: str
     ) -> NDArray[np.bool_]:
         is_target = np.zeros(len(ids), dtype=np.bool_)
         for start, end in spans:
@@ -107,6 +110,11 @@ class Encoder:
             is_target |= inside
         is_target[:1] = False  # nothing comes before the first token that could predict it
         return is_target
+
+
+def _arrays(encoding: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids [N] and character spans [N, 2] of a `tokenizers.Encoding`."""
+    return np.asarray(encoding.ids, dtype=np.int64), np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:

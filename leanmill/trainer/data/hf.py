@@ -49,7 +49,7 @@ class HfDocuments:
 
     def __init__(self, config: HfDataset, task: Literal["pretrain", "sft"]) -> None:
         self.name, self.weight, self.streaming = config.name, config.weight, config.streaming
-        self.shuffle_buffer = config.shuffle_buffer
+        self.shuffle_buffer, self.note = config.shuffle_buffer, ""
         self._config, self._task = config, task
         self._field = config.text_field if task == "pretrain" else config.messages_field
         self._files = _local_files(config)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
 from leanmill.trainer.data.config import DataConfig
-from leanmill.trainer.data.documents import StreamingDocuments
+from leanmill.trainer.data.documents import Documents, StreamingDocuments
 from leanmill.trainer.data.encoding import Document, Encoded, Encoder
 from leanmill.trainer.data.packing import NONE, Packer, RowPlan, SplitPacker, WholePacker, permutation, plan_row
 from leanmill.trainer.data.store import TokenStore
@@ -76,16 +76,16 @@ class MapSource:
     """Rows by random access into a token store: resuming costs nothing."""
 
     def __init__(
-        self, store: TokenStore, config: DataConfig, *, name: str, weight: float, pad_id: int, seed: int
+        self, store: TokenStore, documents: Documents, config: DataConfig, *, pad_id: int, seed: int
     ) -> None:
         """Pack the documents of `store`.
 
         Raises:
             ConfigError: A document is too long and `long_documents` is `error`.
         """
-        self.name, self.weight, self.text_fingerprint = name, weight, store.text_fingerprint
-        self._store, self._pad_id = store, pad_id
-        self._packer = make_packer(store.offsets, store.is_target, config, name=name, seed=seed)
+        self.name, self.weight, self.text_fingerprint = documents.name, documents.weight, store.text_fingerprint
+        self._store, self._pad_id, self._note = store, pad_id, documents.note
+        self._packer = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
 
     def row(self, number: int) -> Row:
         """See `Source`."""
@@ -103,8 +103,10 @@ class MapSource:
 
     def describe(self) -> str:
         """See `Source`."""
-        dropped = f", {self._store.num_dropped:,} dropped for having no answer" if self._store.num_dropped else ""
-        return f"{len(self._store.offsets) - 1:,} documents, {len(self._store.tokens):,} tokens{dropped}"
+        parts = [f"{len(self._store.offsets) - 1:,} documents", f"{len(self._store.tokens):,} tokens"]
+        if self._store.num_dropped:
+            parts.append(f"{self._store.num_dropped:,} dropped for having no answer")
+        return ", ".join([*parts, self._note] if self._note else parts)
 
 
 def keeps_documents_whole(config: DataConfig) -> bool:

@@ -292,3 +292,21 @@ def test_a_row_in_the_middle_of_a_long_run_costs_nothing(folder, tokenizer):
     data.load_state_dict(state)
     assert data.next_rows(2)["input_ids"].shape == (2, 32)
     assert data.position_tokens == (10**9 + 2) * 32
+
+
+@pytest.mark.parametrize("kind", ["map", "map_whole", "sft"])
+def test_a_packed_row_computes_what_its_documents_compute_alone(folder, tokenizer, kind):
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = build_train_data(config_of(kind, folder), tokenizer, seed=3).next_rows(4)
+    assert (batch["position_ids"] == 0).sum() > 4
+    with torch.no_grad():
+        packed = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        for row in range(4):
+            starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist()
+            for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
+                alone = model(input_ids=batch["input_ids"][row : row + 1, start:end], use_cache=False).logits
+                torch.testing.assert_close(packed[row, start:end], alone[0], rtol=1e-4, atol=1e-5)
