@@ -25,6 +25,7 @@ from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, chec
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, empty_share, share
 from leanmill.parallel.engine import Engine, Losses, Preparation
 from leanmill.parallel.naming import state_buffers, state_parameters
+from leanmill.parallel.single import freeze
 from leanmill.parallel.tensors import full
 
 
@@ -219,7 +220,7 @@ class DeepSpeedEngine(Engine):
                 self._zero.set_counter(parameter, key, state[f"{name}/{key}"])
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device).eval().requires_grad_(False)
+        return freeze(model, self.precision).to(self.device)
 
     def close(self) -> None:
         engine = self.__dict__.pop("_engine", None)

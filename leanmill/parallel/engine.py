@@ -103,8 +103,8 @@ class Engine(ABC):
     def model_state(self) -> dict[str, Tensor]:
         """Parameters and persistent buffers of `module.model` by name (no wrapper components).
 
-        DTensor where sharded, plain where replicated. DeepSpeed: full fp32 on rank 0, and
-        0 elements elsewhere are left out, see its docstring. Suits distributed checkpointing.
+        DTensor where sharded, plain where replicated. Suits distributed checkpointing. DeepSpeed,
+        whose own partitions are flat, hands out fp32 copies as DTensors on the CPU.
         """
 
     @abstractmethod

@@ -566,6 +566,38 @@ def test_low_bit_optimizer_is_refused() -> None:
         check_optimizer(optim.AdamW8bit([nn.Parameter(torch.zeros(4, 4))]))
 
 
+@pytest.mark.parametrize(("first", "second"), [(3, 3), (2, 1)])
+def test_checkpoint_loads_at_another_rank_count(first: int, second: int, tmp_path: Path) -> None:
+    """Written by 2 ranks, read by 3 and by 1, whatever the stage."""
+    from leanmill.trainer.checkpoint.manager import CheckpointManager
+    from leanmill.trainer.config import CheckpointConfig
+
+    def save() -> tuple[Values, Values]:
+        engine = make_engine(first)
+        train_step(engine, 0)
+        manager = CheckpointManager(tmp_path, CheckpointConfig())
+        manager.save(1, engine, {"tokens": 5}, {})
+        # What is written is the state of that moment, though training goes on.
+        state = snapshot(engine)
+        train_step(engine, 1)
+        manager.wait()
+        return state
+
+    def load() -> tuple[Values, Values]:
+        engine = make_engine(second)
+        manager = CheckpointManager(tmp_path, CheckpointConfig())
+        path = manager.find("auto")
+        assert path is not None
+        assert manager.load(path, engine)["tokens"] == 5
+        return snapshot(engine)
+
+    saved = run_ranks(save, WORLD)[0]
+    for world_size in (3, 1):
+        for loaded in run_ranks(load, world_size):
+            for left, right in zip(saved, loaded, strict=True):
+                assert_equal(left, right)
+
+
 @pytest.mark.slow
 def test_nvme_offload(tmp_path: Path) -> None:
     """Optimizer state and parameters in files, where libaio is installed."""
