@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from leanmill.core.registry import TECHNIQUES, technique_class
 from leanmill.trainer.recipe_yaml import Lines
 from leanmill.trainer.secrets import is_secret, shown
 
@@ -16,16 +17,17 @@ from leanmill.trainer.secrets import is_secret, shown
 Path = tuple[str | int, ...]
 
 
-def describe(error: ValidationError, root: type[BaseModel], source: str, lines: Lines) -> list[str]:
+def describe(error: ValidationError, root: type[BaseModel], raw: Any, source: str, lines: Lines) -> list[str]:
     """Return one line for each problem: file and line, key, what was given, what is allowed.
 
     Args:
         error: What validation raised.
         root: The model that was validated.
+        raw: What it was validated from.
         source: Name of the file, for the front of each line.
         lines: Line number of each path of the file.
     """
-    found = dict.fromkeys(_problems(error, root, ()))  # a union may report one problem twice
+    found = dict.fromkeys(_problems(error, root, raw))  # a union may report one problem twice
     return [f"{source}{_at(path, lines)}: {text}" for path, text in found]
 
 
@@ -37,15 +39,12 @@ def _at(path: Path, lines: Lines) -> str:
     return ""
 
 
-def _problems(error: ValidationError, root: Any, prefix: Path) -> Iterator[tuple[Path, str]]:
+def _problems(error: ValidationError, root: type[BaseModel], raw: Any) -> Iterator[tuple[Path, str]]:
     alternatives: dict[Path, list[tuple[Mapping[str, Any], list[type[BaseModel]], str]]] = {}
     for item in error.errors(include_url=False):
-        local, owners, below = _resolve(item["loc"], root)
-        path = (*prefix, *local)
+        path, owners, below = _resolve(item["loc"], root, raw)
         cause = item.get("ctx", {}).get("error")
-        if isinstance(cause, ValidationError):
-            yield from _problems(cause, _model_of(cause, item["input"]), path)
-        elif cause is not None:
+        if cause is not None:
             yield from ((path, _placed(line, path)) for line in str(cause).splitlines())
         elif item["type"] in ("extra_forbidden", "missing", "union_tag_not_found", "union_tag_invalid"):
             yield path, _shape_problem(item, path, owners, below)
@@ -122,14 +121,9 @@ def _dotted(path: Path) -> str:
     return ".".join(map(str, path)) or "recipe"
 
 
-def _model_of(error: ValidationError, raw: Any) -> Any:
-    """Return the technique class whose validation failed inside a validator."""
-    from leanmill.core.registry import technique_class
-
-    return technique_class(raw["type"]) if isinstance(raw, dict) else None
-
-
-def _resolve(loc: Sequence[str | int], root: Any) -> tuple[Path, list[type[BaseModel]], list[type[BaseModel]]]:
+def _resolve(
+    loc: Sequence[str | int], root: type[BaseModel], raw: Any
+) -> tuple[Path, list[type[BaseModel]], list[type[BaseModel]]]:
     """Return the path as written in the recipe, the models its last key belongs to, and those below it.
 
     Pydantic puts the chosen member of a union into the location; it is no key of the recipe.
@@ -148,7 +142,18 @@ def _resolve(loc: Sequence[str | int], root: Any) -> tuple[Path, list[type[BaseM
         path.append(part)
         owners = models
         here = _below(here, models, part)
+        if len(path) == 2 and path[0] == "techniques":
+            here = _technique(raw, part) or here
     return tuple(path), owners, _models(here)
+
+
+def _technique(raw: Any, index: str | int) -> type[BaseModel] | None:
+    """Return the class of one entry of `techniques`, which the annotation knows as its base only."""
+    try:
+        name = raw["techniques"][index]["type"]
+    except (KeyError, IndexError, TypeError):
+        return None
+    return technique_class(name) if name in TECHNIQUES else None
 
 
 def _below(here: Any, models: list[type[BaseModel]], part: str | int) -> Any:

@@ -57,7 +57,7 @@ def validate_recipe(raw: dict[str, Any], source: str = "recipe", lines: Lines | 
         return Recipe.model_validate(raw)
     except ValidationError as error:
         # `from None`: the chain would print inputs, and an input may be a credential.
-        raise ConfigError("\n".join(describe(error, Recipe, source, lines or {}))) from None
+        raise ConfigError("\n".join(describe(error, Recipe, raw, source, lines or {}))) from None
 
 
 def resolved_yaml(recipe: Recipe) -> str:

@@ -101,3 +101,112 @@ def test_held_memory_is_within_a_tenth_of_live_tensors(name):
     recipe = _recipe(ENGINES[name])
     measured = run_ranks(_held_after_backward, 2, recipe)
     assert plan(recipe, 2).held_bytes == pytest.approx(max(measured), rel=0.1)
+
+
+def test_numbers_of_a_dense_run_written_out():
+    result = plan(_recipe("single", data={"sequence_length": 32, "tokenizer": {"vocab_size": 4099}}))
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 344 + 2 * 128
+    parameters = 3 * layer + 128 + 2 * 4099 * 128
+    assert result.num_parameters == result.num_trainable == result.num_active == parameters
+    assert result.memory.held == {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer state": 8 * parameters,
+    }
+    assert result.held_bytes == 16 * parameters
+    assert (result.num_micro_batches, result.num_steps, result.total_tokens) == (4, 10, 1280)
+    assert result.flops_per_step == result.flops_per_token * 128
+    assert result.total_flops == result.flops_per_step * 10
+
+
+def test_frozen_base_costs_no_gradients_or_state():
+    full = plan(_recipe("single"))
+    lora = plan(_recipe("single", techniques=[{"type": "lora", "rank": 4}]))
+    assert lora.memory.held["frozen weights"] == full.memory.held["weights"]
+    assert lora.memory.held["gradients"] == 4 * lora.num_trainable < full.memory.held["gradients"] / 10
+    assert lora.num_technique == lora.num_trainable
+    assert lora.flops_per_token == full.flops_per_token
+
+
+def test_offload_moves_state_to_the_host():
+    offloaded = plan(_recipe({"type": "fsdp", "cpu_offload": True}), 2)
+    assert offloaded.memory.held == {}
+    assert offloaded.host_bytes == plan(_recipe({"type": "fsdp"}), 2).held_bytes
+    zero = {"type": "deepspeed", "stage": 2}
+    moved = plan(_recipe(zero | {"offload_optimizer": DeepSpeedOffload(device="cpu").model_dump()}), 2)
+    assert set(moved.memory.host) == {"master weights", "gradients", "optimizer state"}
+    assert moved.held_bytes + moved.host_bytes == plan(_recipe(zero), 2).held_bytes
+
+
+def test_more_ranks_hold_less_only_where_state_is_sharded():
+    held = {n: plan(_recipe("ddp"), n).alternatives for n in (2, 4)}
+    sizes = {n: {name: sum(m.held.values()) for name, m in table.items()} for n, table in held.items()}
+    assert sizes[2]["ddp"] == sizes[4]["ddp"]
+    for name in ("fsdp", "deepspeed ZeRO-1", "deepspeed ZeRO-2", "deepspeed ZeRO-3"):
+        assert sizes[4][name] < sizes[2][name]
+
+
+def test_hybrid_sharding_counts_by_its_shard_size():
+    hybrid = plan(_recipe({"type": "fsdp", "shard_size": 2}), 4)
+    assert hybrid.held_bytes == plan(_recipe("fsdp"), 2).held_bytes
+
+
+@pytest.mark.parametrize(("rows", "ranks", "expected"), [(8, 2, 4), (7, 2, 4), (3, 4, 1), (5, 4, 2)])
+def test_shards_are_whole_rows_with_padding(rows, ranks, expected):
+    assert shard_numel(Weight((rows, 6), 4, True, None), ranks) == expected * 6
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_bytes"),
+    [
+        (AdamW(), 8 * 8192),
+        (Lion(), 4 * 8192),
+        (Lion(lookahead=LookaheadConfig()), 8 * 8192),
+        (Adam8bit(), 2 * 8192 + 2 * 4 * 8192 / 256),
+    ],
+)
+def test_optimizer_state_by_kind(optimizer, num_bytes):
+    assert optimizer_bytes(optimizer, [8192]) == num_bytes
+
+
+def test_small_parameters_stay_fp32_under_8_bit_adam():
+    assert optimizer_bytes(Adam8bit(), [4095]) == 8 * 4095
+
+
+def test_recomputation_and_chunking_shrink_what_they_should():
+    config = build_on_meta(_recipe().model).config
+    sizes = [
+        activation_bytes(_recipe(train={"steps": 1, "activation_checkpointing": mode}), config)
+        for mode in ("none", "selective", "full")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+    assert logits_bytes(_recipe(train={"steps": 1, "logits_chunk_tokens": 8}), 100) == 8 * 100 * (2 + 4 + 4)
+
+
+def test_auto_is_decided_by_the_memory_of_a_rank():
+    assert plan(_recipe(), 2).engine == "ddp"
+    assert plan(_recipe(), 2, rank_memory_gib=0.01).engine == "fsdp"
+    assert plan(_recipe()).engine == "single"
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "message"),
+    [
+        ("auto", 3, "batch.tokens_per_step=128 is no multiple"),
+        ("single", 2, "engine=single runs one process"),
+        ({"type": "fsdp", "shard_size": 3}, 4, "shard_size=3 does not divide 4 ranks"),
+    ],
+)
+def test_what_cannot_run_is_refused(engine, world_size, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(_recipe(engine), world_size)
+
+
+def test_json_holds_the_totals():
+    import json
+
+    result = plan(_recipe("ddp"), 2, 1)
+    values = json.loads(json.dumps(result.to_json()))
+    assert values["num_nodes"] == 2
+    assert values["held_bytes"] == result.held_bytes == sum(values["memory"]["held"].values())

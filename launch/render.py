@@ -1,0 +1,116 @@
+"""Fill the job template of a cluster from a recipe: `python launch/render.py slurm recipe.yaml --nodes 4 ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from leanmill.core.errors import ConfigError
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.recipe_io import load_recipe
+from leanmill.trainer.recipe_rules import derive_steps
+
+
+HERE = Path(__file__).parent
+TEMPLATES = {"slurm": HERE / "slurm" / "train.sbatch", "k8s": HERE / "k8s" / "pytorchjob.yaml"}
+_FLIGHT_RECORDER_ENTRIES = 2000
+
+
+def render(kind: str, recipe: Recipe, args: argparse.Namespace) -> str:
+    """Return the filled template.
+
+    Args:
+        kind: `slurm` or `k8s`.
+        recipe: The validated recipe; it gives the name, the run folder and the time-outs.
+        args: The command line.
+
+    Raises:
+        ConfigError: The batch does not divide over these ranks.
+    """
+    derive_steps(recipe, args.nodes * args.gpus_per_node)
+    return Template(TEMPLATES[kind].read_text(encoding="utf-8")).substitute(_values(kind, recipe, args))
+
+
+def _values(kind: str, recipe: Recipe, args: argparse.Namespace) -> dict[str, str]:
+    quote = shlex.quote
+    run_dir = recipe.run_dir.format(name=recipe.name)
+    numbers = {
+        "nodes": args.nodes,
+        "gpus_per_node": args.gpus_per_node,
+        "cpus_per_task": args.cpus_per_gpu * args.gpus_per_node,
+        "omp_threads": max(1, args.cpus_per_gpu // 2),
+        "max_restarts": args.max_restarts,
+        "warn_seconds": args.warn_seconds,
+        "init_timeout_seconds": recipe.cluster.init_timeout_seconds,
+        "step_timeout_seconds": recipe.cluster.step_timeout_seconds,
+        "flight_recorder_entries": _FLIGHT_RECORDER_ENTRIES if recipe.cluster.flight_recorder else 0,
+        "dump_on_timeout": int(recipe.cluster.flight_recorder),
+    }
+    texts = {
+        "name": _job_name(recipe.name),
+        "time_limit": args.time_limit,
+        "recipe": quote(args.recipe),
+        "overrides": " ".join(map(quote, args.overrides)),
+        # Stands inside double quotes in the script.
+        "run_dir": re.sub(r'(["$`\\])', r"\\\1", run_dir),
+        "image": json.dumps(args.image),
+        "workdir": json.dumps(args.workdir),
+        "run_mount": json.dumps(args.run_mount),
+        "volume_claim": json.dumps(args.volume_claim),
+        # A list of JSON strings is a YAML list: nothing to quote twice.
+        "command": json.dumps(["torchrun", "launch/train.py", "--config", args.recipe, *args.overrides]),
+    }
+    return {key: str(value) for key, value in (numbers | texts).items()}
+
+
+def _job_name(name: str) -> str:
+    """Return a name that Slurm and Kubernetes accept (RFC 1123)."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:50].strip("-") or "leanmill"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=sorted(TEMPLATES), help="cluster")
+    parser.add_argument("recipe", help="recipe file (YAML), as the job will see it")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key, e.g. train.steps=100")
+    parser.add_argument("--nodes", type=int, required=True, help="machines")
+    parser.add_argument("--gpus-per-node", type=int, required=True, help="GPUs of a machine, one rank each")
+    parser.add_argument("--cpus-per-gpu", type=int, default=8, help="cores a rank gets (8)")
+    parser.add_argument("--max-restarts", type=int, default=3, help="restarts of all workers after a failure (3)")
+    parser.add_argument(
+        "--warn-seconds", type=int, default=300, help="notice before a stop, to save a checkpoint (300)"
+    )
+    parser.add_argument("--time-limit", default="24:00:00", help="Slurm time limit (24:00:00)")
+    parser.add_argument("--image", default="leanmill:latest", help="container image (k8s)")
+    parser.add_argument("--workdir", default="/workspace/leanmill", help="folder of the clone in the image (k8s)")
+    parser.add_argument("--run-mount", default="/workspace/leanmill/runs", help="where runs are mounted (k8s)")
+    parser.add_argument("--volume-claim", default="leanmill-runs", help="volume claim for runs (k8s)")
+    parser.add_argument("--out", help="file to write; stdout without it")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write one job file and return the exit code."""
+    args = parse_args(argv)
+    try:
+        text = render(args.kind, load_recipe(args.recipe, args.overrides), args)
+    except ConfigError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    if args.out is None:
+        print(text, end="")
+    else:
+        Path(args.out).write_text(text, encoding="utf-8")
+        print(f"wrote {args.out}; {'sbatch' if args.kind == 'slurm' else 'kubectl apply -f'} {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

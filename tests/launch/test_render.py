@@ -1,0 +1,110 @@
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+render = _load("render")
+RECIPE = str(ROOT / "recipes" / "pretrain_1b.yaml")
+SIZE = ["--nodes", "4", "--gpus-per-node", "8"]
+
+
+def _render(capsys, *args):
+    assert render.main([*args]) == 0
+    return capsys.readouterr().out
+
+
+def test_slurm_script_is_clean_bash_with_the_settings(capsys, tmp_path):
+    overrides = ["name=My run/1".replace("/", "_"), "cluster.init_timeout_seconds=777", "run_dir=runs/a b"]
+    text = _render(capsys, "slurm", RECIPE, *SIZE, *overrides, "--max-restarts", "2")
+    script = tmp_path / "job.sh"
+    script.write_text(text)
+    check = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+    for part in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --job-name=my-run-1",
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        "--rdzv-backend c10d",
+        "--max-restarts 2",
+        "777 s until the first step",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT=1",
+        '"runs/a b/flight_recorder/rank_"',
+        "'run_dir=runs/a b'",
+    ):
+        assert part in text
+    assert "$name" not in text
+
+
+def test_slurm_script_hands_every_word_to_torchrun(capsys, tmp_path):
+    """Run the script with stand-ins for Slurm's commands and read what torchrun would get."""
+    tricky = 'name=it\'s "$HOME" `x`'
+    text = _render(capsys, "slurm", RECIPE, "--nodes", "2", "--gpus-per-node", "4", tricky)
+    for name, body in {
+        "srun": 'shift; exec "$@"',
+        "scontrol": "echo first; echo second",
+        "torchrun": 'printf "%s\\n" "$@"; echo "store=$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "job.sh"
+    script.write_text(text)
+    env = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "HOME": "/nowhere",
+    }
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert tricky in lines
+    assert "first:23456" in lines
+    assert "store=1" in lines
+    assert lines[lines.index("--nproc-per-node") + 1] == "4"
+
+
+def test_k8s_job_parses_and_holds_the_settings(capsys):
+    text = _render(capsys, "k8s", RECIPE, *SIZE, "cluster.flight_recorder=false", "--image", 'reg/x:1"')
+    job = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    assert worker["replicas"] == job["spec"]["elasticPolicy"]["minReplicas"] == 4
+    assert job["spec"]["nprocPerNode"] == "8"
+    container = worker["template"]["spec"]["containers"][0]
+    assert container["image"] == 'reg/x:1"'
+    assert container["command"][:3] == ["torchrun", "launch/train.py", "--config"]
+    assert container["command"][-1] == "cluster.flight_recorder=false"
+    env = {item["name"]: item["value"] for item in container["env"]}
+    assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    assert all(isinstance(value, str) for value in env.values())
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+
+
+@pytest.mark.parametrize("kind", ["slurm", "k8s"])
+def test_a_batch_that_does_not_divide_is_refused(capsys, kind):
+    assert render.main([kind, RECIPE, "--nodes", "3", "--gpus-per-node", "7"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: batch.tokens_per_step=1048576 is no multiple")
+    assert captured.out == ""
+
+
+def test_writes_a_file(capsys, tmp_path):
+    out = tmp_path / "job.yaml"
+    assert "kubectl apply -f" in _render(capsys, "k8s", RECIPE, *SIZE, "--out", str(out))
+    assert yaml.safe_load(out.read_text())["metadata"]["name"] == "pretrain-1b"

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from leanmill.trainer.check import explain
+from leanmill.trainer.recipe_io import load_recipe, resolved_yaml
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_the_promised_recipes_exist():
+    promised = {"quickstart", "pretrain_1b", "sparse_finetune", "ternary_pretrain", "lora_sft", "distill_student"}
+    assert promised <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_loads_explains_and_round_trips(path, tmp_path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem.replace("_", "-")
+    copy = tmp_path / "resolved.yaml"
+    copy.write_text(resolved_yaml(recipe))
+    assert load_recipe(copy) == recipe
+    text = explain(recipe, [1, 2])
+    assert "impossible" not in text
+    for technique in recipe.techniques:
+        assert technique.type in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_is_commented_and_says_how_to_start_it(path):
+    head = path.read_text().split("\n\n")[0]
+    assert f"--config recipes/{path.name}" in path.read_text()
+    assert head.startswith("# ")
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if load_recipe(p).model.config is not None], ids=lambda p: p.stem)
+def test_models_given_inline_can_be_planned_on_8_ranks_or_2(path):
+    from leanmill.trainer.plan import plan
+
+    recipe = load_recipe(path, ["techniques=[]"])  # teachers would be fetched
+    world_size = 8 if recipe.batch.tokens_per_step >= 8 * recipe.batch.tokens_per_micro_batch else 2
+    result = plan(recipe, world_size)
+    assert result.num_parameters > 1e6
+    assert result.peak_bytes < 80 * 2**30
