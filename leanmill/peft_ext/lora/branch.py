@@ -45,6 +45,11 @@ def branches(config: Lora, selected: Sequence[Site]) -> Installation:
 def _inject(model: nn.Module, config: Lora, names: list[str], init: bool | str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ConfigError(
+            "two techniques wrap layers with output branches, and PEFT would let the second replace the first; "
+            "keep one lora with where: branch, and give the other where: weight"
+        )
     trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     peft_config = LoraConfig(
         r=config.rank,

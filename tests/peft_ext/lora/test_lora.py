@@ -183,6 +183,12 @@ def test_branches_on_experts_are_refused_with_the_remedy():
     assert torch.isfinite(loss_of(model, tokens()))
 
 
+def test_a_second_set_of_branches_is_refused():
+    branch = {"type": "lora", "where": "branch"}
+    with pytest.raises(ConfigError, match="where: weight"):
+        install(tiny(), {**branch, "targets": ["q_proj"]}, {**branch, "targets": ["k_proj"]})
+
+
 def test_tied_weights_cannot_get_two_deltas():
     model = tiny(tie_word_embeddings=True)
     with pytest.raises(ConfigError, match=r"tied.*exclude"):
