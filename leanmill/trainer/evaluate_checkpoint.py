@@ -1,0 +1,95 @@
+"""Scoring a checkpoint on held-out text in one process, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanmill.core.errors import ConfigError
+from leanmill.parallel.build import build_engine
+from leanmill.parallel.config import SingleEngine
+from leanmill.parallel.launch import Ranks, finish, init_processes
+from leanmill.trainer.config import Recipe
+from leanmill.trainer.data.build import build_eval_data, build_tokenizer
+from leanmill.trainer.evaluation import evaluate
+from leanmill.trainer.export.rebuild import rebuild
+from leanmill.trainer.observer import DomainScore
+from leanmill.trainer.recipe_io import apply_override, validate_recipe
+from leanmill.trainer.train_module import TrainModule
+
+
+_CHANGEABLE = ("data.", "eval.", "batch.", "device", "train.precision")
+"""What an evaluation may change of the saved recipe; the rest belongs to the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Scores of one checkpoint."""
+
+    checkpoint: Path
+    step: int
+    scores: dict[str, DomainScore]
+    """By domain, and `all`."""
+
+
+def evaluate_checkpoint(checkpoint_dir: Path, overrides: Sequence[str] = ()) -> Evaluated:
+    """Rebuild the trained model, techniques in place, and score it as training does.
+
+    Args:
+        checkpoint_dir: A complete checkpoint.
+        overrides: `a.b=c` on the saved recipe, within `data`, `eval`, `batch`, `device` and `train.precision`.
+
+    Raises:
+        ConfigError: An override of something that belongs to the weights, or a bad value.
+        RunError: The checkpoint is damaged.
+    """
+    rebuilt = rebuild(checkpoint_dir)
+    recipe = _overridden(rebuilt.recipe, overrides, checkpoint_dir)
+    ranks = init_processes(recipe.device, recipe.cluster)
+    try:
+        return Evaluated(
+            checkpoint=checkpoint_dir,
+            step=rebuilt.step,
+            scores=_score(recipe, rebuilt.model, _tokenizer(recipe, rebuilt.tokenizer_dir), ranks),
+        )
+    finally:
+        finish()
+
+
+def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks) -> dict[str, DomainScore]:
+    if ranks.world_size > 1:
+        raise ConfigError(f"an evaluation is one process, {ranks.world_size} were started; type `leanmill eval ...`")
+    domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
+    engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=recipe.train.precision, model_bytes=0)
+    # Not prepared: there is no optimizer to build, only a module to run.
+    engine.module = TrainModule(model, (), recipe.train.cross_entropy_weight, recipe.train.logits_chunk_tokens).to(
+        ranks.device
+    )
+    rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
+    return evaluate(engine, domains, rows)
+
+
+def _overridden(recipe: Recipe, overrides: Sequence[str], checkpoint_dir: Path) -> Recipe:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith(_CHANGEABLE):
+            raise ConfigError(
+                f"override {override!r}: {key} belongs to the trained weights of {checkpoint_dir}; an evaluation may "
+                f"change data.*, eval.*, batch.*, device and train.precision"
+            )
+    raw: dict[str, Any] = json.loads(recipe.model_dump_json())
+    for override in overrides:
+        apply_override(raw, override)
+    return validate_recipe(raw, source=str(checkpoint_dir / "recipe.json"))
+
+
+def _tokenizer(recipe: Recipe, saved: Path | None) -> Any:
+    """Return the run's own tokenizer: the corpus of this machine may have changed since."""
+    if saved is None:
+        return build_tokenizer(recipe.data, seed=recipe.seed)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(saved))

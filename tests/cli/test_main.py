@@ -1,0 +1,205 @@
+"""The command line as users meet it: exit codes, one line an error, fast starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from leanmill.cli.main import main
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.registry import TECHNIQUES
+
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+
+
+@pytest.fixture
+def call(capsys):
+    def call(*args):
+        code = main([str(a) for a in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_check_explains_in_plain_words(call):
+    code, out, err = call("check", QUICKSTART, "techniques.0.type=ternary", "--ranks", "2", "3")
+    assert (code, err) == (0, "")
+    for part in (
+        "is valid",
+        "on 2 ranks: one micro-batch",
+        "on 3 ranks: impossible",
+        "ternary (defaults)",
+        "report.html",
+    ):
+        assert part in out
+
+
+BAD = [
+    (["check", "missing.yaml"], "no recipe at missing.yaml"),
+    (["check", QUICKSTART, "train.stesp=3"], "did you mean 'steps'?"),
+    (["check", QUICKSTART, "train.steps=x"], "train.steps='x' is not allowed"),
+    (["check", QUICKSTART, "batch.tokens_per_step=100"], "no multiple"),
+    (["check", QUICKSTART, "data.source={type: hf, path: ./nowhere.jsonl}"], "./nowhere.jsonl' does not exist"),
+    (["check", QUICKSTART, "data.tokenizer.path=./nowhere"], "./nowhere' does not exist"),
+    (["train", QUICKSTART, "checkpoint.resume=nowhere"], "checkpoint.resume='nowhere' does not exist"),
+    (["train", "missing.yaml"], "no recipe at missing.yaml"),
+    (["plan", QUICKSTART, "--gpus-per-node", "3"], "batch.tokens_per_step=4096 is no multiple"),
+    (
+        ["plan", QUICKSTART, "techniques.0={type: nm_sparsity, group_size: 5, num_kept: 2}"],
+        "group_size 5 does not divide",
+    ),
+    (["plan", QUICKSTART, "techniques=[{type: ternary}, {type: ternary}]"], "the QUANT slot is taken by 'ternary'"),
+    (["plan", QUICKSTART, "techniques=[{type: ternary, targets: [q_prj]}]"], "near names: q_proj"),
+    (["eval", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
+    (["export", "--checkpoint", "nowhere", "--to", "hf", "--out", "x"], "no checkpoint at nowhere"),
+    (["export", "--checkpoint", "x", "--to", "adapter", "--packing", "bitnet", "--out", "x"], "use --to hf"),
+    (["report", "nowhere"], "has no metrics.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), BAD, ids=lambda v: " ".join(v)[:60] if isinstance(v, list) else None)
+def test_bad_input_is_one_line_and_exit_2(call, args, message):
+    code, out, err = call(*args)
+    assert code == 2
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_two_problems_are_two_lines(call):
+    code, _, err = call("check", QUICKSTART, "train.stesp=3", "log.wnadb=true")
+    assert code == 2
+    assert [line.startswith("error: ") for line in err.splitlines()] == [True, True]
+
+
+def test_debug_shows_the_traceback(call):
+    code, _, err = call("check", "missing.yaml", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: no recipe")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        (ConfigError("bad"), 2, "error: bad"),
+        (RunError("full disk"), 1, "error: full disk"),
+        (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device: /x"),
+        (ValueError("odd\nthing"), 1, "error: ValueError: odd thing (add --debug for the traceback)"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_exit_codes(monkeypatch, call, raised, code, line):
+    def fail(args):
+        raise raised
+
+    monkeypatch.setattr("leanmill.cli.methods_command.run", fail)
+    assert call("methods") == (code, "", line + "\n")
+
+
+def test_other_ranks_say_who_they_are(monkeypatch, call):
+    def fail(args):
+        raise RunError("full disk")
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("leanmill.cli.methods_command.run", fail)
+    assert call("methods")[2] == "[rank 3] error: full disk\n"
+
+
+def test_a_bad_recipe_is_said_once_a_machine(monkeypatch, call):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert call("train", "missing.yaml") == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["nonsense"], ["check"], ["plan", QUICKSTART, "--nodes", "0"], ["methods", "x=1"]]
+)
+def test_usage_errors_exit_2(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_methods_lists_every_technique_with_paper_and_home(call):
+    code, out, _ = call("methods")
+    assert code == 0
+    for name, entry in TECHNIQUES.items():
+        assert name in out
+        assert entry.paper in out
+
+
+def test_schema_describes_every_technique(call, tmp_path):
+    code, out, _ = call("schema")
+    schema = json.loads(out)
+    assert code == 0
+    items = schema["properties"]["techniques"]["items"]
+    assert set(items["discriminator"]["mapping"]) == set(TECHNIQUES)
+    for reference in items["discriminator"]["mapping"].values():
+        technique = schema["$defs"][reference.rsplit("/", 1)[1]]
+        assert "type" in technique["required"]
+        assert technique["additionalProperties"] is False
+        for name, field in technique["properties"].items():
+            assert name == "type" or field.get("description"), (reference, name)
+    assert "fsdp" in schema["properties"]["engine"]["anyOf"][0]["enum"]
+    out_file = tmp_path / "schema.json"
+    assert call("schema", "--out", out_file)[0] == 0
+    assert json.loads(out_file.read_text()) == schema
+
+
+def test_schema_accepts_the_recipes_and_refuses_typos():
+    jsonschema = pytest.importorskip("jsonschema")
+    import yaml
+
+    from leanmill.trainer.schema import recipe_schema
+
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        validator.validate(yaml.safe_load(path.read_text()))
+    bad = yaml.safe_load(Path(QUICKSTART).read_text()) | {"techniques": [{"type": "lora", "rnk": 3}]}
+    assert not validator.is_valid(bad)
+
+
+def test_plan_prints_json(call):
+    code, out, _ = call(
+        "plan", QUICKSTART, "--gpus-per-node", "2", "--json", "train.steps=5", "train.total_tokens=null"
+    )
+    values = json.loads(out)
+    assert code == 0
+    assert (values["world_size"], values["num_steps"]) == (2, 5)
+
+
+def test_plan_prints_tables(call):
+    code, out, _ = call("plan", QUICKSTART)
+    assert code == 0
+    for part in ("optimizer state", "active for a token", "FLOPs of the run", "peak"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("args", "forbidden"),
+    [
+        (["--help"], {"torch", "pydantic", "yaml", "transformers", "rich"}),
+        (["check", QUICKSTART, "techniques.0.type=lora"], {"torch", "transformers", "numpy", "deepspeed", "peft"}),
+        (["methods"], {"torch", "transformers", "yaml"}),
+        (["schema"], {"torch", "transformers"}),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else None,
+)
+def test_fast_verbs_import_nothing_heavy(args, forbidden):
+    """What is imported is what start-up costs, whatever else the machine is doing."""
+    code = (
+        "import sys\nfrom leanmill.cli.main import main\n"
+        f"try:\n    main({args!r})\nexcept SystemExit:\n    pass\n"
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert not forbidden & set(done.stderr.split())
