@@ -20,6 +20,7 @@ from leanmill.trainer.export.folding import adapter_layers, detach_adapters, fol
 from leanmill.trainer.export.hf import prepare_config, reload, write_summary
 from leanmill.trainer.export.rebuild import Rebuilt, rebuild
 from leanmill.trainer.export.report import ExportReport
+from leanmill.trainer.models.build import load_weights, quiet_transformers
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def export_adapter(checkpoint_dir: Path, out_dir: Path) -> ExportReport:
     with new_folder(out_dir) as folder:
         if needs_base:
             prepare_config(model, rebuilt, folder / "base")
-            model.save_pretrained(folder / "base", safe_serialization=True)
+            with quiet_transformers():
+                model.save_pretrained(folder / "base", safe_serialization=True)
         name = str((out_dir / "base").resolve()) if needs_base else str(rebuilt.recipe.model.path)
         _write(folder, adapters, model, name, None if needs_base else rebuilt.recipe.model.revision)
         base = reload(folder / "base") if needs_base else _load_base(rebuilt)
@@ -183,6 +185,4 @@ def _targets(model: nn.Module, names: set[str]) -> list[str]:
 
 
 def _load_base(rebuilt: Rebuilt) -> Any:
-    from leanmill.trainer.models.build import load_weights
-
     return load_weights(rebuilt.recipe.model, dtype=torch.float32).eval()

@@ -24,6 +24,7 @@ from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
 from leanmill.trainer.export.compare import largest_difference, sample_logits
+from leanmill.trainer.models.build import quiet_transformers
 
 
 VALUES_PER_BYTE = 4
@@ -83,21 +84,22 @@ def save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) -> 
     )
     model.config.quantization_config = quantization
     try:
-        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     finally:
         del model.config.quantization_config
 
 
 def check(
     folder: Path, model: Any, ternary: dict[str, tuple[Tensor, float]], expected: dict[str, Tensor]
-) -> tuple[float, tuple[str, ...]]:
+) -> tuple[Any, float, tuple[str, ...]]:
     """Load `folder` back and compare each packed layer, then all logits.
 
     A layer is compared exactly, with its input quantised as transformers does it; the logits only
     have to be finite, since 8-bit inputs change them by as much as the model is sensitive to them.
 
     Returns:
-        Largest logit difference to the trained model, and notes for the report.
+        The reloaded model, its largest logit difference to the trained one, and notes for the report.
 
     Raises:
         RunError: A layer computes something else.
@@ -113,10 +115,11 @@ def check(
     if not torch.isfinite(torch.tensor(difference)):
         raise RunError("the reloaded BitNet export computes non-finite logits; nothing was written")
     agreement = min((logits[k].argmax(-1) == expected[k].argmax(-1)).float().mean().item() for k in expected)
-    return difference, (
+    notes = (
         f"{len(ternary)} linear weights packed to 2 bits; each layer equals the de-quantised one on 8-bit inputs",
-        f"their inputs are quantised to 8 bits by transformers: {agreement:.1%} of sampled tokens keep their top logit",
+        f"transformers quantises their inputs to 8 bits: {agreement:.1%} of sampled tokens keep their top logit",
     )
+    return reloaded, difference, notes
 
 
 @torch.no_grad()

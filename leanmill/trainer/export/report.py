@@ -15,8 +15,9 @@ class ExportReport:
     """`huggingface`, `bitnet` or `peft`."""
     max_difference: float
     """Largest absolute difference of any logit to the trained model, on random and packed rows."""
-    tolerance: float
-    """What `max_difference` was allowed to be."""
+    tolerance: float | None
+    """What `max_difference` was allowed to be; None where the format quantises activations, whose
+    layers are compared one by one instead."""
     num_parameters: int
     """Of the exported model or adapter."""
     num_bytes: int
@@ -26,9 +27,10 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        limit = "" if self.tolerance is None else f" (allowed {self.tolerance:.0e})"
         lines = [
             f"{self.format}: {self.num_parameters:,} parameters in {self.num_bytes / 2**20:.1f} MiB",
-            f"largest logit difference to the trained model {self.max_difference:.2e} (allowed {self.tolerance:.0e})",
+            f"largest logit difference to the trained model {self.max_difference:.2e}{limit}",
         ]
         if self.sparsity:
             zeros = list(self.sparsity.values())

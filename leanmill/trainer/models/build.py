@@ -6,6 +6,8 @@ Everything Hugging Face raises on the way becomes one line that says what to typ
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,28 +103,24 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
         RunError: The hub cannot be reached.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     hf_config = _from_checkpoint(config)
     attention = "sdpa" if config.attention == "auto" else config.attention
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its table of missing weights; `_check_report` says it in one line
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(config.path),
-            config=hf_config,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            dtype="auto" if dtype is None else dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(config.path),
+                config=hf_config,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                dtype="auto" if dtype is None else dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:
         raise _hub_error(config, error) from error
-    finally:
-        logging.set_verbosity(verbosity)
     model, report = loaded
     _check_report(str(config.path), report)
     return model
@@ -136,6 +134,22 @@ def local_folder(path: str, revision: str | None) -> Path:
     from transformers.utils import cached_file
 
     return Path(str(cached_file(path, "config.json", revision=revision))).parent
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep back transformers' progress bars and tables; what matters in them we say in one line."""
+    from transformers.utils import logging
+
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
