@@ -32,10 +32,8 @@ def train(path: str, overrides: Sequence[str]) -> int:
 
     result = run_recipe(recipe)
     if result.rank == 0:
-        report = result.run_dir / "report.html"
+        # The path of the report was printed by the progress observer, just above.
         print(f"{result.status} after {result.step} steps; results in {result.run_dir.resolve()}", flush=True)
-        if report.is_file():
-            print(f"report: {report.resolve()}", flush=True)
     return 0
 
 

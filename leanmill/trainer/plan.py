@@ -196,7 +196,7 @@ def logits_bytes(recipe: Recipe, vocab_size: int) -> int:
     if chunk == "auto":
         chunk = tokens if 4 * tokens * vocab_size <= _LOGITS_AT_ONCE else max(1, _LOGITS_AT_ONCE // (4 * vocab_size))
     size = 2 if recipe.train.precision == "bf16" else 4
-    return min(chunk, tokens) * vocab_size * (size + 4 + 4)
+    return min(int(chunk), tokens) * vocab_size * (size + 4 + 4)
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
