@@ -15,10 +15,11 @@ from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext, StepContext, StepRule
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
+from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
 from leanmill.trainer.checkpoint.manifest import read_manifest, verify
 from leanmill.trainer.checkpoint.reading import read_full_state
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.models.build import build_on_meta, make_materialiser
+from leanmill.trainer.models.build import build_on_meta, local_folder, make_materialiser
 from leanmill.trainer.models.materialise import draw
 from leanmill.trainer.prepare import install_techniques
 
@@ -48,8 +49,11 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     problems = verify(checkpoint_dir)
     if problems:
         raise RunError(f"{checkpoint_dir} cannot be exported: {problems[0]}")
-    partial = read_manifest(checkpoint_dir).partial
+    manifest = read_manifest(checkpoint_dir)
+    partial = manifest.partial
     recipe = Recipe.model_validate(_read_json(checkpoint_dir / "recipe.json"))
+    if partial and recipe.model.path is not None:
+        _check_base(recipe, manifest.base)
     step = int(_read_json(checkpoint_dir / "train_state.json").get("step", 0))
     stored = read_full_state(checkpoint_dir)
     tokenizer_dir = checkpoint_dir.parent.parent / "tokenizer"
@@ -69,6 +73,15 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         versions=_read_json(checkpoint_dir / "versions.json"),
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
     )
+
+
+def _check_base(recipe: Recipe, base: str | None) -> None:
+    path = str(recipe.model.path)
+    if base is not None and fingerprint_folder(local_folder(path, recipe.model.revision)) != base:
+        raise ConfigError(
+            f"model.path {path} is not the model this checkpoint's adapters were trained on (its files changed); "
+            f"put the original back, or set model.revision"
+        )
 
 
 def _build(recipe: Recipe, stored: dict[str, Tensor], tokenizer_dir: Path) -> Any:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
 from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.export import export_adapter, export_hf
 from leanmill.trainer.models.build import load_frozen
@@ -79,10 +80,17 @@ def test_a_checkpoint_of_the_adapter_alone(base: Path, tmp_path: Path) -> None:
     model = trained_model(recipe)
     manager = CheckpointManager(tmp_path / "run", recipe.checkpoint)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    manager.save(3, HeldModel(model), {"step": 3}, recipe.model_dump(mode="json"), names=trained, base="base")  # type: ignore[arg-type]
+    held, document = HeldModel(model), recipe.model_dump(mode="json")
+    manager.save(3, held, {"step": 3}, document, names=trained, base=fingerprint_folder(base))  # type: ignore[arg-type]
     report = export_adapter(manager.latest(), tmp_path / "out")
     reloaded = PeftModel.from_pretrained(load_frozen(str(base)), str(report.path)).eval()
     torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
+    other = load_file(base / "model.safetensors")
+    other["model.norm.weight"] = other["model.norm.weight"] * 2
+    (base / "model.safetensors").unlink()
+    save_file(other, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="adapters were trained on"):
+        export_adapter(manager.latest(), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
