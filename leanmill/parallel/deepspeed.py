@@ -120,12 +120,13 @@ class DeepSpeedEngine(Engine):
         for owner, key, tensor in _own_tensors(module, "_parameters"):
             if id(tensor) not in done:
                 kept.append(tensor)
-                value = full(tensor.detach()).to(self.device)
-                holder = nn.Module()
-                holder.parameter = nn.Parameter(value, tensor.requires_grad)
-                del value
-                zero.Init(module=holder, config_dict_or_path=ds_config, dtype=None)
-                done[id(tensor)] = holder.parameter
+                new = nn.Parameter(full(tensor.detach()).to(self.device), tensor.requires_grad)
+                if done:
+                    # One set of groups and, with NVMe, one set of buffers for all parameters.
+                    next(iter(done.values())).convert_to_zero_parameters(param_list=[new])
+                else:
+                    zero.Init(module=nn.ParameterList([new]), config_dict_or_path=ds_config)
+                done[id(tensor)] = new
             owner._parameters[key] = done[id(tensor)]
         return done
 
