@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from leanmill.core.errors import RunError
 from leanmill.parallel.optimizer_state import allocate_state
 
 
@@ -151,7 +152,18 @@ class ZeroState:
         """Give every trained parameter zero-filled optimizer state where it has none yet.
 
         For saving before the first step, and for loading into.
+
+        Raises:
+            RunError: The optimizer's partitions lie on NVMe, where a first step must make the state.
         """
+        if self.stage == 3 and self.optimizer.swap_optimizer:
+            # A partition that is swapped out is an empty tensor; state made from it would be empty too.
+            flats = self.optimizer.fp32_partitioned_groups_flat
+            if any(flat.numel() == 0 and not self.base.state.get(flat) for flat in flats):
+                raise RunError(
+                    "optimizer state on NVMe can be neither saved nor loaded before its first step; "
+                    "resume with engine.offload_optimizer.device=cpu, the checkpoint fits both"
+                )
         if self.stage == 3:
             # Between steps DeepSpeed keeps the groups of the recipe's optimizer empty.
             self.optimizer._set_fp32_optimizer_param_groups()

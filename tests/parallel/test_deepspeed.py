@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.site import EmbeddingSite, LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.parallel import config as configs
 from leanmill.parallel.deepspeed import DeepSpeedEngine
 from leanmill.parallel.deepspeed_config import check_config, check_optimizer
+from leanmill.parallel.deepspeed_state import ZeroState
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.tensors import assign, full
 from tests.distributed import run_ranks
@@ -596,6 +598,15 @@ def test_checkpoint_loads_at_another_rank_count(first: int, second: int, tmp_pat
         for loaded in run_ranks(load, world_size):
             for left, right in zip(saved, loaded, strict=True):
                 assert_equal(left, right)
+
+
+def test_swapped_out_state_is_not_made_from_nothing() -> None:
+    weight = nn.Parameter(torch.empty(0))
+    wrapper = SimpleNamespace(
+        optimizer=torch.optim.AdamW([weight]), swap_optimizer=True, fp32_partitioned_groups_flat=[weight]
+    )
+    with pytest.raises(RunError, match="device=cpu"):
+        ZeroState(wrapper, stage=3).allocate()
 
 
 @pytest.mark.slow
