@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from tests.contract_cases import COMBINATIONS, ENGINES, full_parameters, recipe_of, save_teacher, train, train_combinations
-from tests.distributed import run_ranks
 
 from leanmill.core.sites import iter_sites
 from leanmill.parallel.launch import Ranks
+from tests.contract_cases import (
+    COMBINATIONS,
+    ENGINES,
+    full_parameters,
+    recipe_of,
+    save_teacher,
+    train,
+    train_combinations,
+)
+from tests.distributed import run_ranks
 
 
 ONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -49,7 +57,9 @@ def test_two_ranks_equal_one_process(engine_name, combination, single, teacher):
     expected, got = single[combination], _results(engine_name, teacher)[combination]
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name].float(), value.float(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            got[name].float(), value.float(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.xdist_group("contract")

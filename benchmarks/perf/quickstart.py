@@ -23,7 +23,14 @@ def main() -> None:
     measured_under = conditions()
     run_dir = Path(tempfile.mkdtemp(prefix="leanmill-quickstart-"))
     torchrun = Path(sys.executable).with_name("torchrun")
-    command = [torchrun, "--nproc-per-node", "2", ROOT / "launch/train.py", "--config", ROOT / "recipes/quickstart.yaml"]
+    command = [
+        torchrun,
+        "--nproc-per-node",
+        "2",
+        ROOT / "launch/train.py",
+        "--config",
+        ROOT / "recipes/quickstart.yaml",
+    ]
     started = time.perf_counter()
     subprocess.run([*map(str, command), f"run_dir={run_dir}", *overrides], check=True, cwd=run_dir)
     wall = time.perf_counter() - started

@@ -36,9 +36,7 @@ def bare_step(recipe: Recipe) -> Callable[[], None]:
     def step() -> None:
         batch = data.next_rows(num_rows, rank=0, world_size=1)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(
-                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-            ).logits
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -34,8 +34,10 @@ class TrainConfig(Config):
     """Length of the run in tokens; give this or `steps`."""
     steps: int | None = Field(default=None, ge=1)
     """Length of the run in optimizer steps."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """`bf16` computes matmuls in bf16 over fp32 master weights (autocast; FSDP2 and DeepSpeed use
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` is bf16 where the device multiplies bf16 natively, else fp32.
+
+    `bf16` computes matmuls in bf16 over fp32 master weights (autocast; FSDP2 and DeepSpeed use
     their own bf16 policies); `fp32` computes in fp32."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip gradients to this global norm; None does not clip."""
@@ -126,7 +128,7 @@ class Recipe(Config):
     engine: EngineConfig = Field(default_factory=AutoEngine)
     """How the run is spread over ranks; a bare string is short for `{type: ...}`."""
     optimizer: OptimizerConfig = Field(default_factory=AdamW)
-    """The optimizer."""
+    """The optimizer; without `type` it is AdamW."""
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     """The learning-rate schedule."""
     batch: BatchConfig = Field(default_factory=BatchConfig)
@@ -141,6 +143,12 @@ class Recipe(Config):
     """Logs and report."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     """Process groups."""
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _default_optimizer(cls, value: Any) -> Any:
+        # `optimizer.lr=1e-3` on a recipe that leaves the optimizer to its default means that default.
+        return {"type": "adamw", **value} if isinstance(value, dict) else value
 
     @field_validator("engine", mode="before")
     @classmethod

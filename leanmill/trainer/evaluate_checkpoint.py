@@ -12,6 +12,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.launch import Ranks, finish, init_processes
+from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.data.build import build_eval_data, build_tokenizer
 from leanmill.trainer.evaluation import evaluate
@@ -63,7 +64,8 @@ def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks) -> dict[str
     if ranks.world_size > 1:
         raise ConfigError(f"an evaluation is one process, {ranks.world_size} were started; type `leanmill eval ...`")
     domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
-    engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=recipe.train.precision, model_bytes=0)
+    precision = resolve_precision(recipe.train.precision, ranks.device.type)
+    engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=precision, model_bytes=0)
     # Not prepared: there is no optimizer to build, only a module to run.
     engine.module = TrainModule(model, (), recipe.train.cross_entropy_weight, recipe.train.logits_chunk_tokens).to(
         ranks.device

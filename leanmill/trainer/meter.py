@@ -59,7 +59,8 @@ class Meter:
         sums = sum_over_ranks(torch.stack([self._losses[name].float() for name in names]))
         means = (sums / self._num_valid.clamp(min=1)).tolist()
         seconds = (time.perf_counter() - self._started) / self._num_steps
-        peak = max_over_ranks(torch.tensor(float(peak_memory_bytes(self.device)), device=self.device, dtype=torch.float64))
+        here = torch.tensor(peak_memory_bytes(self.device), device=self.device, dtype=torch.float64)
+        peak = max_over_ranks(here)
         record = StepRecord(
             step=step,
             tokens=tokens,

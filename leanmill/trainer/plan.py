@@ -30,7 +30,7 @@ from leanmill.trainer.flops import flops_per_token
 from leanmill.trainer.memory import Memory, Weight, estimate
 from leanmill.trainer.models.build import build_on_meta, num_active_parameters, num_parameters
 from leanmill.trainer.models.config import ModelConfig
-from leanmill.trainer.prepare import install_techniques
+from leanmill.trainer.prepare import install_techniques, with_precision
 from leanmill.trainer.recipe_rules import derive_steps
 
 
@@ -106,6 +106,7 @@ def plan(
     Raises:
         ConfigError: The recipe cannot run on these ranks.
     """
+    recipe = with_precision(recipe, "cpu" if recipe.device == "cpu" or not torch.cuda.is_available() else "cuda")
     per_node = gpus_per_node or world_size
     if world_size % per_node:
         raise ConfigError(f"{world_size} ranks do not fill machines of {per_node}; give --nodes and --gpus-per-node")
@@ -221,7 +222,7 @@ def _engine(
         )
         return choose_engine(
             ranks=ranks,
-            precision=recipe.train.precision,
+            precision="bf16" if recipe.train.precision == "bf16" else "fp32",
             model_bytes=model_bytes,
             memory_bytes=int(rank_memory_gib * 2**30),
         )

@@ -13,6 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.parallel.engine import Engine, Preparation
+from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.data.tokenizer import fingerprint_of
 from leanmill.trainer.models.activation_checkpointing import apply_activation_checkpointing
@@ -79,6 +80,12 @@ def prepare(
         ),
     )
     return Prepared(techniques=techniques, conversion=conversion)
+
+
+def with_precision(recipe: Recipe, device_type: str) -> Recipe:
+    """Return the recipe with `train.precision: auto` replaced by what suits `device_type`."""
+    precision = resolve_precision(recipe.train.precision, device_type)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
 
 
 def install_techniques(

@@ -15,6 +15,7 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
 from leanmill.parallel.naming import state_buffers, state_parameters
+from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
 from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import Recipe
@@ -26,7 +27,7 @@ from leanmill.trainer.loggers.build import build_observers
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.models.build import build_on_meta, local_folder, num_parameters
 from leanmill.trainer.observer import DomainScore, EvalRecord, RunInfo
-from leanmill.trainer.prepare import Prepared, prepare
+from leanmill.trainer.prepare import Prepared, prepare, with_precision
 from leanmill.trainer.recipe_io import resolved_yaml
 from leanmill.trainer.recipe_rules import derive_steps
 
@@ -68,7 +69,8 @@ class _Run:
     """The objects of one run, built in order."""
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        self.recipe, self.ranks = recipe, ranks
+        # The resolved precision goes into what is saved: a resumed run computes like its beginning.
+        self.recipe, self.ranks = with_precision(recipe, ranks.device.type), ranks
         self.run_dir = Path(recipe.run_dir.format(name=recipe.name))
         self.scores: dict[str, DomainScore] = {}
         torch.manual_seed(recipe.seed)
@@ -84,10 +86,14 @@ class _Run:
             vocab_size=len(tokenizer),
             sequence_length=recipe.data.sequence_length,
             device_type=ranks.device.type,
+            packed=recipe.data.document_mask,
         )
         model_bytes = sum(4 * p.numel() for p in model.parameters())
         self.engine, why = build_engine(
-            recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=model_bytes
+            recipe.engine,
+            ranks=ranks,
+            precision=resolve_precision(recipe.train.precision, ranks.device.type),
+            model_bytes=model_bytes,
         )
         num_micro_batches, num_steps = derive_steps(recipe, self.engine.data_size)
         flops = flops_per_token(model, recipe.data.sequence_length)

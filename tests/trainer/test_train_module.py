@@ -24,7 +24,13 @@ class SquaredLogits:
 
 def _model(**changes):
     config = AutoConfig.for_model(
-        "llama", vocab_size=37, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, **changes
+        "llama",
+        vocab_size=37,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        **changes,
     )
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(config)

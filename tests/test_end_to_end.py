@@ -1,0 +1,190 @@
+"""Whole runs as a user starts them: killed and resumed, exported, evaluated, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from leanmill.cli.main import main
+from leanmill.trainer.checkpoint.reading import read_full_state
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = """
+name: tiny
+run_dir: {run_dir}
+device: cpu
+model:
+  config: {{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2,
+           num_key_value_heads: 2, max_position_embeddings: 128, tie_word_embeddings: true}}
+data:
+  sequence_length: 64
+  cache_dir: {cache}
+  tokenizer: {{vocab_size: 512, num_training_bytes: 100000}}
+  source: {{type: local_corpus, max_bytes: 200000, validation_fraction: 0.2}}
+techniques:
+  - {{type: nm_sparsity}}
+  - {{type: ternary}}
+engine: {{type: {engine}}}
+batch: {{tokens_per_step: 512, tokens_per_micro_batch: 128}}
+train: {{steps: {steps}, precision: fp32, deterministic: true}}
+eval: {{every_steps: null, tokens_per_domain: 512}}
+checkpoint: {{every_steps: 2, keep_last: 8}}
+log: {{every_steps: 1, tensorboard: false}}
+"""
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def write_recipe(folder, cache, engine="single", steps=10, name="run"):
+    path = folder / f"{name}.yaml"
+    path.write_text(RECIPE.format(run_dir=folder / name, cache=cache, engine=engine, steps=steps), encoding="utf-8")
+    return path
+
+
+def launch(recipe, *overrides, num_ranks=2):
+    """Start torchrun in a process group of its own, so that all of it can be killed at once."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [*torchrun, str(ROOT / "launch/train.py"), "--config", str(recipe), *overrides]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process, timeout_seconds=240):
+    output, _ = process.communicate(timeout=timeout_seconds)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def losses(run_dir):
+    """The last loss recorded for each step."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return {record["step"]: record["losses"]["total"] for record in records if record["kind"] == "step"}
+
+
+def wait_for(condition, timeout_seconds=200):
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("end_to_end")
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_a_killed_run_resumes_bitwise(engine, tmp_path, cache):
+    steps = 40
+    whole, broken = (write_recipe(tmp_path, cache, engine, steps, name) for name in ("whole", "broken"))
+    finish(launch(whole))
+    process = launch(broken)
+    try:
+        saved = (tmp_path / "broken/checkpoints").glob
+        wait_for(lambda: any(saved("step-*/manifest.json")) or process.poll() is not None)
+        assert process.poll() is None, "ended before it could be killed: raise `steps`"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done_before = max(losses(tmp_path / "broken"))
+    assert done_before < steps, "the run was over before it was killed: raise `steps`"
+    output = finish(launch(broken))
+    assert "resumed" in output
+    expected, got = losses(tmp_path / "whole"), losses(tmp_path / "broken")
+    assert expected == got
+    last = f"checkpoints/step-{steps:08d}"
+    for part in ("model", "optimizer"):
+        a, b = (read_full_state(tmp_path / name / last, part) for name in ("whole", "broken"))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("end_to_end")
+def test_a_run_continues_on_another_number_of_ranks(tmp_path, cache):
+    recipe = write_recipe(tmp_path, cache, "fsdp", 6)
+    finish(launch(recipe, "train.steps=4", "schedule.type=constant"))
+    output = finish(launch(recipe, "train.steps=6", "schedule.type=constant", "engine=single", num_ranks=1))
+    assert "resumed" in output
+    whole = write_recipe(tmp_path, cache, "single", 6, "whole")
+    finish(launch(whole, "schedule.type=constant", num_ranks=1))
+    expected, got = losses(tmp_path / "whole"), losses(tmp_path / "run")
+    assert expected.keys() == got.keys() == set(range(1, 7))
+    assert all(abs(expected[step] - got[step]) < 1e-4 for step in expected)
+
+
+@pytest.mark.xdist_group("end_to_end")
+def test_sigterm_finishes_the_step_and_saves(tmp_path, cache):
+    process = launch(write_recipe(tmp_path, cache, "ddp", 100_000))
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 3)
+    # torchrun hands SIGTERM on to its ranks.
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    newest = max((tmp_path / "run/checkpoints").glob("step-*"))
+    state = json.loads((newest / "train_state.json").read_text())
+    assert state["step"] == max(losses(tmp_path / "run")), output[-2000:]
+    assert (newest / "manifest.json").exists()
+
+
+@pytest.mark.xdist_group("end_to_end")
+def test_commands_over_one_run(tmp_path, cache, capsys):
+    recipe = write_recipe(tmp_path, cache, "single", 4)
+    run_dir = tmp_path / "run"
+    assert main(["check", str(recipe)]) == 0
+    assert main(["plan", str(recipe)]) == 0
+    assert main(["train", str(recipe)]) == 0
+    assert (run_dir / "report.html").stat().st_size > 10_000
+    newest = run_dir / "checkpoints/step-00000004"
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(newest), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    recorded = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in recorded if record["kind"] == "eval"][-1]["domains"]["all"]
+    found = scores.get("domains", scores)["all"]
+    assert found["loss"] == pytest.approx(last["loss"], abs=1e-5)
+    for packing in ("none", "bitnet"):
+        out = tmp_path / f"export-{packing}"
+        assert main(["export", "--checkpoint", str(newest), "--to", "hf", "--packing", packing, "--out", str(out)]) == 0
+        assert (out / "config.json").is_file()
+    assert main(["report", str(run_dir)]) == 0
+
+
+@pytest.mark.xdist_group("end_to_end")
+def test_a_non_finite_step_changes_nothing_and_stops(tmp_path, cache, capsys):
+    recipe = write_recipe(tmp_path, cache, "single", 4)
+    assert main(["train", str(recipe), "optimizer.lr=1e30", "schedule.warmup_steps=0", "techniques=[]"]) == 1
+    error = capsys.readouterr().err
+    assert "non-finite" in error
+    assert "train.non_finite=skip" in error
+    assert (
+        main(
+            [
+                "train",
+                str(recipe),
+                "optimizer.lr=1e30",
+                "schedule.warmup_steps=0",
+                "techniques=[]",
+                "train.non_finite=skip",
+                f"run_dir={tmp_path}/skipping",
+            ]
+        )
+        == 0
+    )
+    records = [json.loads(line) for line in (tmp_path / "skipping/metrics.jsonl").read_text().splitlines()]
+    assert [record for record in records if record["kind"] == "step"][-1]["skipped_steps"] >= 1
