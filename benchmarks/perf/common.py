@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from leanmill.trainer.config import Recipe
 from leanmill.trainer.data.build import TrainData, build_tokenizer, build_train_data
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.models.build import build_on_meta
-from leanmill.trainer.prepare import prepare
+from leanmill.trainer.prepare import prepare, with_precision
 
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -40,8 +41,13 @@ LLAMA_15M = {
 """15.0M parameters with the 8,192-token vocabulary."""
 
 
-def recipe_15m(**changes: Any) -> Recipe:
-    """The benchmark recipe: 15M Llama, bf16, one micro-batch of 4,096 tokens a step."""
+def recipe_15m(*, precision: str = "auto", **changes: Any) -> Recipe:
+    """The benchmark recipe: 15M Llama, one micro-batch of 4,096 tokens a step.
+
+    Args:
+        precision: `fp32`, `bf16`, or `auto` for what this processor computes natively.
+        changes: Sections to replace.
+    """
     raw: dict[str, Any] = {
         "name": "bench",
         "device": "cpu",
@@ -49,11 +55,18 @@ def recipe_15m(**changes: Any) -> Recipe:
         "model": {"config": LLAMA_15M},
         "data": {"sequence_length": 512},
         "batch": {"tokens_per_step": 4096, "tokens_per_micro_batch": 4096},
-        "train": {"steps": 100_000, "precision": "bf16"},
+        "train": {"steps": 100_000},
         "engine": "single",
         "log": {"every_steps": 10, "tensorboard": False},
     }
-    return Recipe.model_validate(raw | changes)
+    recipe = Recipe.model_validate(raw | changes)
+    train = recipe.train.model_copy(update={"precision": precision})
+    return with_precision(recipe.model_copy(update={"train": train}), "cpu")
+
+
+def autocast(recipe: Recipe) -> AbstractContextManager[Any]:
+    """What a loop of one's own wraps its forward in, for the same precision."""
+    return torch.autocast("cpu", torch.bfloat16) if recipe.train.precision == "bf16" else nullcontext()
 
 
 def tokenizer_and_data(recipe: Recipe) -> tuple[Any, TrainData]:

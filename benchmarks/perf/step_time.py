@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import conditions, interleaved, make_loop, ratio, recipe_15m, stepper, tokenizer_and_data, write_result
+from common import autocast, conditions, interleaved, make_loop, ratio, recipe_15m, stepper, tokenizer_and_data, write_result
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -35,7 +35,7 @@ def bare_step(recipe: Recipe) -> Callable[[], None]:
 
     def step() -> None:
         batch = data.next_rows(num_rows, rank=0, world_size=1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(recipe):
             logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
         loss.backward()
@@ -74,7 +74,7 @@ def trainer_seconds(recipe: Recipe, num_steps: int) -> list[float]:
         adam_beta2=0.95,
         weight_decay=0.1,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=recipe.train.precision == "bf16",
         use_cpu=True,
         optim="adamw_torch_fused",
         logging_steps=10,
@@ -90,9 +90,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--blocks", type=int, default=3, help="alternations with transformers' Trainer")
-    rounds, blocks = parser.parse_args().rounds, parser.parse_args().blocks
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    arguments = parser.parse_args()
+    rounds, blocks = arguments.rounds, arguments.blocks
     measured_under = conditions()
-    recipe = recipe_15m()
+    recipe = recipe_15m(precision=arguments.precision)
     steps = {"leanmill": stepper(make_loop(recipe)), "bare": bare_step(recipe)}
     seconds = interleaved(steps, rounds=rounds)
     ours, theirs = [], []
@@ -100,6 +102,7 @@ def main() -> None:
         ours.append(statistics.median(interleaved({"leanmill": steps["leanmill"]}, rounds=6, warmup=1)["leanmill"]))
         theirs.append(statistics.median(trainer_seconds(recipe, 6)))
     figures = {
+        "precision": recipe.train.precision,
         "leanmill_over_bare_loop": ratio(seconds, "leanmill", "bare"),
         "leanmill_over_transformers_trainer": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
         "leanmill_step_seconds_median": statistics.median(seconds["leanmill"]),
@@ -108,7 +111,7 @@ def main() -> None:
         "rounds": rounds,
         "trainer_blocks": blocks,
     }
-    write_result("step_time", figures, measured_under)
+    write_result(f"step_time_{recipe.train.precision}", figures, measured_under)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import conditions, interleaved, make_loop, ratio, recipe_15m, stepper, write_result
+from common import autocast, conditions, interleaved, make_loop, ratio, recipe_15m, stepper, write_result
 
 from leanmill.trainer.loop import Loop
 
@@ -24,9 +24,9 @@ def kept_bytes(loop: Loop) -> int:
     num_rows = loop.recipe.batch.tokens_per_micro_batch // loop.recipe.data.sequence_length
     batch = loop.data.next_rows(num_rows, rank=0, world_size=1)
     module = loop.engine.module.train()
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
-            losses = module(batch)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=activities) as profile, autocast(loop.recipe):
+        losses = module(batch)
     del losses
     return sum(event.self_cpu_memory_usage for event in profile.events())
 
@@ -34,18 +34,21 @@ def kept_bytes(loop: Loop) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    rounds, precision = parser.parse_args().rounds, parser.parse_args().precision
     measured_under = conditions()
-    loops = {name: make_loop(recipe_15m(techniques=techniques)) for name, techniques in TECHNIQUES.items()}
+    recipes = {name: recipe_15m(precision=precision, techniques=chosen) for name, chosen in TECHNIQUES.items()}
+    precision = recipes["dense"].train.precision
+    loops = {name: make_loop(recipe) for name, recipe in recipes.items()}
     seconds = interleaved({name: stepper(loop) for name, loop in loops.items()}, rounds=rounds)
     weight_bytes = sum(4 * p.numel() for p in loops["dense"].engine.module.parameters())
     kept = {name: kept_bytes(loop) for name, loop in loops.items()}
-    figures: dict[str, Any] = {"dense_step_seconds_median": statistics.median(seconds["dense"]), "rounds": rounds}
+    figures: dict[str, Any] = {"precision": precision, "dense_step_seconds_median": statistics.median(seconds["dense"]), "rounds": rounds}
     for name in TECHNIQUES:
         if name != "dense":
             figures[f"{name}_over_dense"] = ratio(seconds, name, "dense")
             figures[f"{name}_kept_for_backward_over_weights"] = (kept[name] - kept["dense"]) / weight_bytes
-    write_result("techniques", figures, measured_under)
+    write_result(f"techniques_{precision}", figures, measured_under)
 
 
 if __name__ == "__main__":

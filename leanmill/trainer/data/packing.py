@@ -128,6 +128,29 @@ class SplitPacker:
         return self._epochs[epoch]
 
 
+class ShuffledRows:
+    """The rows of a packer in another order, anew for each `rows_per_epoch` of them.
+
+    Rows cut one after another are neighbours in a few long documents, and the gradients of a step
+    made of those are alike.
+    """
+
+    def __init__(self, packer: Packer, seed: int) -> None:
+        self._packer, self._seed = packer, seed
+        self.rows_per_epoch = packer.rows_per_epoch
+        self._orders: dict[int, Int64] = {}
+
+    def row(self, number: int) -> RowPlan:
+        """See `Packer`."""
+        block, place = divmod(number, self.rows_per_epoch)
+        if block not in self._orders:
+            if len(self._orders) > 1:
+                self._orders.pop(min(self._orders))
+            # Far from the epochs that the packer shuffles its documents with.
+            self._orders[block] = permutation(self.rows_per_epoch, self._seed, (1 << 40) + block)
+        return self._packer.row(block * self.rows_per_epoch + int(self._orders[block][place]))
+
+
 class WholePacker:
     """Keeps documents whole: rows are filled once by best fit, then shuffled anew each epoch.
 
@@ -136,9 +159,7 @@ class WholePacker:
     so that row n is found without walking the epochs before it.
     """
 
-    def __init__(
-        self, starts: Int64, lengths: Int64, sequence_length: int, *, document_mask: bool, seed: int
-    ) -> None:
+    def __init__(self, starts: Int64, lengths: Int64, sequence_length: int, *, document_mask: bool, seed: int) -> None:
         """Take documents: flat index of the first token [D] and tokens of each [D], at most `sequence_length`."""
         self._starts, self._lengths = starts, lengths
         self._sequence_length, self._document_mask, self._seed = sequence_length, document_mask, seed

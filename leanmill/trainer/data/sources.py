@@ -14,7 +14,16 @@ from leanmill.core.errors import ConfigError
 from leanmill.trainer.data.config import DataConfig
 from leanmill.trainer.data.documents import Documents, StreamingDocuments
 from leanmill.trainer.data.encoding import Document, Encoded, Encoder
-from leanmill.trainer.data.packing import NONE, Packer, RowPlan, SplitPacker, WholePacker, permutation, plan_row
+from leanmill.trainer.data.packing import (
+    NONE,
+    Packer,
+    RowPlan,
+    ShuffledRows,
+    SplitPacker,
+    WholePacker,
+    permutation,
+    plan_row,
+)
 from leanmill.trainer.data.store import TokenStore
 
 
@@ -59,9 +68,7 @@ class Source(Protocol):
         ...
 
 
-def render_row(
-    plan: RowPlan, tokens: NDArray[Any], is_target: NDArray[np.bool_] | None, *, pad_id: int
-) -> Row:
+def render_row(plan: RowPlan, tokens: NDArray[Any], is_target: NDArray[np.bool_] | None, *, pad_id: int) -> Row:
     """Look the tokens of a plan up."""
     inputs = np.where(plan.inputs == NONE, pad_id, tokens[np.maximum(plan.inputs, 0)]).astype(np.int64)
     has_target = plan.targets != NONE
@@ -75,9 +82,7 @@ def render_row(
 class MapSource:
     """Rows by random access into a token store: resuming costs nothing."""
 
-    def __init__(
-        self, store: TokenStore, documents: Documents, config: DataConfig, *, pad_id: int, seed: int
-    ) -> None:
+    def __init__(self, store: TokenStore, documents: Documents, config: DataConfig, *, pad_id: int, seed: int) -> None:
         """Pack the documents of `store`.
 
         Raises:
@@ -85,7 +90,8 @@ class MapSource:
         """
         self.name, self.weight, self.text_fingerprint = documents.name, documents.weight, store.text_fingerprint
         self._store, self._pad_id, self._note = store, pad_id, documents.note
-        self._packer = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
+        packer = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
+        self._packer = ShuffledRows(packer, seed)
 
     def row(self, number: int) -> Row:
         """See `Source`."""

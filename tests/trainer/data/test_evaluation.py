@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_labels(tokenizer, tmp_path, document_mask, rule,
     assert domain.order0_bits_per_byte == pytest.approx(entropy(expected), abs=0.03)
     num_rows, size = domain.rows["labels"].shape
     assert size == 32
-    assert (num_rows == max(1, num_tokens // 32) or num_tokens == 10**6)
+    assert num_rows == max(1, num_tokens // 32) or num_tokens == 10**6
 
 
 def test_ascii_bytes_are_exact(tokenizer, tmp_path):

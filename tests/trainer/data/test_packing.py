@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmill.trainer.data.packing import NONE, SplitPacker, WholePacker, best_fit, permutation
+from leanmill.trainer.data.packing import NONE, ShuffledRows, SplitPacker, WholePacker, best_fit, permutation
 
 
 LENGTHS = st.lists(st.integers(1, 23), min_size=1, max_size=20)
@@ -126,3 +126,20 @@ def test_a_document_longer_than_a_row_continues_in_the_next(size):
     first, second = packer.row(0), packer.row(1)
     assert first.targets[-1] == size == second.inputs[0]
     assert second.positions[0] == 0
+
+
+def test_shuffled_rows_are_the_same_rows_in_an_order_of_each_block():
+    packer = SplitPacker(np.array([0, 7, 30, 41, 90, 101]), 8, document_mask=True, seed=3)
+    shuffled, size = ShuffledRows(packer, seed=3), packer.rows_per_epoch
+    orders = []
+    for block in range(2):
+        numbers = range(block * size, (block + 1) * size)
+        plain = [tuple(packer.row(number).targets) for number in numbers]
+        mixed = [tuple(shuffled.row(number).targets) for number in numbers]
+        assert sorted(mixed) == sorted(plain)
+        orders.append([plain.index(row) for row in mixed])
+    assert orders[0] != orders[1]
+    assert orders[0] != sorted(orders[0])
+    other = ShuffledRows(packer, seed=4)
+    assert [tuple(other.row(n).targets) for n in range(size)] != [tuple(shuffled.row(n).targets) for n in range(size)]
+    assert tuple(shuffled.row(5).targets) == tuple(shuffled.row(5).targets)

