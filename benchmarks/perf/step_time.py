@@ -10,7 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import autocast, conditions, interleaved, make_loop, ratio, recipe_15m, stepper, tokenizer_and_data, write_result
+from common import (
+    autocast,
+    conditions,
+    interleaved,
+    make_loop,
+    ratio,
+    recipe_15m,
+    stepper,
+    tokenizer_and_data,
+    write_result,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

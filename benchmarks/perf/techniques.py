@@ -43,7 +43,11 @@ def main() -> None:
     seconds = interleaved({name: stepper(loop) for name, loop in loops.items()}, rounds=rounds)
     weight_bytes = sum(4 * p.numel() for p in loops["dense"].engine.module.parameters())
     kept = {name: kept_bytes(loop) for name, loop in loops.items()}
-    figures: dict[str, Any] = {"precision": precision, "dense_step_seconds_median": statistics.median(seconds["dense"]), "rounds": rounds}
+    figures: dict[str, Any] = {
+        "precision": precision,
+        "dense_step_seconds_median": statistics.median(seconds["dense"]),
+        "rounds": rounds,
+    }
     for name in TECHNIQUES:
         if name != "dense":
             figures[f"{name}_over_dense"] = ratio(seconds, name, "dense")
