@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.trainer.checkpoint.compare import compare
+from leanmill.trainer.checkpoint.components import take_apart
 from leanmill.trainer.checkpoint.group import SaveGroup, describe
 from leanmill.trainer.checkpoint.manifest import (
     FileRecord,
@@ -126,7 +127,7 @@ class CheckpointManager:
         self.wait()
         model = engine.model_state()
         kept = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
-        states = {"model": kept, "optimizer": engine.optimizer_state()}
+        states = {"model": kept, "optimizer": take_apart(engine.optimizer_state())}
         trained = {name.rpartition("/")[0] for name in states["optimizer"]}
         copy = self.config.asynchronous
         put_off = {"model": trained.__contains__, "optimizer": lambda _: True} if self.overlap else {}
@@ -238,8 +239,11 @@ class CheckpointManager:
         _check_kind(folder, manifest, names, base)
         model = engine.model_state()
         wanted = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
-        engine.load_model_state(model | self._read_part(folder / "model", wanted))
-        engine.load_optimizer_state(self._read_part(folder / "optimizer", engine.optimizer_state()))
+        self._read_part(folder / "model", wanted)
+        engine.load_model_state(model)
+        optimizer = engine.optimizer_state()
+        self._read_part(folder / "optimizer", take_apart(optimizer))
+        engine.load_optimizer_state(optimizer)
         state: dict[str, Any] = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
         return state
 
@@ -276,22 +280,21 @@ class CheckpointManager:
 
     # Loading
 
-    def _read_part(self, folder: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _read_part(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Read a part into the tensors of `state`, in place."""
         problem = compare(read_index(folder), state, folder)
         if problem:
             raise ConfigError(problem)
-        targets = dict(state)
         error = ""
         try:
             _quiet()
             planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
             # Every rank plans its own reads: nothing needs to be agreed, so nothing is sent.
-            dcp.load(targets, storage_reader=SafetensorsReader(folder), planner=planner, no_dist=True)
+            dcp.load(dict(state), storage_reader=SafetensorsReader(folder), planner=planner, no_dist=True)
         except (CheckpointException, RunError, OSError) as failure:
             error = _message(failure)
         if self.group.total(bool(error)):
             raise RunError(error or f"{folder}: another rank failed to read it")
-        return targets
 
     # Saving
 

@@ -95,12 +95,10 @@ def fused_is_supported(groups: list[dict[str, Any]]) -> bool:
 
 def _build_adamw8bit(config: Adam8bit, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
-        from torchao.optim import AdamW8bit
+        from leanmill.trainer.optim.adamw8bit import AdamW8bit
     except ImportError as error:
         raise ConfigError(
             "optimizer.type: adamw8bit needs torchao, which is not installed; type `pip install torchao`, "
             "or use optimizer.type: adamw"
         ) from error
-    return AdamW8bit(  # type: ignore[no-any-return]
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
