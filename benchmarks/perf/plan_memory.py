@@ -102,6 +102,8 @@ def storages() -> dict[int, int]:
     found = {}
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, nn.Parameter) and thing.device.type == "cpu":
+            if torch._C._functorch.is_functorch_wrapped_tensor(thing):
+                continue  # left over from a mask built under vmap; it has no storage of its own
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return found

@@ -123,7 +123,7 @@ class DeepSpeedEngine(Engine):
                 new = nn.Parameter(full(tensor.detach()).to(self.device), tensor.requires_grad)
                 if done:
                     # One set of groups and, with NVMe, one set of buffers for all parameters.
-                    next(iter(done.values())).convert_to_zero_parameters(param_list=[new])
+                    next(iter(done.values())).convert_to_zero_parameters(param_list=[new])  # type: ignore[attr-defined]
                 else:
                     zero.Init(module=nn.ParameterList([new]), config_dict_or_path=ds_config)
                 done[id(tensor)] = new

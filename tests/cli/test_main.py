@@ -48,7 +48,7 @@ BAD = [
     (["check", QUICKSTART, "data.tokenizer.path=./nowhere"], "./nowhere' does not exist"),
     (["train", QUICKSTART, "checkpoint.resume=nowhere"], "checkpoint.resume='nowhere' does not exist"),
     (["train", "missing.yaml"], "no recipe at missing.yaml"),
-    (["plan", QUICKSTART, "--gpus-per-node", "3"], "batch.tokens_per_step=4096 is no multiple"),
+    (["plan", QUICKSTART, "--gpus-per-node", "3"], "batch.tokens_per_step=1024 is no multiple"),
     (
         ["plan", QUICKSTART, "techniques.0={type: nm_sparsity, group_size: 5, num_kept: 2}"],
         "group_size 5 does not divide",

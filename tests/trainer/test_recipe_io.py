@@ -107,7 +107,8 @@ def test_bad_overrides(load, override, message):
         ("train.precison=bf16", ["unknown key train.precison", "did you mean 'precision'?"]),
         ("engine={type: fsdp, sharding: 3}", ["unknown key engine.sharding", "did you mean 'shard_size'?"]),
         ("engine={type: fdsp}", ["engine.type='fdsp'", "known types: auto, single, ddp, fsdp", "did you mean 'fsdp'"]),
-        ("optimizer={lr: 1}", ["optimizer needs a `type`", "adamw, lion, adamw8bit"]),
+        ("optimizer={type: sgd}", ["optimizer.type='sgd'", "adamw, lion, adamw8bit"]),
+        ("data.source={path: x}", ["data.source needs a `type`", "local_corpus, hf, mixture"]),
         ("data.source={type: hf}", ["data.source.path is missing", "Hub name, file, folder or glob"]),
         ("train.precision=fp16", ["train.precision='fp16'", "'fp32' or 'bf16'"]),
         ("train.steps=many", ["train.steps='many' is not allowed", "a valid integer"]),
@@ -232,5 +233,5 @@ def test_python_callers_meet_the_same_rules():
 
 def test_resolved_yaml_writes_defaults_out(load):
     values = yaml.safe_load(resolved_yaml(load()))
-    assert values["train"]["precision"] == "bf16"
+    assert values["train"]["precision"] == "auto"
     assert values["engine"] == {"type": "auto"}

@@ -44,10 +44,10 @@ from leanmill.trainer.checkpoint.manifest import (
     write_manifest,
 )
 from leanmill.trainer.checkpoint.reading import read_index
-from leanmill.trainer.checkpoint.redaction import redact
 from leanmill.trainer.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
 from leanmill.trainer.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from leanmill.trainer.config import CheckpointConfig
+from leanmill.trainer.redact import redact_tree
 
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class CheckpointManager:
             },
             documents={
                 "train_state.json": json.loads(json.dumps(train_state)),
-                "recipe.json": redact(recipe_json),
+                "recipe.json": redact_tree(recipe_json),
                 "versions.json": _versions(),
             },
             score=score,

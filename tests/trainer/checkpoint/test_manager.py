@@ -134,10 +134,10 @@ def test_the_train_state_is_taken_when_save_is_called(tmp_path: Path) -> None:
 
 def test_credentials_are_not_saved(tmp_path: Path) -> None:
     manager = _manager(tmp_path)
-    manager.save(1, _engine(), {}, {"data": {"hf_token": "hf_abc"}, "batch": {"tokens_per_step": 8}})
+    manager.save(1, _engine(), {}, {"data": {"hf_token": "not-to-be-saved"}, "batch": {"tokens_per_step": 8}})
     manager.wait()
     recipe = json.loads((manager.root / "step-00000001/recipe.json").read_text())
-    assert recipe == {"data": {"hf_token": "<redacted>"}, "batch": {"tokens_per_step": 8}}
+    assert recipe == {"data": {"hf_token": "[redacted]"}, "batch": {"tokens_per_step": 8}}
 
 
 def test_versions_are_saved(tmp_path: Path) -> None:
