@@ -134,6 +134,7 @@ class _Run:
             status = loop.run()
             self.manager.wait()
         except BaseException as error:
+            self.manager.drain()
             for observer in self.observers:
                 observer.on_end("failed", message=f"{type(error).__name__}: {error}")
             raise

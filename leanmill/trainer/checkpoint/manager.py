@@ -183,6 +183,13 @@ class CheckpointManager:
         if error is not None:
             raise error
 
+    def drain(self) -> None:
+        """Wait for the save in flight without raising: for a run that is failing for another reason."""
+        try:
+            self.wait()
+        except RunError as error:
+            log.error("%s", error)
+
     def find(self, resume: str) -> Path | None:
         """Return the checkpoint that `checkpoint.resume` asks for.
 

@@ -316,6 +316,20 @@ def test_error_in_the_background_surfaces_at_the_next_save(tmp_path: Path, monke
     assert _steps(manager) == [3]
 
 
+def test_a_failing_run_still_finishes_its_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = _manager(tmp_path)
+    manager.save(1, _engine(), {}, {})
+    manager.drain()
+    assert verify(manager.root / "step-00000001") == []
+    monkeypatch.setattr(storage, "record_file", lambda path: (_ for _ in ()).throw(RuntimeError("broken")))
+    manager.save(2, _engine(), {}, {})
+    manager.drain()  # the run's own error is the one to raise
+    assert "broken" in caplog.text
+    manager.drain()
+
+
 def test_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     manager = _manager(tmp_path, asynchronous=False)
