@@ -45,6 +45,7 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/perf/run.py
+	$(BIN)/python benchmarks/figures.py
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

@@ -46,7 +46,7 @@ def _on_two_ranks(engine, teacher):
 def _results(engine_name, teacher):
     # One launch an engine serves all combinations: starting ranks costs more than training them.
     if engine_name not in _trained:
-        _trained[engine_name] = run_ranks(_on_two_ranks, 2, ENGINES[engine_name], teacher)[0]
+        _trained[engine_name] = run_ranks(_on_two_ranks, 2, ENGINES[engine_name], teacher, timeout_seconds=280)[0]
     return _trained[engine_name]
 
 

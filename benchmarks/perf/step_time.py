@@ -56,8 +56,11 @@ def bare_step(recipe: Recipe) -> Callable[[], None]:
     return step
 
 
-def trainer_seconds(recipe: Recipe, num_steps: int) -> list[float]:
-    """Step times inside transformers' Trainer, first two steps left out."""
+def beside_trainer(recipe: Recipe, ours: Callable[[], None], num_steps: int) -> dict[str, list[float]]:
+    """Time transformers' Trainer and our step in turn: ours runs at the end of each of its steps.
+
+    The first two steps of both are left out.
+    """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     tokenizer, data = tokenizer_and_data(recipe)
@@ -68,14 +71,21 @@ def trainer_seconds(recipe: Recipe, num_steps: int) -> list[float]:
         # The Trainer's loss shifts labels itself.
         examples.append({"input_ids": ids, "position_ids": positions, "labels": ids})
 
-    class Clock(TrainerCallback):
-        ends: list[float] = []  # noqa: RUF012
+    seconds: dict[str, list[float]] = {"trainer": [], "leanmill": []}
+
+    class TakeTurns(TrainerCallback):
+        """Ends the Trainer's step, then makes one of ours."""
+
+        mark = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.ends.append(time.perf_counter())
+            """Called by the Trainer after its optimizer step."""
+            seconds["trainer"].append(time.perf_counter() - self.mark)
+            started = time.perf_counter()
+            ours()
+            self.mark = time.perf_counter()
+            seconds["leanmill"].append(self.mark - started)
 
-    clock = Clock()
-    clock.ends = []
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=num_rows,
@@ -87,39 +97,35 @@ def trainer_seconds(recipe: Recipe, num_steps: int) -> list[float]:
         bf16=recipe.train.precision == "bf16",
         use_cpu=True,
         optim="adamw_torch_fused",
-        logging_steps=10,
+        logging_steps=100,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
     )
-    Trainer(model=hf_model(recipe, len(tokenizer)), args=arguments, train_dataset=examples, callbacks=[clock]).train()
-    return [b - a for a, b in zip(clock.ends[1:], clock.ends[2:], strict=False)]
+    model = hf_model(recipe, len(tokenizer))
+    Trainer(model=model, args=arguments, train_dataset=examples, callbacks=[TakeTurns()]).train()
+    return {name: values[2:] for name, values in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--blocks", type=int, default=3, help="alternations with transformers' Trainer")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     arguments = parser.parse_args()
-    rounds, blocks = arguments.rounds, arguments.blocks
+    rounds = arguments.rounds
     measured_under = conditions()
     recipe = recipe_15m(precision=arguments.precision)
     steps = {"leanmill": stepper(make_loop(recipe)), "bare": bare_step(recipe)}
     seconds = interleaved(steps, rounds=rounds)
-    ours, theirs = [], []
-    for _ in range(blocks):
-        ours.append(statistics.median(interleaved({"leanmill": steps["leanmill"]}, rounds=6, warmup=1)["leanmill"]))
-        theirs.append(statistics.median(trainer_seconds(recipe, 6)))
+    against_trainer = beside_trainer(recipe, steps["leanmill"], rounds)
     figures = {
         "precision": recipe.train.precision,
         "leanmill_over_bare_loop": ratio(seconds, "leanmill", "bare"),
-        "leanmill_over_transformers_trainer": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "leanmill_over_transformers_trainer": ratio(against_trainer, "leanmill", "trainer"),
         "leanmill_step_seconds_median": statistics.median(seconds["leanmill"]),
         "bare_step_seconds_median": statistics.median(seconds["bare"]),
-        "transformers_trainer_step_seconds_median": statistics.median(theirs),
+        "transformers_trainer_step_seconds_median": statistics.median(against_trainer["trainer"]),
         "rounds": rounds,
-        "trainer_blocks": blocks,
     }
     write_result(f"step_time_{recipe.train.precision}", figures, measured_under)
 
