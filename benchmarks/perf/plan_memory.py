@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", choices=ENGINES, help="engine to measure; the parent starts these under torchrun")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -42,7 +43,7 @@ def main() -> None:
 
     measured_under = conditions()
     figures: dict[str, Any] = {}
-    for precision in ("fp32", "bf16"):
+    for precision in arguments.precisions:
         for name in ENGINES:
             out = Path(tempfile.mkdtemp()) / "figures.json"
             torchrun = Path(sys.executable).with_name("torchrun")
