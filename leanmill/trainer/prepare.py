@@ -17,7 +17,7 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.data.tokenizer import fingerprint_of
 from leanmill.trainer.models.activation_checkpointing import apply_activation_checkpointing
-from leanmill.trainer.models.build import load_frozen, make_materialiser
+from leanmill.trainer.models.build import load_frozen, make_materialiser, num_parameters
 from leanmill.trainer.models.compile import compile_blocks
 from leanmill.trainer.optim.build import build_optimizer
 from leanmill.trainer.train_module import TrainModule
@@ -33,6 +33,8 @@ class Prepared:
     techniques: InstalledTechniques
     conversion: str
     """How many weights carry stages."""
+    num_trainable: int
+    """Parameters that train, whole, counted before sharding hides their size."""
 
 
 def prepare(
@@ -70,6 +72,7 @@ def prepare(
     apply_activation_checkpointing(model, recipe.train.activation_checkpointing)
     if recipe.train.compile:
         compile_blocks(model)
+    _, num_trainable = num_parameters(model)
     engine.prepare(
         module,
         Preparation(
@@ -79,7 +82,7 @@ def prepare(
             max_grad_norm=recipe.train.max_grad_norm,
         ),
     )
-    return Prepared(techniques=techniques, conversion=conversion)
+    return Prepared(techniques=techniques, conversion=conversion, num_trainable=num_trainable)
 
 
 def with_precision(recipe: Recipe, device_type: str) -> Recipe:

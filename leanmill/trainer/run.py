@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,6 @@ class _Run:
         self._write_recipe(tokenizer)
         self.observers = build_observers(recipe, self.run_dir, ranks.rank)
         loop = self._loop(prepared, num_steps, num_micro_batches, state)
-        num_trainable = sum(p.numel() for p in _trainable_once(model))
         info = RunInfo(
             recipe=recipe,
             run_dir=self.run_dir,
@@ -121,7 +119,7 @@ class _Run:
             num_steps=num_steps,
             start_step=loop.step,
             num_parameters=num_total,
-            num_trainable=num_trainable,
+            num_trainable=prepared.num_trainable,
             flops_per_token=flops,
             notes=(why, prepared.conversion, self.data.describe(), *self._resume_note(state)),
         )
@@ -138,7 +136,8 @@ class _Run:
             for observer in self.observers:
                 observer.on_end("failed", message=f"{type(error).__name__}: {error}")
             raise
-        if not self.scores:
+        # A run that was told to stop has its checkpoint and little time left.
+        if status == "finished" and not self.scores:
             self._evaluate(loop.step)
         for observer in self.observers:
             observer.on_end(status)
@@ -220,7 +219,3 @@ def saved_part(recipe: Recipe, model: nn.Module, freeze_base: bool) -> dict[str,
     names = {name for name, p in state_parameters(model) if p.requires_grad or ".stages." in name}
     names |= {name for name, _ in state_buffers(model) if ".stages." in name}
     return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}
-
-
-def _trainable_once(model: nn.Module) -> Sequence[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
