@@ -91,6 +91,10 @@ def derive_config(
     pin = device.type == "cuda"
     if config.offload_optimizer is not None:
         zero["offload_optimizer"] = _offload(config.offload_optimizer, pin)
+        if config.offload_optimizer.device == "nvme":
+            # One parameter a sub-group. DeepSpeed reads swapped gradients by direct I/O straight into the
+            # sub-group's buffer; a parameter that starts off a block boundary gets wrong values, silently.
+            zero["sub_group_size"] = 1
     if config.offload_parameters is not None:
         zero["offload_param"] = _offload(config.offload_parameters, pin) | (
             # DeepSpeed's default of 1e8 elements pins 2 GB whatever the model's size.

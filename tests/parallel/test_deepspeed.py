@@ -609,20 +609,39 @@ def test_swapped_out_state_is_not_made_from_nothing() -> None:
         ZeroState(wrapper, stage=3).allocate()
 
 
+class WideTrain(nn.Module):
+    """A train module whose weights pass the 1 MiB a rank below which DeepSpeed keeps a tensor in memory."""
+
+    def __init__(self, inner: int = 40_000) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.model = nn.Sequential(
+                nn.Embedding(VOCAB, HIDDEN), nn.Linear(HIDDEN, inner), nn.Tanh(), nn.Linear(inner, VOCAB)
+            )
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Values:
+        logits = self.model(batch["input_ids"])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum")
+        return {"total": loss, "cross_entropy": loss}
+
+
 @pytest.mark.slow
 def test_nvme_offload(tmp_path: Path) -> None:
-    """Optimizer state and parameters in files, where libaio is installed."""
+    """Optimizer state and parameters in files, where libaio is installed: the steps of plain ZeRO-3."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("needs libaio")
 
     def ranks() -> None:
-        engine, plain = make_engine(3, offload="nvme", path=str(tmp_path)), make_engine(3)
-        for step in range(2):
+        engine = make_engine(3, offload="nvme", path=str(tmp_path), build=WideTrain)
+        plain = make_engine(3, build=WideTrain)
+        for step in range(3):
             torch.testing.assert_close(train_step(engine, step), train_step(plain, step))
         assert_close(trained_weights(engine), trained_weights(plain), rtol=1e-4, atol=1e-5)
-        assert any(tmp_path.rglob("*.swp"))
+        # All kinds of state: parameters, masters with their moments.
+        for folder in ("float32params", "optimizer"):
+            assert any((tmp_path / "zero_stage_3" / folder).rglob("*.swp")), folder
         for mine, theirs in zip(snapshot(engine), snapshot(plain), strict=True):
             assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
