@@ -1,0 +1,104 @@
+"""Every shipped recipe trains, at a size that takes seconds and from files instead of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from leanmill.trainer.config import DataConfig
+from leanmill.trainer.data.build import build_tokenizer
+from leanmill.trainer.recipe_io import load_recipe
+from leanmill.trainer.run import run
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+VOCAB_SIZE, NUM_STEPS, SEQUENCE_LENGTH = 300, 3, 64
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}A: {% generation %}{{ message['content'] }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}Q: {{ message['content'] }}\n{% endif %}{% endfor %}"
+)
+TINY_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, chats, a tokenizer with a chat template and a small trained-looking checkpoint."""
+    folder = tmp_path_factory.mktemp("files")
+    texts = [f"def f{i}(x):\n    return x + {i * 7 % 13}\n" * (1 + i % 3) for i in range(400)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    chats = [
+        [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": f"It is {i + 1}."}]
+        for i in range(400)
+    ]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    source = {"type": "hf", "path": str(folder / "text.jsonl")}
+    config = {"source": source, "tokenizer": {"vocab_size": VOCAB_SIZE}, "cache_dir": str(folder / "cache")}
+    tokenizer = build_tokenizer(DataConfig.model_validate(config), seed=0)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**TINY_SIZES)).save_pretrained(folder / "model")
+    assert len(AutoTokenizer.from_pretrained(folder / "model")) <= VOCAB_SIZE
+    return folder
+
+
+def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
+    """Overrides that change sizes and places, and nothing a recipe is about."""
+    recipe = load_recipe(path)
+    overrides = [
+        f"run_dir={run_dir}",
+        "device=cpu",
+        "engine=single",
+        "train.total_tokens=null",
+        f"train.steps={NUM_STEPS}",
+        "train.compile=false",
+        "schedule.warmup_steps=1",
+        f"data.sequence_length={SEQUENCE_LENGTH}",
+        f"data.cache_dir={files / 'cache'}",
+        f"batch.tokens_per_micro_batch={2 * SEQUENCE_LENGTH}",
+        f"batch.tokens_per_step={4 * SEQUENCE_LENGTH}",
+        f"eval.every_steps={NUM_STEPS}",
+        f"eval.tokens_per_domain={2 * SEQUENCE_LENGTH}",
+        f"checkpoint.every_steps={NUM_STEPS}",
+        "log.every_steps=1",
+        "log.tensorboard=false",
+    ]
+    if recipe.model.config is not None:
+        overrides += [f"model.config.{name}={value}" for name, value in TINY_SIZES.items()]
+    else:
+        overrides.append(f"model.path={files / 'model'}")
+    if recipe.data.source.type == "hf":
+        name = "chats" if recipe.data.task == "sft" else "text"
+        overrides += [f"data.source.path={files / name}.jsonl", "data.source.validation_fraction=0.1"]
+        overrides += ["data.source.subset=null", "data.source.split=train", "data.source.validation_split=null"]
+        overrides.append(f"data.tokenizer.path={files / 'model'}")
+    else:
+        overrides += ["data.source.max_bytes=200000", "data.source.validation_fraction=0.2"]
+        overrides.append(f"data.tokenizer.vocab_size={VOCAB_SIZE}")
+    teachers = [i for i, technique in enumerate(recipe.techniques) if technique.type == "distill"]
+    return overrides + [f"techniques.{i}.teacher={files / 'model'}" for i in teachers]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_trains(path: Path, files: Path, tmp_path: Path) -> None:
+    run(load_recipe(path, tiny(path, files, tmp_path)))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "step"]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert all(record["losses"]["total"] > 0 and record["grad_norm"] > 0 for record in steps)
+    assert any(record["kind"] == "eval" for record in records)
+    assert (tmp_path / "report.html").is_file()
+    assert list((tmp_path / "checkpoints").glob("step-*/manifest.json"))
