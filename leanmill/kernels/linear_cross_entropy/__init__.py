@@ -1,0 +1,1 @@
+"""Cross-entropy straight from hidden states, without the whole [tokens, vocabulary] logits."""

@@ -1,0 +1,59 @@
+"""Loss and gradient of rows of logits on the CPU, in place, by C code."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from leanmill.kernels.linear_cross_entropy.naive import Form
+from leanmill.kernels.native import compiler, dtypes, threads
+
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+
+
+def is_supported(raw: Tensor) -> bool:
+    """Whether `cross_entropy_` below covers these logits, and there is a C compiler."""
+    return dtypes.is_plain_cpu(raw) and raw.is_contiguous() and compiler.load_library(_SOURCE) is not None
+
+
+def cross_entropy_(
+    raw: Tensor, labels: Tensor, row_scales: Tensor | None, form: Form, *, wants_gradient: bool
+) -> Tensor:
+    """Do what `naive.cross_entropy_` does; labels must lie below the number of columns."""
+    logits, factor = raw, form.scale
+    if form.softcap:
+        # tanh of fp32 whatever the dtype: the rows hold tanh(scale x / softcap) from here on.
+        logits, factor = raw.float().mul_(form.scale / form.softcap).tanh_(), form.scale
+    losses = torch.empty(len(raw), dtype=torch.float32)
+    scales = None if row_scales is None else row_scales.float().contiguous()
+    _run(logits, labels.contiguous(), scales, losses, form, factor, wants_gradient)
+    if wants_gradient and logits is not raw:
+        raw.copy_(logits)
+    return losses
+
+
+def _run(
+    logits: Tensor,
+    labels: Tensor,
+    scales: Tensor | None,
+    losses: Tensor,
+    form: Form,
+    factor: float,
+    wants_gradient: bool,
+) -> None:
+    library = compiler.load_library(_SOURCE)
+    assert library is not None
+    function = getattr(library, f"cross_entropy_{dtypes.SUFFIXES[logits.dtype]}")
+    width = logits.shape[-1]
+    pointers = [dtypes.pointer(logits), dtypes.pointer(labels), None if scales is None else dtypes.pointer(scales)]
+    settings = [ctypes.c_float(v) for v in (factor, form.softcap, form.z_loss, form.label_smoothing)]
+
+    def rows(first: int, last: int) -> None:
+        bounds = [ctypes.c_int64(value) for value in (first, last, width)]
+        function(*pointers, dtypes.pointer(losses), *bounds, *settings, ctypes.c_int(wants_gradient))
+
+    threads.parallel_for(rows, len(logits), width)
