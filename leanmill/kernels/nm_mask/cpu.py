@@ -1,67 +1,129 @@
-"""The N:M mask on the CPU for groups of 2, 4 and 8, in vectorised passes over contiguous memory.
-
-Sorting or `topk` over rows of 4 spends nearly all its time on bookkeeping. Here each entry is
-compared with its neighbours 1 .. M-1 places on, in flat memory, which gives a byte of 0 or 1 each;
-the M bytes of a group are then one machine word, and the number of entries that each entry beats is
-counted for all M lanes of the word at once.
-"""
+"""N:M masks on the CPU in C, one pass over the weight on as many threads as torch uses."""
 
 from __future__ import annotations
 
-import sys
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_KEYS = {
-    torch.bfloat16: (torch.int16, 0x7FFF),
-    torch.float16: (torch.int16, 0x7FFF),
-    torch.float32: (torch.int32, 0x7FFF_FFFF),
-    torch.float64: (torch.int64, 0x7FFF_FFFF_FFFF_FFFF),
-}
+from leanmill.kernels.native import compiler, threads
+from leanmill.kernels.native.dtypes import SUFFIXES, is_plain_cpu, pointer
+from leanmill.kernels.nm_mask.naive import index_bits, packed_width
 
 
-def is_supported(weight: Tensor, group_size: int) -> bool:
-    """Whether `nm_mask` below covers this weight."""
-    return (
-        type(weight) in (Tensor, torch.nn.Parameter)
-        and weight.device.type == "cpu"
-        and weight.numel() >= group_size
-        and group_size in _WORDS
-        and weight.dtype in _KEYS
-        and sys.byteorder == "little"
-    )
+_MASK, _PROJECT, _DECAY = range(3)
+"""What `nm_groups` and `nm_tiles` write; the enum in cpu.c."""
+_TILE = 4
+_HUGE_PAGES_FROM_BYTES = 2**22
+_STREAMED_FROM_BYTES = 2**25
+"""Outputs this large do not stay in the caches of a core's neighbourhood anyway."""
 
 
-@torch.no_grad()
-def nm_mask(weight: Tensor, num_kept: int, group_size: int) -> Tensor:
-    """Return the bool mask of `naive.nm_mask_by_sort` for a weight [..., in]; see `is_supported`."""
-    key_dtype, magnitude_bits = _KEYS[weight.dtype]
-    # Without their sign bit, floats order like integers; NaNs come after infinity.
-    keys = weight.detach().contiguous().view(key_dtype).view(-1).bitwise_and(magnitude_bits)
-    wins: Tensor | None = None
-    total = 0
-    for distance in range(1, group_size):
-        # Lane i of a word says whether entry i beats entry i + distance (ties: the lower index
-        # does); the last `distance` lanes look into the next group and are cleared.
-        lanes = _ones(group_size - distance)
-        words = torch.empty(keys.numel(), dtype=torch.bool)
-        torch.ge(keys[:-distance], keys[distance:], out=words[:-distance])
-        beats = words.view(_WORDS[group_size]).bitwise_and_(lanes)
-        # wins += beats for lane i, and wins += (1 - beats) for lane i + distance, as one product;
-        # the ones are constants, collected in `total`.
-        factor = 1 - (1 << 8 * distance)
-        wins = beats.mul_(factor) if wins is None else wins.add_(beats, alpha=factor)
-        total += lanes << 8 * distance
-    assert wins is not None
-    # An entry stays if it beats at least M - N others: carry that into the lane's top bit.
-    threshold = _ones(group_size) * (0x80 - (group_size - num_kept))
-    wins.add_(total + threshold).bitwise_right_shift_(7).bitwise_and_(_ones(group_size))
-    return wins.view(torch.bool).view(weight.shape)
+def is_supported(weight: Tensor) -> bool:
+    """Whether the functions below take tensors like `weight`."""
+    return is_plain_cpu(weight) and _library() is not None
 
 
-def _ones(num_lanes: int) -> int:
-    """A word with 1 in each of its lowest `num_lanes` bytes."""
-    return int.from_bytes(b"\x01" * num_lanes, "little")
+def nm_mask(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Tensor:
+    """Return the bool mask [..., in] of `naive.nm_mask`."""
+    mask = _empty(weight.shape, torch.bool)
+    _run(_MASK, weight, None, mask, num_kept, group_size, transposable)
+    return mask
+
+
+def project(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Tensor:
+    """Return the weight [..., in] with 0.0 for what the mask prunes."""
+    out = _empty(weight.shape, weight.dtype)
+    _run(_PROJECT, weight, None, out, num_kept, group_size, transposable)
+    return out
+
+
+def decayed_grad(
+    grad: Tensor, weight: Tensor, decay: Tensor, num_kept: int, group_size: int, transposable: bool
+) -> Tensor:
+    """Return g + decay * (1 - M) * W [..., in]."""
+    out = _empty(weight.shape, weight.dtype)
+    _run(_DECAY, weight, grad.contiguous(), out, num_kept, group_size, transposable, float(decay))
+    return out
+
+
+def compress(weight: Tensor, num_kept: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return kept values [..., in * N / M] and packed indices, uint8 [..., bytes]."""
+    num_groups = weight.shape[-1] // group_size
+    num_values = num_groups * num_kept
+    values = torch.empty(*weight.shape[:-1], num_values, dtype=weight.dtype)
+    indices = torch.empty(*weight.shape[:-1], packed_width(num_values, group_size), dtype=torch.uint8)
+    _run_rows("compress", (weight.contiguous(), values, indices), num_groups, num_kept, group_size)
+    return values, indices
+
+
+def expand(values: Tensor, indices: Tensor, num_kept: int, group_size: int) -> Tensor:
+    """Return the weight [..., in] whose kept entries are `values`, 0.0 elsewhere."""
+    num_groups = values.shape[-1] // num_kept
+    weight = torch.empty(*values.shape[:-1], num_groups * group_size, dtype=values.dtype)
+    _run_rows("expand", (values.contiguous(), indices.contiguous(), weight), num_groups, num_kept, group_size)
+    return weight
+
+
+def _run(
+    what: int,
+    weight: Tensor,
+    grad: Tensor | None,
+    out: Tensor,
+    num_kept: int,
+    group_size: int,
+    transposable: bool,
+    decay: float = 0.0,
+) -> None:
+    if out.numel() == 0:
+        return
+    weight = weight.contiguous()
+    function = _function("tiles" if transposable else "groups", weight.dtype)
+    width = weight.shape[-1]
+    unit = _TILE * width if transposable else group_size
+    is_streamed = c_int(out.nbytes >= _STREAMED_FROM_BYTES)
+    last = (c_int64(width),) if transposable else (c_int(num_kept), c_int(group_size))
+    pointers = (pointer(weight), c_void_p(None) if grad is None else pointer(grad), pointer(out))
+
+    def work(first: int, end: int) -> None:
+        function(c_int(what), is_streamed, *pointers, c_int64(first), c_int64(end), *last, c_float(decay))
+
+    threads.parallel_for(work, weight.numel() // unit, unit)
+
+
+def _run_rows(
+    name: str, tensors: tuple[Tensor, Tensor, Tensor], num_groups: int, num_kept: int, group_size: int
+) -> None:
+    num_rows = tensors[0].shape[:-1].numel()
+    if num_rows == 0 or num_groups == 0:
+        return
+    function = _function(name, tensors[0].dtype)
+    sizes = (c_int64(num_groups), c_int(num_kept), c_int(group_size), c_int(index_bits(group_size)))
+    pointers = [pointer(tensor) for tensor in tensors]
+
+    def work(first: int, end: int) -> None:
+        function(*pointers, c_int64(first), c_int64(end), *sizes)
+
+    threads.parallel_for(work, num_rows, num_groups * group_size)
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    library = _library()
+    if out.nbytes >= _HUGE_PAGES_FROM_BYTES and library is not None:
+        # Fresh memory of this size comes straight from the system, a fault for every 4 KiB otherwise.
+        library.nm_prefer_huge_pages(pointer(out), c_int64(out.nbytes))
+    return out
+
+
+def _library() -> ctypes.CDLL | None:
+    return compiler.load_library(Path(__file__).with_name("cpu.c"))
+
+
+def _function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
+    function = getattr(_library(), f"nm_{name}_{SUFFIXES[dtype]}")
+    function.restype = None
+    return function  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""The N:M mask as a stage, with its two gradients."""
+"""The N:M mask as a stage; its two gradients are those of `nm_project`."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, Stage
 from leanmill.core.technique import StepContext, StepRule
-from leanmill.kernels.nm_mask.op import nm_mask
+from leanmill.kernels.nm_mask.op import nm_project
 
 
 class NMSparsityStage(Stage):
@@ -36,45 +36,14 @@ class NMSparsityStage(Stage):
         self.register_buffer("decay_share", torch.ones(1, device=device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.decay == 0:
-            return _StraightThrough.apply(weight, self.num_kept, self.group_size)
-        return _SrSte.apply(weight, self.decay_share, self.decay, self.num_kept, self.group_size)
+        decay = self.decay * self.decay_share if self.decay else None
+        return nm_project(weight, self.num_kept, self.group_size, decay=decay)
 
     def reset_parameters(self) -> None:
         self.decay_share.fill_(1.0)
 
     def extra_repr(self) -> str:
         return f"num_kept={self.num_kept}, group_size={self.group_size}, decay={self.decay}"
-
-
-class _StraightThrough(torch.autograd.Function):
-    """W -> M * W, gradient unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, num_kept: int, group_size: int) -> Tensor:
-        return weight * nm_mask(weight, num_kept, group_size)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad, None, None
-
-
-class _SrSte(torch.autograd.Function):
-    """W -> M * W; dL/dW = g + lambda * (1 - M) * W (Zhou et al. 2021, eq. 9)."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, decay_share: Tensor, decay: float, num_kept: int, group_size: int) -> Tensor:
-        mask = nm_mask(weight, num_kept, group_size)
-        # Inside a site these are recomputed before backward, so nothing weight-sized waits for it.
-        ctx.save_for_backward(weight, mask, decay_share)
-        ctx.decay = decay
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        weight, mask, decay_share = ctx.saved_tensors
-        strength = (ctx.decay * decay_share).to(weight.dtype)
-        return torch.addcmul(grad, weight * mask.logical_not(), strength), None, None, None, None
 
 
 class DecayOncePerStep(StepRule):

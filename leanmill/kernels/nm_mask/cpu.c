@@ -1,0 +1,360 @@
+/* N:M masks in one pass. Of a block of groups that fits in the first-level cache, `keep_*` writes all
+ * ones for entries that stay and zeros for the others; `emit` turns block and keeps into the output.
+ * Entries are ordered by their bits without the sign, as integers: see naive.py for the definition.
+ *
+ * The file includes itself once for each element type. */
+#ifndef BITS
+
+#define _DEFAULT_SOURCE
+#include "dtypes.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+enum { MASK, PROJECT, DECAY };
+enum { BLOCK = 1024, LARGEST_GROUP = 64, LANES = 64 };
+
+/* Kept pairs of a row of a tile: 0 01, 1 02, 2 03, 3 12, 4 13, 5 23. */
+static const uint8_t PAIR_BITS[6] = {3, 5, 9, 6, 10, 12};
+enum { NUM_TILE_PATTERNS = 90 };
+
+struct tile_patterns {
+    int pairs[NUM_TILE_PATTERNS][4];
+    uint32_t bits[NUM_TILE_PATTERNS];
+};
+
+/* Lists naive.TILE_PATTERNS in its order: the pair of each row, and the 16 entries as bits. */
+static void list_tile_patterns(struct tile_patterns *patterns) {
+    int found = 0;
+    for (int code = 0; code < 6 * 6 * 6 * 6; code++) {
+        const int pair[4] = {code / 216, code / 36 % 6, code / 6 % 6, code % 6};
+        int bits = 0, counts = 0;
+        for (int row = 0; row < 4; row++) {
+            bits |= PAIR_BITS[pair[row]] << 4 * row;
+            for (int column = 0; column < 4; column++) counts += (PAIR_BITS[pair[row]] >> column & 1) << 4 * column;
+        }
+        if (counts != 0x2222) continue;
+        for (int row = 0; row < 4; row++) patterns->pairs[found][row] = pair[row];
+        patterns->bits[found++] = (uint32_t)bits;
+    }
+}
+
+/* One pattern against the best so far, for LANES tiles; the first of equal sums stays. */
+static inline void try_pattern(const float *restrict a, const float *restrict b, const float *restrict c,
+                               const float *restrict d, uint32_t bits, float *restrict best, uint32_t *restrict kept) {
+    for (int t = 0; t < LANES; t++) {
+        const float total = (a[t] + b[t]) + (c[t] + d[t]);
+        const uint32_t better = -(uint32_t)(total > best[t]);
+        kept[t] = (bits & better) | (kept[t] & ~better);
+        best[t] = total > best[t] ? total : best[t];
+    }
+}
+
+/* Bits of the best pattern of each of LANES tiles by the sums of the pairs of their rows. */
+static void best_tiles(const float sums[4][6][LANES], const struct tile_patterns *patterns, uint32_t *kept) {
+    float best[LANES];
+    for (int t = 0; t < LANES; t++) best[t] = -1, kept[t] = 0;
+    for (int p = 0; p < NUM_TILE_PATTERNS; p++) {
+        const int *pair = patterns->pairs[p];
+        try_pattern(sums[0][pair[0]], sums[1][pair[1]], sums[2][pair[2]], sums[3][pair[3]], patterns->bits[p], best,
+                    kept);
+    }
+}
+
+/* Advises the kernel to back fresh memory by huge pages: a large output costs more in page faults than in work. */
+void nm_prefer_huge_pages(void *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    const uintptr_t last = ((uintptr_t)memory + (uintptr_t)bytes) & ~(page - 1);
+    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+/* Copies a block to the output, past the caches if the whole is too large to stay in them: that saves reading
+ * every line before it is overwritten. */
+static void write_block(void *out, const void *block, size_t bytes, int is_streamed) {
+    size_t done = 0;
+#ifdef __AVX__
+    if (is_streamed && (uintptr_t)out % sizeof(__m256i) == 0)
+        for (; done + sizeof(__m256i) <= bytes; done += sizeof(__m256i)) {
+            const __m256i vector = _mm256_loadu_si256((const __m256i *)((const char *)block + done));
+            _mm256_stream_si256((__m256i *)((char *)out + done), vector);
+        }
+#else
+    (void)is_streamed;
+#endif
+    memcpy((char *)out + done, (const char *)block + done, bytes - done);
+}
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+#define NAME(function) JOIN(function, SUFFIX)
+
+#define EIGHT(d, o) (0 ^ d) + o, (1 ^ d) + o, (2 ^ d) + o, (3 ^ d) + o, (4 ^ d) + o, (5 ^ d) + o, (6 ^ d) + o, (7 ^ d) + o
+#if defined(__clang__) || __GNUC__ >= 12
+#define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define PERMUTED(v, ...) __builtin_shuffle(v, (__typeof__(v)){__VA_ARGS__})
+#endif
+
+#define SUFFIX fp32
+#define SHUFFLED(v, d) PERMUTED(v, EIGHT(d, 0))
+#define ELEMENT float
+#define BITS uint32_t
+#define KEY int32_t
+#define INFINITY_BITS 0x7F800000
+#include "cpu.c"
+#undef SUFFIX
+#undef ELEMENT
+#undef BITS
+#undef KEY
+#undef INFINITY_BITS
+#undef SHUFFLED
+
+#define SHUFFLED(v, d) PERMUTED(v, EIGHT(d, 0), EIGHT(d, 8))
+#define SUFFIX bf16
+#define ELEMENT bf16_t
+#define BITS uint16_t
+#define KEY int16_t
+#define INFINITY_BITS 0x7F80
+#include "cpu.c"
+#undef SUFFIX
+#undef ELEMENT
+#undef INFINITY_BITS
+
+#define SUFFIX fp16
+#define ELEMENT fp16_t
+#define INFINITY_BITS 0x7C00
+#include "cpu.c"
+
+#else
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+ALWAYS_INLINE KEY NAME(key)(BITS bits) {
+    const KEY magnitude = (KEY)(bits & (BITS)((BITS)-1 >> 1));
+    /* NaNs tie with each other. */
+    return magnitude > INFINITY_BITS ? INFINITY_BITS + 1 : magnitude;
+}
+
+/* keep[i] of `num_groups` groups, with `size` known when this is inlined. */
+ALWAYS_INLINE void NAME(keep_planes)(const BITS *restrict weight, BITS *restrict keep, int num_groups, int num_kept,
+                                     const int size) {
+    KEY keys[LARGEST_GROUP][LANES], before[LARGEST_GROUP][LANES];
+    for (int first = 0; first < num_groups; first += LANES) {
+        const int lanes = num_groups - first < LANES ? num_groups - first : LANES;
+        const BITS *restrict in = weight + first * size;
+        BITS *restrict out = keep + first * size;
+        if (lanes < LANES) memset(keys, 0, sizeof keys);
+        for (int g = 0; g < lanes; g++)
+            for (int i = 0; i < size; i++) keys[i][g] = NAME(key)(in[g * size + i]);
+        memset(before, 0, (size_t)size * sizeof before[0]);
+        for (int i = 0; i < size; i++)
+            for (int j = i + 1; j < size; j++)
+                for (int g = 0; g < LANES; g++) {
+                    /* 0 or -1: how many come before j, or i, counted downwards. */
+                    const KEY larger = -(KEY)(keys[j][g] > keys[i][g]);
+                    before[i][g] += larger;
+                    before[j][g] += ~larger;
+                }
+        for (int g = 0; g < lanes; g++)
+            for (int i = 0; i < size; i++) out[g * size + i] = -(BITS)(before[i][g] > -num_kept);
+    }
+}
+
+/* The same for sizes 2, 4 and 8, whose groups lie within a vector: entry i meets entry i ^ distance of its own
+ * group for each distance in turn. Vectors as gcc and clang offer them on every processor. */
+typedef KEY NAME(lanes) __attribute__((vector_size(32)));
+
+ALWAYS_INLINE NAME(lanes) NAME(before)(NAME(lanes) keys, NAME(lanes) swapped, int distance) {
+    NAME(lanes) lower;
+    /* The one at i ^ distance is of lower index where i has the highest bit of distance; of equal keys it is
+     * before the other. Loops over lanes of constants: folded away. */
+    for (unsigned i = 0; i < sizeof keys / sizeof(KEY); i++) lower[i] = (i ^ (unsigned)distance) < i;
+    return swapped + lower > keys;
+}
+
+#define MEET(distance) num_before += NAME(before)(keys, SHUFFLED(keys, distance), distance)
+ALWAYS_INLINE void NAME(keep_lanes)(const BITS *restrict weight, BITS *restrict keep, int count, int num_kept,
+                                    const int size) {
+    enum { STEP = sizeof(NAME(lanes)) / sizeof(KEY) };
+    for (int at = 0; at < count; at += STEP) {
+        const size_t bytes = (size_t)(count - at < STEP ? count - at : STEP) * sizeof(KEY);
+        NAME(lanes) keys, num_before = {0};
+        if (bytes == sizeof keys) memcpy(&keys, weight + at, sizeof keys);
+        else keys ^= keys, memcpy(&keys, weight + at, bytes);
+        keys &= (KEY)((BITS)-1 >> 1);
+        const NAME(lanes) is_nan = keys > (KEY)INFINITY_BITS;
+        keys = (keys & ~is_nan) | (is_nan & (KEY)(INFINITY_BITS + 1));
+        MEET(1);
+        if (size > 2) {
+            MEET(2);
+            MEET(3);
+        }
+        if (size > 4) {
+            MEET(4);
+            MEET(5);
+            MEET(6);
+            MEET(7);
+        }
+        /* A comparison gives -1 where it holds. */
+        const NAME(lanes) kept = num_before > (KEY)-num_kept;
+        if (bytes == sizeof keys) memcpy(keep + at, &kept, sizeof kept);
+        else memcpy(keep + at, &kept, bytes);
+    }
+}
+#undef MEET
+
+static void NAME(keep_groups)(const BITS *weight, BITS *keep, int num_groups, int num_kept, int size) {
+    switch (size) {
+    case 2: NAME(keep_lanes)(weight, keep, 2 * num_groups, num_kept, 2); break;
+    case 4: NAME(keep_lanes)(weight, keep, 4 * num_groups, num_kept, 4); break;
+    case 8: NAME(keep_lanes)(weight, keep, 8 * num_groups, num_kept, 8); break;
+    case 16: NAME(keep_planes)(weight, keep, num_groups, num_kept, 16); break;
+    default: NAME(keep_planes)(weight, keep, num_groups, num_kept, size);
+    }
+}
+
+/* Writes entries `at` to `at + count` of the output from those of the weight and their keeps, which it overwrites. */
+static void NAME(emit)(int what, int is_streamed, const BITS *restrict weight, BITS *restrict keep,
+                       const ELEMENT *restrict grad, void *restrict out, int64_t at, int count, float decay) {
+    const BITS *restrict in = weight + at;
+    if (what == MASK) {
+        uint8_t *restrict mask = (uint8_t *)out + at;
+        for (int i = 0; i < count; i++) mask[i] = (uint8_t)(keep[i] & 1);
+        return;
+    }
+    if (what == PROJECT) {
+        for (int i = 0; i < count; i++) keep[i] &= in[i];
+    } else {
+        const ELEMENT *restrict value = (const ELEMENT *)in, *restrict g = grad + at;
+        const BITS *restrict g_bits = (const BITS *)g;
+        for (int i = 0; i < count; i++) {
+            ELEMENT pulled;
+            BITS bits;
+            NAME(store)(&pulled, NAME(load)(g + i) + decay * NAME(load)(value + i));
+            memcpy(&bits, &pulled, sizeof bits);
+            keep[i] = (g_bits[i] & keep[i]) | (bits & ~keep[i]);
+        }
+    }
+    write_block((BITS *)out + at, keep, (size_t)count * sizeof *keep, is_streamed);
+}
+
+void NAME(nm_groups)(int what, int is_streamed, const BITS *weight, const ELEMENT *grad, void *out, int64_t first, int64_t last,
+                     int num_kept, int size, float decay) {
+    BITS keep[BLOCK];
+    const int per_block = BLOCK / size;
+    for (int64_t group = first; group < last; group += per_block) {
+        const int count = last - group < per_block ? (int)(last - group) : per_block;
+        NAME(keep_groups)(weight + group * size, keep, count, num_kept, size);
+        NAME(emit)(what, is_streamed, weight, keep, grad, out, group * size, count * size, decay);
+    }
+}
+
+ALWAYS_INLINE float NAME(magnitude)(const BITS *bits) {
+    const float value = fabsf(NAME(load)((const ELEMENT *)bits));
+    return value == value ? value : INFINITY;
+}
+
+/* Sums of the six pairs of each of 4 rows of `num_tiles` tiles, rows `stride` apart. */
+static void NAME(pair_sums)(const BITS *weight, int64_t stride, float sums[4][6][LANES], int num_tiles) {
+    for (int row = 0; row < 4; row++) {
+        const BITS *restrict in = weight + row * stride;
+        float(*restrict out)[LANES] = sums[row];
+        for (int t = 0; t < num_tiles; t++) {
+            const float a = NAME(magnitude)(in + 4 * t), b = NAME(magnitude)(in + 4 * t + 1);
+            const float c = NAME(magnitude)(in + 4 * t + 2), d = NAME(magnitude)(in + 4 * t + 3);
+            out[0][t] = a + b;
+            out[1][t] = a + c;
+            out[2][t] = a + d;
+            out[3][t] = b + c;
+            out[4][t] = b + d;
+            out[5][t] = c + d;
+        }
+    }
+}
+
+/* Keeps of `num_tiles` tiles side by side, at most LANES; rows of the weight are `stride` apart and those of
+ * `keep` 4 * LANES. */
+static void NAME(keep_tiles)(const BITS *weight, int64_t stride, BITS *restrict keep, int num_tiles,
+                             const struct tile_patterns *patterns) {
+    float sums[4][6][LANES];
+    uint32_t kept[LANES];
+    if (num_tiles < LANES) memset(sums, 0, sizeof sums);
+    NAME(pair_sums)(weight, stride, sums, num_tiles);
+    best_tiles((const float(*)[6][LANES])sums, patterns, kept);
+    for (int row = 0; row < 4; row++) {
+        BITS *restrict out = keep + 4 * LANES * row;
+        for (int t = 0; t < num_tiles; t++) {
+            const BITS bits = (BITS)(kept[t] >> 4 * row);
+            out[4 * t] = -(BITS)(bits & 1);
+            out[4 * t + 1] = -(BITS)(bits >> 1 & 1);
+            out[4 * t + 2] = -(BITS)(bits >> 2 & 1);
+            out[4 * t + 3] = -(BITS)(bits >> 3 & 1);
+        }
+    }
+}
+
+/* `first` to `last` count bands of 4 rows of `width` entries. */
+void NAME(nm_tiles)(int what, int is_streamed, const BITS *weight, const ELEMENT *grad, void *out, int64_t first, int64_t last,
+                    int64_t width, float decay) {
+    BITS keep[4 * 4 * LANES];
+    struct tile_patterns patterns;
+    list_tile_patterns(&patterns);
+    for (int64_t band = first; band < last; band++)
+        for (int64_t column = 0; column < width; column += 4 * LANES) {
+            const int count = width - column < 4 * LANES ? (int)(width - column) : 4 * LANES;
+            const int64_t at = 4 * band * width + column;
+            NAME(keep_tiles)(weight + at, width, keep, count / 4, &patterns);
+            for (int row = 0; row < 4; row++)
+                NAME(emit)(what, is_streamed, weight, keep + 4 * LANES * row, grad, out, at + row * width, count, decay);
+        }
+}
+
+/* Kept values and packed indices, `bits` each, of rows `first` to `last` of `num_groups` groups. */
+void NAME(nm_compress)(const BITS *weight, BITS *values, uint8_t *indices, int64_t first, int64_t last,
+                       int64_t num_groups, int num_kept, int size, int bits) {
+    BITS keep[BLOCK];
+    const int64_t num_values = num_groups * num_kept, num_bytes = (num_values * bits + 7) / 8;
+    const int per_block = BLOCK / size;
+    for (int64_t row = first; row < last; row++) {
+        const BITS *restrict in = weight + row * num_groups * size;
+        BITS *restrict out = values + row * num_values;
+        uint8_t *restrict packed = indices + row * num_bytes;
+        memset(packed, 0, (size_t)num_bytes);
+        int64_t place = 0;
+        for (int64_t group = 0; group < num_groups; group += per_block) {
+            const int count = num_groups - group < per_block ? (int)(num_groups - group) : per_block;
+            NAME(keep_groups)(in + group * size, keep, count, num_kept, size);
+            for (int g = 0; g < count; g++)
+                for (int i = 0; i < size; i++) {
+                    if (!keep[g * size + i]) continue;
+                    out[place] = in[(group + g) * size + i];
+                    packed[place * bits / 8] |= (uint8_t)(i << place * bits % 8);
+                    place++;
+                }
+        }
+    }
+}
+
+void NAME(nm_expand)(const BITS *values, const uint8_t *indices, BITS *weight, int64_t first, int64_t last,
+                     int64_t num_groups, int num_kept, int size, int bits) {
+    const int64_t num_values = num_groups * num_kept, num_bytes = (num_values * bits + 7) / 8;
+    for (int64_t row = first; row < last; row++) {
+        const BITS *restrict in = values + row * num_values;
+        const uint8_t *restrict packed = indices + row * num_bytes;
+        BITS *restrict out = weight + row * num_groups * size;
+        memset(out, 0, (size_t)(num_groups * size) * sizeof *out);
+        for (int64_t place = 0; place < num_values; place++) {
+            const int index = packed[place * bits / 8] >> place * bits % 8 & ((1 << bits) - 1);
+            out[place / num_kept * size + index] = in[place];
+        }
+    }
+}
+
+#endif
