@@ -11,6 +11,11 @@ import pytest
 import torch
 
 
+if not torch.cuda.is_available():
+    # Triton's own functions (tl.zeros, tl.sum) decide at its first import whether they can be
+    # interpreted, and many libraries import it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 
 

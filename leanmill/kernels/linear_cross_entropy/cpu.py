@@ -24,13 +24,13 @@ def cross_entropy_(
     raw: Tensor, labels: Tensor, row_scales: Tensor | None, form: Form, *, wants_gradient: bool
 ) -> Tensor:
     """Do what `naive.cross_entropy_` does; labels must lie below the number of columns."""
-    logits, factor = raw, form.scale
+    logits = raw
     if form.softcap:
         # tanh of fp32 whatever the dtype: the rows hold tanh(scale x / softcap) from here on.
-        logits, factor = raw.float().mul_(form.scale / form.softcap).tanh_(), form.scale
+        logits = raw.to(torch.float32, copy=not wants_gradient).mul_(form.scale / form.softcap).tanh_()
     losses = torch.empty(len(raw), dtype=torch.float32)
     scales = None if row_scales is None else row_scales.float().contiguous()
-    _run(logits, labels.contiguous(), scales, losses, form, factor, wants_gradient)
+    _run(logits, labels.contiguous(), scales, losses, form, wants_gradient)
     if wants_gradient and logits is not raw:
         raw.copy_(logits)
     return losses
@@ -42,7 +42,6 @@ def _run(
     scales: Tensor | None,
     losses: Tensor,
     form: Form,
-    factor: float,
     wants_gradient: bool,
 ) -> None:
     library = compiler.load_library(_SOURCE)
@@ -50,7 +49,7 @@ def _run(
     function = getattr(library, f"cross_entropy_{dtypes.SUFFIXES[logits.dtype]}")
     width = logits.shape[-1]
     pointers = [dtypes.pointer(logits), dtypes.pointer(labels), None if scales is None else dtypes.pointer(scales)]
-    settings = [ctypes.c_float(v) for v in (factor, form.softcap, form.z_loss, form.label_smoothing)]
+    settings = [ctypes.c_float(v) for v in (form.scale, form.softcap, form.z_loss, form.label_smoothing)]
 
     def rows(first: int, last: int) -> None:
         bounds = [ctypes.c_int64(value) for value in (first, last, width)]
