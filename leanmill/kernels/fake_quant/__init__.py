@@ -1,0 +1,1 @@
+"""Weights and activations rounded to uniform grids, with gradients for training them."""

@@ -1,0 +1,135 @@
+"""Fake quantisation on the CPU through C: one pass forward, one pass for all gradients."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from leanmill.kernels.fake_quant.grid import SMALLEST_SCALE, Grid
+from leanmill.kernels.native import compiler
+from leanmill.kernels.native.dtypes import SUFFIXES, pointer
+from leanmill.kernels.native.threads import parallel_for
+
+
+_SEGMENT = 4096
+"""`SEGMENT_MAX` of cpu.c."""
+
+
+class _Task(ctypes.Structure):
+    """`task_t` of cpu.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("group_length", "segment_length", "segments_per_group")),
+        *((name, ctypes.c_void_p) for name in ("scale", "offset")),
+        *((n, ctypes.c_float) for n in ("low", "high", "shift", "edge_low", "edge_high", "smallest_scale")),
+        *((name, ctypes.c_int32) for name in ("straight_through", "has_decay", "num_kept", "mask_size")),
+        ("decay", ctypes.c_float),
+    ]
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where there is no compiler."""
+    return compiler.load_library(Path(__file__).with_name("cpu.c"))
+
+
+def is_supported(weight: Tensor, num_scales: int, mask_size: int) -> bool:
+    """Whether the C code covers this weight: its groups of the mask may not cross its scales."""
+    if weight.device.type != "cpu" or weight.dtype not in SUFFIXES or not weight.numel() or not num_scales:
+        return False
+    group_length = weight.numel() // num_scales
+    return (not mask_size or group_length % mask_size == 0) and library() is not None
+
+
+def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int, group_size: int) -> Tensor:
+    """`naive.forward` for a contiguous CPU weight that `is_supported`."""
+    task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
+    out = torch.empty_like(weight)
+    function = getattr(library(), f"fake_quant_forward_{SUFFIXES[weight.dtype]}")
+    arguments = ctypes.byref(task), pointer(weight), pointer(out)
+
+    def run(first: int, last: int) -> None:
+        function(*arguments, ctypes.c_int64(first), ctypes.c_int64(last))
+
+    parallel_for(run, keep[0].numel() * task.segments_per_group, min(task.segment_length, task.group_length))
+    return out
+
+
+def gradients(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    grid: Grid,
+    grad_scale: float,
+    straight_through: bool,
+    num_kept: int,
+    group_size: int,
+    decay: Tensor | None,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """`naive.gradients` for contiguous CPU tensors; no weight gradient is written unless needed."""
+    task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
+    task.straight_through = int(straight_through)
+    task.has_decay, task.decay = (0, 0.0) if decay is None else (1, float(decay))
+    out = torch.empty_like(weight) if needs_weight else None
+    num_segments = keep[0].numel() * task.segments_per_group
+    sums = torch.empty(2, num_segments, dtype=torch.float32)
+    function = getattr(library(), f"fake_quant_backward_{SUFFIXES[weight.dtype]}")
+    tensors = pointer(grad), pointer(weight), None if out is None else pointer(out)
+    arguments = ctypes.byref(task), *tensors, pointer(sums), pointer(sums, num_segments)
+
+    def run(first: int, last: int) -> None:
+        function(*arguments, ctypes.c_int64(first), ctypes.c_int64(last))
+
+    parallel_for(run, num_segments, min(task.segment_length, task.group_length))
+    totals = sums.view(2, -1, task.segments_per_group)
+    totals = totals.sum(-1, dtype=torch.float64) if task.segments_per_group > 1 else totals
+    totals = totals.mul(grad_scale)
+    # Copies: an operator's outputs may not share memory.
+    scale_grad = totals[0].to(scale.dtype, copy=True).view(scale.shape)
+    return out, scale_grad, None if offset is None else totals[1].to(offset.dtype, copy=True).view(offset.shape)
+
+
+def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Tensor, Tensor]:
+    """Codes, or fake-quantised values, of contiguous tokens [..., in], and steps [..., 1]."""
+    steps = torch.empty(*tokens.shape[:-1], 1, dtype=torch.float32)
+    out = torch.empty_like(tokens, dtype=torch.int8 if as_codes else tokens.dtype)
+    function = getattr(library(), f"int8_activations_{SUFFIXES[tokens.dtype]}")
+    codes, values = (pointer(out), None) if as_codes else (None, pointer(out))
+    length = ctypes.c_int64(tokens.shape[-1])
+    arguments = pointer(tokens), codes, pointer(steps), values, length, ctypes.c_float(smallest)
+
+    def run(first: int, last: int) -> None:
+        function(*arguments, ctypes.c_int64(first), ctypes.c_int64(last))
+
+    parallel_for(run, steps.numel(), tokens.shape[-1])
+    return out, steps
+
+
+def _task(
+    weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int, group_size: int
+) -> tuple[_Task, list[Tensor]]:
+    """The arguments that all segments share, and the tensors that have to outlive the call."""
+    keep = [t.detach().to(torch.float32).contiguous() for t in (scale, offset) if t is not None]
+    group_length = weight.numel() // scale.numel()
+    segment_length = _SEGMENT // group_size * group_size if num_kept else _SEGMENT
+    low, high = grid.edges
+    task = _Task(
+        group_length=group_length,
+        segment_length=segment_length,
+        segments_per_group=-(-group_length // segment_length),
+        scale=pointer(keep[0]),
+        offset=None if offset is None else pointer(keep[1]),
+        low=grid.low,
+        high=grid.high,
+        shift=grid.shift,
+        edge_low=low,
+        edge_high=high,
+        smallest_scale=SMALLEST_SCALE,
+        num_kept=num_kept,
+        mask_size=group_size,
+    )
+    return task, keep
