@@ -52,7 +52,7 @@ class TrainConfig(Config):
     cross_entropy_weight: float = Field(default=1.0, ge=0)
     """Weight of the next-token cross-entropy beside the techniques' loss terms."""
     logits_chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Tokens whose logits exist at once; `auto` chunks only when all logits would exceed 256 MiB."""
+    """Tokens whose logits exist at once; `auto` chooses by memory."""
 
 
 class EvalConfig(Config):

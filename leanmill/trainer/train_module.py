@@ -6,6 +6,7 @@ gathered, so logits can be made for a chunk of tokens at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,18 +15,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.site import recomputed
 from leanmill.core.technique import Batch, LossTerm
+from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
+from leanmill.trainer.losses import is_plain_head, loss_in_head, loss_on_body
 
+
+log = logging.getLogger(__name__)
 
 AUTO_CHUNK_BYTES = 256 * 2**20
-"""`auto` keeps all logits of a micro-batch at once up to this size (fp32)."""
-
-_HEAD_EXTRAS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "output_multiplier_scale")
+"""Where logits are made at all, `auto` keeps those of a micro-batch at once up to this size (fp32)."""
 
 
 class TrainModule(nn.Module):
     """Un-normalised training losses of a causal LM.
+
+    Cross-entropy on its own comes from `linear_cross_entropy` wherever the head is a plain matmul:
+    gradients are built with the loss, a chunk of tokens at a time. Terms that take logits, adapters
+    around the head and families that treat logits in ways of their own get logits, whole up to
+    `AUTO_CHUNK_BYTES` and in chunks that backward recomputes above.
 
     Args:
         model: The Hugging Face causal LM.
@@ -47,6 +56,7 @@ class TrainModule(nn.Module):
         self.loss_terms = tuple(loss_terms)
         self.cross_entropy_weight = cross_entropy_weight
         self.chunk_tokens = chunk_tokens
+        self._may_fuse = True
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return fp32 sums over tokens with a label: `cross_entropy`, one entry a term, and `total`.
@@ -57,6 +67,9 @@ class TrainModule(nn.Module):
         terms = self.loss_terms if self.training else ()
         extras = [_flat(term.prepare(batch)) for term in terms]
         labels = batch["labels"].reshape(-1)
+        fused = None if terms else self._fused_cross_entropy(batch, labels)
+        if fused is not None:
+            return {"cross_entropy": fused, "total": self.cross_entropy_weight * fused}
         chunk = self._chunk_size(labels.numel())
         if chunk >= labels.numel():
             logits = self.model(**_inputs(batch)).logits
@@ -68,11 +81,44 @@ class TrainModule(nn.Module):
         losses["total"] = sum((w * value for w, value in zip(weights, sums, strict=True)), sums.new_zeros(()))
         return losses
 
+    def _fused_cross_entropy(self, batch: Batch, labels: Tensor) -> Tensor | None:
+        """Return the sum without making logits, or None where that is not known to be the same."""
+        model, head = self.model, self.model.get_output_embeddings()  # type: ignore[operator]
+        if not self._may_fuse or not is_plain_head(head):
+            return None
+        form = known_head_form(model.config)
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            known = form or HeadForm()
+            total = linear_cross_entropy(
+                hidden,
+                weight,
+                labels,
+                bias,
+                reduction="sum",
+                logit_scale=known.scale,
+                softcap=known.softcap,
+                chunk_tokens=None if self.chunk_tokens == "auto" else self.chunk_tokens,
+            )
+            return total.float()
+
+        if form is not None:
+            return loss_on_body(model, _inputs(batch), loss)
+        if head_extras(model.config):
+            self._may_fuse = False
+            return None
+        found = loss_in_head(model, _inputs(batch), labels.numel(), loss)
+        if found is None:
+            # Once: what a family does does not change from batch to batch.
+            self._may_fuse = False
+            log.info("this model family changes its logits after the head, so losses are computed from logits")
+        return found
+
     def _chunk_size(self, num_tokens: int) -> int:
         if self.chunk_tokens != "auto":
             return self.chunk_tokens
         vocab_size: int = self.model.config.vocab_size  # type: ignore[union-attr, assignment]
-        if 4 * num_tokens * vocab_size <= AUTO_CHUNK_BYTES or _head_is_special(self.model.config):
+        if 4 * num_tokens * vocab_size <= AUTO_CHUNK_BYTES or self._head_is_special():
             return num_tokens
         return max(1, AUTO_CHUNK_BYTES // (4 * vocab_size))
 
@@ -84,7 +130,7 @@ class TrainModule(nn.Module):
         extras: Sequence[Mapping[str, Tensor]],
         chunk: int,
     ) -> Tensor:
-        if _head_is_special(self.model.config):
+        if self._head_is_special():
             raise ConfigError(
                 "this model family scales or caps its logits after the head, which chunked losses would "
                 "leave out; remove train.logits_chunk_tokens"
@@ -102,6 +148,9 @@ class TrainModule(nn.Module):
             sums = sums + recomputed(chunk_sums, hidden[part])
         return sums
 
+    def _head_is_special(self) -> bool:
+        return not self._may_fuse or bool(head_extras(self.model.config))
+
     def _sums(
         self, logits: Tensor, labels: Tensor, terms: Sequence[LossTerm], extras: Sequence[Mapping[str, Tensor]]
     ) -> Tensor:
@@ -118,7 +167,3 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 def _flat(extras: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.flatten(0, 1) for name, value in extras.items()}
-
-
-def _head_is_special(config: Any) -> bool:
-    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in _HEAD_EXTRAS)

@@ -9,16 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.head import head_extras
 from leanmill.core.technique import Batch, InstallContext
 from leanmill.distill.logits.divergence import divergence
 
 
 if TYPE_CHECKING:
     from leanmill.distill.logits.config import Distill
-
-
-_HEAD_EXTRAS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "output_multiplier_scale")
-"""Config keys by which a family changes its logits after the head."""
 
 
 class DistillTerm:
@@ -74,7 +71,7 @@ class DistillTerm:
         return torch.where(labels != -100, per_token, 0.0).sum()
 
     def _check(self, teacher: Any) -> None:
-        extras = [name for name in _HEAD_EXTRAS if getattr(teacher.config, name, None) not in (None, 1, 1.0)]
+        extras = head_extras(teacher.config)
         if extras:
             raise ConfigError(
                 f"teacher {self.config.teacher} changes its logits after the head ({', '.join(extras)}), which "
