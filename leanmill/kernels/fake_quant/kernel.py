@@ -5,7 +5,7 @@ A program takes a tile of short groups, or walks along one segment of a long one
 for each: sums need no atomics and come out the same every time.
 """
 
-# mypy: allow-untyped-defs
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Weights snapped to {-s, 0, s}."""
+"""Weights of three levels, -s, 0 and s, and of two, -s and s."""

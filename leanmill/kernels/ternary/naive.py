@@ -1,6 +1,7 @@
-"""Scales, thresholds and levels of ternary weights, in plain tensor code.
+"""Scales, thresholds and levels of ternary and binary weights, in plain tensor code: the definition.
 
-Statistics are taken in fp32 (fp64 for fp64 weights) over `dims`, which are kept with size 1.
+Statistics are taken over `dims`, which are kept with size 1. They are summed in fp64, so that the
+order of summation does not show, and rounded to fp32 (fp64 for fp64 weights).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def ternarise(weight: Tensor, scale: Scale, dims: tuple[int, ...]) -> Tensor:
     """
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if scale == "absmean":
-        level = exact.abs().mean(dims, keepdim=True)
+        level = _mean(exact.abs(), dims)
         # Whatever divides zeros gives zeros, but 0 / 0 would not.
         codes = exact.div(torch.where(level == 0, 1.0, level)).round_().clamp_(-1, 1)
     else:
@@ -34,15 +35,32 @@ def ternarise(weight: Tensor, scale: Scale, dims: tuple[int, ...]) -> Tensor:
     return codes.to(weight.dtype).mul_(level.to(weight.dtype))
 
 
+def binarise(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return `weight` snapped to {-s, s} with s = mean |w| over `dims`; both zeros count as positive."""
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    level = _mean(exact.abs(), dims).to(weight.dtype)
+    return torch.where(weight < 0, -level, level)
+
+
+def _mean(magnitude: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return magnitude.mean(dims, keepdim=True, dtype=torch.float64).to(magnitude.dtype)
+
+
 def _twn(magnitude: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Li et al. 2016, eq. 5 and 6: threshold 0.7 mean |w|, scale the mean of what exceeds it."""
-    is_kept = magnitude > 0.7 * magnitude.mean(dims, keepdim=True)
+    is_kept = magnitude > 0.7 * _mean(magnitude, dims)
     num_kept = is_kept.sum(dims, keepdim=True).clamp(min=1)
-    return (magnitude * is_kept).sum(dims, keepdim=True) / num_kept, is_kept
+    level = (magnitude * is_kept).sum(dims, keepdim=True, dtype=torch.float64) / num_kept
+    return level.to(magnitude.dtype), is_kept
 
 
 def _least_squares(magnitude: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Scale and threshold that minimise the squared error, exactly.
+    level, threshold = least_squares(magnitude, dims)
+    return level, magnitude >= threshold
+
+
+def least_squares(magnitude: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Scale, and least magnitude that is kept, that minimise the squared error, exactly.
 
     Keeping the k largest magnitudes with their mean as scale removes (their sum)^2 / k from the
     error, so the best k is the argmax. Along equal magnitudes that expression is convex in k, so
@@ -57,4 +75,4 @@ def _least_squares(magnitude: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Te
     level = (sums.gather(-1, best) / (best + 1)).to(magnitude.dtype)
     threshold = ordered.gather(-1, best)
     shape = [*magnitude.shape[: -len(dims)], *[1] * len(dims)]
-    return level.view(shape), magnitude >= threshold.view(shape)
+    return level.view(shape), threshold.view(shape)

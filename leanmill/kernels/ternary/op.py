@@ -1,0 +1,190 @@
+"""Ternary and binary weights, trained straight-through."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from leanmill.kernels.fake_quant.dispatch import log_path, on_gpu
+from leanmill.kernels.fake_quant.grid import check_float
+from leanmill.kernels.sharded import is_dtensor, on_local_rows
+from leanmill.kernels.ternary import cpu, naive
+from leanmill.kernels.ternary.naive import Scale
+
+
+Granularity = Literal["tensor", "row"]
+
+
+def ternary(weight: Tensor, rule: Scale = "absmean", granularity: Granularity = "tensor") -> Tensor:
+    """Snap a weight to {-s, 0, s}; the gradient passes unchanged (straight-through).
+
+    `absmean`: s = mean |w|, clip(round(w / s), -1, 1) * s (BitNet b1.58, Ma et al. 2024,
+    arXiv:2402.17764, eq. 1 to 3). `twn`: what exceeds 0.7 mean |w| is kept, s its mean (Li et al. 2016,
+    arXiv:1605.04711, eq. 5 and 6). `mse`: s and threshold that minimise the squared error, by
+    sorting. Sums are in fp64 (on a GPU in fp32 over at most 16,384 weights, then fp64), s is fp32
+    and rounded to the weight's dtype once.
+
+    Args:
+        weight: fp32, bf16, fp16 or fp64 [..., out, in]. Of a DTensor s is that of the whole tensor.
+        rule: How s and the threshold are chosen.
+        granularity: One s a matrix [out, in] (each expert of a stacked weight has its own), or a row.
+
+    Returns:
+        Of the weight's shape and dtype.
+
+    Raises:
+        ValueError: A dtype or a name that does not fit, or a weight without dims.
+    """
+    _check(weight, rule, get_args(Scale), "rule")
+    _check(weight, granularity, get_args(Granularity), "granularity")
+    num_dims = _num_dims(weight, granularity)
+    if not is_dtensor(weight):
+        return _ternary(weight, rule, num_dims)
+    if _is_whole(weight, num_dims):
+        return on_local_rows(lambda local: _ternary(local, rule, num_dims), weight, num_row_dims=num_dims)
+    return _OverShards.apply(weight, lambda w: naive.ternarise(w, rule, tuple(range(-num_dims, 0))))
+
+
+def binary(weight: Tensor, granularity: Granularity | int = "tensor", *, clip: float | None = None) -> Tensor:
+    """Snap a weight to {-s, s} with s = mean |w|; both zeros count as positive.
+
+    The gradient passes straight-through, with `clip` only where |w| <= clip (XNOR-Net, Rastegari et al. 2016,
+    arXiv:1603.05279, eq. 6, without its gradient of s; BiBERT, Qin et al. 2022, clips at 1).
+
+    Args:
+        weight: fp32, bf16, fp16 or fp64 [..., out, in]. Of a DTensor s is that of the whole tensor.
+        granularity: One s a matrix, a row, or a group of so many neighbours along the last dim.
+        clip: Largest magnitude that receives a gradient; None for all.
+
+    Returns:
+        Of the weight's shape and dtype.
+
+    Raises:
+        ValueError: A dtype, granularity or clip that does not fit, or a weight without dims.
+    """
+    if isinstance(granularity, int):
+        check_float(weight, "the weight")
+        if granularity < 1 or weight.dim() == 0 or weight.shape[-1] % granularity:
+            raise ValueError(f"groups of {granularity} do not divide the rows of a weight {tuple(weight.shape)}")
+        grouped = weight.unflatten(-1, (weight.shape[-1] // granularity, granularity))
+        return binary(grouped, "row", clip=clip).flatten(-2)
+    _check(weight, granularity, get_args(Granularity), "granularity")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} lets no gradient pass; use a positive number or None")
+    num_dims = _num_dims(weight, granularity)
+    if not is_dtensor(weight):
+        return _binary(weight, num_dims, clip)
+    if _is_whole(weight, num_dims):
+        return on_local_rows(lambda local: _binary(local, num_dims, clip), weight, num_row_dims=num_dims)
+    return _OverShards.apply(weight, lambda w: naive.binarise(w, tuple(range(-num_dims, 0))), clip)
+
+
+def _check(weight: Tensor, value: str, allowed: tuple[str, ...], name: str) -> None:
+    check_float(weight, "the weight")
+    if weight.dim() == 0:
+        raise ValueError("the weight has no dims; use a weight [..., out, in]")
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is unknown; use one of {', '.join(allowed)}")
+
+
+def _num_dims(weight: Tensor, granularity: Granularity) -> int:
+    """Trailing dims that share a scale."""
+    return min(weight.dim(), 2) if granularity == "tensor" else 1
+
+
+def _is_whole(weight: Tensor, num_dims: int) -> bool:
+    """Whether every rank of a DTensor holds all that shares a scale."""
+    from torch.distributed.tensor import Shard
+
+    placements: tuple[Any, ...] = weight.placements  # type: ignore[attr-defined]
+    first = weight.dim() - num_dims
+    return not any(p.is_partial() or (isinstance(p, Shard) and p.dim % weight.dim() >= first) for p in placements)
+
+
+def _fast(weight: Tensor, operation: str) -> ModuleType | None:
+    if cpu.is_supported(weight):
+        log_path(operation, "C")
+        return cpu
+    if on_gpu(weight):
+        from leanmill.kernels.ternary import kernel
+
+        log_path(operation, "Triton")
+        return kernel
+    log_path(operation, "tensor code")
+    return None
+
+
+@torch.library.custom_op("leanmill::ternary", mutates_args=())
+def _ternary(weight: Tensor, rule: str, num_dims: int) -> Tensor:
+    weight = weight.contiguous()
+    fast = _fast(weight, "ternary")
+    if fast is None or not weight.numel():
+        # Without weights there is no mean, and nothing to snap.
+        dims = tuple(range(-num_dims, 0))
+        return naive.ternarise(weight, rule, dims).contiguous() if weight.numel() else weight.clone()  # type: ignore[arg-type]
+    length = weight.shape[-num_dims:].numel()
+    if rule == "mse":
+        exact = weight.view(-1, length).to(torch.float32).abs()
+        level, least = (t.flatten() for t in naive.least_squares(exact, (-1,)))
+        # The kernels keep what exceeds the threshold; this rule keeps the threshold too.
+        threshold = torch.nextafter(least, least.new_full((), -1.0))
+        return fast.ternary_levels(weight, length, level, torch.ones_like(level), threshold)  # type: ignore[no-any-return]
+    mean = (fast.magnitude_sums(weight, length)[0] / length).to(torch.float32)
+    if rule == "absmean":
+        divisor = torch.where(mean == 0, 1.0, mean)
+        return fast.ternary_levels(weight, length, mean, divisor, torch.full_like(mean, 0.5))  # type: ignore[no-any-return]
+    threshold = 0.7 * mean
+    sums, counts = fast.magnitude_sums(weight, length, threshold)
+    level = (sums / counts.clamp(min=1)).to(torch.float32)
+    return fast.ternary_levels(weight, length, level, torch.ones_like(level), threshold)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("leanmill::binary", mutates_args=())
+def _binary(weight: Tensor, num_dims: int, clip: float | None) -> Tensor:
+    weight = weight.contiguous()
+    fast = _fast(weight, "binary")
+    if fast is None or not weight.numel():
+        dims = tuple(range(-num_dims, 0))
+        return naive.binarise(weight, dims).contiguous() if weight.numel() else weight.clone()
+    length = weight.shape[-num_dims:].numel()
+    level = (fast.magnitude_sums(weight, length)[0] / length).to(torch.float32)
+    return fast.binary_levels(weight, length, level)  # type: ignore[no-any-return]
+
+
+def _fake(weight: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
+def _save_if_clipped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, _, ctx.clip = inputs
+    ctx.save_for_backward(*([] if ctx.clip is None else [weight]))
+
+
+def _clipped(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    if ctx.clip is None:
+        return grad, None, None
+    (weight,) = ctx.saved_tensors
+    return torch.where(weight.abs() <= ctx.clip, grad, 0.0), None, None
+
+
+_ternary.register_fake(_fake)
+_ternary.register_autograd(lambda ctx, grad: (grad, None, None))
+_binary.register_fake(_fake)
+_binary.register_autograd(_clipped, setup_context=_save_if_clipped)
+
+
+class _OverShards(torch.autograd.Function):
+    """Tensor code on a DTensor whose scales span ranks: its means are those of the whole tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, function: Any, clip: float | None = None) -> Tensor:
+        ctx.clip = clip
+        ctx.save_for_backward(*([] if clip is None else [weight]))
+        return function(weight)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _clipped(ctx, grad)

@@ -1,0 +1,164 @@
+"""Ternary and binary weights through their entries: every path against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leanmill.kernels.sharded import is_dtensor
+from leanmill.kernels.ternary import cpu
+from leanmill.kernels.ternary.naive import binarise, ternarise
+from leanmill.kernels.ternary.op import binary, ternary
+from tests.kernels.launcher import DEVICE, DTYPES
+
+
+RULES = ["absmean", "twn", "mse"]
+DIMS = {"tensor": (-2, -1), "row": (-1,)}
+
+
+def same(got, expected):
+    """Bitwise on the CPU, where sums are in fp64 on both sides; a GPU sums in fp32 first."""
+    tolerance = {"rtol": 0, "atol": 0} if DEVICE.type == "cpu" else {}
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("rule", RULES)
+def test_ternary_equals_the_definition(rule, granularity, dtype):
+    for shape in ((5, 7), (3, 4, 6), (1, 1), (2, 40_000), (3, 33)):
+        weight = (torch.randn(shape, device=DEVICE) * 0.02).to(dtype)
+        weight[0] = weight[0].abs().round(decimals=2)  # ties
+        leaf = weight.clone().requires_grad_()
+        out = ternary(leaf, rule, granularity)
+        same(out.detach(), ternarise(weight, rule, DIMS[granularity]))
+        upstream = torch.randn_like(out)
+        out.backward(upstream)
+        assert torch.equal(leaf.grad, upstream)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("granularity", ["tensor", "row", 1, 8])
+def test_binary_equals_the_definition(granularity, dtype):
+    weight = torch.randn(3, 5, 16, device=DEVICE).to(dtype)
+    weight[0, 0, :2] = torch.tensor([0.0, -0.0])
+    out = binary(weight, granularity)
+    groups = weight.unflatten(-1, (-1, granularity)) if isinstance(granularity, int) else weight
+    dims = DIMS.get(granularity, (-1,))
+    same(out, binarise(groups, dims).view(weight.shape))
+    # By hand: mean |w| with the sign of w, never zero.
+    level = groups.double().abs().mean(dims, keepdim=True).expand(groups.shape).reshape(weight.shape)
+    expected = torch.where(weight < 0, -level, level)
+    torch.testing.assert_close(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    assert (out[0, 0, :2] > 0).all() or granularity == 1
+
+
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_binary_gradient(clip):
+    weight = torch.randn(4, 9, device=DEVICE, requires_grad=True)
+    upstream = torch.randn_like(weight)
+    binary(weight, "row", clip=clip).backward(upstream)
+    passes = weight.detach().abs() <= (clip or float("inf"))
+    assert torch.equal(weight.grad, upstream * passes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape_and_stride(data):
+    shape = data.draw(st.lists(st.integers(0, 9), min_size=2, max_size=4).map(tuple))
+    dtype = data.draw(st.sampled_from([*DTYPES, torch.float64]))
+    order = data.draw(st.permutations(range(len(shape))))
+    weight = torch.randn(shape, device=DEVICE).to(dtype)
+    weight = weight.permute(*order).contiguous().permute(*[order.index(dim) for dim in range(len(shape))])
+    rule, granularity = data.draw(st.sampled_from(RULES)), data.draw(st.sampled_from(["tensor", "row"]))
+    out = ternary(weight, rule, granularity)
+    assert out.shape == weight.shape
+    assert binary(weight, granularity).shape == weight.shape
+    if weight.numel():
+        same(out, ternarise(weight, rule, DIMS[granularity]))
+        same(binary(weight, granularity), binarise(weight, DIMS[granularity]))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_special_values(rule):
+    inf, nan = float("inf"), float("nan")
+    rows = [[nan, 1.0, -1.0, 0.1], [inf, 1.0, -1.0, 0.1], [-0.0, 0.0, -0.0, 0.0], [1e-30, -1e-30, 3e38, -3e38]]
+    weight = torch.tensor([*rows, [1.0, -0.5, 0.25, 0.0]], device=DEVICE)
+    if rule == "mse":  # the order of sorted NaNs is no definition
+        weight = weight[2:]
+    same(ternary(weight, rule, "row"), ternarise(weight, rule, (-1,)))
+    same(binary(weight, "row"), binarise(weight, (-1,)))
+
+
+def test_one_dim_is_one_row():
+    weight = torch.randn(16, device=DEVICE)
+    same(ternary(weight), ternarise(weight, "absmean", (-1,)))
+
+
+def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
+    weight = torch.randn(64, 4096, device=DEVICE)
+    found = []
+    for num_threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=num_threads: n)
+        found.append(ternary(weight, "twn"))
+    assert torch.equal(*found)
+
+
+def test_without_a_compiler_tensor_code_runs(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    weight = torch.randn(5, 12)
+    assert torch.equal(ternary(weight), ternarise(weight, "absmean", (-2, -1)))
+    assert torch.equal(binary(weight), binarise(weight, (-2, -1)))
+
+
+def test_under_compile_and_opcheck():
+    weight = torch.randn(6, 16, device=DEVICE, requires_grad=True)
+
+    def function(w):
+        return (ternary(w, "twn", "row") + binary(w, 4, clip=0.5)).sin().sum()
+
+    eager = torch.autograd.grad(function(weight), weight)[0]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(weight), weight)[0], eager)
+    torch.library.opcheck(torch.ops.leanmill.ternary.default, (weight, "absmean", 2))
+    torch.library.opcheck(torch.ops.leanmill.binary.default, (weight, 1, 0.5))
+
+
+def test_dtensors(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = torch.randn(3, 4, 8)
+        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+            for granularity in ("tensor", "row"):
+                leaf = distribute_tensor(weight, mesh, [placement]).requires_grad_()
+                out = ternary(leaf, "absmean", granularity)
+                assert is_dtensor(out)
+                assert torch.equal(out.full_tensor(), ternary(weight, "absmean", granularity))
+                signs = binary(leaf, granularity, clip=0.5)
+                assert torch.equal(signs.full_tensor(), binary(weight, granularity))
+                (out + signs).sum().backward()
+                assert torch.equal(leaf.grad.full_tensor(), 1.0 + (weight.abs() <= 0.5))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: ternary(w, "max"), "absmean"),
+        (lambda w: ternary(w, "twn", "group"), "row"),
+        (lambda w: ternary(w.int()), "int32"),
+        (lambda w: ternary(w[0, 0]), "no dims"),
+        (lambda w: binary(w, 3), r"\(4, 8\)"),
+        (lambda w: binary(w, clip=0.0), "clip"),
+    ],
+)
+def test_what_does_not_fit_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(4, 8))
