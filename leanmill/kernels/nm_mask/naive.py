@@ -21,13 +21,14 @@ _KEYS = {
     torch.float64: (torch.int64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
 }
 """Integer type of equal size, its bits without the sign, and infinity's bits."""
-_PAIRS = tuple(itertools.combinations(range(4), 2))
+PAIRS = tuple(itertools.combinations(range(4), 2))
+"""Pairs of columns that a row of a tile may keep."""
 TILE_PATTERNS = tuple(
     rows
     for rows in itertools.product(range(6), repeat=4)
-    if all(sum(column in _PAIRS[row] for row in rows) == 2 for column in range(4))
+    if all(sum(column in PAIRS[row] for row in rows) == 2 for column in range(4))
 )
-"""The 90 masks of a 4 x 4 tile that keep two of every row and column: a pair of `_PAIRS` a row, in
+"""The 90 masks of a 4 x 4 tile that keep two of every row and column: a pair of `PAIRS` a row, in
 lexicographic order."""
 
 
@@ -73,7 +74,7 @@ def tile_mask(weight: Tensor) -> Tensor:
     exact = torch.where(exact.isnan(), torch.inf, exact)
     tiles = exact.unflatten(-2, (exact.shape[-2] // 4, 4)).unflatten(-1, (exact.shape[-1] // 4, 4))
     # [row][pair] of [..., out / 4, in / 4]
-    sums = [[tiles[..., row, :, i] + tiles[..., row, :, j] for i, j in _PAIRS] for row in range(4)]
+    sums = [[tiles[..., row, :, i] + tiles[..., row, :, j] for i, j in PAIRS] for row in range(4)]
     best = torch.full_like(sums[0][0], -1.0)
     choice = torch.zeros_like(best, dtype=torch.int64)
     for number, (a, b, c, d) in enumerate(TILE_PATTERNS):
@@ -87,7 +88,7 @@ def tile_mask(weight: Tensor) -> Tensor:
 
 def tile_pattern_masks(device: torch.device) -> Tensor:
     """The masks of `TILE_PATTERNS`, bool [90, 4, 4]."""
-    rows = [[[column in _PAIRS[row] for column in range(4)] for row in rows] for rows in TILE_PATTERNS]
+    rows = [[[column in PAIRS[row] for column in range(4)] for row in rows] for rows in TILE_PATTERNS]
     return torch.tensor(rows, dtype=torch.bool, device=device)
 
 
