@@ -270,7 +270,7 @@ def _run(
     if hidden.device.type != "cpu":
         # Counting the tokens with a label would wait for the device.
         return _run_rows(hidden, weight, bias, torch.where(kept, labels, -1), form, chunk_tokens, wanted, row_scales)
-    _check_range(labels, kept, weight.shape[0])
+    check_range(labels, kept, weight.shape[0])
     if kept.all():
         return _run_rows(hidden, weight, bias, labels, form, chunk_tokens, wanted, row_scales)
     index = kept.nonzero().squeeze(-1)
@@ -281,7 +281,8 @@ def _run(
     return Results(losses, of_hidden, found.weight, found.bias)
 
 
-def _check_range(labels: Tensor, kept: Tensor, vocab_size: int) -> None:
+def check_range(labels: Tensor, kept: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for a kept label that is no row of the weight; waits for the labels' device."""
     outside = labels[kept & ((labels < 0) | (labels >= vocab_size))]
     if len(outside):
         raise ValueError(f"label {int(outside[0])} is no row of the weight; labels must lie in [0, {vocab_size})")

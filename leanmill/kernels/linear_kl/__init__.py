@@ -1,0 +1,1 @@
+"""Divergence of two linear heads' distributions, without the whole [tokens, vocabulary] logits."""

@@ -1,0 +1,385 @@
+"""One entry for divergences of linear heads, whatever form the teacher comes in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leanmill.kernels.linear_cross_entropy import chunks
+from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
+from leanmill.kernels.linear_cross_entropy.op import check_range
+from leanmill.kernels.linear_kl import rows
+from leanmill.kernels.linear_kl.naive import Form, Kind
+from leanmill.kernels.sharded import is_dtensor
+
+
+log = logging.getLogger(__name__)
+
+_LOGITS_ALIVE = 6
+"""Tensors [rows, V] that tensor code holds at once, counted in the student's dtype."""
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """A teacher given as what its head sees, and the head."""
+
+    hidden: Tensor
+    """[..., H of the teacher], with the student's leading dims."""
+    weight: Tensor
+    """[V of the teacher, H of the teacher], same dtype."""
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """A teacher given as a function that makes or reads logits of some tokens."""
+
+    logits_of: Callable[[slice], Tensor]
+    """Returns logits [n, V of the teacher] of the flattened tokens in a slice with start and stop."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher given as its largest probabilities; what they leave is one more bucket."""
+
+    indices: Tensor
+    """[..., k] int64, distinct in a row."""
+    log_probs: Tensor
+    """[..., k] under softmax(teacher logits / T), with the T of the loss."""
+
+
+Teacher = TeacherHead | TeacherLogits | TopK
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over tokens with a label."""
+
+    total: Tensor
+    """The weighted sum, which is what backward is for."""
+    divergence: Tensor
+    cross_entropy: Tensor
+
+
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher: Teacher,
+    kind: Kind = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["sum", "mean"] = "mean",
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Return T^2 x the divergence between teacher and student, never holding logits for all tokens.
+
+    With teacher p and student q, both softmax(logits / T) over the vocabulary (or over k + 1 buckets
+    of a top-k cache): `forward` is KL(p || q), `reverse` KL(q || p), and `js` is
+    b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q (Agarwal et al. 2023, arXiv:2306.13649,
+    eq. 1; unlike there, its ends b = 0 and 1 are not redefined as the two KLs but refused). T^2
+    follows Hinton et al. 2015 (arXiv:1503.02531). Gradients go to the student only, and are built
+    in the forward pass as in `linear_cross_entropy`.
+
+    Args:
+        hidden: Student hidden states [..., H], fp32, bf16, fp16 or fp64.
+        weight: Student head [V, H], same dtype.
+        bias: [V], same dtype.
+        teacher: In one of three forms. Vocabularies of different size are compared over the rows
+            that both have.
+        kind: Which divergence.
+        beta: b of `js`, in (0, 1).
+        temperature: T > 0.
+        labels: [...] int64; tokens with `ignore_index` cost nothing. None counts all.
+        ignore_index: See `labels`.
+        reduction: `sum`, or `mean` over the tokens counted (NaN if there are none).
+        chunk_tokens: Tokens whose logits exist at once; None chooses by memory.
+
+    Returns:
+        A scalar, fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or ranges do not fit.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction {reduction!r} is not known; use 'sum' or 'mean'")
+    form = _form(kind, beta, temperature)
+    if labels is None:
+        labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    total = _losses(hidden, weight, bias, labels, teacher, form, ignore_index, chunk_tokens).total
+    return total / (labels != ignore_index).sum() if reduction == "mean" else total
+
+
+def linear_kl_and_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher: Teacher,
+    divergence_weight: float,
+    cross_entropy_weight: float,
+    kind: Kind = "forward",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> Losses:
+    """Return both losses of distillation from one set of logits: see `linear_kl` for the arguments.
+
+    Args:
+        hidden: Student hidden states [..., H].
+        weight: Student head [V, H].
+        labels: [...] int64 below V, or `ignore_index`.
+        bias: [V].
+        teacher: See `linear_kl`.
+        divergence_weight: Weight of the divergence in `total`.
+        cross_entropy_weight: Weight of cross-entropy (of softmax(logits), without T) in `total`.
+        kind: See `linear_kl`.
+        beta: See `linear_kl`.
+        temperature: See `linear_kl`.
+        ignore_index: See `linear_kl`.
+        chunk_tokens: See `linear_kl`.
+
+    Returns:
+        Sums; a weight of 0 still gives the loss, without its gradient.
+    """
+    form = _form(kind, beta, temperature, divergence_weight, cross_entropy_weight)
+    return _losses(hidden, weight, bias, labels, teacher, form, ignore_index, chunk_tokens)
+
+
+def _form(kind: Kind, beta: float, temperature: float, *weights: float) -> Form:
+    if kind not in ("forward", "reverse", "js"):
+        raise ValueError(f"kind {kind!r} is not known; use 'forward', 'reverse' or 'js'")
+    if not 0 < beta < 1:
+        raise ValueError(f"beta={beta} must lie between 0 and 1; its ends are kind='forward' and kind='reverse'")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0")
+    return Form(kind, float(beta), float(temperature), *map(float, weights))
+
+
+def _losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    teacher: Teacher,
+    form: Form,
+    ignore_index: int,
+    chunk_tokens: int | None,
+) -> Losses:
+    _check(hidden, weight, bias, labels, teacher, chunk_tokens)
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    targets = torch.where(targets == ignore_index, -1, targets)
+    settings = (form.kind, form.beta, form.temperature, form.divergence_weight, form.cross_entropy_weight)
+    track = torch.is_grad_enabled()
+    wanted = [track and t is not None and t.requires_grad for t in (flat, weight, bias)]
+    if isinstance(teacher, TeacherLogits):
+        found = _Provided.apply(flat, weight, bias, targets, teacher.logits_of, form, chunk_tokens or 0, wanted)
+        return Losses(found[0], found[1].detach(), found[2].detach())
+    tensors = [None] * 5
+    if isinstance(teacher, TeacherHead):
+        tensors[:3] = [teacher.hidden.flatten(0, -2), teacher.weight, teacher.bias]  # type: ignore[list-item]
+    else:
+        tensors[3:] = [teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2)]  # type: ignore[list-item]
+    # The teacher is a constant of this loss, whatever made it.
+    constants = [None if t is None else t.detach() for t in tensors]  # type: ignore[attr-defined]
+    found = _summed(flat, weight, bias, targets, *constants, *settings, chunk_tokens or 0, *wanted)
+    return Losses(found[0], found[1].detach(), found[2].detach())
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, teacher: Teacher, chunk_tokens: int | None
+) -> None:
+    given = f"student hidden {_describe(hidden)}, weight {_describe(weight)}, labels {_describe(labels)}"
+    tensors = [hidden, weight, labels]
+    if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 1:
+        raise ValueError(f"{given}: expected hidden [..., H] of 2 dims or more and weight [V, H] with one H")
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"{given}: expected one floating dtype; cast one of them")
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64:
+        raise ValueError(f"{given}: expected int64 labels of shape {tuple(hidden.shape[:-1])}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        raise ValueError(f"{given}, bias {_describe(bias)}: expected bias [V] in the weight's dtype")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1, or None")
+    if isinstance(teacher, TeacherHead):
+        tensors += [teacher.hidden, teacher.weight]
+        theirs = f"teacher hidden {_describe(teacher.hidden)}, weight {_describe(teacher.weight)}"
+        fits = teacher.weight.dim() == 2 and teacher.hidden.shape == (*labels.shape, teacher.weight.shape[1])
+        if not fits or teacher.hidden.dtype != teacher.weight.dtype:
+            raise ValueError(f"{given}, {theirs}: expected {tuple(labels.shape)} hidden states for its own weight")
+    elif isinstance(teacher, TopK):
+        tensors += [teacher.indices, teacher.log_probs]
+        theirs = f"top-k indices {_describe(teacher.indices)}, log_probs {_describe(teacher.log_probs)}"
+        same = teacher.indices.shape == teacher.log_probs.shape and teacher.indices.shape[:-1] == labels.shape
+        if not same or teacher.indices.dtype != torch.int64 or teacher.indices.shape[-1] > weight.shape[0]:
+            raise ValueError(f"{given}, {theirs}: expected both {tuple(labels.shape)} + (k,), int64 indices, k <= V")
+    if any(is_dtensor(t) for t in tensors):
+        raise ValueError(f"{given}: call full_tensor() on a sharded weight and to_local() on this rank's tokens")
+    if len({t.device for t in tensors}) > 1:
+        raise ValueError(f"devices {[str(t.device) for t in tensors]} differ; move all tensors to one")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+@torch.library.custom_op("leanmill::linear_kl", mutates_args=())
+def _summed(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    indices: Tensor | None,
+    log_probs: Tensor | None,
+    kind: str,
+    beta: float,
+    temperature: float,
+    divergence_weight: float,
+    cross_entropy_weight: float | None,
+    chunk_tokens: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    form = Form(kind, beta, temperature, divergence_weight, cross_entropy_weight)  # type: ignore[arg-type]
+    wanted = Wanted(wants_hidden, wants_weight, wants_bias)
+    if indices is not None:
+        assert log_probs is not None
+        return _run(hidden, weight, bias, labels, (indices, log_probs), form, chunk_tokens, wanted)
+    assert teacher_hidden is not None
+    assert teacher_weight is not None
+    head = teacher_weight[: weight.shape[0]]
+    head_bias = None if teacher_bias is None else teacher_bias[: weight.shape[0]]
+
+    def logits_of(part: slice) -> Tensor:
+        return torch.nn.functional.linear(teacher_hidden[part], head, head_bias)
+
+    return _run(hidden, weight, bias, labels, logits_of, form, chunk_tokens, wanted)
+
+
+@_summed.register_fake
+def _(hidden: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, exact, exact)
+    gradients = [
+        hidden.new_empty(shape if wanted else (0,), dtype=dtype if wanted else hidden.dtype)
+        for shape, dtype, wanted in zip(shapes, dtypes, args[-3:], strict=True)
+    ]
+    return (*(hidden.new_empty((), dtype=exact) for _ in range(3)), *gradients)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted, ctx.dtype = inputs[-3:], inputs[0].dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[3:])
+
+
+def _scaled(ctx: Any, of_total: Tensor | None) -> list[Tensor | None]:
+    if of_total is None:
+        return [None] * 3
+    return [
+        (gradient.to(of_total.dtype) * of_total).to(ctx.dtype) if wanted else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    ]
+
+
+def _scale_gradients(ctx: Any, of_total: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    return (*_scaled(ctx, of_total), *(None,) * 15)
+
+
+_summed.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+class _Provided(torch.autograd.Function):
+    """The same with a Python function for a teacher, which a custom operator cannot take."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        logits_of: Callable[[slice], Tensor],
+        form: Form,
+        chunk_tokens: int,
+        wanted: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = _run(hidden, weight, bias, labels, logits_of, form, chunk_tokens, Wanted(*wanted))
+        ctx.wanted, ctx.dtype = wanted, hidden.dtype
+        ctx.save_for_backward(*found[3:])
+        ctx.mark_non_differentiable(*found[1:3])
+        return found[:3]
+
+    @staticmethod
+    def backward(ctx: Any, of_total: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (*_scaled(ctx, of_total), *(None,) * 5)
+
+
+Source = Callable[[slice], Tensor] | tuple[Tensor, Tensor]
+"""Teacher logits of some tokens, or top-k indices and log-probabilities of all."""
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    source: Source,
+    form: Form,
+    chunk_tokens: int,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    divergences = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    divergence_ = _row_function(hidden)
+    if form.cross_entropy_weight is not None and hidden.device.type == "cpu":
+        check_range(labels, labels >= 0, weight.shape[0])
+
+    def row_loss(logits: Tensor, part: slice) -> Tensor:
+        """Leave the divergences aside and return cross-entropy."""
+        targets, wants_gradient = labels[part], bool(wanted)
+        if isinstance(source, tuple):
+            indices, log_probs = (t[part] for t in source)
+            found = rows.top_k_divergence_(logits, indices, log_probs, targets, form, wants_gradient=wants_gradient)
+        else:
+            teacher = source(part).detach()
+            found = divergence_(logits, teacher, targets, form, wants_gradient=wants_gradient)
+        divergences[part] = found[0]
+        return found[1]
+
+    chunk_rows = chunks.rows_a_chunk(hidden, weight, chunk_tokens or None, logits_alive=_LOGITS_ALIVE)
+    results: Results = chunks.run(hidden, weight, bias, row_loss, wanted, chunk_rows)
+    divergence, cross_entropy = divergences.sum(), results.losses.sum()
+    total = form.divergence_weight * divergence + (form.cross_entropy_weight or 0.0) * cross_entropy
+    gradients = [hidden.new_empty(0) if g is None else g for g in (results.hidden, results.weight, results.bias)]
+    return total, divergence, cross_entropy, gradients[0], gradients[1], gradients[2]
+
+
+def _row_function(hidden: Tensor) -> Any:
+    if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
+        from leanmill.kernels.linear_kl import kernel
+
+        _say("Triton")
+        return kernel.divergence_
+    _say("tensor code")
+    return rows.divergence_
+
+
+@functools.cache
+def _say(path: str) -> None:
+    log.info("linear_kl: divergence and gradient of logits by %s", path)
