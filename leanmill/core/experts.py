@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import ExpertSite, recomputed
+from leanmill.kernels.grouped_gemm.op import grouped_gemm
+from leanmill.kernels.moe_permute.op import sort_by_expert
+from leanmill.kernels.swiglu.op import swiglu
 
 
 IMPLEMENTATION = "leanmill"
@@ -82,53 +84,48 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Returns:
         [T, H] in the dtype of `hidden_states`.
     """
-    num_tokens, top_k = top_k_index.shape
-    expert_of_copy = top_k_index.reshape(-1)
-    order = torch.argsort(expert_of_copy, stable=True)
     num_experts: int = self.num_experts  # type: ignore[assignment]
-    offsets = torch.bincount(expert_of_copy, minlength=num_experts).cumsum(0).to(torch.int32)
-    rows = hidden_states[order // top_k]
-    hidden = self._apply_gate(_site_matmul(self, "gate_up_proj", rows, offsets))  # type: ignore[operator]
-    out = _site_matmul(self, "down_proj", hidden, offsets)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    in_place = torch.empty_like(order)
-    in_place[order] = torch.arange(order.numel(), device=order.device)
-    # Gather then sum: deterministic, and the sum accumulates in fp32, unlike index_add_ in bf16.
-    return out[in_place].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    _, positions, counts = sort_by_expert(top_k_index, num_experts)
+    offsets = counts.cumsum(0)
+    # Tokens are gathered while they are multiplied and summed while results are stored, so the only
+    # copies of every token's K rows that exist are the two in the middle.
+    gate_up = _site_matmul(self, "gate_up_proj", hidden_states, offsets, gather_index=positions)
+    hidden = swiglu(gate_up) if _is_swiglu(self) else self._apply_gate(gate_up)  # type: ignore[operator]
+    out = _site_matmul(
+        self, "down_proj", hidden, offsets, scatter_index=positions, scatter_weights=top_k_weights
+    )
+    return out.to(hidden_states.dtype)
 
 
-def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+def _is_swiglu(module: nn.Module) -> bool:
+    """Whether the module's gate is transformers' own with SiLU, which we compute in one pass."""
+    from transformers.activations import SiLUActivation
+    from transformers.integrations.moe import _default_apply_gate
+
+    gate = getattr(type(module), "_apply_gate", None)
+    return gate is _default_apply_gate and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
+
+
+def _site_matmul(
+    module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor, **routing: Tensor
+) -> Tensor:
     sites = module._modules.get("sites")
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
     if site is None or not site.stages:
-        return grouped_linear(rows, getattr(module, parameter_name), offsets)
-    return recomputed(lambda x: grouped_linear(x, site(), offsets), rows)
+        return grouped_linear(rows, getattr(module, parameter_name), offsets, **routing)
+    return recomputed(lambda x: grouped_linear(x, site(), offsets, **routing), rows)
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply rows sorted by expert with their expert's weight.
+def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, **routing: Tensor) -> Tensor:
+    """Multiply rows sorted by expert with their expert's weight, in autocast's dtype where it is on.
 
     Args:
-        rows: [N, in], sorted by expert.
+        rows: [N, in], sorted by expert, or tokens with a `gather_index`.
         weight: [E, out, in].
-        offsets: End row of each expert [E] int32; experts may have no rows.
+        offsets: End row of each expert [E]; experts may have no rows.
+        routing: `gather_index`, `scatter_index` and `scatter_weights` of `grouped_gemm`.
     """
+    dtype = weight.dtype
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-    else:
-        rows = rows.to(weight.dtype)
-    if _has_grouped_mm(rows, weight):
-        return F.grouped_mm(rows.contiguous(), weight.transpose(-2, -1), offs=offsets)
-    ends = offsets.tolist()
-    pieces = [
-        F.linear(rows[start:end], weight[e]) for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
-    ]
-    return torch.cat(pieces)
-
-
-def _has_grouped_mm(rows: Tensor, weight: Tensor) -> bool:
-    aligned = all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
-    if rows.device.type == "cuda":
-        return weight.dtype == torch.bfloat16 and aligned
-    return weight.dtype in (torch.float32, torch.bfloat16) and aligned
+    return grouped_gemm(rows.to(dtype), weight.to(dtype), offsets, **routing)

@@ -1,0 +1,1 @@
+"""Rows sorted by expert times stacked expert weights, forward and backward."""

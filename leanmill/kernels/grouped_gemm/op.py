@@ -1,0 +1,270 @@
+"""One entry for the grouped product, differentiable, on every device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanmill.kernels.grouped_gemm import blocks, cpu, library
+from leanmill.kernels.grouped_gemm.problem import Needed, Problem
+from leanmill.kernels.native.dtypes import SUFFIXES
+from leanmill.kernels.sharded import is_dtensor
+
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = (*SUFFIXES, torch.float64)
+
+
+def grouped_gemm(
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    *,
+    gather_index: Tensor | None = None,
+    scatter_index: Tensor | None = None,
+    scatter_weights: Tensor | None = None,
+) -> Tensor:
+    """Multiply rows sorted by expert with their expert's weight: `y[i] = weight[expert of i] @ rows[i]`.
+
+    Sums are fp32 (fp64 for fp64) and rounded once to the dtype of `rows`. Results and gradients
+    repeat bitwise: every sum has a fixed order. Only the operands are kept for backward.
+
+    Args:
+        rows: [N, in]; with `gather_index` tokens [T, in]. fp32, bf16, fp16 or fp64.
+        weight: [E, out, in], same dtype and device.
+        offsets: End row of each expert [E] int32 or int64, ascending, at most N. Experts may have no
+            rows; rows from the last offset on belong to no expert, and their products are zero.
+        gather_index: [T, K] int64, the `positions` of `moe_permute`: sorted row `gather_index[t, k]`
+            reads token t, so that the K copies of a token are never stored. N = T x K.
+        scatter_index: [T, K] int64, likewise: the result is [T, out], the sum over a token's K rows.
+        scatter_weights: [T, K], factors of that sum, differentiable: combine weights of a router.
+
+    Returns:
+        [N, out], or [T, out] with `scatter_index`.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit, factors without an index, a DTensor,
+            and on the CPU, where it costs nothing, offsets or indices that point outside.
+
+    Which code runs: see `docs/kernels/experts.md`. Gathering on load and scattering on store follow
+    ScatterMoE (Tan et al., 2024); we take the gradient of the combine weights from the product that
+    the rows' gradient needs anyway, <W x, g> = <x, W' g>, instead of keeping W x.
+    """
+    offsets = _checked(rows, weight, offsets, gather_index, scatter_index, scatter_weights)
+    arguments = (rows, weight, offsets, gather_index, scatter_index, scatter_weights)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return _product(*arguments)
+    if not any(t.requires_grad for t in (rows, weight, scatter_weights) if t is not None):
+        return _product(*arguments)
+    collector = _Operands.apply(*arguments)
+    return _Compute.apply(collector, *(None if t is None else t.detach() for t in arguments))  # type: ignore[no-any-return]
+
+
+def _checked(
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    scatter_weights: Tensor | None,
+) -> Tensor:
+    """Raise on operands that do not fit; return the offsets as int64."""
+    tensors = {"rows": rows, "weight": weight, "offsets": offsets}
+    optional = {"gather_index": gather_index, "scatter_index": scatter_index, "scatter_weights": scatter_weights}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    shapes = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items())
+    for name, tensor in tensors.items():
+        if is_dtensor(tensor):
+            raise ValueError(
+                f"{name} is a DTensor placed {tensor.placements}; rows and experts of one product must be whole "
+                f"on a rank: pass {name}.full_tensor(), or {name}.to_local() with the local experts' offsets"
+            )
+        if tensor.device != rows.device:
+            raise ValueError(f"{name} is on {tensor.device} and rows on {rows.device}; move them to one device")
+    if rows.dim() != 2 or weight.dim() != 3 or rows.shape[-1] != weight.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"{shapes} do not fit: rows must be [N, in] and weight [E, out, in] with E >= 1")
+    if rows.dtype != weight.dtype or rows.dtype not in _DTYPES:
+        raise ValueError(f"{shapes}: rows and weight must have one dtype of {', '.join(map(str, _DTYPES))}")
+    if offsets.shape != weight.shape[:1] or offsets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{shapes}: offsets must be int32 or int64 [{weight.shape[0]}], the end row of each expert")
+    for name, index in (("gather_index", gather_index), ("scatter_index", scatter_index)):
+        if index is not None and (index.dim() != 2 or index.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(f"{shapes}: {name} must be int64 [T, K], the sorted row of each token's copies")
+    if gather_index is not None and gather_index.shape[0] != rows.shape[0]:
+        raise ValueError(f"{shapes}: with gather_index {tuple(gather_index.shape)}, rows must have as many tokens")
+    num_rows = rows.shape[0] if gather_index is None else gather_index.numel()
+    if scatter_index is not None and scatter_index.numel() != num_rows:
+        raise ValueError(f"{shapes}: scatter_index must have one entry for each of the {num_rows} sorted rows")
+    if scatter_weights is not None and (scatter_index is None or scatter_weights.shape != scatter_index.shape):
+        raise ValueError(f"{shapes}: scatter_weights must have the shape of a scatter_index given with them")
+    return offsets.to(torch.int64)
+
+
+def _path(problem: Problem) -> ModuleType:
+    """The module that computes this problem."""
+    dtype = problem.rows.dtype
+    if problem.rows.device.type == "cpu":
+        own_is_best = dtype == torch.float32 or not blocks.multiplies_natively(dtype)
+        return _said(cpu if own_is_best and cpu.is_supported(problem) else blocks)
+    if problem.rows.device.type == "cuda" and torch.version.hip is None and dtype in SUFFIXES:
+        if library.is_supported(problem):
+            return _said(library)
+        try:
+            from leanmill.kernels.grouped_gemm import kernel
+        except ImportError:
+            return _said(blocks)
+        return _said(kernel)
+    return _said(blocks)
+
+
+@functools.cache
+def _said(module: ModuleType) -> ModuleType:
+    logger.debug("grouped_gemm computes through %s", module.__name__)
+    return module
+
+
+def _problem(
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    scatter_weights: Tensor | None,
+) -> Problem:
+    """The operands as paths want them, with offsets checked where that does not stop a GPU."""
+    gather_index, scatter_index = (
+        None if index is None else index.to(torch.int64).contiguous() for index in (gather_index, scatter_index)
+    )
+    weights = None if scatter_weights is None else scatter_weights.detach().contiguous()
+    operands = (rows.detach().contiguous(), weight.detach().contiguous(), offsets.contiguous())
+    problem = Problem(*operands, gather_index, scatter_index, weights)
+    if rows.device.type == "cpu":
+        ends = offsets.tolist()
+        if any(a > b for a, b in zip([0, *ends], [*ends, problem.num_rows], strict=True)):
+            raise ValueError(f"offsets {ends} must ascend from 0 to at most {problem.num_rows}, the number of rows")
+    return problem
+
+
+@torch.library.custom_op("leanmill::grouped_gemm", mutates_args=())
+def _product(
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    scatter_weights: Tensor | None,
+) -> Tensor:
+    return _forward(rows, weight, offsets, gather_index, scatter_index, scatter_weights)
+
+
+def _forward(*operands: Any) -> Tensor:
+    problem = _problem(*operands)
+    return _path(problem).forward(problem)  # type: ignore[no-any-return]
+
+
+@_product.register_fake
+def _(
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    scatter_weights: Tensor | None,
+) -> Tensor:
+    num_rows = rows.shape[0] if gather_index is None else gather_index.numel()
+    return rows.new_empty(num_rows if scatter_index is None else scatter_index.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("leanmill::grouped_gemm_backward", mutates_args=())
+def _product_backward(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    scatter_weights: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    return _backward(grad, rows, weight, offsets, gather_index, scatter_index, scatter_weights, needed)
+
+
+def _backward(grad: Tensor, *operands_and_needed: Any) -> list[Tensor]:
+    *operands, needed = operands_and_needed
+    problem = _problem(*operands)
+    found = _path(problem).backward(problem, grad.contiguous(), Needed(*needed))
+    given = (found.rows, found.weight, found.scatter_weights)
+    return [gradient for gradient in given if gradient is not None]
+
+
+@_product_backward.register_fake
+def _(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    gather_index: Tensor | None,
+    scatter_index: Tensor | None,
+    scatter_weights: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    wanted = zip((rows, weight, scatter_weights), needed, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, is_needed in wanted if is_needed and tensor is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, grad: Tensor, compute: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
+    needed = [ctx.needs_input_grad[place] for place in (0, 1, 5)]
+    found = iter(compute(grad, *ctx.saved_tensors, needed))
+    rows, weight, scatter_weights = (next(found) if is_needed else None for is_needed in needed)
+    return rows, weight, None, None, None, scatter_weights
+
+
+def _through_op(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, grad, _product_backward)
+
+
+_product.register_autograd(_through_op, setup_context=_save)
+
+
+class _Operands(torch.autograd.Function):
+    """Saves the operands before anything is computed, and computes all gradients.
+
+    Checkpointing repeats a forward up to the last tensor that it saved. A function that saves its
+    operands after its product, as functions do, would have that product repeated; this one stands
+    before it and hands on an empty tensor of the product's shape, which collects its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        ctx.save_for_backward(*operands)
+        rows, weight, _, gather_index, scatter_index, _ = operands
+        num_rows = rows.shape[0] if gather_index is None else gather_index.numel()
+        shape = (num_rows if scatter_index is None else scatter_index.shape[0], weight.shape[1])
+        return rows.new_empty(()).expand(shape)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _gradients(ctx, grad, _backward)
+
+
+class _Compute(torch.autograd.Function):
+    """The product; its gradient is handed to `_Operands`."""
+
+    @staticmethod
+    def forward(ctx: Any, collector: Tensor, *operands: Any) -> Tensor:
+        return _forward(*operands)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, None, None, None, None, None, None

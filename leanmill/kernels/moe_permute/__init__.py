@@ -1,0 +1,1 @@
+"""Token copies sorted by expert, and summed back to tokens."""
