@@ -1,0 +1,1 @@
+"""Low-rank changes merged into a weight, with gradients that stay low-rank."""
