@@ -63,6 +63,35 @@ class LossTerm(Protocol):
         ...
 
 
+@runtime_checkable
+class HeadLossTerm(LossTerm, Protocol):
+    """A term that can also be had straight from the head's operands, beside cross-entropy.
+
+    A trainer prefers this where it applies (a plain head, no other terms): no logits of the whole
+    micro-batch exist, and both losses come from the same ones.
+    """
+
+    def with_cross_entropy(
+        self,
+        head: tuple[Tensor, Tensor, Tensor | None],
+        labels: Tensor,
+        extras: Mapping[str, Tensor],
+        *,
+        cross_entropy_weight: float,
+        chunk_tokens: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted total, which alone carries gradients, cross-entropy, and the term: sums.
+
+        Args:
+            head: Student hidden states [N, H], head weight [V, H] and bias [V].
+            labels: Targets [N] int64, -100 where ignored.
+            extras: What `prepare` returned, flattened to [N, ...].
+            cross_entropy_weight: Weight of cross-entropy in the total, beside the term's own.
+            chunk_tokens: Tokens whose logits may exist at once; None chooses by memory.
+        """
+        ...
+
+
 class StepRule:
     """Work done exactly once an optimizer step, under no_grad, on every rank.
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F  # noqa: N812
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.site import recomputed
-from leanmill.core.technique import Batch, LossTerm
+from leanmill.core.technique import Batch, HeadLossTerm, LossTerm
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
-from leanmill.trainer.losses import is_plain_head, loss_in_head, loss_on_body
+from leanmill.trainer.losses import HeadLoss, is_plain_head, loss_in_head, loss_on_body
 
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,10 @@ AUTO_CHUNK_BYTES = 256 * 2**20
 class TrainModule(nn.Module):
     """Un-normalised training losses of a causal LM.
 
-    Cross-entropy on its own comes from `linear_cross_entropy` wherever the head is a plain matmul:
-    gradients are built with the loss, a chunk of tokens at a time. Terms that take logits, adapters
-    around the head and families that treat logits in ways of their own get logits, whole up to
-    `AUTO_CHUNK_BYTES` and in chunks that backward recomputes above.
+    Where the head is a plain matmul, cross-entropy (alone, or beside one `HeadLossTerm`) is computed
+    inside the head's call: gradients are built with the loss, a chunk of tokens at a time. Terms that
+    take logits, adapters around the head and families that treat logits in ways of their own get
+    logits, whole up to `AUTO_CHUNK_BYTES` and in chunks that backward recomputes above.
 
     Args:
         model: The Hugging Face causal LM.
@@ -67,9 +67,9 @@ class TrainModule(nn.Module):
         terms = self.loss_terms if self.training else ()
         extras = [_flat(term.prepare(batch)) for term in terms]
         labels = batch["labels"].reshape(-1)
-        fused = None if terms else self._fused_cross_entropy(batch, labels)
+        fused = self._fused(batch, labels, terms, extras)
         if fused is not None:
-            return {"cross_entropy": fused, "total": self.cross_entropy_weight * fused}
+            return fused
         chunk = self._chunk_size(labels.numel())
         if chunk >= labels.numel():
             logits = self.model(**_inputs(batch)).logits
@@ -81,38 +81,72 @@ class TrainModule(nn.Module):
         losses["total"] = sum((w * value for w, value in zip(weights, sums, strict=True)), sums.new_zeros(()))
         return losses
 
-    def _fused_cross_entropy(self, batch: Batch, labels: Tensor) -> Tensor | None:
-        """Return the sum without making logits, or None where that is not known to be the same."""
+    def _fused(
+        self, batch: Batch, labels: Tensor, terms: Sequence[LossTerm], extras: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, Tensor] | None:
+        """Return the losses without making all logits, or None where that is not known to be the same."""
         model, head = self.model, self.model.get_output_embeddings()  # type: ignore[operator]
         if not self._may_fuse or not is_plain_head(head):
             return None
+        losses: dict[str, Tensor] = {}
         form = known_head_form(model.config)
+        if not terms:
+            loss = self._cross_entropy_of(labels, form or HeadForm(), losses)
+        elif len(terms) == 1 and isinstance(terms[0], HeadLossTerm) and form is None:
+            loss = self._both_of(labels, terms[0], extras[0], losses)
+        else:
+            return None
+        if form is not None:
+            return losses | {"total": loss_on_body(model, _inputs(batch), loss)}
+        if head_extras(model.config):
+            self._may_fuse = False
+            return None
+        total = loss_in_head(model, _inputs(batch), labels.numel(), loss)
+        if total is None:
+            # Once: what a family does does not change from batch to batch.
+            self._may_fuse = False
+            log.info("this model family changes its logits after the head, so losses are computed from logits")
+            return None
+        return losses | {"total": total}
 
+    def _cross_entropy_of(self, labels: Tensor, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
         def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            known = form or HeadForm()
-            total = linear_cross_entropy(
+            found = linear_cross_entropy(
                 hidden,
                 weight,
                 labels,
                 bias,
                 reduction="sum",
-                logit_scale=known.scale,
-                softcap=known.softcap,
-                chunk_tokens=None if self.chunk_tokens == "auto" else self.chunk_tokens,
-            )
-            return total.float()
+                logit_scale=form.scale,
+                softcap=form.softcap,
+                chunk_tokens=self._fused_chunk,
+            ).float()
+            losses["cross_entropy"] = found.detach()
+            return self.cross_entropy_weight * found
 
-        if form is not None:
-            return loss_on_body(model, _inputs(batch), loss)
-        if head_extras(model.config):
-            self._may_fuse = False
-            return None
-        found = loss_in_head(model, _inputs(batch), labels.numel(), loss)
-        if found is None:
-            # Once: what a family does does not change from batch to batch.
-            self._may_fuse = False
-            log.info("this model family changes its logits after the head, so losses are computed from logits")
-        return found
+        return loss
+
+    def _both_of(
+        self, labels: Tensor, term: HeadLossTerm, extras: Mapping[str, Tensor], losses: dict[str, Tensor]
+    ) -> HeadLoss:
+        def loss(*head: Any) -> Tensor:
+            total, losses["cross_entropy"], losses[term.name] = (
+                value.float()
+                for value in term.with_cross_entropy(
+                    head,
+                    labels,
+                    extras,
+                    cross_entropy_weight=self.cross_entropy_weight,
+                    chunk_tokens=self._fused_chunk,
+                )
+            )
+            return total
+
+        return loss
+
+    @property
+    def _fused_chunk(self) -> int | None:
+        return None if self.chunk_tokens == "auto" else self.chunk_tokens
 
     def _chunk_size(self, num_tokens: int) -> int:
         if self.chunk_tokens != "auto":

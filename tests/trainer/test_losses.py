@@ -11,12 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from leanmill.core.head import _KNOWN_FAMILIES
 from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage
+from leanmill.distill.logits.config import Distill
+from leanmill.distill.logits.term import DistillTerm
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import FsdpEngine, SingleEngine
 from leanmill.parallel.deepspeed import DeepSpeedEngine
 from leanmill.trainer.losses import is_plain_head, loss_in_head
 from leanmill.trainer.train_module import TrainModule
-from tests.core.tiny import FAMILIES, tiny
+from tests.core.tiny import FAMILIES, context, tiny
 from tests.distributed import run_ranks
 from tests.parallel import cases
 
@@ -253,3 +255,37 @@ def test_engines_train_as_from_logits_on_one_process(kind, tied):
     for name, value in wanted["gradients"].items():
         torch.testing.assert_close(results[0]["gradients"][name], value, rtol=1e-3, atol=1e-4)
     assert results[0]["evaluated"] == pytest.approx(wanted["evaluated"], rel=1e-4)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_distillation_beside_cross_entropy_is_that_of_logits(divergence, weight, head_rows):
+    model, teacher = tiny(), tiny(seed=9, hidden_size=24)
+    config = Distill(teacher="t", divergence=divergence, temperature=2.0, weight=0.3)
+    batch = batch_of()
+    whole = TrainModule(model, [DistillTerm(config, context(teacher))], weight)
+    whole._may_fuse = False
+    expected = whole(batch)
+    expected["total"].backward()
+    wanted, rows = gradients(model), head_rows(model)
+    losses = TrainModule(model, [DistillTerm(config, context(teacher))], weight, chunk_tokens=8)(batch)
+    losses["total"].backward()
+    assert rows == []
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradients(model), wanted, rtol=1e-4, atol=1e-4)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_distillation_under_autocast_and_from_a_teacher_with_a_head_of_its_own():
+    model, teacher = tiny(), tiny(seed=9)
+    batch = batch_of()
+    module = TrainModule(model, [DistillTerm(Distill(teacher="t"), context(teacher))])
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = module(batch)
+        module._may_fuse = False
+        whole = module(batch)
+    torch.testing.assert_close(fused, whole, rtol=2e-2, atol=2e-2)
+    module._may_fuse = True
+    expected = module(batch)
+    teacher.lm_head = nn.Sequential(teacher.lm_head)
+    torch.testing.assert_close(module(batch), expected)

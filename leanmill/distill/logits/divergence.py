@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-import torch
 from torch import Tensor
+
+from leanmill.kernels.linear_kl import naive
 
 
 Kind = Literal["forward_kl", "reverse_kl", "js"]
+KERNEL_KINDS: dict[Kind, naive.Kind] = {"forward_kl": "forward", "reverse_kl": "reverse", "js": "js"}
+"""What the kernels call them."""
 
 
 def divergence(
@@ -31,22 +33,4 @@ def divergence(
     Returns:
         [...].
     """
-    student, teacher = (_log_softmax(logits, temperature) for logits in (student_logits, teacher_logits))
-    if kind == "forward_kl":
-        value = _kl(teacher, student)
-    elif kind == "reverse_kl":
-        value = _kl(student, teacher)
-    else:
-        mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-        value = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-    return temperature**2 * value
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return (logits.to(dtype) / temperature).log_softmax(-1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) over the last dim."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return naive.divergence(student_logits, teacher_logits, naive.Form(KERNEL_KINDS[kind], beta, temperature))

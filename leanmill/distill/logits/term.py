@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import head_extras
 from leanmill.core.technique import Batch, InstallContext
-from leanmill.distill.logits.divergence import divergence
+from leanmill.distill.logits.divergence import KERNEL_KINDS, divergence
+from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, linear_kl_and_cross_entropy
 
 
 if TYPE_CHECKING:
@@ -69,6 +70,40 @@ class DistillTerm:
             beta=self.config.beta,
         )
         return torch.where(labels != -100, per_token, 0.0).sum()
+
+    def with_cross_entropy(
+        self,
+        head: tuple[Tensor, Tensor, Tensor | None],
+        labels: Tensor,
+        extras: Mapping[str, Tensor],
+        *,
+        cross_entropy_weight: float,
+        chunk_tokens: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `HeadLossTerm`."""
+        found = linear_kl_and_cross_entropy(
+            head[0],
+            head[1],
+            labels,
+            head[2],
+            teacher=self._teacher_head(extras["teacher_hidden"]),
+            divergence_weight=self.weight,
+            cross_entropy_weight=cross_entropy_weight,
+            kind=KERNEL_KINDS[self.config.divergence],
+            beta=self.config.beta,
+            temperature=self.config.temperature,
+            chunk_tokens=chunk_tokens,
+        )
+        return found.total, found.cross_entropy, found.divergence
+
+    def _teacher_head(self, hidden: Tensor) -> TeacherHead | TeacherLogits:
+        head: Any = self.teacher.get_output_embeddings()  # type: ignore[operator]
+        if type(head) is not nn.Linear:
+            return TeacherLogits(lambda part: head(hidden[part]))
+        device_type = hidden.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head.weight.dtype
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return TeacherHead(hidden.to(dtype), head.weight.to(dtype), bias)
 
     def _check(self, teacher: Any) -> None:
         extras = head_extras(teacher.config)

@@ -1,0 +1,188 @@
+"""Divergence of two rows of logits and its gradient written over the student's, in Triton.
+
+One program a row: an online softmax over both (and over the student's at T = 1 for cross-entropy), a
+second read for the divergence, and a third for the gradient, which `reverse` and `js` can only write
+once the divergence is known. All after the first come from the L2 cache.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leanmill.kernels.linear_kl.naive import Form
+
+
+_KINDS = {"forward": 0, "reverse": 1, "js": 2}
+
+
+@triton.jit
+def _normaliser(ptr, width, inverse, BLOCK: tl.constexpr):
+    """Largest of the scaled logits and the log of the sum of their exponentials over it."""
+    offsets = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    is_nan = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, width, BLOCK):
+        inside = start + offsets < width
+        z = tl.load(ptr + start + offsets, mask=inside, other=float("-inf")).to(tl.float32) * inverse
+        is_nan |= (z != z).to(tl.int32)
+        new_top = tl.maximum(top, z)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - base) + tl.exp(z - base)
+        top = new_top
+    row_top = tl.max(top, axis=0)
+    base = tl.where(row_top == float("-inf"), 0.0, row_top)
+    sum_exp = tl.sum(total * tl.exp(top - base), axis=0)
+    sum_exp = tl.where(tl.max(is_nan, axis=0) > 0, float("nan"), sum_exp)
+    return row_top, tl.log(sum_exp)
+
+
+@triton.jit
+def _masses(student, teacher, log_beta, log_rest):
+    """p, q, log p - log q, and log(m / q); a token without teacher mass has gap -inf."""
+    p, q = tl.exp(teacher), tl.exp(student)
+    gap = teacher - student
+    a, b = gap + log_beta, log_rest
+    larger = tl.maximum(a, b)
+    lift = larger + tl.log(1.0 + tl.exp(tl.minimum(a, b) - larger))
+    return p, q, gap, lift
+
+
+@triton.jit
+def _times(mass, factor):
+    return tl.where(mass == 0.0, 0.0, mass * factor)
+
+
+@triton.jit
+def _divergence_rows(
+    raw_ptr,
+    teacher_ptr,
+    labels_ptr,
+    divergences_ptr,
+    cross_entropies_ptr,
+    width,
+    teacher_width,
+    shared,
+    inverse,
+    temperature,
+    beta,
+    log_beta,
+    log_rest,
+    divergence_weight,
+    cross_entropy_weight,
+    KIND: tl.constexpr,
+    WANTS_CROSS_ENTROPY: tl.constexpr,
+    WANTS_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    raw_ptr += row * width
+    teacher_ptr += row * teacher_width
+    label = tl.load(labels_ptr + row)
+    offsets = tl.arange(0, BLOCK)
+    if label < 0:
+        tl.store(divergences_ptr + row, 0.0)
+        tl.store(cross_entropies_ptr + row, 0.0)
+        if WANTS_GRADIENT:
+            zeros = tl.zeros([BLOCK], tl.float32).to(raw_ptr.dtype.element_ty)
+            for start in range(0, width, BLOCK):
+                tl.store(raw_ptr + start + offsets, zeros, mask=start + offsets < width)
+        return
+
+    student_top, student_log = _normaliser(raw_ptr, shared, inverse, BLOCK)
+    teacher_top, teacher_log = _normaliser(teacher_ptr, shared, inverse, BLOCK)
+    plain_top, plain_log = student_top, student_log
+    if WANTS_CROSS_ENTROPY:
+        plain_top, plain_log = _normaliser(raw_ptr, width, 1.0, BLOCK)
+        target = tl.load(raw_ptr + label, mask=label < width, other=float("nan")).to(tl.float32)
+        tl.store(cross_entropies_ptr + row, plain_log - (target - plain_top))
+    else:
+        tl.store(cross_entropies_ptr + row, 0.0)
+
+    of_teacher = tl.zeros([BLOCK], tl.float32)
+    of_student = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, shared, BLOCK):
+        inside = start + offsets < shared
+        s = tl.load(raw_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32) * inverse
+        t = tl.load(teacher_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32) * inverse
+        p, q, gap, lift = _masses((s - student_top) - student_log, (t - teacher_top) - teacher_log, log_beta, log_rest)
+        if KIND == 0:
+            of_teacher += tl.where(inside, _times(p, gap), 0.0)
+        elif KIND == 1:
+            of_student += tl.where(inside, _times(q, -gap), 0.0)
+        else:
+            of_teacher += tl.where(inside, _times(p, gap - lift), 0.0)
+            of_student += tl.where(inside, _times(q, -lift), 0.0)
+    teacher_sum = tl.sum(of_teacher, axis=0)
+    student_sum = tl.sum(of_student, axis=0)
+    value = teacher_sum + student_sum
+    if KIND == 2:
+        value = beta * teacher_sum + (1.0 - beta) * student_sum
+    tl.store(divergences_ptr + row, temperature * temperature * value)
+
+    if WANTS_GRADIENT:
+        for start in range(0, width, BLOCK):
+            columns = start + offsets
+            inside = columns < width
+            compared = columns < shared
+            raw = tl.load(raw_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            t = tl.load(teacher_ptr + columns, mask=compared, other=0.0).to(tl.float32) * inverse
+            p, q, gap, lift = _masses(
+                (raw * inverse - student_top) - student_log, (t - teacher_top) - teacher_log, log_beta, log_rest
+            )
+            if KIND == 0:
+                g = q - p
+            elif KIND == 1:
+                g = _times(q, -gap - value)
+            else:
+                g = _times(q, -lift - student_sum) * (1.0 - beta)
+            g = tl.where(compared, g * temperature * divergence_weight, 0.0)
+            if WANTS_CROSS_ENTROPY:
+                of_label = tl.exp((raw - plain_top) - plain_log) - tl.where(columns == label, 1.0, 0.0)
+                g += cross_entropy_weight * of_label
+            tl.store(raw_ptr + columns, g.to(raw_ptr.dtype.element_ty), mask=inside)
+
+
+def divergence_(
+    raw: Tensor, teacher: Tensor, labels: Tensor, form: Form, *, wants_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Do what `rows.divergence_` does; a label past the last column makes its cross-entropy NaN."""
+    losses = torch.empty(2, len(raw), dtype=torch.float32, device=raw.device)
+    if len(raw) == 0:
+        return losses[0], losses[1]
+    teacher = teacher.contiguous()
+    block = block_size(raw.shape[-1])
+    _divergence_rows[(len(raw),)](
+        raw,
+        teacher,
+        labels.contiguous(),
+        losses[0],
+        losses[1],
+        raw.shape[-1],
+        teacher.shape[-1],
+        min(raw.shape[-1], teacher.shape[-1]),
+        1.0 / form.temperature,
+        form.temperature,
+        form.beta,
+        math.log(form.beta),
+        math.log1p(-form.beta),
+        form.divergence_weight,
+        form.cross_entropy_weight or 0.0,
+        KIND=_KINDS[form.kind],
+        WANTS_CROSS_ENTROPY=form.cross_entropy_weight is not None,
+        WANTS_GRADIENT=wants_gradient,
+        BLOCK=block,
+        num_warps=max(4, min(16, block // 256)),
+    )
+    return losses[0], losses[1]
+
+
+def block_size(width: int) -> int:
+    """Columns a program takes at once: two rows and what is made of them have to fit registers."""
+    return max(128, min(4096, triton.next_power_of_2(width)))

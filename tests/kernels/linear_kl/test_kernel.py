@@ -1,0 +1,58 @@
+"""The Triton pass over two chunks of logits: interpreted here, compiled on a GPU."""
+
+import pytest
+import torch
+
+from leanmill.kernels.linear_kl.naive import Form
+from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
+from tests.kernels.linear_kl.rows import assert_equals_definition, logits
+
+
+kernel = kernel_module("linear_kl")
+FORMS = [
+    Form("forward"),
+    Form("forward", 0.5, 2.0, 0.4, 0.6),
+    Form("reverse", 0.5, 0.7, 1.0, 0.5),
+    Form("js", 0.3),
+    Form("js", 0.5, 2.0, 1.5, 0.0),
+]
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    # So that a few hundred columns are several blocks.
+    monkeypatch.setattr(kernel, "block_size", lambda width: 128)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "teacher_width"), [(1, 1), (200, 300), (300, 140)])
+def test_equals_the_definition(width, teacher_width, dtype, form):
+    labels = torch.tensor([0, -1, width - 1], device=DEVICE)
+    raw = logits(3, width, dtype, 0, DEVICE)
+    teacher = logits(3, teacher_width, dtype, 1, DEVICE)
+    assert_equals_definition(kernel.divergence_, raw, teacher, labels, form)
+
+
+@pytest.mark.parametrize("kind", ["forward", "js"])
+def test_tokens_that_the_teacher_rules_out(kind):
+    raw, teacher = logits(2, 300, device=DEVICE), logits(2, 300, seed=1, device=DEVICE)
+    teacher[:, 100:250] = -torch.inf
+    assert_equals_definition(kernel.divergence_, raw, teacher, torch.tensor([3, 260], device=DEVICE), Form(kind))
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+def test_nan_shows_in_its_row_only(kind, who):
+    raw, teacher = logits(2, 300, device=DEVICE), logits(2, 300, seed=1, device=DEVICE)
+    (raw if who == "student" else teacher)[1, 200] = torch.nan
+    labels = torch.tensor([1, 1], device=DEVICE)
+    found = kernel.divergence_(raw, teacher, labels, Form(kind), wants_gradient=True)
+    assert found[0].isnan().tolist() == [False, True]
+    assert raw[0].isfinite().all()
+
+
+def test_no_rows():
+    empty = torch.empty(0, 5, device=DEVICE)
+    labels = torch.empty(0, dtype=torch.long, device=DEVICE)
+    assert kernel.divergence_(empty, empty, labels, Form("js"), wants_gradient=True)[0].shape == (0,)
