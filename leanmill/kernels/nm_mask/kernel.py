@@ -4,6 +4,8 @@ All types are compared as fp32, to which they convert exactly: without their sig
 like integers, NaNs after infinity.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
@@ -269,13 +271,13 @@ def _launch(
         if transposable:
             width = weight.shape[-1]
             num_tiles = min(128, triton.next_power_of_2(width // 4))
-            grid = (weight.numel() // (4 * width), triton.cdiv(width, 4 * num_tiles))
-            _tiles_kernel[grid](*pointers, width, NUM_TILES=num_tiles, **options)
+            bands = weight.numel() // (4 * width), triton.cdiv(width, 4 * num_tiles)
+            _tiles_kernel[bands](*pointers, width, NUM_TILES=num_tiles, **options)
         elif group_size == 4:
             # 64 bytes a thread of the 128, in loads of 16.
             num_in_block = 2048 // weight.element_size()
-            grid = (triton.cdiv(num_groups, num_in_block),)
-            _fours_kernel[grid](*pointers, num_groups, num_kept, NUM_GROUPS=num_in_block, **options)
+            blocks = (triton.cdiv(num_groups, num_in_block),)
+            _fours_kernel[blocks](*pointers, num_groups, num_kept, NUM_GROUPS=num_in_block, **options)
         else:
             grid, block = _tiling(num_groups, group_size)
             _groups_kernel[grid](*pointers, num_groups, num_kept, SIZE=group_size, **block, **options)

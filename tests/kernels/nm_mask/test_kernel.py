@@ -1,5 +1,9 @@
 """Triton kernels against the definitions: compiled on a GPU, interpreted elsewhere."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,16 +13,16 @@ from tests.kernels.nm_mask.test_naive import SPECIAL
 
 
 kernel = kernel_module("nm_mask")
+# Infinities of both signs meet in a gradient, which NumPy, behind the interpreter, remarks on.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 # Both kernels, one block and several, powers of two and not.
-CASES = [(1, 2, 5), (2, 4, 3), (3, 4, 700), (2, 3, 300), (3, 8, 130), (5, 12, 2), (4, 16, 70), (31, 64, 18)]
+CASES = [(1, 2, 5), (2, 4, 3), (3, 4, 700), (2, 3, 300), (3, 8, 130), (20, 33, 17)]
 
 
-def drawn(shape, dtype, kind):
-    if kind == "ties":
-        return (torch.randint(-3, 4, shape) * 0.5).to(DEVICE, dtype)
-    if kind == "special":
-        return torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape)].to(DEVICE, dtype)
-    return torch.randn(shape).to(DEVICE, dtype)
+def drawn(shape, dtype):
+    """Normal values with ties, both zeros, infinities and NaNs among them."""
+    special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape)]
+    return torch.where(torch.rand(shape) < 0.4, special, torch.randn(shape)).to(DEVICE, dtype)
 
 
 def same(got, expected):
@@ -46,11 +50,10 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_kept", "group_size", "num_groups"), CASES)
-def test_groups(num_kept, group_size, num_groups, dtype, kind):
-    weight, grad = (drawn((2, num_groups * group_size), dtype, kind) for _ in range(2))
+def test_groups(num_kept, group_size, num_groups, dtype):
+    weight, grad = (drawn((2, num_groups * group_size), dtype) for _ in range(2))
     pattern = (num_kept, group_size, False)
     mask = kernel.nm_mask(weight, *pattern)
     assert mask.dtype == torch.bool
@@ -61,11 +64,10 @@ def test_groups(num_kept, group_size, num_groups, dtype, kind):
     same_but_for_rounding(got, naive.decayed_grad(grad, weight, decay, *pattern))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(4, 4), (2, 8, 20), (4, 1032)])
-def test_tiles(shape, dtype, kind):
-    weight, grad = (drawn(shape, dtype, kind) for _ in range(2))
+def test_tiles(shape, dtype):
+    weight, grad = (drawn(shape, dtype) for _ in range(2))
     assert torch.equal(kernel.nm_mask(weight, 2, 4, True), naive.tile_mask(weight))
     same(kernel.project(weight, 2, 4, True), naive.project(weight, 2, 4, True))
     decay = torch.tensor([0.3], device=DEVICE)
@@ -76,7 +78,7 @@ def test_tiles(shape, dtype, kind):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_kept", "group_size", "num_groups"), CASES)
 def test_compressed_form(num_kept, group_size, num_groups, dtype):
-    weight = drawn((3, num_groups * group_size), dtype, "normal")
+    weight = drawn((3, num_groups * group_size), dtype)
     values, indices = kernel.compress(weight, num_kept, group_size)
     expected = naive.compress(weight, num_kept, group_size)
     same(values, expected[0])
@@ -93,3 +95,44 @@ def test_other_strides_and_no_elements():
         empty = torch.empty(shape, device=DEVICE)
         assert kernel.project(empty, 2, 4, False).shape == kernel.nm_mask(empty, 2, 4, True).shape == shape
         assert kernel.expand(*kernel.compress(empty, 2, 4), 2, 4).shape == shape
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from leanmill.kernels.nm_mask import kernel
+
+counts = {"num_groups": "i32", "num_kept": "i32"}
+row = {"width": "i32"}
+inputs = {"weight": "*bf16", "grad": "*bf16", "decay": "*fp32", "out": "*bf16"}
+packed = {"weight": "*bf16", "values": "*bf16", "indices": "*u8", "groups_a_row": "i32", "bytes_a_row": "i32"}
+cases = [
+    (kernel._fours_kernel, inputs | counts, {"WHAT": 2, "NUM_GROUPS": 1024}),
+    (kernel._groups_kernel, inputs | counts, {"WHAT": 2, "SIZE": 8, "NUM_GROUPS": 128, "LANES": 8}),
+    (kernel._tiles_kernel, inputs | row, {"WHAT": 2, "NUM_TILES": 128}),
+    (kernel._compress_kernel, packed | counts, {"SIZE": 4, "NUM_GROUPS": 256, "LANES": 4}),
+    (kernel._expand_kernel, packed | counts, {"SIZE": 4, "BITS": 2, "NUM_GROUPS": 256, "LANES": 4}),
+]
+for function, types, constants in cases:
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in signature
+               and (signature[name][0] == "*" or name in ("num_groups", "width"))}
+    source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    result = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    print(function.__name__, result.metadata.shared, "ld.global.v" in result.asm["ptx"])
+"""
+
+
+def test_kernels_compile_for_a_gpu():
+    """What the interpreter accepts and the compiler refuses shows here; needs no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    # Fours and tiles stay in registers: wide loads, no exchange through shared memory.
+    assert lines["_fours_kernel"] == lines["_tiles_kernel"] == "0 True"
+    assert len(lines) == 5
