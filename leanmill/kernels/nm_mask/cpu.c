@@ -95,15 +95,26 @@ static void write_block(void *out, const void *block, size_t bytes, int is_strea
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(function) JOIN(function, SUFFIX)
 
-#define EIGHT(d, o) (0 ^ d) + o, (1 ^ d) + o, (2 ^ d) + o, (3 ^ d) + o, (4 ^ d) + o, (5 ^ d) + o, (6 ^ d) + o, (7 ^ d) + o
 #if defined(__clang__) || __GNUC__ >= 12
 #define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
 #else
 #define PERMUTED(v, ...) __builtin_shuffle(v, (__typeof__(v)){__VA_ARGS__})
 #endif
+#define FOUR(d, first) ((first) ^ d), ((first + 1) ^ d), ((first + 2) ^ d), ((first + 3) ^ d)
+#define EIGHT(d, first) FOUR(d, (first)), FOUR(d, (first + 4))
+/* Lane i ^ d of a vector for each lane i, of 4 and of 2 bytes. Wider vectors than the processor's are slow. */
+#ifdef __AVX2__
+#define VECTOR_BYTES 32
+#define SHUFFLED_4(v, d) PERMUTED(v, EIGHT(d, 0))
+#define SHUFFLED_2(v, d) PERMUTED(v, EIGHT(d, 0), EIGHT(d, 8))
+#else
+#define VECTOR_BYTES 16
+#define SHUFFLED_4(v, d) PERMUTED(v, FOUR(d, 0))
+#define SHUFFLED_2(v, d) PERMUTED(v, EIGHT(d, 0))
+#endif
 
 #define SUFFIX fp32
-#define SHUFFLED(v, d) PERMUTED(v, EIGHT(d, 0))
+#define SHUFFLED SHUFFLED_4
 #define ELEMENT float
 #define BITS uint32_t
 #define KEY int32_t
@@ -116,7 +127,7 @@ static void write_block(void *out, const void *block, size_t bytes, int is_strea
 #undef INFINITY_BITS
 #undef SHUFFLED
 
-#define SHUFFLED(v, d) PERMUTED(v, EIGHT(d, 0), EIGHT(d, 8))
+#define SHUFFLED SHUFFLED_2
 #define SUFFIX bf16
 #define ELEMENT bf16_t
 #define BITS uint16_t
@@ -142,7 +153,8 @@ ALWAYS_INLINE KEY NAME(key)(BITS bits) {
     return magnitude > INFINITY_BITS ? INFINITY_BITS + 1 : magnitude;
 }
 
-/* keep[i] of `num_groups` groups, with `size` known when this is inlined. */
+/* keep[i] of `num_groups` groups: transposed, every entry meets the later ones of its group in all groups at
+ * once. `size` is known when this is inlined, but for the odd ones. */
 ALWAYS_INLINE void NAME(keep_planes)(const BITS *restrict weight, BITS *restrict keep, int num_groups, int num_kept,
                                      const int size) {
     KEY keys[LARGEST_GROUP][LANES], before[LARGEST_GROUP][LANES];
@@ -167,54 +179,67 @@ ALWAYS_INLINE void NAME(keep_planes)(const BITS *restrict weight, BITS *restrict
     }
 }
 
-/* The same for sizes 2, 4 and 8, whose groups lie within a vector: entry i meets entry i ^ distance of its own
- * group for each distance in turn. Vectors as gcc and clang offer them on every processor. */
-typedef KEY NAME(lanes) __attribute__((vector_size(32)));
+/* Vectors as gcc and clang offer them on every processor. */
+typedef KEY NAME(lanes) __attribute__((vector_size(VECTOR_BYTES)));
+enum { NAME(STEP) = VECTOR_BYTES / sizeof(KEY) };
 
+/* Minus one for every lane i whose group holds the entry i ^ distance before it. */
 ALWAYS_INLINE NAME(lanes) NAME(before)(NAME(lanes) keys, NAME(lanes) swapped, int distance) {
-    NAME(lanes) lower;
-    /* The one at i ^ distance is of lower index where i has the highest bit of distance; of equal keys it is
-     * before the other. Loops over lanes of constants: folded away. */
-    for (unsigned i = 0; i < sizeof keys / sizeof(KEY); i++) lower[i] = (i ^ (unsigned)distance) < i;
-    return swapped + lower > keys;
+    NAME(lanes) is_lower;
+    /* Of equal keys the lower index is before. A loop over constants: folded away. */
+    for (int i = 0; i < NAME(STEP); i++) is_lower[i] = (i ^ distance) < i;
+    return swapped + is_lower > keys;
 }
 
+/* The same as above for sizes 2, 4 and 8, whose groups lie within a vector: entry i meets entry i ^ distance. */
 #define MEET(distance) num_before += NAME(before)(keys, SHUFFLED(keys, distance), distance)
-ALWAYS_INLINE void NAME(keep_lanes)(const BITS *restrict weight, BITS *restrict keep, int count, int num_kept,
-                                    const int size) {
-    enum { STEP = sizeof(NAME(lanes)) / sizeof(KEY) };
-    for (int at = 0; at < count; at += STEP) {
-        const size_t bytes = (size_t)(count - at < STEP ? count - at : STEP) * sizeof(KEY);
-        NAME(lanes) keys, num_before = {0};
-        if (bytes == sizeof keys) memcpy(&keys, weight + at, sizeof keys);
-        else keys ^= keys, memcpy(&keys, weight + at, bytes);
-        keys &= (KEY)((BITS)-1 >> 1);
-        const NAME(lanes) is_nan = keys > (KEY)INFINITY_BITS;
-        keys = (keys & ~is_nan) | (is_nan & (KEY)(INFINITY_BITS + 1));
-        MEET(1);
-        if (size > 2) {
-            MEET(2);
-            MEET(3);
-        }
-        if (size > 4) {
-            MEET(4);
-            MEET(5);
-            MEET(6);
-            MEET(7);
-        }
-        /* A comparison gives -1 where it holds. */
-        const NAME(lanes) kept = num_before > (KEY)-num_kept;
-        if (bytes == sizeof keys) memcpy(keep + at, &kept, sizeof kept);
-        else memcpy(keep + at, &kept, bytes);
+ALWAYS_INLINE NAME(lanes) NAME(keep_vector)(NAME(lanes) bits, int num_kept, const int size) {
+    NAME(lanes) keys = bits & (KEY)((BITS)-1 >> 1);
+    const NAME(lanes) is_nan = keys > (KEY)INFINITY_BITS;
+    keys = (keys & ~is_nan) | (is_nan & (KEY)(INFINITY_BITS + 1));
+    NAME(lanes) num_before = {0};
+    MEET(1);
+    if (size > 2) {
+        MEET(2);
+        MEET(3);
     }
+    if (size > 4) {
+        MEET(4);
+        MEET(5);
+        MEET(6);
+        MEET(7);
+    }
+    return num_before > (KEY)-num_kept;
 }
 #undef MEET
 
+ALWAYS_INLINE void NAME(keep_lanes)(const BITS *restrict weight, BITS *restrict keep, int num_groups, int num_kept,
+                                    const int size) {
+    if (size > NAME(STEP)) {
+        NAME(keep_planes)(weight, keep, num_groups, num_kept, size);
+        return;
+    }
+    const int count = num_groups * size;
+    NAME(lanes) vector;
+    int at = 0;
+    for (; at + NAME(STEP) <= count; at += NAME(STEP)) {
+        memcpy(&vector, weight + at, sizeof vector);
+        vector = NAME(keep_vector)(vector, num_kept, size);
+        memcpy(keep + at, &vector, sizeof vector);
+    }
+    BITS last[NAME(STEP)] = {0};
+    memcpy(last, weight + at, (size_t)(count - at) * sizeof(BITS));
+    memcpy(&vector, last, sizeof vector);
+    vector = NAME(keep_vector)(vector, num_kept, size);
+    memcpy(keep + at, &vector, (size_t)(count - at) * sizeof(BITS));
+}
+
+/* keep[i] of `num_groups` groups. */
 static void NAME(keep_groups)(const BITS *weight, BITS *keep, int num_groups, int num_kept, int size) {
     switch (size) {
-    case 2: NAME(keep_lanes)(weight, keep, 2 * num_groups, num_kept, 2); break;
-    case 4: NAME(keep_lanes)(weight, keep, 4 * num_groups, num_kept, 4); break;
-    case 8: NAME(keep_lanes)(weight, keep, 8 * num_groups, num_kept, 8); break;
+    case 2: NAME(keep_lanes)(weight, keep, num_groups, num_kept, 2); break;
+    case 4: NAME(keep_lanes)(weight, keep, num_groups, num_kept, 4); break;
+    case 8: NAME(keep_lanes)(weight, keep, num_groups, num_kept, 8); break;
     case 16: NAME(keep_planes)(weight, keep, num_groups, num_kept, 16); break;
     default: NAME(keep_planes)(weight, keep, num_groups, num_kept, size);
     }
