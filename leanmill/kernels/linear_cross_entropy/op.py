@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from leanmill.kernels.linear_cross_entropy import chunks, cpu, naive
+from leanmill.kernels.linear_cross_entropy import chunks, cpu, liger, naive
 from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.naive import Form
 from leanmill.kernels.sharded import is_dtensor
@@ -77,9 +77,13 @@ def linear_cross_entropy(
     if reduction == "none":
         losses = _token_losses(rows, weight, bias, targets, *settings)
         return losses.view(labels.shape)
-    track = torch.is_grad_enabled()
-    wanted = [track and t is not None and t.requires_grad for t in (rows, weight, bias)]
-    total: Tensor = _summed(rows, weight, bias, targets, *settings, *wanted)[0]
+    if liger.covers(rows.device.type, rows.dtype, form, chunk_tokens, is_tracing=torch.compiler.is_compiling()):
+        _say("Liger")
+        total = liger.summed(rows, weight, bias, targets, ignore_index)
+    else:
+        track = torch.is_grad_enabled()
+        wanted = [track and t is not None and t.requires_grad for t in (rows, weight, bias)]
+        total = _summed(rows, weight, bias, targets, *settings, *wanted)[0]
     return total / (targets != ignore_index).sum() if reduction == "mean" else total
 
 
