@@ -1,18 +1,27 @@
 /* Fake quantisation with an optional N:M mask, its gradients, and int8 activations, one pass each.
  *
- * Weights that share a scale lie next to each other. They are cut into segments of at most
- * SEGMENT_MAX elements; each segment writes one partial sum a learned value, and the caller adds
- * those up in a fixed order, so sums do not depend on the number of threads. */
+ * Elements are converted to float a block at a time, which stays in the first-level cache, and everything else
+ * is written once, for floats. Weights that share a scale lie next to each other and are cut into segments; each
+ * segment writes one partial sum a learned value, and the caller adds those up in a fixed order, so sums do not
+ * depend on the number of threads. */
 #ifndef T
+#define _DEFAULT_SOURCE
 #include "dtypes.h"
+#include "huge_pages.h"
 
-#define LANES 16
-#define SEGMENT_MAX 4096
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#define BLOCK_MAX 1024
+#define PADDING 16
 #define LARGEST_GROUP 64
+#define LANES 16
 
 typedef struct {
     int64_t group_length;        /* weights that share a scale */
-    int64_t segment_length;      /* at most SEGMENT_MAX, a multiple of mask_size */
+    int64_t block_length;        /* at most BLOCK_MAX, a multiple of mask_size */
+    int64_t segment_length;      /* a multiple of block_length */
     int64_t segments_per_group;
     const float *scale;          /* one a group */
     const float *offset;         /* one a group, or NULL */
@@ -35,45 +44,209 @@ ALWAYS float round_even(float x) {
     return (x + magic) - magic;
 }
 
-ALWAYS void choose(const int32_t *restrict key, float *restrict kept, int64_t n, int num_kept, int size) {
-    /* An entry stays if fewer than num_kept of its group come before it. `key` has `size` readable
-     * entries on both sides; what lies in another group is cut off by the lane's number. */
-    for (int64_t first = 0; first < n; first += size)
-        for (int lane = 0; lane < size; lane++) {
-            int32_t before = 0, mine = key[first + lane];
-            for (int other = 0; other < size; other++) {
-                int32_t theirs = key[first + other];
-                before += other < lane ? theirs >= mine : theirs > mine;
-            }
-            kept[first + lane] = before < num_kept ? 1.0f : 0.0f;
-        }
+/* Selection by bits (all or none): compilers turn branches on a float's use into control flow, and a
+ * product would make a NaN of a pruned infinity. */
+ALWAYS float masked(float x, int32_t mask) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    bits &= mask;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+ALWAYS float either(int32_t mask, float x, float y) {
+    int32_t a, b;
+    memcpy(&a, &x, 4);
+    memcpy(&b, &y, 4);
+    a = (a & mask) | (b & ~mask);
+    memcpy(&x, &a, 4);
+    return x;
 }
 
-static void choose_any(const int32_t *restrict key, float *restrict kept, int64_t n, int num_kept, int size) {
-    choose(key, kept, n, num_kept, size);
+/* Groups of 2, 4 and 8 lie within a vector: entry i meets entry i ^ distance of its own group. Vectors as
+ * gcc and clang offer them on every processor. */
+typedef int32_t lanes_t __attribute__((vector_size(32)));
+#if defined(__clang__)
+#define SWAPPED(v, d) __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d)
+#else
+#define SWAPPED(v, d) __builtin_shuffle(v, (lanes_t){0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d})
+#endif
+/* 1 where the one met has the lower index and is before an equal one. */
+#define LOWER(i, d) (((i) ^ (d)) < (i))
+#define LOWERS(d)                                                                                           \
+    (lanes_t){LOWER(0, d), LOWER(1, d), LOWER(2, d), LOWER(3, d), LOWER(4, d), LOWER(5, d), LOWER(6, d), LOWER(7, d)}
+/* A comparison is -1 where it holds, so what comes before is counted downwards. */
+#define MEET(d) before += SWAPPED(keys, d) + LOWERS(d) > keys
+
+ALWAYS void choose_lanes(const int32_t *restrict key, int32_t *restrict kept, int64_t n, int num_kept, int size) {
+    for (int64_t i = 0; i < n; i += 8) {
+        lanes_t keys, before = {0};
+        memcpy(&keys, key + i, sizeof keys);
+        MEET(1);
+        if (size > 2) { MEET(2); MEET(3); }
+        if (size > 4) { MEET(4); MEET(5); MEET(6); MEET(7); }
+        before = before > -num_kept;
+        memcpy(kept + i, &before, sizeof before);
+    }
 }
 
-/* Groups of 4 and 2 in a flat loop: compare with the neighbours at every distance, drop those of other groups. */
-ALWAYS void choose_flat(const int32_t *restrict key, float *restrict kept, int64_t n, int num_kept, int size) {
-    int32_t lane[LANES];
-    for (int l = 0; l < LANES; l++) lane[l] = l % size;
-    for (int64_t i = 0; i < n; i += LANES)
-        for (int l = 0; l < LANES; l++) {
-            int32_t before = 0, mine = key[i + l];
-            for (int d = 1; d < size; d++) {
-                before += (key[i + l - d] >= mine) & (lane[l] >= d);
-                before += (key[i + l + d] > mine) & (lane[l] < size - d);
-            }
-            kept[i + l] = before < num_kept ? 1.0f : 0.0f;
-        }
+/* Entries i < j of LANES groups; -1 goes to the one that the other is before. */
+ALWAYS void meet(const int32_t *restrict key_i, const int32_t *restrict key_j, int32_t *restrict before_i,
+                 int32_t *restrict before_j) {
+    for (int group = 0; group < LANES; group++) {
+        const int32_t larger = -(key_j[group] > key_i[group]);
+        before_i[group] += larger;
+        before_j[group] += ~larger;
+    }
 }
 
-ALWAYS void mask_of(const int32_t *key, float *kept, int64_t n, int num_kept, int size) {
-    if (size == 4) choose_flat(key, kept, n, num_kept, 4);
-    else if (size == 2) choose_flat(key, kept, n, num_kept, 2);
-    else if (size == 8) choose_flat(key, kept, n, num_kept, 8);
+/* Any size: LANES groups side by side, every pair of entries once. Counted downwards, too. */
+static void choose_any(const int32_t *restrict key, int32_t *restrict kept, int64_t n, int num_kept, int size) {
+    int32_t keys[LARGEST_GROUP][LANES] = {{0}}, before[LARGEST_GROUP][LANES];
+    for (int64_t first = 0; first < n; first += (int64_t)size * LANES) {
+        const int64_t left = (n - first) / size;
+        const int num_groups = left < LANES ? (int)left : LANES;
+        for (int group = 0; group < num_groups; group++)
+            for (int i = 0; i < size; i++) keys[i][group] = key[first + group * size + i];
+        memset(before, 0, (size_t)size * sizeof before[0]);
+        for (int i = 0; i < size; i++)
+            for (int j = i + 1; j < size; j++) meet(keys[i], keys[j], before[i], before[j]);
+        for (int group = 0; group < num_groups; group++)
+            for (int i = 0; i < size; i++) kept[first + group * size + i] = -(before[i][group] > -num_kept);
+    }
+}
+
+/* All ones for the entries that stay, for whole groups; both arrays may be read and written 8 past n. */
+ALWAYS void choose(const int32_t *key, int32_t *kept, int64_t n, int num_kept, int size) {
+    if (size == 4) choose_lanes(key, kept, n, num_kept, 4);
+    else if (size == 2) choose_lanes(key, kept, n, num_kept, 2);
+    else if (size == 8) choose_lanes(key, kept, n, num_kept, 8);
     else choose_any(key, kept, n, num_kept, size);
 }
+
+/* Magnitudes as integers, all NaNs equal and above infinity; then the mask, as all ones and zeros. */
+static void mask_of(const task_t *task, const float *restrict v, int32_t *restrict kept, int64_t n) {
+    int32_t key[BLOCK_MAX + PADDING];
+    for (int64_t i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, v + i, 4);
+        bits &= 0x7FFFFFFF;
+        key[i] = bits > 0x7F800001 ? 0x7F800001 : bits;
+    }
+    memset(key + n, 0, PADDING * sizeof *key);
+    choose(key, kept, n, task->num_kept, task->mask_size);
+}
+
+/* A block of the forward pass. An offset of 0 changes nothing. */
+static void forward_block(
+    const task_t *task, const float *restrict v, float *restrict out, const int32_t *restrict kept, float s, float o,
+    int64_t n) {
+    const float low = task->low, high = task->high, shift = task->shift;
+    for (int64_t i = 0; i < n; i++) {
+        float u = (v[i] - o) / s - shift;
+        out[i] = (round_even(clip(u, low, high)) + shift) * s + o;
+    }
+    if (task->num_kept)
+        for (int64_t i = 0; i < n; i++) out[i] = masked(out[i], kept[i]);
+}
+
+typedef struct {
+    float scale[LANES], offset[LANES];
+} sums_t;
+
+ALWAYS void add_lanes(float *restrict sums, const float *restrict terms, int64_t n) {
+    float lanes[LANES];
+    memcpy(lanes, sums, sizeof lanes);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] += terms[i + lane];
+    for (int lane = 0; i + lane < n; lane++) lanes[lane] += terms[i + lane];
+    memcpy(sums, lanes, sizeof lanes);
+}
+
+/* A block of the backward pass: the value's gradient, and what the block adds to scale and offset. */
+static void backward_block(
+    const task_t *task, const float *restrict g, const float *restrict v, float *restrict out,
+    const int32_t *restrict kept, float s, float o, int64_t n, sums_t *sums) {
+    const float low = task->low, high = task->high, shift = task->shift;
+    const float edge_low = task->edge_low, edge_high = task->edge_high;
+    const int32_t straight = -(task->straight_through != 0);
+    float to_scale[BLOCK_MAX], to_offset[BLOCK_MAX];
+    for (int64_t i = 0; i < n; i++) {
+        float u = (v[i] - o) / s;
+        float q = round_even(clip(u - shift, low, high)) + shift;
+        int32_t inside = -((u >= edge_low) & (u <= edge_high));
+        to_scale[i] = g[i] * (q - masked(u, inside));
+        to_offset[i] = masked(g[i], ~inside);
+        out[i] = masked(g[i], inside | straight);
+    }
+    if (task->num_kept) {
+        const float decay = task->decay;
+        const int32_t has_decay = -(task->has_decay != 0);
+        for (int64_t i = 0; i < n; i++) {
+            float pruned = either(has_decay, g[i] + decay * v[i], g[i]);
+            out[i] = either(kept[i], out[i], pruned);
+            to_scale[i] = masked(to_scale[i], kept[i]);
+            to_offset[i] = masked(to_offset[i], kept[i]);
+        }
+    }
+    add_lanes(sums->scale, to_scale, n);
+    if (task->offset) add_lanes(sums->offset, to_offset, n);
+}
+
+static float total_of(const float *lanes) {
+    double total = 0.0;
+    for (int lane = 0; lane < LANES; lane++) total += lanes[lane];
+    return (float)total;
+}
+
+/* Where a segment begins and how long it is, with its scale and offset. */
+typedef struct {
+    int64_t at, length;
+    float scale, offset;
+} segment_t;
+
+static segment_t segment_of(const task_t *task, int64_t segment) {
+    const int64_t group = segment / task->segments_per_group;
+    const int64_t begin = segment % task->segments_per_group * task->segment_length;
+    const int64_t left = task->group_length - begin;
+    segment_t found;
+    found.at = group * task->group_length + begin;
+    found.length = left < task->segment_length ? left : task->segment_length;
+    found.scale = task->scale[group] < task->smallest_scale ? task->smallest_scale : task->scale[group];
+    found.offset = task->offset ? task->offset[group] : 0.0f;
+    return found;
+}
+
+/* In place; with bounds that the compiler does not know it makes no control flow of them. */
+static __attribute__((noinline, noclone)) void codes_of(float *restrict x, float factor, float low, float high, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] = round_even(clip(x[i] * factor, low, high));
+}
+
+/* Conversion of blocks. gcc does not vectorise those of fp16 by itself. */
+#define CONVERTERS(T, SUFFIX)                                                                  \
+    static void read_##SUFFIX(const T *restrict from, float *restrict to, int64_t n) {         \
+        for (int64_t i = 0; i < n; i++) to[i] = load_##SUFFIX(from + i);                       \
+    }                                                                                          \
+    static void write_##SUFFIX(const float *restrict from, T *restrict to, int64_t n) {        \
+        for (int64_t i = 0; i < n; i++) store_##SUFFIX(to + i, from[i]);                       \
+    }
+CONVERTERS(float, fp32)
+CONVERTERS(bf16_t, bf16)
+#ifndef __F16C__
+CONVERTERS(fp16_t, fp16)
+#else
+static void read_fp16(const fp16_t *restrict from, float *restrict to, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+    for (; i < n; i++) to[i] = load_fp16(from + i);
+}
+static void write_fp16(const float *restrict from, fp16_t *restrict to, int64_t n) {
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+    for (; i < n; i++) store_fp16(to + i, from[i]);
+}
+#endif
 
 #define CAT_(a, b) a##_##b
 #define CAT(a, b) CAT_(a, b)
@@ -94,171 +267,83 @@ ALWAYS void mask_of(const int32_t *key, float *kept, int64_t n, int num_kept, in
 
 #else /* the functions for elements of type T; this file includes itself once a type */
 
-#define LOAD CAT(load, SUFFIX)
-#define STORE CAT(store, SUFFIX)
-
-/* Magnitudes as integers, all NaNs equal and above infinity. */
-ALWAYS void CAT(keys, SUFFIX)(const T *restrict w, int32_t *restrict key, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        float v = LOAD(w + i);
-        int32_t bits;
-        memcpy(&bits, &v, 4);
-        bits &= 0x7FFFFFFF;
-        key[i] = bits > 0x7F800001 ? 0x7F800001 : bits;
-    }
-}
-
-/* The mask of a segment as 0 and 1, or ones. `buffer` holds SEGMENT_MAX + 4 * LARGEST_GROUP keys. */
-ALWAYS void CAT(fill_mask, SUFFIX)(const task_t *task, const T *w, int32_t *buffer, float *kept, int64_t n) {
-    int32_t *key = buffer + LARGEST_GROUP;
-    memset(buffer, 0, LARGEST_GROUP * sizeof *buffer);
-    CAT(keys, SUFFIX)(w, key, n);
-    memset(key + n, 0, 2 * LARGEST_GROUP * sizeof *key);
-    mask_of(key, kept, n, task->num_kept, task->mask_size);
-}
-
-ALWAYS void CAT(forward_segment, SUFFIX)(
-    const task_t *task, const T *restrict w, T *restrict out, const float *restrict kept, float s, float o, int64_t n,
-    int has_offset, int has_mask) {
-    const float low = task->low, high = task->high, shift = task->shift;
-    for (int64_t i = 0; i < n; i++) {
-        float v = LOAD(w + i);
-        float u = (has_offset ? v - o : v) / s - shift;
-        float q = (round_even(clip(u, low, high)) + shift) * s;
-        if (has_offset) q = q + o;
-        /* A selection: a pruned NaN or infinity times zero would be a NaN. */
-        if (has_mask) q = kept[i] > 0.0f ? q : 0.0f;
-        STORE(out + i, q);
-    }
-}
+#define READ CAT(read, SUFFIX)
+#define WRITE CAT(write, SUFFIX)
 
 void CAT(fake_quant_forward, SUFFIX)(
     const task_t *task, const T *weight, T *out, int64_t first_segment, int64_t last_segment) {
-    int32_t buffer[SEGMENT_MAX + 4 * LARGEST_GROUP];
-    float kept[SEGMENT_MAX + LARGEST_GROUP];
+    float v[BLOCK_MAX], staged[BLOCK_MAX];
+    int32_t kept[BLOCK_MAX + PADDING];
     for (int64_t segment = first_segment; segment < last_segment; segment++) {
-        int64_t group = segment / task->segments_per_group;
-        int64_t begin = segment % task->segments_per_group * task->segment_length;
-        int64_t left = task->group_length - begin, n = left < task->segment_length ? left : task->segment_length;
-        const T *w = weight + group * task->group_length + begin;
-        T *o = out + group * task->group_length + begin;
-        float s = task->scale[group], b = task->offset ? task->offset[group] : 0.0f;
-        s = s < task->smallest_scale ? task->smallest_scale : s;
-        if (task->num_kept) {
-            CAT(fill_mask, SUFFIX)(task, w, buffer, kept, n);
-            if (task->offset) CAT(forward_segment, SUFFIX)(task, w, o, kept, s, b, n, 1, 1);
-            else CAT(forward_segment, SUFFIX)(task, w, o, kept, s, b, n, 0, 1);
-        } else {
-            if (task->offset) CAT(forward_segment, SUFFIX)(task, w, o, kept, s, b, n, 1, 0);
-            else CAT(forward_segment, SUFFIX)(task, w, o, kept, s, b, n, 0, 0);
+        const segment_t found = segment_of(task, segment);
+        for (int64_t begin = 0; begin < found.length; begin += task->block_length) {
+            const int64_t left = found.length - begin, n = left < task->block_length ? left : task->block_length;
+            READ(weight + found.at + begin, v, n);
+            if (task->num_kept) mask_of(task, v, kept, n);
+            forward_block(task, v, staged, kept, found.scale, found.offset, n);
+            WRITE(staged, out + found.at + begin, n);
         }
     }
-}
-
-/* One element of the backward pass; returns what it adds to the scale's and offset's sums. */
-#define BACKWARD_ELEMENT(lane)                                                                \
-    float v = LOAD(w + i + (lane)), g = LOAD(grad + i + (lane));                              \
-    float u = (has_offset ? v - o : v) / s;                                                   \
-    float q = round_even(clip(u - shift, low, high)) + shift;                                 \
-    int inside = (u >= edge_low) & (u <= edge_high);                                          \
-    float to_scale = g * (q - (inside ? u : 0.0f)), to_offset = inside ? 0.0f : g;                 \
-    float to_weight = straight | inside ? g : 0.0f;                                          \
-    if (has_mask) {                                                                           \
-        int is_kept = kept[i + (lane)] > 0.0f;                                                \
-        to_scale = is_kept ? to_scale : 0.0f;                                                 \
-        to_offset = is_kept ? to_offset : 0.0f;                                               \
-        float pulled = g + decay * v;                                                         \
-        to_weight = is_kept ? to_weight : has_decay ? pulled : g;                             \
-    }                                                                                         \
-    if (has_out) STORE(out + i + (lane), to_weight);                                          \
-    scale_sums[lane] += to_scale;                                                             \
-    if (has_offset) offset_sums[lane] += to_offset;
-
-ALWAYS void CAT(backward_segment, SUFFIX)(
-    const task_t *task, const T *restrict grad, const T *restrict w, T *restrict out, const float *restrict kept,
-    float s, float o, int64_t n, float *scale_sum, float *offset_sum, int has_offset, int has_mask, int has_out) {
-    const float low = task->low, high = task->high, shift = task->shift, decay = task->decay;
-    const float edge_low = task->edge_low, edge_high = task->edge_high;
-    const int straight = task->straight_through, has_decay = task->has_decay;
-    float scale_sums[LANES] = {0}, offset_sums[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int lane = 0; lane < LANES; lane++) { BACKWARD_ELEMENT(lane) }
-    for (int lane = 0; i + lane < n; lane++) { BACKWARD_ELEMENT(lane) }
-    double of_scale = 0.0, of_offset = 0.0;
-    for (int lane = 0; lane < LANES; lane++) {
-        of_scale += scale_sums[lane];
-        of_offset += offset_sums[lane];
-    }
-    *scale_sum = (float)of_scale;
-    *offset_sum = (float)of_offset;
 }
 
 /* `out` may be NULL: a frozen weight needs no gradient. */
 void CAT(fake_quant_backward, SUFFIX)(
     const task_t *task, const T *grad, const T *weight, T *out, float *scale_sums, float *offset_sums,
     int64_t first_segment, int64_t last_segment) {
-    int32_t buffer[SEGMENT_MAX + 4 * LARGEST_GROUP];
-    float kept[SEGMENT_MAX + LARGEST_GROUP];
+    float g[BLOCK_MAX], v[BLOCK_MAX], to_weight[BLOCK_MAX];
+    int32_t kept[BLOCK_MAX + PADDING];
     for (int64_t segment = first_segment; segment < last_segment; segment++) {
-        int64_t group = segment / task->segments_per_group;
-        int64_t begin = segment % task->segments_per_group * task->segment_length;
-        int64_t left = task->group_length - begin, n = left < task->segment_length ? left : task->segment_length;
-        int64_t at = group * task->group_length + begin;
-        const T *w = weight + at, *g = grad + at;
-        T *o = out ? out + at : 0;
-        float s = task->scale[group], b = task->offset ? task->offset[group] : 0.0f;
-        float *ss = scale_sums + segment, *os = offset_sums + segment;
-        s = s < task->smallest_scale ? task->smallest_scale : s;
-        if (task->num_kept) {
-            CAT(fill_mask, SUFFIX)(task, w, buffer, kept, n);
-            if (task->offset) CAT(backward_segment, SUFFIX)(task, g, w, o, kept, s, b, n, ss, os, 1, 1, o != 0);
-            else CAT(backward_segment, SUFFIX)(task, g, w, o, kept, s, b, n, ss, os, 0, 1, o != 0);
-        } else if (out) {
-            if (task->offset) CAT(backward_segment, SUFFIX)(task, g, w, o, kept, s, b, n, ss, os, 1, 0, 1);
-            else CAT(backward_segment, SUFFIX)(task, g, w, o, kept, s, b, n, ss, os, 0, 0, 1);
-        } else {
-            if (task->offset) CAT(backward_segment, SUFFIX)(task, g, w, o, kept, s, b, n, ss, os, 1, 0, 0);
-            else CAT(backward_segment, SUFFIX)(task, g, w, o, kept, s, b, n, ss, os, 0, 0, 0);
+        const segment_t found = segment_of(task, segment);
+        sums_t sums = {{0}, {0}};
+        for (int64_t begin = 0; begin < found.length; begin += task->block_length) {
+            const int64_t left = found.length - begin, n = left < task->block_length ? left : task->block_length;
+            READ(weight + found.at + begin, v, n);
+            READ(grad + found.at + begin, g, n);
+            if (task->num_kept) mask_of(task, v, kept, n);
+            backward_block(task, g, v, to_weight, kept, found.scale, found.offset, n, &sums);
+            if (out) WRITE(to_weight, out + found.at + begin, n);
         }
+        scale_sums[segment] = total_of(sums.scale);
+        offset_sums[segment] = total_of(sums.offset);
     }
 }
 
 /* Per-token int8: `codes` or `out` may be NULL. */
 void CAT(int8_activations, SUFFIX)(
     const T *tokens, int8_t *codes, float *steps, T *out, int64_t length, float smallest, int64_t first, int64_t last) {
+    float x[BLOCK_MAX];
     for (int64_t row = first; row < last; row++) {
-        const T *restrict x = tokens + row * length;
         int32_t largest_bits = 0; /* integers order like magnitudes, and a NaN is the largest */
-        for (int64_t i = 0; i < length; i++) {
-            float v = LOAD(x + i);
-            int32_t bits;
-            memcpy(&bits, &v, 4);
-            bits &= 0x7FFFFFFF;
-            largest_bits = bits > largest_bits ? bits : largest_bits;
+        for (int64_t begin = 0; begin < length; begin += BLOCK_MAX) {
+            const int64_t left = length - begin, n = left < BLOCK_MAX ? left : BLOCK_MAX;
+            READ(tokens + row * length + begin, x, n);
+            for (int64_t i = 0; i < n; i++) {
+                int32_t bits;
+                memcpy(&bits, x + i, 4);
+                bits &= 0x7FFFFFFF;
+                largest_bits = bits > largest_bits ? bits : largest_bits;
+            }
         }
         float largest;
         memcpy(&largest, &largest_bits, 4);
         largest = largest < smallest ? smallest : largest;
-        float factor = 127.0f / largest, step = largest / 127.0f;
+        const float factor = 127.0f / largest, step = largest / 127.0f;
         steps[row] = step;
-        if (codes) {
-            int8_t *restrict c = codes + row * length;
-            for (int64_t i = 0; i < length; i++) {
-                float q = round_even(clip(LOAD(x + i) * factor, -128.0f, 127.0f));
-                c[i] = (int8_t)(int32_t)(q == q ? q : 0.0f);
+        for (int64_t begin = 0; begin < length; begin += BLOCK_MAX) {
+            const int64_t left = length - begin, n = left < BLOCK_MAX ? left : BLOCK_MAX;
+            const int64_t at = row * length + begin;
+            READ(tokens + at, x, n);
+            codes_of(x, factor, -128.0f, 127.0f, n);
+            if (codes)
+                for (int64_t i = 0; i < n; i++) codes[at + i] = (int8_t)(int32_t)masked(x[i], -(x[i] == x[i]));
+            if (out) {
+                for (int64_t i = 0; i < n; i++) x[i] *= step;
+                WRITE(x, out + at, n);
             }
-        }
-        if (out) {
-            T *restrict o = out + row * length;
-            for (int64_t i = 0; i < length; i++)
-                STORE(o + i, round_even(clip(LOAD(x + i) * factor, -128.0f, 127.0f)) * step);
         }
     }
 }
 
-#undef LOAD
-#undef STORE
-#undef BACKWARD_ELEMENT
-
+#undef READ
+#undef WRITE
 #endif

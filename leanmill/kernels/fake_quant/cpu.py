@@ -11,18 +11,21 @@ from torch import Tensor
 from leanmill.kernels.fake_quant.grid import SMALLEST_SCALE, Grid
 from leanmill.kernels.native import compiler
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
+from leanmill.kernels.native.memory import new_like
 from leanmill.kernels.native.threads import parallel_for
 
 
-_SEGMENT = 4096
-"""`SEGMENT_MAX` of cpu.c."""
+_BLOCK = 1024
+"""`BLOCK_MAX` of cpu.c."""
+_BLOCKS_PER_SEGMENT = 4
+"""Summed in fp32 on 16 lanes, 256 numbers each."""
 
 
 class _Task(ctypes.Structure):
     """`task_t` of cpu.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("group_length", "segment_length", "segments_per_group")),
+        *((name, ctypes.c_int64) for name in ("group_length", "block_length", "segment_length", "segments_per_group")),
         *((name, ctypes.c_void_p) for name in ("scale", "offset")),
         *((n, ctypes.c_float) for n in ("low", "high", "shift", "edge_low", "edge_high", "smallest_scale")),
         *((name, ctypes.c_int32) for name in ("straight_through", "has_decay", "num_kept", "mask_size")),
@@ -33,6 +36,12 @@ class _Task(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where there is no compiler."""
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
+
+
+def _loaded() -> ctypes.CDLL:
+    functions = library()
+    assert functions is not None
+    return functions
 
 
 def is_supported(weight: Tensor, num_scales: int, mask_size: int) -> bool:
@@ -46,8 +55,8 @@ def is_supported(weight: Tensor, num_scales: int, mask_size: int) -> bool:
 def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int, group_size: int) -> Tensor:
     """`naive.forward` for a contiguous CPU weight that `is_supported`."""
     task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
-    out = torch.empty_like(weight)
-    function = getattr(library(), f"fake_quant_forward_{SUFFIXES[weight.dtype]}")
+    out = new_like(_loaded(), weight)
+    function = getattr(_loaded(), f"fake_quant_forward_{SUFFIXES[weight.dtype]}")
     arguments = ctypes.byref(task), pointer(weight), pointer(out)
 
     def run(first: int, last: int) -> None:
@@ -74,10 +83,10 @@ def gradients(
     task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
     task.straight_through = int(straight_through)
     task.has_decay, task.decay = (0, 0.0) if decay is None else (1, float(decay))
-    out = torch.empty_like(weight) if needs_weight else None
+    out = new_like(_loaded(), weight) if needs_weight else None
     num_segments = keep[0].numel() * task.segments_per_group
     sums = torch.empty(2, num_segments, dtype=torch.float32)
-    function = getattr(library(), f"fake_quant_backward_{SUFFIXES[weight.dtype]}")
+    function = getattr(_loaded(), f"fake_quant_backward_{SUFFIXES[weight.dtype]}")
     tensors = pointer(grad), pointer(weight), None if out is None else pointer(out)
     arguments = ctypes.byref(task), *tensors, pointer(sums), pointer(sums, num_segments)
 
@@ -96,8 +105,8 @@ def gradients(
 def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Tensor, Tensor]:
     """Codes, or fake-quantised values, of contiguous tokens [..., in], and steps [..., 1]."""
     steps = torch.empty(*tokens.shape[:-1], 1, dtype=torch.float32)
-    out = torch.empty_like(tokens, dtype=torch.int8 if as_codes else tokens.dtype)
-    function = getattr(library(), f"int8_activations_{SUFFIXES[tokens.dtype]}")
+    out = new_like(_loaded(), tokens, torch.int8 if as_codes else tokens.dtype)
+    function = getattr(_loaded(), f"int8_activations_{SUFFIXES[tokens.dtype]}")
     codes, values = (pointer(out), None) if as_codes else (None, pointer(out))
     length = ctypes.c_int64(tokens.shape[-1])
     arguments = pointer(tokens), codes, pointer(steps), values, length, ctypes.c_float(smallest)
@@ -115,10 +124,12 @@ def _task(
     """The arguments that all segments share, and the tensors that have to outlive the call."""
     keep = [t.detach().to(torch.float32).contiguous() for t in (scale, offset) if t is not None]
     group_length = weight.numel() // scale.numel()
-    segment_length = _SEGMENT // group_size * group_size if num_kept else _SEGMENT
+    block_length = _BLOCK // group_size * group_size if num_kept else _BLOCK
+    segment_length = block_length * _BLOCKS_PER_SEGMENT
     low, high = grid.edges
     task = _Task(
         group_length=group_length,
+        block_length=block_length,
         segment_length=segment_length,
         segments_per_group=-(-group_length // segment_length),
         scale=pointer(keep[0]),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leanmill.kernels.native import compiler
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
+from leanmill.kernels.native.memory import new_like
 from leanmill.kernels.native.threads import parallel_for
 
 
@@ -32,6 +33,12 @@ def library() -> ctypes.CDLL | None:
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
+def _loaded() -> ctypes.CDLL:
+    functions = library()
+    assert functions is not None
+    return functions
+
+
 def is_supported(weight: Tensor) -> bool:
     """Whether the C code covers this weight."""
     return weight.device.type == "cpu" and weight.dtype in SUFFIXES and weight.numel() > 0 and library() is not None
@@ -50,7 +57,7 @@ def magnitude_sums(weight: Tensor, group_length: int, threshold: Tensor | None =
 def ternary_levels(weight: Tensor, group_length: int, level: Tensor, divisor: Tensor, threshold: Tensor) -> Tensor:
     """sign(w) * level where |w| / divisor > threshold and 0 elsewhere; all fp32 [groups]."""
     task = _task(group_length, level=level, divisor=divisor, threshold=threshold)
-    out = torch.empty_like(weight)
+    out = new_like(_loaded(), weight)
     _run("ternary_levels", task, weight, level.numel() * task.segments_per_group, pointer(out))
     return out
 
@@ -58,13 +65,13 @@ def ternary_levels(weight: Tensor, group_length: int, level: Tensor, divisor: Te
 def binary_levels(weight: Tensor, group_length: int, level: Tensor) -> Tensor:
     """-level for negative weights and level for the others, fp32 [groups]."""
     task = _task(group_length, level=level)
-    out = torch.empty_like(weight)
+    out = new_like(_loaded(), weight)
     _run("binary_levels", task, weight, level.numel() * task.segments_per_group, pointer(out))
     return out
 
 
 def _run(name: str, task: _Task, weight: Tensor, num_segments: int, *outputs: ctypes.c_void_p) -> None:
-    function: Callable[..., Any] = getattr(library(), f"{name}_{SUFFIXES[weight.dtype]}")
+    function: Callable[..., Any] = getattr(_loaded(), f"{name}_{SUFFIXES[weight.dtype]}")
     arguments = ctypes.byref(task), pointer(weight), *outputs
 
     def run(first: int, last: int) -> None:
