@@ -123,11 +123,11 @@ def cross_entropy_(
         HAS_CAP=form.softcap > 0,
         WANTS_GRADIENT=wants_gradient,
         BLOCK=block,
-        num_warps=max(4, min(16, block // 512)),
+        num_warps=max(4, block // 256),
     )
     return losses
 
 
 def block_size(width: int) -> int:
-    """Columns a program takes at once: 16 elements a thread at 16 warps, which registers still hold."""
-    return max(128, min(8192, triton.next_power_of_2(width)))
+    """Columns a program takes at once: few enough registers for two programs of 16 warps a processor."""
+    return max(128, min(4096, triton.next_power_of_2(width)))

@@ -178,11 +178,11 @@ def divergence_(
         WANTS_CROSS_ENTROPY=form.cross_entropy_weight is not None,
         WANTS_GRADIENT=wants_gradient,
         BLOCK=block,
-        num_warps=max(4, min(16, block // 256)),
+        num_warps=max(4, block // 256),
     )
     return losses[0], losses[1]
 
 
 def block_size(width: int) -> int:
-    """Columns a program takes at once: two rows and what is made of them have to fit registers."""
+    """Columns a program takes at once: few enough registers for two programs of 16 warps a processor."""
     return max(128, min(4096, triton.next_power_of_2(width)))

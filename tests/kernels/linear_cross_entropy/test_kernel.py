@@ -5,6 +5,7 @@ import torch
 
 from leanmill.kernels.linear_cross_entropy.naive import Form
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
+from tests.kernels.linear_cross_entropy.compiled import assert_compiles
 from tests.kernels.linear_cross_entropy.rows import assert_equals_definition
 
 
@@ -51,3 +52,10 @@ def test_no_rows():
     empty = torch.empty(0, 5, device=DEVICE)
     labels = torch.empty(0, dtype=torch.long, device=DEVICE)
     assert kernel.cross_entropy_(empty, labels, None, Form(), wants_gradient=True).shape == (0,)
+
+
+def test_compiles_for_a_gpu():
+    types = dict.fromkeys(["width"], "i32") | dict.fromkeys(["factor", "cap", "z_loss", "smoothing"], "fp32")
+    types |= {"raw_ptr": "*bf16", "labels_ptr": "*i64", "scales_ptr": "*fp32", "losses_ptr": "*fp32"}
+    variants = [{"HAS_SCALES": flag, "HAS_CAP": flag, "WANTS_GRADIENT": True, "BLOCK": 4096} for flag in (False, True)]
+    assert_compiles("leanmill.kernels.linear_cross_entropy.kernel", "_cross_entropy_rows", types, variants)

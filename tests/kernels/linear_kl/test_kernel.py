@@ -5,6 +5,7 @@ import torch
 
 from leanmill.kernels.linear_kl.naive import Form
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
+from tests.kernels.linear_cross_entropy.compiled import assert_compiles
 from tests.kernels.linear_kl.rows import assert_equals_definition, logits
 
 
@@ -56,3 +57,14 @@ def test_no_rows():
     empty = torch.empty(0, 5, device=DEVICE)
     labels = torch.empty(0, dtype=torch.long, device=DEVICE)
     assert kernel.divergence_(empty, empty, labels, Form("js"), wants_gradient=True)[0].shape == (0,)
+
+
+def test_compiles_for_a_gpu():
+    types = dict.fromkeys(["width", "teacher_width", "shared"], "i32")
+    types |= {"raw_ptr": "*bf16", "teacher_ptr": "*bf16", "labels_ptr": "*i64"}
+    types |= {"divergences_ptr": "*fp32", "cross_entropies_ptr": "*fp32", "inverse": "fp32", "temperature": "fp32"}
+    types |= dict.fromkeys(["beta", "log_beta", "log_rest", "divergence_weight", "cross_entropy_weight"], "fp32")
+    variants = [
+        {"KIND": kind, "WANTS_CROSS_ENTROPY": kind > 0, "WANTS_GRADIENT": True, "BLOCK": 4096} for kind in range(3)
+    ]
+    assert_compiles("leanmill.kernels.linear_kl.kernel", "_divergence_rows", types, variants)
