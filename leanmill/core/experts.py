@@ -91,9 +91,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     # copies of every token's K rows that exist are the two in the middle.
     gate_up = _site_matmul(self, "gate_up_proj", hidden_states, offsets, gather_index=positions)
     hidden = swiglu(gate_up) if _is_swiglu(self) else self._apply_gate(gate_up)  # type: ignore[operator]
-    out = _site_matmul(
-        self, "down_proj", hidden, offsets, scatter_index=positions, scatter_weights=top_k_weights
-    )
+    out = _site_matmul(self, "down_proj", hidden, offsets, scatter_index=positions, scatter_weights=top_k_weights)
     return out.to(hidden_states.dtype)
 
 
@@ -106,9 +104,7 @@ def _is_swiglu(module: nn.Module) -> bool:
     return gate is _default_apply_gate and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
 
 
-def _site_matmul(
-    module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor, **routing: Tensor
-) -> Tensor:
+def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor, **routing: Tensor) -> Tensor:
     sites = module._modules.get("sites")
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
     if site is None or not site.stages:

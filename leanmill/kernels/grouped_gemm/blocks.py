@@ -68,9 +68,7 @@ def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
         assert problem.scatter_index is not None
         assert problem.scatter_weights is not None
         grad_scatter_weights = dots[problem.scatter_index].to(problem.scatter_weights.dtype)
-    return Gradients(
-        None if grad_rows is None else grad_rows.to(problem.rows.dtype), grad_weight, grad_scatter_weights
-    )
+    return Gradients(None if grad_rows is None else grad_rows.to(problem.rows.dtype), grad_weight, grad_scatter_weights)
 
 
 def _rows_of(source: Tensor, index: Tensor | None, start: int, end: int) -> Tensor:

@@ -132,7 +132,7 @@ static void block(const float *a, const float *b, float *c, long rows, long widt
 #define LOAD load_fp32
 #define STORE store_fp32
 #define NAME(f) f##_fp32
-#include __FILE__
+#include "cpu.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -141,7 +141,7 @@ static void block(const float *a, const float *b, float *c, long rows, long widt
 #define LOAD load_bf16
 #define STORE store_bf16
 #define NAME(f) f##_bf16
-#include __FILE__
+#include "cpu.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -150,7 +150,7 @@ static void block(const float *a, const float *b, float *c, long rows, long widt
 #define LOAD load_fp16
 #define STORE store_fp16
 #define NAME(f) f##_fp16
-#include __FILE__
+#include "cpu.c"
 #undef T
 #undef LOAD
 #undef STORE

@@ -83,7 +83,7 @@ def _checked(
     for name, tensor in tensors.items():
         if is_dtensor(tensor):
             raise ValueError(
-                f"{name} is a DTensor placed {tensor.placements}; rows and experts of one product must be whole "
+                f"{name} is a DTensor; rows and experts of one product must be whole "
                 f"on a rank: pass {name}.full_tensor(), or {name}.to_local() with the local experts' offsets"
             )
         if tensor.device != rows.device:

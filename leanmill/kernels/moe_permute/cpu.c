@@ -35,7 +35,7 @@ int invert(const int64_t *positions, long n, int64_t *order) {
 #define LOAD load_fp32
 #define STORE store_fp32
 #define NAME(f) f##_fp32
-#include __FILE__
+#include "cpu.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -44,7 +44,7 @@ int invert(const int64_t *positions, long n, int64_t *order) {
 #define LOAD load_bf16
 #define STORE store_bf16
 #define NAME(f) f##_bf16
-#include __FILE__
+#include "cpu.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -53,7 +53,7 @@ int invert(const int64_t *positions, long n, int64_t *order) {
 #define LOAD load_fp16
 #define STORE store_fp16
 #define NAME(f) f##_fp16
-#include __FILE__
+#include "cpu.c"
 
 #else
 /* The file includes itself once for each element type, with LOAD, STORE and NAME(function). */

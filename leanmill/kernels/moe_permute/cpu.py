@@ -47,8 +47,8 @@ def sort_by_expert(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tens
     threads.parallel_for(count, num_pieces, _GRAIN_COPIES)
     if any(is_outside):
         raise ValueError(
-            f"expert index {tuple(expert_index.shape)} holds {int(experts.min())} .. {int(experts.max())}; allowed: 0 .. "
-            f"{num_experts - 1}, and {num_experts} for a copy that no expert takes"
+            f"expert index {tuple(expert_index.shape)} holds {int(experts.min())} .. {int(experts.max())}; allowed: "
+            f"0 .. {num_experts - 1}, and {num_experts} for a copy that no expert takes"
         )
     # Piece by piece within an expert keeps the sort stable.
     by_expert = counts.t().reshape(-1)
@@ -91,7 +91,9 @@ def dots(rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     return products
 
 
-def _over_tokens(name: str, source: Tensor, positions: Tensor, other: Tensor | None, out: Tensor, *, width: int) -> None:
+def _over_tokens(
+    name: str, source: Tensor, positions: Tensor, other: Tensor | None, out: Tensor, *, width: int
+) -> None:
     function = _loaded()[f"{name}_{SUFFIXES[source.dtype]}"]
     source, positions = source.contiguous(), positions.contiguous()
     # A stray position would be a stray address.

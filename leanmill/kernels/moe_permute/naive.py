@@ -27,7 +27,7 @@ def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None) -> 
     copies = tokens.unsqueeze(1).expand(-1, positions.shape[1], -1)
     if weights is not None:
         copies = copies * weights.to(tokens.dtype).unsqueeze(-1)
-    return copies.reshape(positions.numel(), -1)[invert(positions)]
+    return copies.reshape(positions.numel(), tokens.shape[1])[invert(positions)]
 
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -100,7 +100,7 @@ def _check_plain(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and is_dtensor(tensor):
             raise ValueError(
-                f"{name} is a DTensor placed {tensor.placements}; routing differs between ranks, so "
+                f"{name} is a DTensor; routing differs between ranks, so "
                 f"call it on each rank's own tokens: pass {name}.to_local()"
             )
 

@@ -7,7 +7,7 @@
 #define LOAD load_fp32
 #define STORE store_fp32
 #define NAME(f) f##_fp32
-#include __FILE__
+#include "cpu.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -16,7 +16,7 @@
 #define LOAD load_bf16
 #define STORE store_bf16
 #define NAME(f) f##_bf16
-#include __FILE__
+#include "cpu.c"
 #undef T
 #undef LOAD
 #undef STORE
@@ -25,7 +25,7 @@
 #define LOAD load_fp16
 #define STORE store_fp16
 #define NAME(f) f##_fp16
-#include __FILE__
+#include "cpu.c"
 
 #else
 /* The file includes itself once for each element type, with LOAD, STORE and NAME(function). */

@@ -1,0 +1,154 @@
+"""Figures of the expert kernels: a whole expert block against transformers' implementations."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from kernel_case import Case
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from leanmill.core.experts import IMPLEMENTATION, _use_our_compute
+from leanmill.kernels.moe_permute.op import moe_permute, moe_unpermute
+from leanmill.kernels.topk_router.op import topk_router
+
+
+NUM_TOKENS, HIDDEN, WIDTH, NUM_EXPERTS, TOP_K = 4096, 512, 256, 32, 4
+PEERS = ("grouped_mm", "eager")
+"""`batched_mm` copies the weights of every routed token, 25.8 GB here, and cannot run."""
+
+
+def experts_module(implementation: str, dtype: torch.dtype) -> nn.Module:
+    """Qwen3-MoE's experts, computed through `implementation`."""
+    config = Qwen3MoeConfig(
+        hidden_size=HIDDEN,
+        moe_intermediate_size=WIDTH,
+        num_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )
+    module = Qwen3MoeExperts(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    module = module.to(dtype)
+    if implementation == IMPLEMENTATION:
+        _use_our_compute(module)
+    else:
+        config._experts_implementation = implementation
+    return module
+
+
+def block_step(implementation: str, dtype: torch.dtype) -> Callable[[], object]:
+    """Forward and backward of the block: gradients of tokens, combine weights and both weights."""
+    module = experts_module(implementation, dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(NUM_TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    probabilities = torch.randn(NUM_TOKENS, NUM_EXPERTS, generator=generator).softmax(-1)
+    values, index = probabilities.topk(TOP_K, dim=-1)
+    weights = (values / values.sum(-1, keepdim=True)).to(dtype).requires_grad_()
+    upstream = torch.randn(NUM_TOKENS, HIDDEN, generator=generator).to(dtype)
+
+    def step() -> Tensor:
+        module.zero_grad(set_to_none=True)
+        x.grad = weights.grad = None
+        out = module(x, index, weights)
+        out.backward(upstream)
+        return out
+
+    return step
+
+
+def fastest(steps: dict[str, Callable[[], object]]) -> tuple[str, Callable[[], object]]:
+    """Of several implementations, the one with the least time in three calls each."""
+    from kernels import seconds_of
+
+    times = {name: min(seconds_of(step) for _ in range(3)) for name, step in steps.items()}
+    name = min(times, key=times.__getitem__)
+    return name, steps[name]
+
+
+def block_case(dtype: torch.dtype) -> Case:
+    """The expert block in one dtype."""
+    name, peer = fastest({peer: block_step(peer, dtype) for peer in PEERS})
+    return Case(
+        name=f"expert_block_{str(dtype).removeprefix('torch.')}",
+        ours=block_step(IMPLEMENTATION, dtype),
+        peer=peer,
+        peer_name=f"transformers Qwen3-MoE experts, {name} (fastest of {', '.join(PEERS)})",
+        limit=0.75,
+        conditions=f"forward + backward, {NUM_TOKENS} tokens, hidden {HIDDEN}, {NUM_EXPERTS} experts, top-{TOP_K}, "
+        f"width {WIDTH}, parameters and activations {dtype}",
+        rounds=15 if dtype == torch.float32 else 5,
+    )
+
+
+def router_by_torch(logits: Tensor) -> Tensor:
+    """Weights, counts, z-loss and mean probabilities as tensor code."""
+    scores = logits.float().softmax(-1)
+    values, index = scores.topk(TOP_K, dim=-1)
+    weights = values / values.sum(-1, keepdim=True)
+    counts = torch.bincount(index.reshape(-1), minlength=NUM_EXPERTS)
+    z_loss = logits.float().logsumexp(-1).square().mean()
+    return weights.square().sum() + z_loss + (scores.mean(0) * counts).sum()
+
+
+def router_by_kernel(logits: Tensor) -> Tensor:
+    """The same through the fused router."""
+    routed = topk_router(logits, TOP_K)
+    return routed.weights.square().sum() + routed.z_loss + (routed.mean_probability * routed.counts).sum()
+
+
+def forward_backward(function: Callable[[Tensor], Tensor], *shape: int) -> None:
+    """One forward and backward of a scalar function of fresh inputs' shape."""
+    torch.autograd.grad(function(_input(*shape)), _input(*shape))
+
+
+@functools.cache
+def _input(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+
+def router_case() -> Case:
+    """The router with its side losses."""
+    shape = (16_384, NUM_EXPERTS)
+    return Case(
+        name="topk_router_float32",
+        ours=lambda: forward_backward(router_by_kernel, *shape),
+        peer=lambda: forward_backward(router_by_torch, *shape),
+        peer_name="softmax, topk, logsumexp, bincount of torch",
+        limit=1.0,
+        conditions=f"forward + backward with counts, z-loss and mean probabilities, logits {shape}, top-{TOP_K}",
+    )
+
+
+def permute_case() -> Case:
+    """Sort, copy to experts, sum back."""
+    index = torch.randn(NUM_TOKENS, NUM_EXPERTS, generator=torch.Generator().manual_seed(3)).topk(TOP_K).indices
+
+    def by_kernel(x: Tensor) -> Tensor:
+        permuted = moe_permute(x, index, NUM_EXPERTS)
+        return moe_unpermute(permuted.rows, permuted.positions).sum()
+
+    def by_torch(x: Tensor) -> Tensor:
+        order = index.reshape(-1).argsort(stable=True)
+        rows = x[order // TOP_K]
+        return torch.zeros_like(x).index_add(0, order // TOP_K, rows).sum()
+
+    shape = (NUM_TOKENS, HIDDEN)
+    return Case(
+        name="moe_permute_unpermute_float32",
+        ours=lambda: forward_backward(by_kernel, *shape),
+        peer=lambda: forward_backward(by_torch, *shape),
+        peer_name="argsort, indexing and index_add of torch",
+        limit=1.0,
+        conditions=f"forward + backward, tokens {shape}, {NUM_EXPERTS} experts, top-{TOP_K}",
+    )
+
+
+def cases() -> list[Case]:
+    """All figures of this group."""
+    return [block_case(torch.float32), block_case(torch.bfloat16), router_case(), permute_case()]

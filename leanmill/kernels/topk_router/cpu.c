@@ -1,0 +1,155 @@
+/* A router's scores, choices, weights and sums for losses, one row of logits at a time, in fp32. */
+#ifndef T
+#include "dtypes.h"
+#include "exponential.h"
+
+struct router {
+    const float *bias;
+    int64_t num_experts, top_k, is_sigmoid, normalise;
+    float scaling;
+};
+
+/* Order of torch.topk: NaN before everything; on ties the earlier expert stays ahead. */
+static inline int is_ahead(float a, float b) { return a > b || (a != a && b == b); }
+
+/* Place the top_k largest keys into index, largest first. */
+static void choose(const float *keys, long num_experts, long top_k, int64_t *index) {
+    long held = 0;
+    for (long e = 0; e < num_experts; e++) {
+        if (held == top_k && !is_ahead(keys[e], keys[index[held - 1]])) continue;
+        long at = held < top_k ? held++ : held - 1;
+        for (; at > 0 && is_ahead(keys[e], keys[index[at - 1]]); at--) index[at] = index[at - 1];
+        index[at] = e;
+    }
+}
+
+/* Softmax of n values in place of them. */
+static void softmax(float *v, long n) {
+    float largest = v[0], sum = 0.0f;
+    for (long i = 1; i < n; i++) largest = v[i] > largest ? v[i] : largest;
+    for (long i = 0; i < n; i++) v[i] = exp_fp32(v[i] - largest);
+    for (long i = 0; i < n; i++) sum += v[i];
+    for (long i = 0; i < n; i++) v[i] /= sum;
+}
+
+/* log sigmoid(x) = min(x, 0) - log(1 + exp(-|x|)) */
+static float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f * x) - log1pf(expf(-fabsf(x))); }
+
+static float dot(const float *a, const float *b, long n) {
+    float sum = 0.0f;
+    for (long i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* Scores of one row, softmax or sigmoid, and its probabilities: scores that sum to one. */
+static float scores_of(const struct router *r, const float *logits, float *soft, float *scores) {
+    long n = r->num_experts;
+    float largest = logits[0], sum = 0.0f;
+    for (long e = 1; e < n; e++) largest = logits[e] > largest ? logits[e] : largest;
+    for (long e = 0; e < n; e++) soft[e] = exp_fp32(logits[e] - largest);
+    for (long e = 0; e < n; e++) sum += soft[e];
+    for (long e = 0; e < n; e++) soft[e] /= sum;
+    if (r->is_sigmoid)
+        for (long e = 0; e < n; e++) scores[e] = 1.0f / (1.0f + exp_fp32(-logits[e]));
+    else
+        memcpy(scores, soft, n * sizeof(float));
+    return largest + logf(sum);
+}
+
+/* Combine weights before scaling. */
+static void weights_of(const struct router *r, const float *logits, const float *scores, const int64_t *index,
+                       float *weights) {
+    for (long k = 0; k < r->top_k; k++) {
+        float logit = logits[index[k]];
+        weights[k] = !r->normalise ? scores[index[k]] : r->is_sigmoid ? log_sigmoid(logit) : logit;
+    }
+    if (r->normalise) softmax(weights, r->top_k);
+}
+
+#define T float
+#define LOAD load_fp32
+#define STORE store_fp32
+#define NAME(f) f##_fp32
+#include "cpu.c"
+#undef T
+#undef LOAD
+#undef STORE
+#undef NAME
+#define T bf16_t
+#define LOAD load_bf16
+#define STORE store_bf16
+#define NAME(f) f##_bf16
+#include "cpu.c"
+#undef T
+#undef LOAD
+#undef STORE
+#undef NAME
+#define T fp16_t
+#define LOAD load_fp16
+#define STORE store_fp16
+#define NAME(f) f##_fp16
+#include "cpu.c"
+
+#else
+/* The file includes itself once for each element type, with LOAD, STORE and NAME(function). */
+
+/* Rows first..last. counts [E], sums [1 + E] (squared logsumexp, then probabilities) and scratch
+ * [4 E] belong to these rows alone. */
+void NAME(route)(const struct router *r, const T *logits, int64_t *index, float *weights, int64_t *counts,
+                 double *sums, float *scratch, long first, long last) {
+    long n = r->num_experts;
+    float *row = scratch, *soft = row + n, *scores = soft + n, *keys = scores + n;
+    for (long e = 0; e < n; e++) counts[e] = 0;
+    for (long e = 0; e <= n; e++) sums[e] = 0.0;
+    for (long t = first; t < last; t++, logits += n) {
+        int64_t *chosen = index + t * r->top_k;
+        for (long e = 0; e < n; e++) row[e] = LOAD(logits + e);
+        double logsum = scores_of(r, row, soft, scores);
+        for (long e = 0; e < n; e++) keys[e] = r->bias ? scores[e] + r->bias[e] : scores[e];
+        choose(keys, n, r->top_k, chosen);
+        weights_of(r, row, scores, chosen, weights + t * r->top_k);
+        for (long k = 0; k < r->top_k; k++) {
+            weights[t * r->top_k + k] *= r->scaling;
+            counts[chosen[k]]++;
+        }
+        sums[0] += logsum * logsum;
+        float total = 0.0f;
+        for (long e = 0; e < n; e++) total += scores[e];
+        float factor = r->is_sigmoid ? total : 1.0f;
+        for (long e = 0; e < n; e++) sums[1 + e] += scores[e] / factor;
+    }
+}
+
+/* Gradient of the logits of rows first..last. grad_z and grad_mean are those of the means. */
+void NAME(route_backward)(const struct router *r, const T *logits, const int64_t *index, const float *grad_weights,
+                          const float *grad_mean, float grad_z, long num_tokens, T *grad, float *scratch, long first,
+                          long last) {
+    long n = r->num_experts, top_k = r->top_k;
+    float *row = scratch, *soft = row + n, *scores = soft + n, *out = scores + n, *weights = out + n;
+    for (long t = first; t < last; t++) {
+        const int64_t *chosen = index + t * top_k;
+        const float *upstream = grad_weights + t * top_k;
+        for (long e = 0; e < n; e++) row[e] = LOAD(logits + t * n + e);
+        float logsum = scores_of(r, row, soft, scores), z = 2.0f * logsum * grad_z / num_tokens;
+        /* Mean probabilities q = s / sum(s): ds = (g - <g, q>) / sum(s), then ds/dl. */
+        float total = r->is_sigmoid ? 0.0f : 1.0f;
+        for (long e = 0; r->is_sigmoid && e < n; e++) total += scores[e];
+        float mean = dot(grad_mean, scores, n) / total;
+        for (long e = 0; e < n; e++) {
+            float slope = r->is_sigmoid ? 1.0f - scores[e] : 1.0f;
+            out[e] = z * soft[e] + scores[e] / total * slope * (grad_mean[e] - mean) / num_tokens;
+        }
+        weights_of(r, row, scores, chosen, weights);
+        float along = dot(upstream, weights, top_k);
+        if (!r->normalise && !r->is_sigmoid)
+            for (long e = 0; e < n; e++) out[e] -= r->scaling * along * soft[e];
+        for (long k = 0; k < top_k; k++) {
+            float slope = r->is_sigmoid ? 1.0f - scores[chosen[k]] : 1.0f;
+            float inner = upstream[k] - (r->normalise ? along : 0.0f);
+            out[chosen[k]] += r->scaling * weights[k] * slope * inner;
+        }
+        for (long e = 0; e < n; e++) STORE(grad + t * n + e, out[e]);
+    }
+}
+
+#endif

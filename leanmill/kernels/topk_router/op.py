@@ -1,0 +1,167 @@
+"""One entry for the router, differentiable, on every device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from leanmill.kernels.native.dtypes import SUFFIXES
+from leanmill.kernels.sharded import is_dtensor
+from leanmill.kernels.topk_router import cpu, naive
+
+
+logger = logging.getLogger(__name__)
+
+
+class Routed(NamedTuple):
+    """What a router decides and what its losses need."""
+
+    weights: Tensor
+    """[T, K] fp32: combine weights, differentiable."""
+    experts: Tensor
+    """[T, K] int64: chosen experts, best first."""
+    counts: Tensor
+    """[E] int64: copies each expert takes."""
+    z_loss: Tensor
+    """Scalar fp32: mean over tokens of logsumexp(logits)^2, differentiable."""
+    mean_probability: Tensor
+    """[E] fp32: mean over tokens of the scores, which for sigmoid are divided by their sum first;
+    differentiable. A load-balance loss is E * sum(counts / (K T) * mean_probability)."""
+
+
+def topk_router(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: Literal["softmax", "sigmoid"] = "softmax",
+    normalise: bool = True,
+    bias: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Routed:
+    """Choose `top_k` experts for each token.
+
+    Scores s are the softmax or the sigmoid of the logits in fp32. Chosen are the largest of s + bias
+    (ties: the lower expert; NaN counts as largest); weights are s over the chosen, divided by their
+    sum if `normalise`, times `scaling`. The sum is taken of logarithms: no constant is added to it,
+    with which a sigmoid router could lower its balance loss by shrinking all scores, and it cannot
+    underflow.
+
+    Args:
+        logits: [T, E] fp32, bf16, fp16 or fp64 (then outputs are fp64).
+        top_k: Experts a token, 1 to E.
+        score: `softmax` (Switch, Mixtral, Qwen3-MoE) or `sigmoid` (DeepSeek-V3).
+        normalise: Whether weights of a token sum to `scaling`.
+        bias: [E], added for the choice only; no gradient (Wang et al., 2024).
+        scaling: Factor of the weights.
+
+    Raises:
+        ValueError: Shapes, dtypes or values outside of this, or a DTensor.
+    """
+    _check(logits, top_k, score, bias)
+    return Routed(*_route(logits, bias, top_k, score == "sigmoid", normalise, float(scaling)))
+
+
+def _check(logits: Tensor, top_k: int, score: str, bias: Tensor | None) -> None:
+    if is_dtensor(logits) or (bias is not None and is_dtensor(bias)):
+        raise ValueError(
+            "logits or bias is a DTensor; counts and means are those of one rank's tokens: pass to_local() and "
+            "reduce counts over the ranks yourself"
+        )
+    if logits.dim() != 2 or logits.dtype not in (*SUFFIXES, torch.float64):
+        raise ValueError(f"logits are {logits.dtype} {tuple(logits.shape)}; they must be floating [T, E]")
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k is {top_k} for logits {tuple(logits.shape)}; it must be 1 to {logits.shape[1]}")
+    if score not in ("softmax", "sigmoid"):
+        raise ValueError(f"score is {score!r}; allowed: 'softmax', 'sigmoid'")
+    if bias is not None and (bias.shape != logits.shape[1:] or bias.device != logits.device):
+        raise ValueError(
+            f"bias {tuple(bias.shape)} on {bias.device} must be [{logits.shape[1]}] on {logits.device}, as the logits"
+        )
+
+
+def _path(logits: Tensor) -> ModuleType:
+    covered = logits.dtype in SUFFIXES
+    if covered and logits.device.type == "cpu" and cpu.library() is not None:
+        return _said(cpu)
+    if covered and logits.device.type == "cuda" and torch.version.hip is None:
+        try:
+            from leanmill.kernels.topk_router import kernel
+        except ImportError:
+            return _said(naive)
+        return _said(kernel)
+    return _said(naive)
+
+
+@functools.cache
+def _said(module: ModuleType) -> ModuleType:
+    logger.debug("topk_router computes through %s", module.__name__)
+    return module
+
+
+@torch.library.custom_op("leanmill::topk_router", mutates_args=())
+def _route(
+    logits: Tensor, bias: Tensor | None, top_k: int, is_sigmoid: bool, normalise: bool, scaling: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = {"is_sigmoid": is_sigmoid, "normalise": normalise, "scaling": scaling}
+    return _path(logits).topk_router(logits.contiguous(), bias, top_k, **options)  # type: ignore[no-any-return]
+
+
+@_route.register_fake
+def _(
+    logits: Tensor, bias: Tensor | None, top_k: int, is_sigmoid: bool, normalise: bool, scaling: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    num_tokens, num_experts = logits.shape
+    index = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
+    weights = logits.new_empty(num_tokens, top_k, dtype=wide)
+    counts = logits.new_empty(num_experts, dtype=torch.int64)
+    return weights, index, counts, logits.new_empty((), dtype=wide), logits.new_empty(num_experts, dtype=wide)
+
+
+@torch.library.custom_op("leanmill::topk_router_backward", mutates_args=())
+def _route_backward(
+    logits: Tensor,
+    index: Tensor,
+    grad_weights: Tensor,
+    grad_z: Tensor,
+    grad_mean: Tensor,
+    is_sigmoid: bool,
+    normalise: bool,
+    scaling: float,
+) -> Tensor:
+    grads = (grad_weights, grad_z, grad_mean)
+    options = {"is_sigmoid": is_sigmoid, "normalise": normalise, "scaling": scaling}
+    return _path(logits).backward(logits.contiguous(), index.contiguous(), grads, **options)  # type: ignore[no-any-return]
+
+
+@_route_backward.register_fake
+def _(
+    logits: Tensor,
+    index: Tensor,
+    grad_weights: Tensor,
+    grad_z: Tensor,
+    grad_mean: Tensor,
+    is_sigmoid: bool,
+    normalise: bool,
+    scaling: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, _, *ctx.options = inputs
+    ctx.save_for_backward(logits, output[1])
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    logits, index = ctx.saved_tensors
+    grad_weights, _, _, grad_z, grad_mean = grads
+    return _route_backward(logits, index, grad_weights, grad_z, grad_mean, *ctx.options), *(None,) * 5
+
+
+_route.register_autograd(_backward, setup_context=_save)
