@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leanmill.kernels.fake_quant import dispatch
 from leanmill.kernels.fake_quant.grid import check_float
-from leanmill.kernels.sharded import on_local_rows
+from leanmill.kernels.sharded import is_dtensor, on_local_rows
 
 
 SMALLEST = 1e-5
@@ -50,9 +50,13 @@ def int8_activations(tokens: Tensor, *, smallest: float = SMALLEST) -> tuple[Ten
         token with a NaN has a NaN step.
 
     Raises:
-        ValueError: Not floating, no dims, or `smallest` not positive.
+        ValueError: Not floating, no dims, a DTensor, or `smallest` not positive.
     """
     _check(tokens, smallest)
+    if is_dtensor(tokens):
+        raise ValueError(
+            f"activations {tuple(tokens.shape)} are a DTensor; codes are made of local ones: call to_local()"
+        )
     return _int8_activations(tokens, smallest)
 
 

@@ -45,7 +45,8 @@ def forward(
         from leanmill.kernels.fake_quant import kernel
 
         log_path("fake_quant", "Triton")
-        return kernel.forward(weight, scale, offset, grid, num_kept, group_size)
+        with torch.cuda.device(weight.device):
+            return kernel.forward(weight, scale, offset, grid, num_kept, group_size)
     log_path("fake_quant", "tensor code")
     return naive.forward(weight, scale, offset, grid, num_kept, group_size).contiguous()
 
@@ -71,7 +72,8 @@ def gradients(
     if _is_for_triton(weight, scale, group_size):
         from leanmill.kernels.fake_quant import kernel
 
-        return kernel.gradients(*arguments, needs_weight)
+        with torch.cuda.device(weight.device):
+            return kernel.gradients(*arguments, needs_weight)
     to_weight, to_scale, to_offset = naive.gradients(*arguments)
     return to_weight.contiguous() if needs_weight else None, to_scale, to_offset
 
@@ -86,7 +88,8 @@ def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Ten
         from leanmill.kernels.fake_quant import kernel
 
         log_path("quantise_activations", "Triton")
-        return kernel.activations(tokens, smallest, as_codes=as_codes)
+        with torch.cuda.device(tokens.device):
+            return kernel.activations(tokens, smallest, as_codes=as_codes)
     log_path("quantise_activations", "tensor code")
     codes, steps = naive.activations(tokens, smallest)
     return (codes if as_codes else codes.to(steps.dtype).mul_(steps).to(tokens.dtype)), steps

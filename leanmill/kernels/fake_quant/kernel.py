@@ -21,6 +21,8 @@ _TILE = 4096
 """Elements of a tile: 16 a thread with 8 warps, two 16-byte loads of bf16."""
 _SEGMENT = 16384
 """Longest run of weights one program sums up; rows are rarely longer, whole weights always are."""
+_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+"""Without fused multiply-add a GPU computes what the CPU computes, bit for bit but for sums."""
 
 
 @triton.jit
@@ -40,7 +42,7 @@ def _magnitude(values):
 def _kept(weight, at, inside, values, MASK_SIZE: tl.constexpr, NUM_KEPT: tl.constexpr):
     # The neighbours were just loaded by this tile, so they come from the first-level cache.
     mine = _magnitude(values)
-    lane = at % MASK_SIZE
+    lane = at & (MASK_SIZE - 1) if MASK_SIZE & (MASK_SIZE - 1) == 0 else at % MASK_SIZE
     before = tl.zeros(values.shape, tl.int32)
     for distance in tl.static_range(1, MASK_SIZE):
         other_lane = (lane + distance) % MASK_SIZE
@@ -187,7 +189,7 @@ def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, nu
     fake_quant_fwd_kernel[(programs,)](
         weight, scale, scale if offset is None else offset, out, *shape,
         LOW=float(grid.low), HIGH=float(grid.high), SHIFT=grid.shift, SMALLEST=SMALLEST_SCALE,
-        HAS_OFFSET=offset is not None, NUM_KEPT=num_kept, MASK_SIZE=group_size, num_warps=8, **tile,
+        HAS_OFFSET=offset is not None, NUM_KEPT=num_kept, MASK_SIZE=group_size, **_OPTIONS, **tile,
     )  # fmt: skip
     return out
 
@@ -217,7 +219,7 @@ def gradients(
         LOW=float(grid.low), HIGH=float(grid.high), SHIFT=grid.shift, SMALLEST=SMALLEST_SCALE,
         EDGE_LOW=low, EDGE_HIGH=high, STRAIGHT=straight_through, NEEDS_WEIGHT=needs_weight,
         HAS_OFFSET=offset is not None, HAS_DECAY=decay is not None, NUM_KEPT=num_kept, MASK_SIZE=group_size,
-        num_warps=8, **tile,
+        **_OPTIONS, **tile,
     )  # fmt: skip
     used = sums if offset is not None else sums[:1]
     totals = used.sum(-1, dtype=torch.float64) if shape[-1] > 1 else used.squeeze(-1)
@@ -235,7 +237,7 @@ def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Ten
     block = min(_TILE, triton.next_power_of_2(length))
     int8_activations_kernel[(steps.numel(),)](
         tokens, out, steps, length, SMALLEST=smallest, AS_CODES=as_codes, BLOCK=block,
-        num_warps=max(1, min(8, block // 512)),
+        num_warps=max(1, min(8, block // 512)), enable_fp_fusion=False,
     )  # fmt: skip
     return out, steps
 

@@ -120,38 +120,46 @@ def _fast(weight: Tensor, operation: str) -> ModuleType | None:
 @torch.library.custom_op("leanmill::ternary", mutates_args=())
 def _ternary(weight: Tensor, rule: str, num_dims: int) -> Tensor:
     weight = weight.contiguous()
+    if not weight.numel():
+        return weight.clone()  # without weights there is no mean, and nothing to snap
     fast = _fast(weight, "ternary")
-    if fast is None or not weight.numel():
-        # Without weights there is no mean, and nothing to snap.
-        dims = tuple(range(-num_dims, 0))
-        return naive.ternarise(weight, rule, dims).contiguous() if weight.numel() else weight.clone()  # type: ignore[arg-type]
+    if fast is None:
+        return naive.ternarise(weight, rule, tuple(range(-num_dims, 0))).contiguous()  # type: ignore[arg-type]
     length = weight.shape[-num_dims:].numel()
+    # Triton launches on the current device.
+    with torch.cuda.device_of(weight):
+        level, divisor, threshold = _statistics(fast, weight, rule, length)
+        return fast.ternary_levels(weight, length, level, divisor, threshold)  # type: ignore[no-any-return]
+
+
+def _statistics(fast: ModuleType, weight: Tensor, rule: str, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Level, divisor and threshold of every run of `length` weights: what |w| / divisor exceeds becomes the level."""
     if rule == "mse":
         exact = weight.view(-1, length).to(torch.float32).abs()
         level, least = (t.flatten() for t in naive.least_squares(exact, (-1,)))
         # The kernels keep what exceeds the threshold; this rule keeps the threshold too.
-        threshold = torch.nextafter(least, least.new_full((), -1.0))
-        return fast.ternary_levels(weight, length, level, torch.ones_like(level), threshold)  # type: ignore[no-any-return]
+        return level, torch.ones_like(level), torch.nextafter(least, least.new_full((), -1.0))
     mean = (fast.magnitude_sums(weight, length)[0] / length).to(torch.float32)
     if rule == "absmean":
-        divisor = torch.where(mean == 0, 1.0, mean)
-        return fast.ternary_levels(weight, length, mean, divisor, torch.full_like(mean, 0.5))  # type: ignore[no-any-return]
+        return mean, torch.where(mean == 0, 1.0, mean), torch.full_like(mean, 0.5)
     threshold = 0.7 * mean
     sums, counts = fast.magnitude_sums(weight, length, threshold)
     level = (sums / counts.clamp(min=1)).to(torch.float32)
-    return fast.ternary_levels(weight, length, level, torch.ones_like(level), threshold)  # type: ignore[no-any-return]
+    return level, torch.ones_like(level), threshold
 
 
 @torch.library.custom_op("leanmill::binary", mutates_args=())
 def _binary(weight: Tensor, num_dims: int, clip: float | None) -> Tensor:
     weight = weight.contiguous()
+    if not weight.numel():
+        return weight.clone()
     fast = _fast(weight, "binary")
-    if fast is None or not weight.numel():
-        dims = tuple(range(-num_dims, 0))
-        return naive.binarise(weight, dims).contiguous() if weight.numel() else weight.clone()
+    if fast is None:
+        return naive.binarise(weight, tuple(range(-num_dims, 0))).contiguous()
     length = weight.shape[-num_dims:].numel()
-    level = (fast.magnitude_sums(weight, length)[0] / length).to(torch.float32)
-    return fast.binary_levels(weight, length, level)  # type: ignore[no-any-return]
+    with torch.cuda.device_of(weight):
+        level = (fast.magnitude_sums(weight, length)[0] / length).to(torch.float32)
+        return fast.binary_levels(weight, length, level)  # type: ignore[no-any-return]
 
 
 def _fake(weight: Tensor, *_: Any) -> Tensor:

@@ -12,7 +12,6 @@ from leanmill.kernels.fake_quant.activations import int8_activations, quantise_a
 from leanmill.kernels.fake_quant.grid import make_grid, scale_shape
 from leanmill.kernels.fake_quant.op import fake_quant, project_quantise
 from leanmill.kernels.nm_mask.naive import nm_mask_by_sort
-from leanmill.kernels.sharded import is_dtensor
 from tests.kernels.launcher import DEVICE, DTYPES
 
 
@@ -283,47 +282,6 @@ def test_meta_and_empty():
         fake_quant(weight, scale, num_bits=4).sum().backward()
         assert scale.grad.abs().sum() == 0
         assert quantise_activations(weight).shape == shape
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_dtensors(mesh):
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    weight, _, _, grad = draw((4, 16), (1,), torch.float32)
-    weight, grad = weight.cpu(), grad.cpu()
-    for like, placements in (
-        ((4, 1), [Shard(0)]),
-        ((4, 4), [Shard(0)]),
-        ((4, 4), [Shard(1)]),
-        ((1,), [Replicate()]),
-        ((1,), [Shard(0)]),
-    ):
-        scale = torch.full(like, 0.3)
-        plain = [weight.clone().requires_grad_(), scale.clone().requires_grad_()]
-        expected = fake_quant(*plain, num_bits=4)
-        expected.backward(grad)
-        place_scale = placements if scale.dim() == 2 else [Replicate()]
-        leaves = [
-            distribute_tensor(weight, mesh, placements).requires_grad_(),
-            distribute_tensor(scale, mesh, place_scale).requires_grad_(),
-        ]
-        out = fake_quant(*leaves, num_bits=4)
-        assert is_dtensor(out)
-        out.backward(distribute_tensor(grad, mesh, placements))
-        assert torch.equal(out.full_tensor(), expected)
-        assert torch.equal(leaves[0].grad.full_tensor(), plain[0].grad)
-        torch.testing.assert_close(leaves[1].grad.full_tensor(), plain[1].grad)
-    with pytest.raises(ValueError, match="both"):
-        fake_quant(leaves[0], scale, num_bits=4)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

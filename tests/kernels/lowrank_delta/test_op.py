@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.kernels.lowrank_delta import blocks, naive
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
-from leanmill.kernels.sharded import is_dtensor
 from tests.kernels.launcher import DEVICE, DTYPES
 
 
@@ -250,33 +249,6 @@ def test_under_compile_and_opcheck():
     torch.library.opcheck(torch.ops.leanmill.lowrank_delta_linear.default, (*tensors, x, *options))
     no_grid = [*tensors[:4], None, None]
     torch.library.opcheck(torch.ops.leanmill.lowrank_delta.default, (*no_grid, *options))
-
-
-def test_dtensors(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        t = {n: None if v is None else v.detach().cpu() for n, v in draw((6, 8), 2, scale_like=(6, 1)).items()}
-        rows = {"weight", "b", "scale"}
-        d = {
-            n: None if v is None else distribute_tensor(v, mesh, [Shard(0) if n in rows else Replicate()])
-            for n, v in t.items()
-        }
-        for v in (*t.values(), *d.values()):
-            if v is not None:
-                v.requires_grad_()
-        out, expected = ours(d, 0.7), ours(t, 0.7)
-        assert is_dtensor(out)
-        torch.testing.assert_close(out.full_tensor(), expected)
-        wanted = grads(expected.square().sum(), None, t)
-        for name, got in grads(out.square().sum(), None, d).items():
-            torch.testing.assert_close(got.full_tensor(), wanted[name], msg=name)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmill.kernels.sharded import is_dtensor
 from leanmill.kernels.ternary import cpu
 from leanmill.kernels.ternary.naive import binarise, ternarise
 from leanmill.kernels.ternary.op import binary, ternary
@@ -123,29 +122,6 @@ def test_under_compile_and_opcheck():
     assert torch.equal(torch.autograd.grad(compiled(weight), weight)[0], eager)
     torch.library.opcheck(torch.ops.leanmill.ternary.default, (weight, "absmean", 2))
     torch.library.opcheck(torch.ops.leanmill.binary.default, (weight, 1, 0.5))
-
-
-def test_dtensors(tmp_path):
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        weight = torch.randn(3, 4, 8)
-        for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
-            for granularity in ("tensor", "row"):
-                leaf = distribute_tensor(weight, mesh, [placement]).requires_grad_()
-                out = ternary(leaf, "absmean", granularity)
-                assert is_dtensor(out)
-                assert torch.equal(out.full_tensor(), ternary(weight, "absmean", granularity))
-                signs = binary(leaf, granularity, clip=0.5)
-                assert torch.equal(signs.full_tensor(), binary(weight, granularity))
-                (out + signs).sum().backward()
-                assert torch.equal(leaf.grad.full_tensor(), 1.0 + (weight.abs() <= 0.5))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
