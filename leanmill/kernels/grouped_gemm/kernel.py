@@ -16,7 +16,6 @@ from torch import Tensor
 
 from leanmill.kernels.grouped_gemm import library
 from leanmill.kernels.grouped_gemm.problem import Gradients, Needed, Problem
-from leanmill.kernels.moe_permute import kernel as permute
 from leanmill.kernels.moe_permute import naive
 
 
@@ -127,21 +126,13 @@ def forward(problem: Problem) -> Tensor:
 
 def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
     """Return the gradients asked for, given that of `forward`'s result."""
-    grad_rows = grad_weight = grad_scatter_weights = None
-    upstream = library.spread_grad(problem, grad)
-    if needed.rows:
-        grad_rows = _rows_product(problem, upstream, None, to_input=True)
-        if problem.gather_index is not None:
-            grad_rows = permute.combine(grad_rows, problem.gather_index)
-    if needed.weight:
-        grad_weight = _outer_product(problem, upstream)
-    if needed.scatter_weights:
-        assert problem.scatter_index is not None
-        assert problem.scatter_weights is not None
-        product = _rows_product(problem, problem.rows, _gather_tokens(problem), to_input=False)
-        dots = permute.dots(product, problem.scatter_index, grad.contiguous())
-        grad_scatter_weights = dots.to(problem.scatter_weights.dtype)
-    return Gradients(grad_rows, grad_weight, grad_scatter_weights)
+    return library.backward_by(
+        problem,
+        grad,
+        needed,
+        to_input=lambda upstream: _rows_product(problem, upstream, None, to_input=True),
+        outer=lambda upstream: _outer_product(problem, upstream),
+    )
 
 
 def _gather_tokens(problem: Problem) -> Tensor | None:

@@ -5,12 +5,14 @@ torch's kernel for GPUs (bf16, rows of whole 16 bytes) uses the tensor cores bet
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.kernels.grouped_gemm.problem import Gradients, Needed, Problem
-from leanmill.kernels.moe_permute.op import _combine, _dots, _spread
+from leanmill.kernels.moe_permute.op import _combine, _spread, order_of_positions
 
 
 def is_supported(problem: Problem) -> bool:
@@ -29,20 +31,50 @@ def forward(problem: Problem) -> Tensor:
 def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
     """Return the gradients asked for, given that of `forward`'s result."""
     ends = _ends(problem)
-    upstream = spread_grad(problem, grad)
+    return backward_by(
+        problem,
+        grad,
+        needed,
+        to_input=lambda upstream: _without_tail(problem, F.grouped_mm(upstream, problem.weight, offs=ends)),
+        outer=lambda upstream: F.grouped_mm(upstream.t(), sorted_rows(problem), offs=ends),
+    )
+
+
+def backward_by(
+    problem: Problem,
+    grad: Tensor,
+    needed: Needed,
+    *,
+    to_input: Callable[[Tensor], Tensor],
+    outer: Callable[[Tensor], Tensor],
+) -> Gradients:
+    """Gradients from two products of sorted rows: with the weights, and with the problem's own rows.
+
+    Args:
+        problem: The operands.
+        grad: Gradient of the result.
+        needed: What to return.
+        to_input: Multiplies [N, out] with each row's weight: [N, in].
+        outer: Sums the outer products of [N, out] with the problem's rows by expert: [E, out, in].
+    """
     grad_rows = grad_weight = grad_scatter_weights = None
-    if needed.rows:
-        product = _without_tail(problem, F.grouped_mm(upstream, problem.weight, offs=ends))
-        grad_rows = product if problem.gather_index is None else _combine(product, problem.gather_index, None)
+    if needed.rows or needed.scatter_weights:
+        index, weights = problem.scatter_index, problem.scatter_weights
+        grad_rows = to_input(grad.contiguous() if index is None else _spread(grad, index, None))
+        if needed.scatter_weights:
+            assert index is not None
+            assert weights is not None
+            # <W x, g> = <x, W' g>: the product for the rows' gradient holds that of the weights.
+            by_row = (grad_rows.float() * sorted_rows(problem).float()).sum(-1)
+            grad_scatter_weights = by_row[index].to(weights.dtype)
+        if index is not None and weights is not None:
+            factors = weights.reshape(-1)[order_of_positions(index)].float()
+            grad_rows = (grad_rows * factors.unsqueeze(-1)).to(grad.dtype)
+        if problem.gather_index is not None and needed.rows:
+            grad_rows = _combine(grad_rows, problem.gather_index, None)
     if needed.weight:
-        grad_weight = F.grouped_mm(upstream.t(), sorted_rows(problem), offs=ends)
-    if needed.scatter_weights:
-        assert problem.scatter_index is not None
-        assert problem.scatter_weights is not None
-        product = F.grouped_mm(sorted_rows(problem), problem.weight.transpose(-2, -1), offs=ends)
-        dots = _dots(_without_tail(problem, product), problem.scatter_index, grad)
-        grad_scatter_weights = dots.to(problem.scatter_weights.dtype)
-    return Gradients(grad_rows, grad_weight, grad_scatter_weights)
+        grad_weight = outer(spread_grad(problem, grad))
+    return Gradients(grad_rows if needed.rows else None, grad_weight, grad_scatter_weights)
 
 
 def sorted_rows(problem: Problem) -> Tensor:

@@ -33,8 +33,8 @@ def grouped_gemm(
 ) -> Tensor:
     """Multiply rows sorted by expert with their expert's weight: `y[i] = weight[expert of i] @ rows[i]`.
 
-    Sums are fp32 (fp64 for fp64) and rounded once to the dtype of `rows`. Results and gradients
-    repeat bitwise: every sum has a fixed order. Only the operands are kept for backward.
+    Sums are fp32 (fp64 for fp64). Results and gradients repeat bitwise: every sum has a fixed
+    order. Only the operands are kept for backward.
 
     Args:
         rows: [N, in]; with `gather_index` tokens [T, in]. fp32, bf16, fp16 or fp64.
