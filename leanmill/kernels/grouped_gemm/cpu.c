@@ -2,12 +2,8 @@
  * gather of rows, the widening of 16-bit types and the scaling done while packing, and the scatter
  * to tokens while storing. All products and sums are fp32. */
 #ifndef T
-#define _DEFAULT_SOURCE
 #include "dtypes.h"
 #include <stdlib.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 /* The register tile is MR rows by two vectors: as many accumulators as fit beside one row of B. */
 #if defined(__AVX512F__)
@@ -22,15 +18,6 @@ typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 #define ROUND_UP(x, to) (((x) + (to) - 1) / (to) * (to))
-
-/* Ask for large pages under fresh memory: touching 32 MiB in pages of 4 KiB costs as much as writing
- * it three times over. A hint; the result does not depend on it. */
-void prefer_large_pages(void *memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    uintptr_t page = 1 << 21, first = ROUND_UP((uintptr_t)memory, page), last = ((uintptr_t)memory + bytes) / page * page;
-    if (first < last) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#endif
-}
 
 struct rows_problem {
     const void *rows, *weight;

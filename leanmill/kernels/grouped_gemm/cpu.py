@@ -17,6 +17,7 @@ from torch import Tensor
 from leanmill.kernels.grouped_gemm.problem import Gradients, Needed, Problem
 from leanmill.kernels.moe_permute.op import order_of_positions
 from leanmill.kernels.native import compiler, dtypes, threads
+from leanmill.kernels.native.large_pages import large_empty
 
 
 _MAX_CHUNK = 512
@@ -209,15 +210,6 @@ def _chunk_width(num_columns: int, depth: int = 0, num_threads: int = 1) -> int:
     share = -(-num_columns // num_threads)
     most = min(_MAX_CHUNK, max(_MAX_PACKED_FLOATS // max(depth, 1), 4 * _LANES))
     return min(most // _LANES, -(-share // _LANES)) * _LANES
-
-
-def large_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an uninitialised tensor on large pages where the system grants them."""
-    out = like.new_empty(shape, dtype=dtype)
-    library = _library()
-    if library is not None:
-        library.prefer_large_pages(dtypes.pointer(out), ctypes.c_int64(out.numel() * out.element_size()))
-    return out
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanmill.kernels.native import compiler, threads
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
+from leanmill.kernels.native.large_pages import large_empty
 
 
 _GRAIN_COPIES = 65_536
@@ -71,14 +72,14 @@ def invert(positions: Tensor) -> Tensor:
 
 def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return `naive.spread`, multiplied in fp32 and rounded once."""
-    rows = tokens.new_empty(positions.numel(), tokens.shape[1])
+    rows = large_empty(tokens, positions.numel(), tokens.shape[1])
     _over_tokens("spread", tokens, positions, weights, rows, width=tokens.shape[1])
     return rows
 
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return `naive.combine`: summed in fp32 in the order of k, rounded once."""
-    tokens = rows.new_empty(positions.shape[0], rows.shape[1])
+    tokens = large_empty(rows, positions.shape[0], rows.shape[1])
     _over_tokens("combine", rows, positions, weights, tokens, width=rows.shape[1])
     return tokens
 

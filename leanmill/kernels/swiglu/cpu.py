@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from leanmill.kernels.grouped_gemm.cpu import large_empty
 from leanmill.kernels.native import compiler, threads
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
+from leanmill.kernels.native.large_pages import large_empty
 
 
 _EXPONENTIAL_COST = 8

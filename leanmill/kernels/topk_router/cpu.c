@@ -23,47 +23,73 @@ static void choose(const float *keys, long num_experts, long top_k, int64_t *ind
     }
 }
 
-/* Softmax of n values in place of them. */
-static void softmax(float *v, long n) {
-    float largest = v[0], sum = 0.0f;
-    for (long i = 1; i < n; i++) largest = v[i] > largest ? v[i] : largest;
-    for (long i = 0; i < n; i++) v[i] = exp_fp32(v[i] - largest);
-    for (long i = 0; i < n; i++) sum += v[i];
-    for (long i = 0; i < n; i++) v[i] /= sum;
+/* Reductions keep LANES partial results, so that one does not wait for the one before. */
+enum { LANES = 16 };
+
+static float largest_of(const float *v, long n) {
+    float lanes[LANES], largest = v[0];
+    long i = 0;
+    for (int l = 0; l < LANES; l++) lanes[l] = largest;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] = v[i + l] > lanes[l] ? v[i + l] : lanes[l];
+    for (; i < n; i++) largest = v[i] > largest ? v[i] : largest;
+    for (int l = 0; l < LANES; l++) largest = lanes[l] > largest ? lanes[l] : largest;
+    return largest;
+}
+
+static float sum_of(const float *v, long n) {
+    float lanes[LANES] = {0}, sum = 0.0f;
+    long i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += v[i + l];
+    for (; i < n; i++) sum += v[i];
+    for (int l = 0; l < LANES; l++) sum += lanes[l];
+    return sum;
+}
+
+static float dot(const float *a, const float *b, long n) {
+    float lanes[LANES] = {0}, sum = 0.0f;
+    long i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * b[i + l];
+    for (; i < n; i++) sum += a[i] * b[i];
+    for (int l = 0; l < LANES; l++) sum += lanes[l];
+    return sum;
+}
+
+/* Softmax of n values; returns the largest value plus the logarithm of the sum. */
+static float softmax(const float *restrict v, float *restrict out, long n) {
+    float largest = largest_of(v, n);
+    for (long i = 0; i < n; i++) out[i] = exp_fp32(v[i] - largest);
+    float sum = sum_of(out, n);
+    for (long i = 0; i < n; i++) out[i] /= sum;
+    return largest + logf(sum);
 }
 
 /* log sigmoid(x) = min(x, 0) - log(1 + exp(-|x|)) */
 static float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f * x) - log1pf(expf(-fabsf(x))); }
 
-static float dot(const float *a, const float *b, long n) {
-    float sum = 0.0f;
-    for (long i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* Scores of one row, softmax or sigmoid, and its probabilities: scores that sum to one. */
-static float scores_of(const struct router *r, const float *logits, float *soft, float *scores) {
+/* Softmax of one row and its scores, which are that softmax or sigmoids; returns the logsumexp. */
+static float scores_of(const struct router *r, const float *restrict logits, float *restrict soft,
+                       float *restrict scores) {
     long n = r->num_experts;
-    float largest = logits[0], sum = 0.0f;
-    for (long e = 1; e < n; e++) largest = logits[e] > largest ? logits[e] : largest;
-    for (long e = 0; e < n; e++) soft[e] = exp_fp32(logits[e] - largest);
-    for (long e = 0; e < n; e++) sum += soft[e];
-    for (long e = 0; e < n; e++) soft[e] /= sum;
+    float logsum = softmax(logits, soft, n);
     if (r->is_sigmoid)
         for (long e = 0; e < n; e++) scores[e] = 1.0f / (1.0f + exp_fp32(-logits[e]));
     else
         memcpy(scores, soft, n * sizeof(float));
-    return largest + logf(sum);
+    return logsum;
 }
 
 /* Combine weights before scaling. */
 static void weights_of(const struct router *r, const float *logits, const float *scores, const int64_t *index,
-                       float *weights) {
+                       float *weights, float *logs) {
     for (long k = 0; k < r->top_k; k++) {
         float logit = logits[index[k]];
-        weights[k] = !r->normalise ? scores[index[k]] : r->is_sigmoid ? log_sigmoid(logit) : logit;
+        weights[k] = scores[index[k]];
+        logs[k] = r->normalise && r->is_sigmoid ? log_sigmoid(logit) : logit;
     }
-    if (r->normalise) softmax(weights, r->top_k);
+    if (r->normalise) softmax(logs, weights, r->top_k);
 }
 
 #define T float
@@ -107,15 +133,13 @@ void NAME(route)(const struct router *r, const T *logits, int64_t *index, float 
         double logsum = scores_of(r, row, soft, scores);
         for (long e = 0; e < n; e++) keys[e] = r->bias ? scores[e] + r->bias[e] : scores[e];
         choose(keys, n, r->top_k, chosen);
-        weights_of(r, row, scores, chosen, weights + t * r->top_k);
+        weights_of(r, row, scores, chosen, weights + t * r->top_k, keys);
         for (long k = 0; k < r->top_k; k++) {
             weights[t * r->top_k + k] *= r->scaling;
             counts[chosen[k]]++;
         }
         sums[0] += logsum * logsum;
-        float total = 0.0f;
-        for (long e = 0; e < n; e++) total += scores[e];
-        float factor = r->is_sigmoid ? total : 1.0f;
+        float factor = r->is_sigmoid ? sum_of(scores, n) : 1.0f;
         for (long e = 0; e < n; e++) sums[1 + e] += scores[e] / factor;
     }
 }
@@ -132,14 +156,13 @@ void NAME(route_backward)(const struct router *r, const T *logits, const int64_t
         for (long e = 0; e < n; e++) row[e] = LOAD(logits + t * n + e);
         float logsum = scores_of(r, row, soft, scores), z = 2.0f * logsum * grad_z / num_tokens;
         /* Mean probabilities q = s / sum(s): ds = (g - <g, q>) / sum(s), then ds/dl. */
-        float total = r->is_sigmoid ? 0.0f : 1.0f;
-        for (long e = 0; r->is_sigmoid && e < n; e++) total += scores[e];
+        float total = r->is_sigmoid ? sum_of(scores, n) : 1.0f;
         float mean = dot(grad_mean, scores, n) / total;
         for (long e = 0; e < n; e++) {
             float slope = r->is_sigmoid ? 1.0f - scores[e] : 1.0f;
             out[e] = z * soft[e] + scores[e] / total * slope * (grad_mean[e] - mean) / num_tokens;
         }
-        weights_of(r, row, scores, chosen, weights);
+        weights_of(r, row, scores, chosen, weights, weights + top_k);
         float along = dot(upstream, weights, top_k);
         if (!r->normalise && !r->is_sigmoid)
             for (long e = 0; e < n; e++) out[e] -= r->scaling * along * soft[e];

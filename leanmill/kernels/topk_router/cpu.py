@@ -78,7 +78,7 @@ def backward(
     upstream_z = ctypes.c_float(grad_z.item())
 
     def run(first: int, last: int) -> None:
-        scratch = torch.empty(5 * num_experts)
+        scratch = torch.empty(6 * num_experts)
         inputs = map(pointer, (logits, index, grad_weights, grad_mean))
         outputs = map(pointer, (out, scratch))
         rows = (ctypes.c_long(first), ctypes.c_long(last))
