@@ -9,17 +9,28 @@ struct router {
     float scaling;
 };
 
-/* Order of torch.topk: NaN before everything; on ties the earlier expert stays ahead. */
-static inline int is_ahead(float a, float b) { return a > b || (a != a && b == b); }
-
-/* Place the top_k largest keys into index, largest first. */
-static void choose(const float *keys, long num_experts, long top_k, int64_t *index) {
-    long held = 0;
-    for (long e = 0; e < num_experts; e++) {
-        if (held == top_k && !is_ahead(keys[e], keys[index[held - 1]])) continue;
-        long at = held < top_k ? held++ : held - 1;
-        for (; at > 0 && is_ahead(keys[e], keys[index[at - 1]]); at--) index[at] = index[at - 1];
-        index[at] = e;
+/* Place the top_k largest keys into index, largest first, in the order of torch.topk: NaN before
+ * everything, and on ties the earlier expert. Integers that order like the keys let each round be two
+ * reductions without branches; ranks has room for num_experts of them. */
+static void choose(const float *restrict keys, int32_t *restrict ranks, long num_experts, long top_k,
+                   int64_t *restrict index) {
+    int32_t n = num_experts;
+    for (int32_t e = 0; e < n; e++) {
+        float key = keys[e] + 0.0f; /* -0.0 ties with 0.0 */
+        int32_t bits;
+        memcpy(&bits, &key, 4);
+        int32_t rank = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+        ranks[e] = (bits & 0x7FFFFFFF) > 0x7F800000 ? INT32_MAX : rank;
+    }
+    for (long k = 0; k < top_k; k++) {
+        int32_t best = INT32_MIN, first = n;
+        for (int32_t e = 0; e < n; e++) best = ranks[e] > best ? ranks[e] : best;
+        for (int32_t e = 0; e < n; e++) {
+            int32_t at = ranks[e] == best ? e : n;
+            first = at < first ? at : first;
+        }
+        index[k] = first;
+        ranks[first] = INT32_MIN; /* below the rank of -inf */
     }
 }
 
@@ -120,7 +131,7 @@ static void weights_of(const struct router *r, const float *logits, const float 
 /* The file includes itself once for each element type, with LOAD, STORE and NAME(function). */
 
 /* Rows first..last. counts [E], sums [1 + E] (squared logsumexp, then probabilities) and scratch
- * [4 E] belong to these rows alone. */
+ * [5 E] belong to these rows alone. */
 void NAME(route)(const struct router *r, const T *logits, int64_t *index, float *weights, int64_t *counts,
                  double *sums, float *scratch, long first, long last) {
     long n = r->num_experts;
@@ -132,7 +143,7 @@ void NAME(route)(const struct router *r, const T *logits, int64_t *index, float 
         for (long e = 0; e < n; e++) row[e] = LOAD(logits + e);
         double logsum = scores_of(r, row, soft, scores);
         for (long e = 0; e < n; e++) keys[e] = r->bias ? scores[e] + r->bias[e] : scores[e];
-        choose(keys, n, r->top_k, chosen);
+        choose(keys, (int32_t *)(keys + n), n, r->top_k, chosen);
         weights_of(r, row, scores, chosen, weights + t * r->top_k, keys);
         for (long k = 0; k < r->top_k; k++) {
             weights[t * r->top_k + k] *= r->scaling;

@@ -48,7 +48,7 @@ def topk_router(
     function = _function("route", logits.dtype)
 
     def run(first_block: int, last_block: int) -> None:
-        scratch = torch.empty(4 * num_experts)
+        scratch = torch.empty(5 * num_experts)
         for block in range(first_block, last_block):
             first, last = block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, num_tokens)
             outputs = map(pointer, (index, weights, counts[block], sums[block], scratch))

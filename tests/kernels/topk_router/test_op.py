@@ -52,7 +52,7 @@ def outputs_and_gradient(function, logits, seed=0):
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 30),
-    st.integers(1, 20),
+    st.integers(1, 40),
     st.data(),
     st.booleans(),
     st.booleans(),
