@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,7 +53,16 @@ def is_supported(weight: Tensor, num_scales: int, mask_size: int) -> bool:
     return (not mask_size or group_length % mask_size == 0) and library() is not None
 
 
-def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int, group_size: int) -> Tensor:
+def forward(
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    grid: Grid,
+    num_kept: int,
+    group_size: int,
+    *,
+    in_threads: bool = True,
+) -> Tensor:
     """`naive.forward` for a contiguous CPU weight that `is_supported`."""
     task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
     out = new_like(_loaded(), weight)
@@ -62,7 +72,7 @@ def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, nu
     def run(first: int, last: int) -> None:
         function(*arguments, ctypes.c_int64(first), ctypes.c_int64(last))
 
-    parallel_for(run, keep[0].numel() * task.segments_per_group, min(task.segment_length, task.group_length))
+    _share(run, keep[0].numel() * task.segments_per_group, min(task.segment_length, task.group_length), in_threads)
     return out
 
 
@@ -78,6 +88,8 @@ def gradients(
     group_size: int,
     decay: Tensor | None,
     needs_weight: bool,
+    *,
+    in_threads: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`naive.gradients` for contiguous CPU tensors; no weight gradient is written unless needed."""
     task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
@@ -93,7 +105,7 @@ def gradients(
     def run(first: int, last: int) -> None:
         function(*arguments, ctypes.c_int64(first), ctypes.c_int64(last))
 
-    parallel_for(run, num_segments, min(task.segment_length, task.group_length))
+    _share(run, num_segments, min(task.segment_length, task.group_length), in_threads)
     totals = sums.view(2, -1, task.segments_per_group)
     totals = totals.sum(-1, dtype=torch.float64) if task.segments_per_group > 1 else totals
     totals = totals.mul(grad_scale)
@@ -116,6 +128,13 @@ def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Ten
 
     parallel_for(run, steps.numel(), tokens.shape[-1])
     return out, steps
+
+
+def _share(run: Callable[[int, int], None], num_segments: int, length: int, in_threads: bool) -> None:
+    if in_threads:
+        parallel_for(run, num_segments, length)
+    else:
+        run(0, num_segments)
 
 
 def _task(

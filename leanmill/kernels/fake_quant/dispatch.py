@@ -34,13 +34,20 @@ def on_gpu(tensor: Tensor) -> bool:
 
 
 def forward(
-    weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int = 0, group_size: int = 0
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    grid: Grid,
+    num_kept: int = 0,
+    group_size: int = 0,
+    *,
+    in_threads: bool = True,
 ) -> Tensor:
-    """`naive.forward`, by the fastest code that covers the weight."""
+    """`naive.forward`, by the fastest code that covers the weight; see `gradients` for `in_threads`."""
     weight = weight.contiguous()
     if cpu.is_supported(weight, scale.numel(), group_size):
         log_path("fake_quant", "C")
-        return cpu.forward(weight, scale, offset, grid, num_kept, group_size)
+        return cpu.forward(weight, scale, offset, grid, num_kept, group_size, in_threads=in_threads)
     if _is_for_triton(weight, scale, group_size):
         from leanmill.kernels.fake_quant import kernel
 
@@ -63,12 +70,18 @@ def gradients(
     group_size: int = 0,
     decay: Tensor | None = None,
     needs_weight: bool = True,
+    *,
+    in_threads: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """`naive.gradients`, by the fastest code that covers the weight; the first may be left out."""
+    """`naive.gradients`, by the fastest code that covers the weight; the first may be left out.
+
+    Between matmuls of small blocks `in_threads=False` is quicker on a CPU: torch's threads still
+    spin after theirs, and ours would wait for the cores.
+    """
     grad, weight = grad.to(weight.dtype).contiguous(), weight.contiguous()
     arguments = (grad, weight, scale, offset, grid, grad_scale, straight_through, num_kept, group_size, decay)
     if cpu.is_supported(weight, scale.numel(), group_size):
-        return cpu.gradients(*arguments, needs_weight)
+        return cpu.gradients(*arguments, needs_weight, in_threads=in_threads)
     if _is_for_triton(weight, scale, group_size):
         from leanmill.kernels.fake_quant import kernel
 
