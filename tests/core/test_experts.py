@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.experts import grouped_linear
+from leanmill.core.experts import experts_forward, grouped_linear
 from leanmill.core.site import ExpertSite
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.stage import Slot, Stage
@@ -100,3 +100,22 @@ def test_layouts_that_are_not_covered_are_refused(attribute):
     setattr(model.model.layers[0].mlp.experts, attribute, True)
     with pytest.raises(ConfigError, match="exclude"):
         Sites(model).select()
+
+
+def test_copies_that_no_expert_takes_add_nothing():
+    """Expert parallelism marks copies of other ranks' experts with the number of experts."""
+    model = tiny("qwen3_moe")
+    Sites(model).select(["experts.*"])
+    experts = model.model.layers[0].mlp.experts
+    x = torch.randn(5, model.config.hidden_size, requires_grad=True)
+    index = torch.randint(experts.num_experts, (5, 2))
+    weights = torch.rand(5, 2)
+    marked = index.clone()
+    marked[1, 0] = marked[3] = experts.num_experts
+    out = experts_forward(experts, x, marked, weights)
+    silenced = weights.masked_fill(marked == experts.num_experts, 0.0)
+    torch.testing.assert_close(out, experts_forward(experts, x, index, silenced))
+    assert (out[3] == 0).all()
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert (grad[3] == 0).all()
+    assert torch.isfinite(grad).all()
