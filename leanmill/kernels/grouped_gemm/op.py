@@ -166,7 +166,9 @@ def _product(
 
 def _forward(*operands: Any) -> Tensor:
     problem = _problem(*operands)
-    return _path(problem).forward(problem)  # type: ignore[no-any-return]
+    # Products are computed in the dtype they are given, whatever autocast says.
+    with torch.autocast(problem.rows.device.type, enabled=False):
+        return _path(problem).forward(problem)  # type: ignore[no-any-return]
 
 
 @_product.register_fake
@@ -199,7 +201,8 @@ def _product_backward(
 def _backward(grad: Tensor, *operands_and_needed: Any) -> list[Tensor]:
     *operands, needed = operands_and_needed
     problem = _problem(*operands)
-    found = _path(problem).backward(problem, grad.contiguous(), Needed(*needed))
+    with torch.autocast(problem.rows.device.type, enabled=False):
+        found = _path(problem).backward(problem, grad.contiguous(), Needed(*needed))
     given = (found.rows, found.weight, found.scatter_weights)
     return [gradient for gradient in given if gradient is not None]
 

@@ -249,3 +249,16 @@ def test_16_bit_products_are_rounded_once():
     wide = naive.grouped_gemm(operands[0].double(), operands[1].double(), operands[2])
     got = cpu.forward(Problem(*operands))
     assert ((got.double() - wide).abs() <= wide.abs() * 2**-8 + 1e-4).all()
+
+
+@pytest.mark.parametrize("has_compiler", [False, True])
+def test_autocast_does_not_change_the_dtype_of_products(monkeypatch, has_compiler):
+    if not has_compiler:
+        monkeypatch.setattr(cpu, "is_supported", lambda problem: False)
+    operands = drawn([30, 34], 64, 8)
+    rows, weight, offsets = (t.requires_grad_() if t.is_floating_point() else t for t in operands[:3])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = grouped_gemm(rows, weight, offsets)
+        out.sum().backward()
+    got = [out.detach(), rows.grad, weight.grad]
+    compare(got, expected_of(operands, torch.ones(64, 8))[:3], torch.float32)
