@@ -21,8 +21,8 @@ def quantise_activations(tokens: Tensor, *, smallest: float = SMALLEST) -> Tenso
 
     With m = max(max |x|, smallest) over the last dim, codes are clip(round(x * (127 / m)), -128, 127) and the
     result codes * (m / 127), in fp32 (fp64 for fp64) and rounded once: BitNet b1.58 (Ma et al. 2024,
-    arXiv:2402.17764, eq. 3 of its training notes; there the last step divides by 127 / m, which is
-    the same but for its rounding).
+    arXiv:2402.17764; its code divides by 127 / m in the last step, which is the same but for its
+    rounding).
 
     Args:
         tokens: fp32, bf16, fp16 or fp64 [..., in], plain or a DTensor that holds whole rows.

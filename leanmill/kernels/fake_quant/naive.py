@@ -53,7 +53,7 @@ def gradients(
 
     Inside of the grid's edges the value receives g, the scale g * (q + shift - u - shift) and the
     offset nothing; outside the value receives nothing, the scale g * (q + shift) and the offset g
-    (Esser et al. 2020, eq. 3 and 5; Bhalgat et al. 2020, eq. 4 and 5). What a mask prunes receives
+    (LSQ, Esser et al. 2020; the offset is that of LSQ+, Bhalgat et al. 2020). What a mask prunes receives
     g + decay * weight.
     """
     groups, scales, offsets = _grouped(weight, scale, offset)

@@ -38,7 +38,7 @@ def fake_quant(
     gradient of the output, the weight receives g inside of the grid and 0 outside, the scale the
     sum of g * (round(u) - u) inside and g times the outermost code outside, with u = (w - offset) /
     scale, the offset the sum of g outside; the last two times `grad_scale`. LSQ (Esser et al. 2020,
-    arXiv:1902.08153, eq. 1 to 5), LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576); the mid-rise grid
+    arXiv:1902.08153), LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576); the mid-rise grid
     of ParetoQ (Liu et al. 2025, arXiv:2502.02631) and QuEST (Panferov et al. 2025,
     arXiv:2502.05003), whose value gradient ends half a step past the outermost codes (ParetoQ: 0.99
     of that). Scales below 2^-40 count as 2^-40.

@@ -52,7 +52,7 @@ def binary(weight: Tensor, granularity: Granularity | int = "tensor", *, clip: f
     """Snap a weight to {-s, s} with s = mean |w|; both zeros count as positive.
 
     The gradient passes straight-through, with `clip` only where |w| <= clip (XNOR-Net, Rastegari et al. 2016,
-    arXiv:1603.05279, eq. 6, without its gradient of s; BiBERT, Qin et al. 2022, clips at 1).
+    arXiv:1603.05279, without its gradient of s; BiBERT, Qin et al. 2022, clips at 1).
 
     Args:
         weight: fp32, bf16, fp16 or fp64 [..., out, in]. Of a DTensor s is that of the whole tensor.
