@@ -90,8 +90,9 @@ def lowrank_delta_linear(
     """Return x W'^T + bias with W' = `lowrank_delta` of the other arguments, never holding W' or its gradient.
 
     Forward and backward merge a block of rows, use it and drop it: of dY^T x only the rows of one
-    block exist at a time, contracted to the factors before the next. Memory beyond inputs and outputs is a few blocks, and with half precision one
-    fp32 copy of x's gradient, in which blocks are summed.
+    block exist at a time, contracted to the factors before the next. Memory beyond inputs and
+    outputs is a few blocks, and with half precision one fp32 copy of x's gradient, in which blocks
+    are summed.
 
     Args:
         x: Floating [..., in]; the staged rows are converted to its dtype.
