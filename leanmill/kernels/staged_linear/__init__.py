@@ -1,0 +1,1 @@
+"""A linear layer whose staged weight is recomputed in backward instead of kept."""
