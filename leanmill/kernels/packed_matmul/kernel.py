@@ -54,10 +54,7 @@ def _vector_kernel(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     token = tl.program_id(1).to(tl.int64)
     is_row = row < num_rows
-    if IS_INTEGER:
-        total = tl.zeros([ROWS, BYTES], dtype=tl.int32)
-    else:
-        total = tl.zeros([ROWS, BYTES], dtype=tl.float32)
+    total = tl.zeros([ROWS, BYTES], dtype=tl.int32 if IS_INTEGER else tl.float32)
     for start in range(0, num_bytes, BYTES):
         byte = start + tl.arange(0, BYTES)
         inside = is_row[:, None] & (byte < num_bytes)[None, :]
@@ -101,10 +98,7 @@ def _matrix_kernel(
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     is_token, is_row = token < num_tokens, row < num_rows
-    if IS_INTEGER:
-        total = tl.zeros([TOKENS, ROWS], dtype=tl.int32)
-    else:
-        total = tl.zeros([TOKENS, ROWS], dtype=tl.float32)
+    total = tl.zeros([TOKENS, ROWS], dtype=tl.int32 if IS_INTEGER else tl.float32)
     for start in range(0, num_bytes, BYTES):
         byte = start + tl.arange(0, BYTES)
         is_byte = byte < num_bytes

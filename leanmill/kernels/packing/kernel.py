@@ -23,10 +23,7 @@ def _pack_kernel(
     for i in tl.static_range(PER_BYTE):
         index = byte * PER_BYTE + i
         code = tl.load(codes_ptr + row * num_codes + index, mask=index < num_codes, other=0).to(tl.int32)
-        if NUMBER == 3:
-            value = value * 3 + code + 1
-        else:
-            value = value | (code << (i * NUMBER))
+        value = value * 3 + code + 1 if NUMBER == 3 else value | (code << (i * NUMBER))
     if NUMBER == 3:
         value = (value * 256 + 242) // 243
     tl.store(packed_ptr + row * num_bytes + byte, value.to(tl.uint8), mask=byte < num_bytes)

@@ -1,0 +1,126 @@
+"""Transforms, packed weights and the staged linear against what they replace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from kernel_case import Case, MemoryCase
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from leanmill.core.site import recomputed
+from leanmill.kernels.hadamard.naive import hadamard_matrix
+from leanmill.kernels.hadamard.op import hadamard
+from leanmill.kernels.packed_matmul.op import packed_matmul
+from leanmill.kernels.packing.op import pack, unpack
+from leanmill.kernels.staged_linear.op import staged_linear
+
+
+SIZE = 4096
+GROUP = 128
+TOKENS = (1, 16, 256)
+
+
+def cases() -> list[Case | MemoryCase]:
+    return [_hadamard_case(), *_packed_cases(), *_torch_int4_cases(), *_staged_cases()]
+
+
+def _hadamard_case() -> Case:
+    x, matrix = torch.randn(SIZE, 1024), hadamard_matrix(1024, dtype=torch.float32)
+    return Case("hadamard", lambda: hadamard(x), lambda: x @ matrix, "dense matmul", 0.5, "4096 x 1024, fp32")
+
+
+def _unpacked_matmul(x: Tensor, packed: Tensor, scales: Tensor, encoding: int | str, zero: float) -> Tensor:
+    codes = unpack(packed, encoding, x.shape[-1]).float().sub_(zero)
+    return F.linear(x, codes.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.unsqueeze(-1)).flatten(-2))
+
+
+def _packed_cases() -> list[Case]:
+    found = []
+    for encoding, zero, num_groups in ((2, 2.0, SIZE // GROUP), (4, 8.0, SIZE // GROUP), ("ternary", 0.0, 1)):
+        is_ternary = encoding == "ternary"
+        codes = torch.randint(-1, 2, (SIZE, SIZE)) if is_ternary else torch.randint(0, 2**encoding, (SIZE, SIZE))
+        packed, scales = pack(codes, encoding), torch.rand(SIZE, num_groups)
+        for num_tokens in TOKENS:
+            x = torch.randn(num_tokens, SIZE)
+            kind = "ternary_int8" if is_ternary else f"{encoding}bit"
+            ours = functools.partial(packed_matmul, x, packed, scales, encoding, int8_activations=is_ternary)
+            peer = functools.partial(_unpacked_matmul, x, packed, scales, encoding, zero)
+            name = f"packed_matmul_{kind}_{num_tokens}_tokens"
+            found.append(Case(name, ours, peer, "unpack, then matmul", 1.0, "4096 x 4096, fp32", rounds=9))
+    return found
+
+
+def _torch_int4_cases() -> list[Case]:
+    codes = torch.randint(0, 16, (SIZE, SIZE), dtype=torch.int32)
+    packed, scales = pack(codes, 4), torch.rand(SIZE, SIZE // GROUP).bfloat16()
+    theirs = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
+    scales_and_zeros = torch.stack([scales.t(), torch.zeros_like(scales.t())], dim=-1).contiguous()
+    found = []
+    for num_tokens in TOKENS:
+        x = torch.randn(num_tokens, SIZE).bfloat16()
+        ours = functools.partial(packed_matmul, x, packed, scales, 4)
+        peer = functools.partial(torch._weight_int4pack_mm_for_cpu, x, theirs, GROUP, scales_and_zeros)
+        name = f"packed_matmul_4bit_bf16_{num_tokens}_tokens"
+        found.append(Case(name, ours, peer, "torch's int4 kernel", 1.0, "4096 x 4096, bf16", rounds=9))
+    return found
+
+
+def _stage(weight: Tensor, scale: Tensor) -> Tensor:
+    quantised = torch.round(torch.clamp(weight / scale, -1, 1)) * scale
+    return quantised + (weight - weight.detach())
+
+
+def _staged_cases() -> list[Case | MemoryCase]:
+    weight = torch.randn(2048, 2048, requires_grad=True)
+    scale = torch.tensor([0.7], requires_grad=True)
+    x = torch.randn(512, 2048, requires_grad=True)
+
+    def ours() -> Tensor:
+        return staged_linear(x, weight, None, _stage, scale)
+
+    def peer() -> Tensor:
+        return recomputed(lambda rows: F.linear(rows, _stage(weight, scale)), x)
+
+    given = (x, weight, scale)
+    return [
+        Case(
+            "staged_linear",
+            lambda: _step(ours, given),
+            lambda: _step(peer, given),
+            "checkpointed linear",
+            1.05,
+            "2048 x 2048, 512 tokens, fp32, forward and backward",
+        ),
+        MemoryCase(
+            "staged_linear_kept_for_backward",
+            lambda: _kept_bytes(ours, given),
+            lambda: weight.numel() * weight.element_size(),
+            "the weight",
+            0.05,
+            "2048 x 2048, saved tensors beyond the arguments",
+        ),
+    ]
+
+
+def _step(function: Callable[[], Tensor], given: tuple[Tensor, ...]) -> None:
+    for tensor in given:
+        tensor.grad = None
+    function().sum().backward()
+
+
+def _kept_bytes(function: Callable[[], Tensor], given: tuple[Tensor, ...]) -> int:
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        function()
+    return sum(kept.values())
