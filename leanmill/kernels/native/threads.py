@@ -1,11 +1,16 @@
-"""Run a C function over the rows of a tensor on as many threads as torch would use.
+"""Run a C function over the rows of a tensor on the threads that torch uses.
 
-OpenMP inside the C code would bring a second runtime next to torch's, whose idle threads spin
-against ours. Foreign calls release the interpreter's lock, so plain threads share the work.
+The idle threads of an OpenMP runtime go on spinning for milliseconds, so work on any others
+competes with them for the cores: a second runtime inside the C code would, and so would plain
+threads. Where torch runs on GNU's OpenMP (its Linux wheels do, and load it for all to see), its
+team is asked to do the work. Elsewhere plain threads share it; foreign calls release the
+interpreter's lock.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +21,8 @@ import torch
 GRAIN_ELEMENTS = 32_768
 """Fewer elements a thread are not worth waking one: about 10 microseconds of work."""
 
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_IMPORTED_BY = os.getpid()
+_Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def parallel_for(function: Callable[[int, int], object], num_rows: int, row_elements: int) -> None:
@@ -32,16 +38,53 @@ def parallel_for(function: Callable[[int, int], object], num_rows: int, row_elem
         function(0, num_rows)
         return
     bounds = [num_rows * part // num_threads for part in range(num_threads + 1)]
-    pool = _pool(num_threads - 1)
-    others = [pool.submit(function, *bounds[part : part + 2]) for part in range(1, num_threads)]
-    function(*bounds[:2])
+
+    def run(part: int) -> None:
+        function(bounds[part], bounds[part + 1])
+
+    team = _torch_team()
+    # A forked child has its parent's teams and executors without their threads.
+    if team is not None and os.getpid() == _IMPORTED_BY:
+        _run_on_team(team, run, num_threads)
+    else:
+        _run_on_executor(run, num_threads)
+
+
+def _run_on_team(team: ctypes.CDLL, run: Callable[[int], None], num_parts: int) -> None:
+    errors: list[BaseException] = []
+
+    def member(_: None) -> None:
+        try:
+            # The runtime may give fewer threads than asked for.
+            for part in range(team.omp_get_thread_num(), num_parts, team.omp_get_num_threads()):
+                run(part)
+        except BaseException as error:  # noqa: BLE001 (C could not pass it on)
+            errors.append(error)
+
+    team.GOMP_parallel(_Member(member), None, num_parts, 0)
+    if errors:
+        raise errors[0]
+
+
+def _run_on_executor(run: Callable[[int], None], num_parts: int) -> None:
+    pool = _pool(os.getpid(), num_parts - 1)
+    others = [pool.submit(run, part) for part in range(1, num_parts)]
+    run(0)
     for other in others:
         other.result()
 
 
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    # A forked child has its parent's executors without their threads.
-    key = (os.getpid(), num_threads)
-    if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(num_threads, thread_name_prefix="leanmill-kernels")
-    return _pools[key]
+@functools.cache
+def _torch_team() -> ctypes.CDLL | None:
+    """Return what the process offers of GNU's OpenMP runtime, or None."""
+    process = ctypes.CDLL(None)
+    if not torch.backends.openmp.is_available() or not hasattr(process, "GOMP_parallel"):
+        return None
+    process.GOMP_parallel.argtypes = [_Member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    process.GOMP_parallel.restype = None
+    return process
+
+
+@functools.cache
+def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="leanmill-kernels")

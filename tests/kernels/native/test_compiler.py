@@ -88,6 +88,15 @@ def test_without_a_compiler_there_is_no_library(tmp_path: Path, home: Path, monk
     assert compiler.load_library(write(tmp_path, "int one(void) { return 1; }")) is None
 
 
+@pytest.fixture(params=["torch's threads", "plain threads"])
+def either_team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "plain threads":
+        monkeypatch.setattr(threads, "_torch_team", lambda: None)
+    elif threads._torch_team() is None:
+        pytest.skip("this torch does not run on GNU's OpenMP")
+
+
+@pytest.mark.usefixtures("either_team")
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 1000])
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_rows_are_covered_once(num_rows: int, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +110,7 @@ def test_rows_are_covered_once(num_rows: int, num_threads: int, monkeypatch: pyt
     assert torch.equal(seen, torch.ones_like(seen))
 
 
+@pytest.mark.usefixtures("either_team")
 def test_threads_report_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
@@ -112,6 +122,7 @@ def test_threads_report_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         threads.parallel_for(work, 2, threads.GRAIN_ELEMENTS)
 
 
+@pytest.mark.usefixtures("either_team")
 def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     threads.parallel_for(lambda first, last: None, 2, threads.GRAIN_ELEMENTS)
