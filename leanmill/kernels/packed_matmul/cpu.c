@@ -16,8 +16,11 @@ typedef uint8_t v8b __attribute__((vector_size(8)));
 typedef uint8_t v16b __attribute__((vector_size(16)));
 #define ALWAYS static inline __attribute__((always_inline))
 
-#if defined(__AVX__) && defined(__FMA__)
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+
+#if defined(__AVX2__) && defined(__FMA__)
 ALWAYS v8f fma8(v8f a, v8f b, v8f c) { return (v8f)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
 ALWAYS v8f fma8(v8f a, v8f b, v8f c) { return a * b + c; }
@@ -32,7 +35,14 @@ ALWAYS v8i bytes8(const uint8_t *row, int64_t j, int64_t num_bytes) {
     v8b bytes = {0};
     if (j + 8 <= num_bytes) memcpy(&bytes, row + j, 8);
     else memcpy(&bytes, row + j, (size_t)(num_bytes - j));
+#ifdef __AVX2__
+    /* gcc 12 converts byte by byte. */
+    long long whole;
+    memcpy(&whole, &bytes, 8);
+    return (v8i)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(whole));
+#else
     return __builtin_convertvector(bytes, v8i);
+#endif
 }
 
 typedef struct {

@@ -4,6 +4,8 @@ With P codes a byte, code i of every byte meets x[P j + i]: a byte tile gives P 
 needs no interleaving.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch

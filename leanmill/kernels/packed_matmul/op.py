@@ -113,8 +113,8 @@ def _packed_matmul(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tenso
     native = cpu.library() if x.device.type == "cpu" and x.dtype != torch.float64 else None
     if native is not None:
         _log_once("packed_matmul", "C")
-        plain = (x.float(), packed, scales, zero_points)
-        return cpu.packed_matmul(native, *(tensor.contiguous() for tensor in plain), number).to(x.dtype)
+        dense = [tensor.contiguous() for tensor in (x.float(), packed, scales, zero_points)]
+        return cpu.packed_matmul(native, dense[0], dense[1], dense[2], dense[3], number).to(x.dtype)
     if x.is_cuda and x.dtype != torch.float64:
         from leanmill.kernels.packed_matmul import kernel
 

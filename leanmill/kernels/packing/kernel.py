@@ -1,5 +1,7 @@
 """Packing in Triton: a program handles a stretch of one row's bytes."""
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch
