@@ -65,6 +65,30 @@ def rows() -> list[str]:
     return found
 
 
+def kernel_rows() -> list[str]:
+    """Every measured kernel against its peer."""
+    found: list[str] = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("kernels_*.json")):
+        for name, figures in json.loads(path.read_text(encoding="utf-8"))["figures"].items():
+            if "ours_ms" in figures:
+                ours, peer = f"{figures['ours_ms']:.3g} ms", f"{figures['peer_ms']:.3g} ms"
+            else:
+                ours, peer = f"{figures['ours_mib']:.3g} MiB", f"{figures['peer_mib']:.3g} MiB"
+            verdict = "met" if figures["ratio"] <= figures["limit"] else "**missed**"
+            found.append(
+                f"| {name} | {figures['conditions']} | {ours} | {figures['peer']}: {peer} | "
+                f"{figures['ratio']:.3g} | <= {figures['limit']:g} | {verdict} |"
+            )
+    return found
+
+
+def write_kernels() -> None:
+    """Write the table that the kernels page includes."""
+    head = ["| operation | conditions | ours | peer | ratio | target | |", "|---|---|---|---|---|---|---|"]
+    text = "\n".join([*head, *kernel_rows()]) + "\n"
+    (ROOT / "docs" / "kernels" / "figures.md").write_text(text, encoding="utf-8")
+
+
 def conditions() -> list[str]:
     """One line a result: date, processor, versions, load."""
     lines = []
@@ -84,6 +108,7 @@ def main() -> None:
     table = ["| what | measured | target | |", "|---|---|---|---|", *rows()]
     text = HEAD + "\n".join(table) + "\n\n## Conditions\n\n" + "\n".join(conditions()) + "\n"
     (ROOT / "docs" / "reference" / "figures.md").write_text(text, encoding="utf-8")
+    write_kernels()
     print(text)
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 
-BENCHMARKS = ("command_line", "step_time", "techniques", "checkpoint_stall", "plan_memory", "quickstart")
+BENCHMARKS = ("command_line", "step_time", "techniques", "checkpoint_stall", "plan_memory", "kernels", "quickstart")
 
 
 def main() -> None:

@@ -5,9 +5,7 @@
  * segment writes one partial sum a learned value, and the caller adds those up in a fixed order, so sums do not
  * depend on the number of threads. */
 #ifndef T
-#define _DEFAULT_SOURCE
 #include "dtypes.h"
-#include "huge_pages.h"
 
 #ifdef __F16C__
 #include <immintrin.h>

@@ -12,7 +12,7 @@ from torch import Tensor
 from leanmill.kernels.fake_quant.grid import SMALLEST_SCALE, Grid
 from leanmill.kernels.native import compiler
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
-from leanmill.kernels.native.memory import new_like
+from leanmill.kernels.native.large_pages import large_empty
 from leanmill.kernels.native.threads import parallel_for
 
 
@@ -65,7 +65,7 @@ def forward(
 ) -> Tensor:
     """`naive.forward` for a contiguous CPU weight that `is_supported`."""
     task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
-    out = new_like(_loaded(), weight)
+    out = large_empty(weight, *weight.shape)
     function = getattr(_loaded(), f"fake_quant_forward_{SUFFIXES[weight.dtype]}")
     arguments = ctypes.byref(task), pointer(weight), pointer(out)
 
@@ -95,7 +95,7 @@ def gradients(
     task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
     task.straight_through = int(straight_through)
     task.has_decay, task.decay = (0, 0.0) if decay is None else (1, float(decay))
-    out = new_like(_loaded(), weight) if needs_weight else None
+    out = large_empty(weight, *weight.shape) if needs_weight else None
     num_segments = keep[0].numel() * task.segments_per_group
     sums = torch.empty(2, num_segments, dtype=torch.float32)
     function = getattr(_loaded(), f"fake_quant_backward_{SUFFIXES[weight.dtype]}")
@@ -117,7 +117,7 @@ def gradients(
 def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Tensor, Tensor]:
     """Codes, or fake-quantised values, of contiguous tokens [..., in], and steps [..., 1]."""
     steps = torch.empty(*tokens.shape[:-1], 1, dtype=torch.float32)
-    out = new_like(_loaded(), tokens, torch.int8 if as_codes else tokens.dtype)
+    out = large_empty(tokens, *tokens.shape, dtype=torch.int8 if as_codes else tokens.dtype)
     function = getattr(_loaded(), f"int8_activations_{SUFFIXES[tokens.dtype]}")
     codes, values = (pointer(out), None) if as_codes else (None, pointer(out))
     length = ctypes.c_int64(tokens.shape[-1])

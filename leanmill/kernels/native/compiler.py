@@ -23,9 +23,11 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=off", "-w")
+_FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+_MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 """No fast-math: NaN, infinities and the order of sums are part of each operation's definition, and
-without contraction a rounding decision is the one that tensor code takes."""
+without contraction a rounding decision is the one that tensor code takes. Nobody reads floating
+point exceptions, and keeping them would keep selections from being vectorised."""
 _HEADERS = Path(__file__).parent
 
 
@@ -55,7 +57,7 @@ def _compiled(source: Path, compiler: str) -> Path:
     handle, partial = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, f"-I{_HEADERS}", "-o", partial, str(source), "-lm"]
+        command = [compiler, *_FLAGS, *_MATH_FLAGS, f"-I{_HEADERS}", "-o", partial, str(source), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         # All ranks may compile at once: whoever finishes last replaces equal by equal.
         os.replace(partial, library)
@@ -81,10 +83,11 @@ def _cache_folder() -> Path:
 def _key(source: Path, compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
     digest = hashlib.sha256()
-    for part in (source.read_bytes(), *(path.read_bytes() for path in sorted(_HEADERS.glob("*.h"))), version):
+    headers = [*sorted(_HEADERS.glob("*.h")), *sorted(source.parent.glob("*.h"))]
+    for part in (source.read_bytes(), *(path.read_bytes() for path in headers), version):
         digest.update(hashlib.sha256(part).digest())
     # A home folder may be shared by machines with other instructions.
-    digest.update(" ".join((*_FLAGS, platform.machine(), _processor())).encode())
+    digest.update(" ".join((*_FLAGS, *_MATH_FLAGS, platform.machine(), _processor())).encode())
     return digest.hexdigest()[:20]
 
 

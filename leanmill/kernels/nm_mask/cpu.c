@@ -5,11 +5,7 @@
  * The file includes itself once for each element type. */
 #ifndef BITS
 
-#define _DEFAULT_SOURCE
 #include "dtypes.h"
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -62,17 +58,6 @@ static void best_tiles(const float sums[4][6][LANES], const struct tile_patterns
         try_pattern(sums[0][pair[0]], sums[1][pair[1]], sums[2][pair[2]], sums[3][pair[3]], patterns->bits[p], best,
                     kept);
     }
-}
-
-/* Advises the kernel to back fresh memory by huge pages: a large output costs more in page faults than in work. */
-void nm_prefer_huge_pages(void *memory, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) & ~(page - 1);
-    const uintptr_t last = ((uintptr_t)memory + (uintptr_t)bytes) & ~(page - 1);
-    if (last > first) madvise((void *)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
 }
 
 /* Copies a block to the output, past the caches if the whole is too large to stay in them: that saves reading

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from leanmill.kernels.native import compiler, threads
 from leanmill.kernels.native.dtypes import SUFFIXES, is_plain_cpu, pointer
+from leanmill.kernels.native.large_pages import large_empty
 from leanmill.kernels.nm_mask.naive import index_bits, packed_width
 
 
 _MASK, _PROJECT, _DECAY = range(3)
 """What `nm_groups` and `nm_tiles` write; the enum in cpu.c."""
 _TILE = 4
-_HUGE_PAGES_FROM_BYTES = 2**22
 _STREAMED_FROM_BYTES = 2**25
 """Outputs this large do not stay in the caches of a core's neighbourhood anyway."""
 
@@ -29,14 +29,14 @@ def is_supported(weight: Tensor) -> bool:
 
 def nm_mask(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Tensor:
     """Return the bool mask [..., in] of `naive.nm_mask`."""
-    mask = _empty(weight.shape, torch.bool)
+    mask = large_empty(weight, *weight.shape, dtype=torch.bool)
     _run(_MASK, weight, None, mask, num_kept, group_size, transposable)
     return mask
 
 
 def project(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Tensor:
     """Return the weight [..., in] with 0.0 for what the mask prunes."""
-    out = _empty(weight.shape, weight.dtype)
+    out = large_empty(weight, *weight.shape)
     _run(_PROJECT, weight, None, out, num_kept, group_size, transposable)
     return out
 
@@ -45,7 +45,7 @@ def decayed_grad(
     grad: Tensor, weight: Tensor, decay: Tensor, num_kept: int, group_size: int, transposable: bool
 ) -> Tensor:
     """Return g + decay * (1 - M) * W [..., in]."""
-    out = _empty(weight.shape, weight.dtype)
+    out = large_empty(weight, *weight.shape)
     _run(_DECAY, weight, grad.contiguous(), out, num_kept, group_size, transposable, float(decay))
     return out
 
@@ -108,15 +108,6 @@ def _run_rows(
         function(*pointers, c_int64(first), c_int64(end), *sizes)
 
     threads.parallel_for(work, num_rows, num_groups * group_size)
-
-
-def _empty(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(shape, dtype=dtype)
-    library = _library()
-    if out.nbytes >= _HUGE_PAGES_FROM_BYTES and library is not None:
-        # Fresh memory of this size comes straight from the system, a fault for every 4 KiB otherwise.
-        library.nm_prefer_huge_pages(pointer(out), c_int64(out.nbytes))
-    return out
 
 
 def _library() -> ctypes.CDLL | None:

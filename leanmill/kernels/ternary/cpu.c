@@ -3,9 +3,7 @@
  * Weights that share a scale lie next to each other and are cut into segments; sums are in double,
  * a segment each, so that neither their order nor the number of threads shows after rounding. */
 #ifndef T
-#define _DEFAULT_SOURCE
 #include "dtypes.h"
-#include "huge_pages.h"
 
 #define LANES 8
 

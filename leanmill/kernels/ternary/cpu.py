@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leanmill.kernels.native import compiler
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
-from leanmill.kernels.native.memory import new_like
+from leanmill.kernels.native.large_pages import large_empty
 from leanmill.kernels.native.threads import parallel_for
 
 
@@ -57,7 +57,7 @@ def magnitude_sums(weight: Tensor, group_length: int, threshold: Tensor | None =
 def ternary_levels(weight: Tensor, group_length: int, level: Tensor, divisor: Tensor, threshold: Tensor) -> Tensor:
     """sign(w) * level where |w| / divisor > threshold and 0 elsewhere; all fp32 [groups]."""
     task = _task(group_length, level=level, divisor=divisor, threshold=threshold)
-    out = new_like(_loaded(), weight)
+    out = large_empty(weight, *weight.shape)
     _run("ternary_levels", task, weight, level.numel() * task.segments_per_group, pointer(out))
     return out
 
@@ -65,7 +65,7 @@ def ternary_levels(weight: Tensor, group_length: int, level: Tensor, divisor: Te
 def binary_levels(weight: Tensor, group_length: int, level: Tensor) -> Tensor:
     """-level for negative weights and level for the others, fp32 [groups]."""
     task = _task(group_length, level=level)
-    out = new_like(_loaded(), weight)
+    out = large_empty(weight, *weight.shape)
     _run("binary_levels", task, weight, level.numel() * task.segments_per_group, pointer(out))
     return out
 

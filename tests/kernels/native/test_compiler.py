@@ -62,6 +62,13 @@ def test_a_library_is_compiled_once_and_again_when_its_source_changes(tmp_path: 
     compiler.load_library.cache_clear()
     assert compiler.load_library(source).answer() == 2  # type: ignore[union-attr]
     assert len(list(cache.glob("*.so"))) == 2
+    (tmp_path / "beside.h").write_text("#define ANSWER 3")
+    source.write_text('#include "beside.h"\nint answer(void) { return ANSWER; }')
+    compiler.load_library.cache_clear()
+    assert compiler.load_library(source).answer() == 3  # type: ignore[union-attr]
+    (tmp_path / "beside.h").write_text("#define ANSWER 4")
+    compiler.load_library.cache_clear()
+    assert compiler.load_library(source).answer() == 4  # type: ignore[union-attr]
 
 
 def test_a_cache_that_others_can_write_is_not_used(tmp_path: Path, home: Path) -> None:
