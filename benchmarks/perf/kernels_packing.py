@@ -14,6 +14,7 @@ from leanmill.core.site import recomputed
 from leanmill.kernels.hadamard.naive import hadamard_matrix
 from leanmill.kernels.hadamard.op import hadamard
 from leanmill.kernels.packed_matmul.op import packed_matmul
+from leanmill.kernels.packed_matmul.prepacked import PrepackedWeight, prepack, prepacked_matmul
 from leanmill.kernels.packing.op import pack, unpack
 from leanmill.kernels.staged_linear.op import staged_linear
 
@@ -24,7 +25,7 @@ TOKENS = (1, 16, 256)
 
 
 def cases() -> list[Case | MemoryCase]:
-    return [_hadamard_case(), *_packed_cases(), *_torch_int4_cases(), *_staged_cases()]
+    return [_hadamard_case(), *_packed_cases(), *_prepacked_cases(), *_staged_cases()]
 
 
 def _hadamard_case() -> Case:
@@ -33,7 +34,7 @@ def _hadamard_case() -> Case:
 
 
 def _unpacked_matmul(x: Tensor, packed: Tensor, scales: Tensor, encoding: int | str, zero: float) -> Tensor:
-    codes = unpack(packed, encoding, x.shape[-1]).float().sub_(zero)
+    codes = unpack(packed, encoding, x.shape[-1]).to(x.dtype).sub_(zero)
     return F.linear(x, codes.unflatten(-1, (scales.shape[-1], -1)).mul_(scales.unsqueeze(-1)).flatten(-2))
 
 
@@ -53,18 +54,28 @@ def _packed_cases() -> list[Case]:
     return found
 
 
-def _torch_int4_cases() -> list[Case]:
-    codes = torch.randint(0, 16, (SIZE, SIZE), dtype=torch.int32)
-    packed, scales = pack(codes, 4), torch.rand(SIZE, SIZE // GROUP).bfloat16()
-    theirs = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
-    scales_and_zeros = torch.stack([scales.t(), torch.zeros_like(scales.t())], dim=-1).contiguous()
+def _torch_matmul(x: Tensor, weight: PrepackedWeight) -> Tensor:
+    if weight.num_bits == 8:
+        return torch._weight_int8pack_mm(x, weight.layout, weight.layout_scales)
+    return torch._weight_int4pack_mm_for_cpu(x, weight.layout, GROUP, weight.layout_scales)
+
+
+def _prepacked_cases() -> list[Case]:
     found = []
-    for num_tokens in TOKENS:
-        x = torch.randn(num_tokens, SIZE).bfloat16()
-        ours = functools.partial(packed_matmul, x, packed, scales, 4)
-        peer = functools.partial(torch._weight_int4pack_mm_for_cpu, x, theirs, GROUP, scales_and_zeros)
-        name = f"packed_matmul_4bit_bf16_{num_tokens}_tokens"
-        found.append(Case(name, ours, peer, "torch's int4 kernel", 1.0, "4096 x 4096, bf16", rounds=9))
+    for num_bits, num_groups in ((4, SIZE // GROUP), (8, 1)):
+        packed = pack(torch.randint(0, 2**num_bits, (SIZE, SIZE)), num_bits)
+        scales = torch.rand(SIZE, num_groups).bfloat16()
+        weight = prepack(packed, scales, num_bits)
+        for num_tokens in TOKENS:
+            x = torch.randn(num_tokens, SIZE).bfloat16()
+            ours = functools.partial(prepacked_matmul, x, weight)
+            peer = functools.partial(_unpacked_matmul, x, packed, scales, num_bits, 2.0 ** (num_bits - 1))
+            theirs = functools.partial(_torch_matmul, x, weight)
+            name = f"packed_matmul_{num_bits}bit_bf16_{num_tokens}_tokens"
+            conditions = "4096 x 4096, bf16, prepacked"
+            found.append(Case(name, ours, peer, "unpack, then matmul", 1.0, conditions, rounds=9))
+            kernel = f"torch's int{num_bits} kernel"
+            found.append(Case(f"{name}_by_torch", ours, theirs, kernel, 1.1, conditions, rounds=9))
     return found
 
 

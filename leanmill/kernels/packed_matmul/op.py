@@ -14,8 +14,8 @@ from leanmill.kernels.sharded import is_dtensor
 
 
 logger = logging.getLogger(__name__)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_MIDDLE = {1: 0.5, 2: 2.0, 4: 8.0, 8: 128.0, TERNARY: 0.0}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MIDDLE = {1: 0.5, 2: 2.0, 4: 8.0, 8: 128.0, TERNARY: 0.0}
 
 
 def packed_matmul(
@@ -55,7 +55,7 @@ def packed_matmul(
     _check(x, packed, scales, number)
     tokens = x.reshape(-1, x.shape[-1])
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scales = _per_row(scales, packed, x.shape[-1], "scales").to(wide)
+    scales = per_row(scales, packed, x.shape[-1], "scales").to(wide)
     if int8_activations:
         if number != TERNARY or zero_points is not None or scales.shape[1] != 1:
             raise ValueError(
@@ -67,9 +67,9 @@ def packed_matmul(
         out = (products * token_scales * scales.t()).to(x.dtype)
     else:
         if isinstance(zero_points, Tensor):
-            zeros = _per_row(zero_points, packed, x.shape[-1], "zero_points").to(wide).expand_as(scales)
+            zeros = per_row(zero_points, packed, x.shape[-1], "zero_points").to(wide).expand_as(scales)
         else:
-            zeros = torch.full_like(scales, _MIDDLE[number] if zero_points is None else float(zero_points))
+            zeros = torch.full_like(scales, MIDDLE[number] if zero_points is None else float(zero_points))
         out = torch.ops.leanmill.packed_matmul(tokens, packed, scales, zeros, number)
     return out.view(*x.shape[:-1], packed.shape[0])
 
@@ -77,7 +77,7 @@ def packed_matmul(
 def _check(x: Tensor, packed: Tensor, scales: Tensor, number: int) -> None:
     if any(map(is_dtensor, (x, packed, scales))):
         raise ValueError("DTensors are not multiplied packed; gather them first: tensor.full_tensor()")
-    if x.dtype not in _DTYPES or x.dim() == 0 or not scales.is_floating_point() or packed.dtype != torch.uint8:
+    if x.dtype not in DTYPES or x.dim() == 0 or not scales.is_floating_point() or packed.dtype != torch.uint8:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)}, packed {packed.dtype}, scales {scales.dtype}; allowed: x fp32, bf16, "
             f"fp16 or fp64 [..., in], packed uint8 and floating scales"
@@ -91,7 +91,7 @@ def _check(x: Tensor, packed: Tensor, scales: Tensor, number: int) -> None:
         raise ValueError(f"x is on {x.device}, packed on {packed.device}, scales on {scales.device}; move to one")
 
 
-def _per_row(values: Tensor, packed: Tensor, num_codes: int, name: str) -> Tensor:
+def per_row(values: Tensor, packed: Tensor, num_codes: int, name: str) -> Tensor:
     """Return [out, groups]."""
     if values.numel() == 1:
         values = values.reshape(1, 1).expand(packed.shape[0], 1)
@@ -112,16 +112,16 @@ def _packed_matmul(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tenso
         return x.new_zeros((x.shape[0], packed.shape[0]))
     native = cpu.library() if x.device.type == "cpu" and x.dtype != torch.float64 else None
     if native is not None:
-        _log_once("packed_matmul", "C")
+        log_once("packed_matmul", "C")
         dense = [tensor.contiguous() for tensor in (x.float(), packed, scales, zero_points)]
         return cpu.packed_matmul(native, dense[0], dense[1], dense[2], dense[3], number).to(x.dtype)
     if x.is_cuda and x.dtype != torch.float64:
         from leanmill.kernels.packed_matmul import kernel
 
         if kernel.is_supported(x.shape[-1], scales.shape[-1], number):
-            _log_once("packed_matmul", "Triton")
+            log_once("packed_matmul", "Triton")
             return kernel.packed_matmul(x, packed, scales, zero_points, number)
-    _log_once("packed_matmul", "tensor code")
+    log_once("packed_matmul", "tensor code")
     return naive.packed_matmul(x, packed, scales, zero_points, number)
 
 
@@ -142,14 +142,14 @@ def _ternary_int8_matmul(codes: Tensor, packed: Tensor) -> Tensor:
         return codes.new_zeros((codes.shape[0], packed.shape[0]), dtype=torch.int32)
     native = cpu.library() if codes.device.type == "cpu" else None
     if native is not None:
-        _log_once("ternary_int8_matmul", "C")
+        log_once("ternary_int8_matmul", "C")
         return cpu.ternary_int8_matmul(native, codes.contiguous(), packed.contiguous())
     if codes.is_cuda:
         from leanmill.kernels.packed_matmul import kernel
 
-        _log_once("ternary_int8_matmul", "Triton")
+        log_once("ternary_int8_matmul", "Triton")
         return kernel.ternary_int8_matmul(codes, packed)
-    _log_once("ternary_int8_matmul", "tensor code")
+    log_once("ternary_int8_matmul", "tensor code")
     return naive.ternary_int8_matmul(codes, packed)
 
 
@@ -164,5 +164,6 @@ def _(codes: Tensor, packed: Tensor) -> Tensor:
 
 
 @functools.cache
-def _log_once(operation: str, path: str) -> None:
+def log_once(operation: str, path: str) -> None:
+    """Log which path an operation took, the first time it takes it."""
     logger.debug("%s runs as %s", operation, path)
