@@ -16,6 +16,7 @@ from torch import nn
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import InstallContext
+from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
 from leanmill.parallel.blocks import decoder_blocks
 from leanmill.parallel.config import (
     AutoEngine,
@@ -36,7 +37,6 @@ from leanmill.trainer.recipe_rules import derive_steps
 
 DEFAULT_RANK_MEMORY_GIB = 80.0
 """Memory of one rank that `engine: auto` is decided with, unless told."""
-_LOGITS_AT_ONCE = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def plan(
             num_micro_batches=num_micro_batches,
         )
         memory.add("transient", "activations", activation_bytes(recipe, model.config))
-        memory.add("transient", "logits", logits_bytes(recipe, model.config.vocab_size))
+        memory.add("transient", "logits", logits_bytes(recipe, model.config.vocab_size, model.config.hidden_size))
         memory.add("held", "teacher", _teacher_bytes(recipe, candidate, world_size))
         return memory
 
@@ -190,14 +190,23 @@ def activation_bytes(recipe: Recipe, config: Any) -> int:
     return int(tokens * kept[recipe.train.activation_checkpointing])
 
 
-def logits_bytes(recipe: Recipe, vocab_size: int) -> int:
-    """Estimate logits alive at once: in compute dtype, in fp32 for the loss, and their fp32 gradient."""
-    chunk = recipe.train.logits_chunk_tokens
-    tokens = recipe.batch.tokens_per_micro_batch
-    if chunk == "auto":
-        chunk = tokens if 4 * tokens * vocab_size <= _LOGITS_AT_ONCE else max(1, _LOGITS_AT_ONCE // (4 * vocab_size))
+def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:
+    """Estimate what the loss keeps at once: logits of a chunk of tokens and the head's fp32 gradient.
+
+    That gradient is made with the loss, before backward reaches the head. A teacher brings logits of
+    its own.
+    """
     size = 2 if recipe.train.precision == "bf16" else 4
-    return min(int(chunk), tokens) * vocab_size * (size + 4 + 4)
+    num_models = 1 + sum(technique.type == "distill" for technique in recipe.techniques)
+    chunk = recipe.train.logits_chunk_tokens
+    rows = rows_a_chunk(
+        torch.empty(0, hidden_size, dtype=torch.bfloat16 if size == 2 else torch.float32),
+        torch.empty(vocab_size, 0),
+        None if chunk == "auto" else chunk,
+        logits_alive=num_models,
+    )
+    tokens = min(rows, recipe.batch.tokens_per_micro_batch)
+    return num_models * tokens * vocab_size * size + 4 * vocab_size * hidden_size
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
