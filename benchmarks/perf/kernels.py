@@ -19,7 +19,7 @@ from kernel_case import Case, MemoryCase
 
 
 GROUPS = ("nm_mask", "fake_quant", "packing", "experts", "losses")
-WARMUP_SECONDS = 1.0
+WARMUP_SECONDS = 3.0
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -32,7 +32,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 def measure_time(case: Case) -> dict[str, Any]:
     """Run a time case."""
     started = time.perf_counter()
-    # The first large outputs of a process wait for the system to gather huge pages.
+    # The first large outputs of a process wait for the system to gather huge pages, on some virtual machines long.
     while time.perf_counter() - started < WARMUP_SECONDS:
         case.ours()
         case.peer()
