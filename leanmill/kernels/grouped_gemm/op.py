@@ -83,8 +83,9 @@ def _checked(
     for name, tensor in tensors.items():
         if is_dtensor(tensor):
             raise ValueError(
-                f"{name} is a DTensor; rows and experts of one product must be whole "
-                f"on a rank: pass {name}.full_tensor(), or {name}.to_local() with the local experts' offsets"
+                f"{name} is a DTensor; rows sorted by expert cross the ends of shards, so a rank multiplies its own "
+                f"rows: pass {name}.to_local() with offsets of those rows, and for all experts, with gradients summed, "
+                f"weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)"
             )
         if tensor.device != rows.device:
             raise ValueError(f"{name} is on {tensor.device} and rows on {rows.device}; move them to one device")

@@ -12,7 +12,7 @@ from torch import Tensor
 from leanmill.kernels.linear_cross_entropy import chunks, cpu, liger, naive
 from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.naive import Form
-from leanmill.kernels.sharded import is_dtensor
+from leanmill.kernels.sharded import TokenLayout, is_dtensor, num_kept
 
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,10 @@ def linear_cross_entropy(
     does, Hsu et al. 2024, arXiv:2410.10989), with the weight's added up in fp32; `none` makes the
     logits again in backward.
 
+    Hidden states and labels may be DTensors sharded on tokens. `none` then returns one placed like
+    them, `sum` and `mean` a Replicate one over all tokens. Weight and bias are Replicate DTensors,
+    whose gradient is a pending sum over ranks, or plain if they need none.
+
     Args:
         hidden: [..., H], fp32, bf16, fp16 or fp64.
         weight: [V, H], same dtype.
@@ -64,7 +68,7 @@ def linear_cross_entropy(
         fp32 (fp64 for fp64): a scalar, or [...] for `none`.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or ranges do not fit.
+        ValueError: Shapes, dtypes, devices, placements or ranges do not fit.
     """
     _check(hidden, weight, labels, bias)
     form = _form(logit_scale, softcap, z_loss, label_smoothing)
@@ -72,28 +76,63 @@ def linear_cross_entropy(
         raise ValueError(f"reduction {reduction!r} is not known; use 'sum', 'mean' or 'none'")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1, or None")
-    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    settings = (form.scale, form.softcap, form.z_loss, form.label_smoothing, ignore_index, chunk_tokens or 0)
-    if reduction == "none":
-        losses = _token_losses(rows, weight, bias, targets, *settings)
-        return losses.view(labels.shape)
-    if liger.covers(rows.device.type, rows.dtype, form, chunk_tokens, is_tracing=torch.compiler.is_compiling()):
-        _say("Liger")
-        total = liger.summed(rows, weight, bias, targets, ignore_index)
+    if is_dtensor(hidden):
+        layout = TokenLayout.of("hidden", hidden)
+        local_bias = None if bias is None else layout.whole("bias", bias)
+        operands = (layout.local("hidden", hidden), layout.whole("weight", weight), layout.local("labels", labels))
+        if reduction == "none":
+            return layout.spread(_losses(*operands, local_bias, form, ignore_index, chunk_tokens))
+        total = layout.total(_total(*operands, local_bias, form, ignore_index, chunk_tokens))
+    elif reduction == "none":
+        return _losses(hidden, weight, labels, bias, form, ignore_index, chunk_tokens)
     else:
-        track = torch.is_grad_enabled()
-        wanted = [track and t is not None and t.requires_grad for t in (rows, weight, bias)]
-        total = _summed(rows, weight, bias, targets, *settings, *wanted)[0]
-    return total / (targets != ignore_index).sum() if reduction == "mean" else total
+        total = _total(hidden, weight, labels, bias, form, ignore_index, chunk_tokens)
+    return total / num_kept(labels, ignore_index) if reduction == "mean" else total
+
+
+def _losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    form: Form,
+    ignore_index: int,
+    chunk_tokens: int | None,
+) -> Tensor:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    settings = (form.scale, form.softcap, form.z_loss, form.label_smoothing, ignore_index, chunk_tokens or 0)
+    return _token_losses(rows, weight, bias, labels.reshape(-1), *settings).view(labels.shape)
+
+
+def _total(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    form: Form,
+    ignore_index: int,
+    chunk_tokens: int | None,
+) -> Tensor:
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    is_tracing = torch.compiler.is_compiling()
+    # A rank may hold no tokens, with which Liger divides by zero.
+    if liger.covers(rows.device.type, rows.dtype, form, chunk_tokens, is_tracing=is_tracing) and len(rows):
+        _say("Liger")
+        return liger.summed(rows, weight, bias, targets, ignore_index)
+    settings = (form.scale, form.softcap, form.z_loss, form.label_smoothing, ignore_index, chunk_tokens or 0)
+    track = torch.is_grad_enabled()
+    wanted = [track and t is not None and t.requires_grad for t in (rows, weight, bias)]
+    return _summed(rows, weight, bias, targets, *settings, *wanted)[0]
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
     given = f"hidden {_describe(hidden)}, weight {_describe(weight)}, labels {_describe(labels)}"
     tensors = [t for t in (hidden, weight, labels, bias) if t is not None]
-    if any(is_dtensor(t) for t in tensors):
+    if any(is_dtensor(t) for t in tensors) and not is_dtensor(hidden):
         raise ValueError(
-            f"{given}: a loss is a sum over whole tokens and a whole vocabulary; call full_tensor() on a "
-            f"sharded weight and to_local() on hidden states and labels of this rank's tokens"
+            f"{given}: hidden is plain and others are DTensors; for the loss of this rank's tokens call "
+            f"weight.full_tensor(grad_placements=[Partial()] * mesh.ndim) and labels.to_local(), for that of all "
+            f"give hidden as a DTensor sharded on tokens"
         )
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 1:
         raise ValueError(f"{given}: expected hidden [..., H] and weight [V, H] with one H and V >= 1")

@@ -16,7 +16,7 @@ from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.op import check_range
 from leanmill.kernels.linear_kl import rows
 from leanmill.kernels.linear_kl.naive import Form, Kind
-from leanmill.kernels.sharded import is_dtensor
+from leanmill.kernels.sharded import TokenLayout, is_dtensor, num_kept
 
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class TeacherLogits:
     """A teacher given as a function that makes or reads logits of some tokens."""
 
     logits_of: Callable[[slice], Tensor]
-    """Returns logits [n, V of the teacher] of the flattened tokens in a slice with start and stop."""
+    """Returns logits [n, V of the teacher] of the flattened tokens in a slice with start and stop.
+    With DTensors for hidden states: plain logits, of the tokens that this rank holds."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,10 @@ def linear_kl(
     follows Hinton et al. 2015 (arXiv:1503.02531). Gradients go to the student only, and are built
     in the forward pass as in `linear_cross_entropy`.
 
+    Hidden states and labels may be DTensors sharded on tokens, and the teacher's hidden states or
+    cache are then placed like them; losses are Replicate and those of all tokens. Weights and biases
+    are Replicate DTensors, whose gradient is a pending sum over ranks, or plain if they need none.
+
     Args:
         hidden: Student hidden states [..., H], fp32, bf16, fp16 or fp64.
         weight: Student head [V, H], same dtype.
@@ -108,15 +113,15 @@ def linear_kl(
         A scalar, fp32 (fp64 for fp64).
 
     Raises:
-        ValueError: Shapes, dtypes, devices or ranges do not fit.
+        ValueError: Shapes, dtypes, devices, placements or ranges do not fit.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction {reduction!r} is not known; use 'sum' or 'mean'")
     form = _form(kind, beta, temperature)
     if labels is None:
-        labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        labels = _any_labels(hidden)
     total = _losses(hidden, weight, bias, labels, teacher, form, ignore_index, chunk_tokens).total
-    return total / (labels != ignore_index).sum() if reduction == "mean" else total
+    return total / num_kept(labels, ignore_index) if reduction == "mean" else total
 
 
 def linear_kl_and_cross_entropy(
@@ -167,6 +172,15 @@ def _form(kind: Kind, beta: float, temperature: float, *weights: float) -> Form:
     return Form(kind, float(beta), float(temperature), *map(float, weights))
 
 
+def _any_labels(hidden: Tensor) -> Tensor:
+    """Return labels with which every token counts."""
+    if is_dtensor(hidden):
+        layout = TokenLayout.of("hidden", hidden)
+        local = layout.local("hidden", hidden)
+        return layout.spread(torch.zeros(local.shape[:-1], dtype=torch.int64, device=local.device))
+    return torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+
+
 def _losses(
     hidden: Tensor,
     weight: Tensor,
@@ -178,6 +192,19 @@ def _losses(
     chunk_tokens: int | None,
 ) -> Losses:
     _check(hidden, weight, bias, labels, teacher, chunk_tokens)
+    if is_dtensor(hidden):
+        layout = TokenLayout.of("hidden", hidden)
+        local = _losses(
+            layout.local("hidden", hidden),
+            layout.whole("weight", weight),
+            None if bias is None else layout.whole("bias", bias),
+            layout.local("labels", labels),
+            _local_teacher(layout, teacher),
+            form,
+            ignore_index,
+            chunk_tokens,
+        )
+        return Losses(layout.total(local.total), layout.total(local.divergence), layout.total(local.cross_entropy))
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     targets = torch.where(targets == ignore_index, -1, targets)
     settings = (form.kind, form.beta, form.temperature, form.divergence_weight, form.cross_entropy_weight)
@@ -197,11 +224,22 @@ def _losses(
     return Losses(found[0], found[1].detach(), found[2].detach())
 
 
+def _local_teacher(layout: TokenLayout, teacher: Teacher) -> Teacher:
+    if isinstance(teacher, TopK):
+        indices = layout.local("teacher.indices", teacher.indices)
+        return TopK(indices, layout.local("teacher.log_probs", teacher.log_probs.detach()))
+    if isinstance(teacher, TeacherHead):
+        bias = None if teacher.bias is None else layout.whole("teacher.bias", teacher.bias.detach())
+        weight = layout.whole("teacher.weight", teacher.weight.detach())
+        return TeacherHead(layout.local("teacher.hidden", teacher.hidden.detach()), weight, bias)
+    return teacher
+
+
 def _check(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, teacher: Teacher, chunk_tokens: int | None
 ) -> None:
     given = f"student hidden {_describe(hidden)}, weight {_describe(weight)}, labels {_describe(labels)}"
-    tensors = [hidden, weight, labels]
+    tensors = [hidden, weight, labels] if bias is None else [hidden, weight, labels, bias]
     if hidden.dim() < 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] < 1:
         raise ValueError(f"{given}: expected hidden [..., H] of 2 dims or more and weight [V, H] with one H")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
@@ -213,7 +251,7 @@ def _check(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1, or None")
     if isinstance(teacher, TeacherHead):
-        tensors += [teacher.hidden, teacher.weight]
+        tensors += [t for t in (teacher.hidden, teacher.weight, teacher.bias) if t is not None]
         theirs = f"teacher hidden {_describe(teacher.hidden)}, weight {_describe(teacher.weight)}"
         fits = teacher.weight.dim() == 2 and teacher.hidden.shape == (*labels.shape, teacher.weight.shape[1])
         if not fits or teacher.hidden.dtype != teacher.weight.dtype:
@@ -224,8 +262,12 @@ def _check(
         same = teacher.indices.shape == teacher.log_probs.shape and teacher.indices.shape[:-1] == labels.shape
         if not same or teacher.indices.dtype != torch.int64 or teacher.indices.shape[-1] > weight.shape[0]:
             raise ValueError(f"{given}, {theirs}: expected both {tuple(labels.shape)} + (k,), int64 indices, k <= V")
-    if any(is_dtensor(t) for t in tensors):
-        raise ValueError(f"{given}: call full_tensor() on a sharded weight and to_local() on this rank's tokens")
+    if any(is_dtensor(t) for t in tensors) and not is_dtensor(hidden):
+        raise ValueError(
+            f"{given}: hidden is plain and others are DTensors; for the loss of this rank's tokens call "
+            f"weight.full_tensor(grad_placements=[Partial()] * mesh.ndim) and to_local() on labels and caches, for "
+            f"that of all give hidden as a DTensor sharded on tokens"
+        )
     if len({t.device for t in tensors}) > 1:
         raise ValueError(f"devices {[str(t.device) for t in tensors]} differ; move all tensors to one")
 

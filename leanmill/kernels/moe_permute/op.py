@@ -100,8 +100,8 @@ def _check_plain(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and is_dtensor(tensor):
             raise ValueError(
-                f"{name} is a DTensor; routing differs between ranks, so "
-                f"call it on each rank's own tokens: pass {name}.to_local()"
+                f"{name} is a DTensor; a permutation moves rows past the ends of a shard, so each rank permutes its "
+                f"own tokens: pass {name}.to_local()"
             )
 
 

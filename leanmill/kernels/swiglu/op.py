@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leanmill.kernels.native.dtypes import SUFFIXES
+from leanmill.kernels.sharded import TokenLayout, is_dtensor
 from leanmill.kernels.swiglu import cpu, naive
 
 
@@ -22,16 +23,19 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Args:
         gate_up: [..., 2I] fp32, bf16, fp16 or fp64; the last dim holds gate, then up. Kept for
-            backward, which computes the sigmoid anew.
+            backward, which computes the sigmoid anew. A DTensor may be sharded over any dim but the last.
 
     Returns:
         [..., I].
 
     Raises:
-        ValueError: The last dim is odd, or the dtype is not floating.
+        ValueError: The last dim is odd or sharded, or the dtype is not floating.
     """
     if gate_up.dim() == 0 or gate_up.shape[-1] % 2 or not gate_up.is_floating_point():
         raise ValueError(f"gate_up is {gate_up.dtype} {tuple(gate_up.shape)}; it must be floating [..., 2I]")
+    if is_dtensor(gate_up):
+        layout = TokenLayout.of("gate_up", gate_up)
+        return layout.spread(swiglu(layout.local("gate_up", gate_up)))
     width = gate_up.shape[-1]
     return _swiglu(gate_up.reshape(gate_up.numel() // max(width, 1), width)).reshape(*gate_up.shape[:-1], width // 2)
 

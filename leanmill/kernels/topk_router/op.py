@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanmill.kernels.native.dtypes import SUFFIXES
-from leanmill.kernels.sharded import is_dtensor
+from leanmill.kernels.sharded import TokenLayout, is_dtensor
 from leanmill.kernels.topk_router import cpu, naive
 
 
@@ -52,25 +52,46 @@ def topk_router(
     underflow.
 
     Args:
-        logits: [T, E] fp32, bf16, fp16 or fp64 (then outputs are fp64).
+        logits: [T, E] fp32, bf16, fp16 or fp64 (then outputs are fp64). Of a DTensor sharded on tokens,
+            weights and experts are placed like it; counts and means are those of all tokens, Replicate.
         top_k: Experts a token, 1 to E.
         score: `softmax` (Switch, Mixtral, Qwen3-MoE) or `sigmoid` (DeepSeek-V3).
         normalise: Whether weights of a token sum to `scaling`.
-        bias: [E], added for the choice only; no gradient (Wang et al., 2024).
+        bias: [E], added for the choice only; no gradient (Wang et al., 2024). Plain, or, with such
+            logits, a Replicate DTensor.
         scaling: Factor of the weights.
 
     Raises:
-        ValueError: Shapes, dtypes or values outside of this, or a DTensor.
+        ValueError: Shapes, dtypes, values or placements outside of this.
     """
     _check(logits, top_k, score, bias)
-    return Routed(*_route(logits, bias, top_k, score == "sigmoid", normalise, float(scaling)))
+    settings = (top_k, score == "sigmoid", normalise, float(scaling))
+    if is_dtensor(logits):
+        return _on_shards(logits, bias, settings)
+    return Routed(*_route(logits, bias, *settings))
+
+
+def _on_shards(logits: Tensor, bias: Tensor | None, settings: tuple[int, bool, bool, float]) -> Routed:
+    """Route each rank's tokens; a rank's means weigh as much as its share of all tokens."""
+    layout = TokenLayout.of("logits", logits)
+    local = layout.local("logits", logits)
+    whole_bias = None if bias is None else layout.whole("bias", bias.detach())
+    found = Routed(*_route(local, whole_bias, *settings))
+    share = local.shape[0] / max(logits.shape[0], 1)
+    return Routed(
+        layout.spread(found.weights),
+        layout.spread(found.experts),
+        layout.total(found.counts),
+        layout.total(found.z_loss * share),
+        layout.total(found.mean_probability * share),
+    )
 
 
 def _check(logits: Tensor, top_k: int, score: str, bias: Tensor | None) -> None:
-    if is_dtensor(logits) or (bias is not None and is_dtensor(bias)):
+    if is_dtensor(bias) and not is_dtensor(logits):
         raise ValueError(
-            "logits or bias is a DTensor; counts and means are those of one rank's tokens: pass to_local() and "
-            "reduce counts over the ranks yourself"
+            "bias is a DTensor and logits are plain; pass bias.full_tensor() to route this rank's tokens alone, or "
+            "logits as a DTensor sharded on tokens to route those of all ranks"
         )
     if logits.dim() != 2 or logits.dtype not in (*SUFFIXES, torch.float64):
         raise ValueError(f"logits are {logits.dtype} {tuple(logits.shape)}; they must be floating [T, E]")
