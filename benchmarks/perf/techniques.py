@@ -34,13 +34,15 @@ def kept_bytes(loop: Loop) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=2, help="uncounted steps; 0 where a step takes minutes")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-    rounds, precision = parser.parse_args().rounds, parser.parse_args().precision
+    arguments = parser.parse_args()
+    rounds, warmup, precision = arguments.rounds, arguments.warmup, arguments.precision
     measured_under = conditions()
     recipes = {name: recipe_15m(precision=precision, techniques=chosen) for name, chosen in TECHNIQUES.items()}
     precision = recipes["dense"].train.precision
     loops = {name: make_loop(recipe) for name, recipe in recipes.items()}
-    seconds = interleaved({name: stepper(loop) for name, loop in loops.items()}, rounds=rounds)
+    seconds = interleaved({name: stepper(loop) for name, loop in loops.items()}, rounds=rounds, warmup=warmup)
     weight_bytes = sum(4 * p.numel() for p in loops["dense"].engine.module.parameters())
     kept = {name: kept_bytes(loop) for name, loop in loops.items()}
     figures: dict[str, Any] = {

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,3 +30,21 @@ def kernel_module(name: str) -> ModuleType:
             os.environ.pop("TRITON_INTERPRET", None)
         else:
             os.environ["TRITON_INTERPRET"] = before
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Fill what is allocated from now on with NaN, or 7 where that does not exist.
+
+    Returns:
+        Shapes allocated, so that a test can tell that its memory was poisoned.
+    """
+    shapes: list[torch.Size] = []
+
+    def poison(out: Tensor) -> Tensor:
+        shapes.append(out.shape)
+        return out.fill_(float("nan") if out.is_floating_point() else 7)
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        allocate = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, _allocate=allocate, **kw: poison(_allocate(*args, **kw)))
+    return shapes

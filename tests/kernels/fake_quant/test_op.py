@@ -12,7 +12,7 @@ from leanmill.kernels.fake_quant.activations import int8_activations, quantise_a
 from leanmill.kernels.fake_quant.grid import make_grid, scale_shape
 from leanmill.kernels.fake_quant.op import fake_quant, project_quantise
 from leanmill.kernels.nm_mask.naive import nm_mask_by_sort
-from tests.kernels.launcher import DEVICE, DTYPES
+from tests.kernels.launcher import DEVICE, DTYPES, poison_new_memory
 
 
 KINDS = [(4, "signed"), (2, "symmetric"), (3, "unsigned"), (1, "midrise"), (8, "midrise")]
@@ -102,15 +102,12 @@ def test_sums_over_many_segments(mask):
 
 
 def test_every_element_is_written(monkeypatch):
-    def poisoned(like, **kwargs):
-        return torch.full_like(like, float("nan"), **kwargs)
-
     weight, scale, _, grad = draw((9, 130), (9, 1), torch.float32)
-    monkeypatch.setattr(torch, "empty_like", poisoned)
-    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: torch.full(shape, float("nan"), **kwargs))
+    poisoned = poison_new_memory(monkeypatch)
     grid = make_grid(4, "signed")
     assert torch.isfinite(dispatch.forward(weight, scale, None, grid)).all()
     assert all(torch.isfinite(t).all() for t in dispatch.gradients(grad, weight, scale, None, grid, 1.0)[:2])
+    assert poisoned.count(weight.shape) >= 2
 
 
 @pytest.mark.parametrize("mask", [(0, 0), (2, 4)])

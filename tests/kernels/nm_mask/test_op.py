@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from leanmill.kernels.nm_mask import cpu, naive, op
 from leanmill.kernels.nm_mask.op import nm_compress, nm_expand, nm_mask, nm_project, to_semi_structured
-from tests.kernels.launcher import DEVICE
+from tests.kernels.launcher import DEVICE, poison_new_memory
 from tests.kernels.nm_mask.test_naive import DTYPES, PATTERNS, SPECIAL
 
 
@@ -87,16 +87,9 @@ def test_neighbours_apart_by_one_unit_in_the_last_place_are_told_apart():
     assert torch.equal(nm_mask(weight, 1, 4), (torch.arange(12, device=DEVICE) % 4 == 1).expand(5, 12))
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="of the C path")
 def test_every_entry_of_the_output_is_written(monkeypatch):
-    if DEVICE.type != "cpu":
-        pytest.skip("the C path allocates with torch.empty")
-    poisoned = torch.empty
-
-    def empty(*args, **kwargs):
-        out = poisoned(*args, **kwargs)
-        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(7)
-
-    monkeypatch.setattr(cpu.torch, "empty", empty)
+    poisoned = poison_new_memory(monkeypatch)
     for num_kept, group_size, transposable in ((2, 4, False), (2, 4, True), (3, 5, False), (1, 64, False)):
         weight = torch.randn(12, group_size * 20)
         same(
@@ -109,6 +102,7 @@ def test_every_entry_of_the_output_is_written(monkeypatch):
         values, indices = cpu.compress(weight, num_kept, group_size)
         assert torch.equal(indices, naive.compress(weight, num_kept, group_size)[1])
         assert not cpu.expand(values, indices, num_kept, group_size).isnan().any()
+        assert {weight.shape, values.shape, indices.shape} <= set(poisoned)
 
 
 def test_large_outputs_past_the_caches_are_the_same(monkeypatch):
