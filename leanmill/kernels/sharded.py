@@ -114,6 +114,14 @@ class TokenLayout:
             )
         return _local(tensor, [Replicate() if p.is_replicate() else Partial() for p in self.placements])
 
+    def positions(self) -> Tensor:
+        """Return where this rank's entries stand along the first dim of all tokens, int64 [local]."""
+        from torch.distributed.tensor import distribute_tensor
+
+        everywhere = torch.arange(self.leading[0], device=self.mesh.device_type)
+        # No source rank: all make the same numbers, so nothing has to be sent.
+        return distribute_tensor(everywhere, self.mesh, self.placements, src_data_rank=None).to_local()
+
     def spread(self, local: Tensor) -> Tensor:
         """Return the DTensor [tokens..., *] of what each rank made of its tokens, differentiable."""
         shape = torch.Size((*self.leading, *local.shape[len(self.leading) :]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from leanmill.kernels.grouped_gemm import blocks, cpu, library
 from leanmill.kernels.grouped_gemm.problem import Needed, Problem
 from leanmill.kernels.native.dtypes import SUFFIXES
-from leanmill.kernels.sharded import is_dtensor
+from leanmill.kernels.sharded import TokenLayout, is_dtensor
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ def grouped_gemm(
     order. Only the operands are kept for backward.
 
     Args:
-        rows: [N, in]; with `gather_index` tokens [T, in]. fp32, bf16, fp16 or fp64.
+        rows: [N, in]; with `gather_index` tokens [T, in]. fp32, bf16, fp16 or fp64. Without an index
+            it may be a DTensor of whole rows; the weight is then a Replicate one, and `offsets` still
+            count the rows of all ranks.
         weight: [E, out, in], same dtype and device.
         offsets: End row of each expert [E] int32 or int64, ascending, at most N. Experts may have no
             rows; rows from the last offset on belong to no expert, and their products are zero.
@@ -50,13 +52,15 @@ def grouped_gemm(
         [N, out], or [T, out] with `scatter_index`.
 
     Raises:
-        ValueError: Shapes, dtypes or devices that do not fit, factors without an index, a DTensor,
-            and on the CPU, where it costs nothing, offsets or indices that point outside.
+        ValueError: Shapes, dtypes or devices that do not fit, factors without an index, a DTensor
+            beside an index, and on the CPU, where it costs nothing, offsets or indices that point outside.
 
     Which code runs: see `docs/kernels/experts.md`. Gathering on load and scattering on store follow
     ScatterMoE (Tan et al., 2024); we take the gradient of the combine weights from the product that
     the rows' gradient needs anyway, <W x, g> = <x, W' g>, instead of keeping W x.
     """
+    if is_dtensor(rows) and gather_index is None and scatter_index is None:
+        return _on_own_rows(rows, weight, offsets)
     offsets = _checked(rows, weight, offsets, gather_index, scatter_index, scatter_weights)
     arguments = (rows, weight, offsets, gather_index, scatter_index, scatter_weights)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -65,6 +69,14 @@ def grouped_gemm(
         return _product(*arguments)
     collector = _Operands.apply(*arguments)
     return _Compute.apply(collector, *(None if t is None else t.detach() for t in arguments))  # type: ignore[no-any-return]
+
+
+def _on_own_rows(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply the sorted rows [N, in] that each rank of a DTensor holds; the weight's gradient is summed."""
+    layout = TokenLayout.of("rows", rows)
+    own = torch.searchsorted(layout.positions(), layout.whole("offsets", offsets))
+    product = grouped_gemm(layout.local("rows", rows), layout.whole("weight", weight), own)
+    return layout.spread(product)
 
 
 def _checked(
@@ -83,8 +95,8 @@ def _checked(
     for name, tensor in tensors.items():
         if is_dtensor(tensor):
             raise ValueError(
-                f"{name} is a DTensor; rows sorted by expert cross the ends of shards, so a rank multiplies its own "
-                f"rows: pass {name}.to_local() with offsets of those rows, and for all experts, with gradients summed, "
+                f"{name} is a DTensor, and either rows is not, or an index moves rows across the ends of shards; pass "
+                f"{name}.to_local() with offsets of those rows, and for all experts, with gradients summed, "
                 f"weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)"
             )
         if tensor.device != rows.device:
