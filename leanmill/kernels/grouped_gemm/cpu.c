@@ -115,33 +115,8 @@ static void block(const float *a, const float *b, float *c, long rows, long widt
         for (long i = 0; i < rows; i += MR) micro(a + i * kc, b + j * kc, c + i * width + j, width, kc, accumulate);
 }
 
-#define T float
-#define LOAD load_fp32
-#define STORE store_fp32
-#define NAME(f) f##_fp32
-#include "cpu.c"
-#undef T
-#undef LOAD
-#undef STORE
-#undef NAME
-#define T bf16_t
-#define LOAD load_bf16
-#define STORE store_bf16
-#define NAME(f) f##_bf16
-#include "cpu.c"
-#undef T
-#undef LOAD
-#undef STORE
-#undef NAME
-#define T fp16_t
-#define LOAD load_fp16
-#define STORE store_fp16
-#define NAME(f) f##_fp16
-#include "cpu.c"
-#undef T
-#undef LOAD
-#undef STORE
-#undef NAME
+#define BODY "cpu.c"
+#include "each_dtype.h"
 
 #else
 /* The file includes itself once for each element type, with LOAD, STORE and NAME(function). */

@@ -57,7 +57,17 @@ def _compiled(source: Path, compiler: str) -> Path:
     handle, partial = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, *_MATH_FLAGS, f"-I{_HEADERS}", "-o", partial, str(source), "-lm"]
+        command = [
+            compiler,
+            *_FLAGS,
+            *_MATH_FLAGS,
+            f"-I{_HEADERS}",
+            f"-I{source.parent}",
+            "-o",
+            partial,
+            str(source),
+            "-lm",
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         # All ranks may compile at once: whoever finishes last replaces equal by equal.
         os.replace(partial, library)

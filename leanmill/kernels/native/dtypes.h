@@ -1,5 +1,5 @@
 /* Element types of the kernels: each is read into a float and written back rounded to nearest even,
- * as torch does it. Define DTYPE to one of the DTYPE_* numbers before including a body file. */
+ * as torch does it. */
 #ifndef LEANMILL_DTYPES_H
 #define LEANMILL_DTYPES_H
 
