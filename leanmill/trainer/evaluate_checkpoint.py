@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from leanmill.core.errors import ConfigError
+from leanmill.data.build import build_eval_data, build_tokenizer
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.data.build import build_eval_data, build_tokenizer
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.export.rebuild import rebuild
 from leanmill.trainer.observer import DomainScore

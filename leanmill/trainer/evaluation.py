@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from leanmill.data.build import EvalDomain
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
-from leanmill.trainer.data.build import EvalDomain
 from leanmill.trainer.observer import DomainScore
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
+from leanmill.data.tokenizer import fingerprint_of
 from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.data.tokenizer import fingerprint_of
 from leanmill.trainer.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.trainer.models.build import load_frozen, make_materialiser, num_parameters
 from leanmill.trainer.models.compile import compile_blocks

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.config import LocalCorpus, Mixture
+from leanmill.data.config import LocalCorpus, Mixture
 from leanmill.trainer.secrets import find_secrets
 
 

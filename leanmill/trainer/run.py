@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
+from leanmill.data.tokenizer import tokenizer_fingerprint
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
@@ -18,8 +20,6 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
 from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.data.build import build_eval_data, build_tokenizer, build_train_data
-from leanmill.trainer.data.tokenizer import tokenizer_fingerprint
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.flops import flops_per_token
 from leanmill.trainer.loggers.build import build_observers

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from leanmill.data.build import build_tokenizer
 from leanmill.trainer.config import DataConfig
-from leanmill.trainer.data.build import build_tokenizer
 from leanmill.trainer.recipe_io import load_recipe
 from leanmill.trainer.run import run
 

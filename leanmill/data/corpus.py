@@ -27,8 +27,8 @@ from typing import Literal
 import numpy as np
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.cache import cached_folder, fingerprint, read_json, write_json
-from leanmill.trainer.data.config import LocalCorpus
+from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
+from leanmill.data.config import LocalCorpus
 
 
 Domain = Literal["python", "cpp", "english"]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from leanmill.trainer.data.config import TokenizerConfig
-from leanmill.trainer.data.tokenizer import trained_tokenizer
-from tests.trainer.data.samples import sentences
+from leanmill.data.config import TokenizerConfig
+from leanmill.data.tokenizer import trained_tokenizer
+from tests.data.samples import sentences
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.config import DataConfig, HfDataset, LocalCorpus
-from leanmill.trainer.data.corpus import CorpusText, Domain, corpus_domain
-from leanmill.trainer.data.encoding import Document
+from leanmill.data.config import DataConfig, HfDataset, LocalCorpus
+from leanmill.data.corpus import CorpusText, Domain, corpus_domain
+from leanmill.data.encoding import Document
 
 
 class Documents(Protocol):
@@ -83,7 +83,7 @@ def open_documents(config: DataConfig, root: Path) -> list[Documents]:
     Raises:
         ConfigError: A source does not exist, cannot be read or does not fit the task.
     """
-    from leanmill.trainer.data.hf import open_hf
+    from leanmill.data.hf import open_hf
 
     sources = config.source.sources if config.source.type == "mixture" else [config.source]
     domains: list[Documents] = []

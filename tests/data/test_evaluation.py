@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.build import build_eval_data, build_train_data
-from leanmill.trainer.data.evaluation import order0_bits_per_byte
-from tests.trainer.data.samples import conversations, hf_config, sentences, write_jsonl, write_texts
+from leanmill.data.build import build_eval_data, build_train_data
+from leanmill.data.evaluation import order0_bits_per_byte
+from tests.data.samples import conversations, hf_config, sentences, write_jsonl, write_texts
 
 
 def entropy(data: bytes) -> float:

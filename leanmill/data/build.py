@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
-from leanmill.trainer.data.cache import cache_root, fingerprint
-from leanmill.trainer.data.config import DataConfig
-from leanmill.trainer.data.documents import Documents, StreamingDocuments, open_documents
-from leanmill.trainer.data.encoding import Document, Encoder, num_chars
-from leanmill.trainer.data.evaluation import EvalDomain, eval_domain
-from leanmill.trainer.data.sources import MapSource, Source, StreamSource
-from leanmill.trainer.data.store import token_store
-from leanmill.trainer.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
-from leanmill.trainer.data.train_data import TrainData
+from leanmill.data.cache import cache_root, fingerprint
+from leanmill.data.config import DataConfig
+from leanmill.data.documents import Documents, StreamingDocuments, open_documents
+from leanmill.data.encoding import Document, Encoder, num_chars
+from leanmill.data.evaluation import EvalDomain, eval_domain
+from leanmill.data.sources import MapSource, Source, StreamSource
+from leanmill.data.store import token_store
+from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
+from leanmill.data.train_data import TrainData
 
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.encoding import Encoder, batches, check_messages
-from tests.trainer.data.samples import conversations
+from leanmill.data.encoding import Encoder, batches, check_messages
+from tests.data.samples import conversations
 
 
 def test_a_document_is_its_tokens_and_the_end_of_text(tokenizer):

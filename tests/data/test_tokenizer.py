@@ -5,9 +5,9 @@ import json
 import pytest
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.data.config import TokenizerConfig
-from leanmill.trainer.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
-from tests.trainer.data.samples import sentences
+from leanmill.data.config import TokenizerConfig
+from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
+from tests.data.samples import sentences
 
 
 def train(root, *, key="k", texts=None, **config):

@@ -3,9 +3,9 @@
 import pytest
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data import corpus
-from leanmill.trainer.data.config import LocalCorpus
-from leanmill.trainer.data.corpus import corpus_domain, domain_max_bytes
+from leanmill.data import corpus
+from leanmill.data.config import LocalCorpus
+from leanmill.data.corpus import corpus_domain, domain_max_bytes
 
 
 DOCSTRING = "Words that explain. " * 20

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.cache import fingerprint
-from leanmill.trainer.data.config import HfDataset
-from leanmill.trainer.data.encoding import Document, check_messages, document_digest
-from leanmill.trainer.data.hub import hub_errors, one_line
+from leanmill.data.cache import fingerprint
+from leanmill.data.config import HfDataset
+from leanmill.data.encoding import Document, check_messages, document_digest
+from leanmill.data.hub import hub_errors, one_line
 
 
 _FORMATS: dict[str, tuple[str, ...]] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.data.cache import cached_folder, fingerprint
-from leanmill.trainer.data.config import TokenizerConfig
-from leanmill.trainer.data.hub import hub_errors
+from leanmill.data.cache import cached_folder, fingerprint
+from leanmill.data.config import TokenizerConfig
+from leanmill.data.hub import hub_errors
 
 
 if TYPE_CHECKING:

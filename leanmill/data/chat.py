@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.hub import one_line
+from leanmill.data.hub import one_line
 
 
 if TYPE_CHECKING:

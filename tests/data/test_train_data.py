@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.build import build_train_data
-from leanmill.trainer.data.config import DataConfig, HfDataset, Mixture
-from tests.trainer.data.samples import conversations, hf_config, write_jsonl, write_texts
+from leanmill.data.build import build_train_data
+from leanmill.data.config import DataConfig, HfDataset, Mixture
+from tests.data.samples import conversations, hf_config, write_jsonl, write_texts
 
 
 NUM_ROWS = 48
@@ -124,8 +124,8 @@ def test_labels_are_the_next_tokens_within_documents(uninterrupted, kind):
 
 
 def test_an_epoch_holds_every_document_once(folder, tokenizer, uninterrupted):
-    from leanmill.trainer.data.encoding import Encoder
-    from tests.trainer.data.samples import sentences
+    from leanmill.data.encoding import Encoder
+    from tests.data.samples import sentences
 
     documents = [tuple(e.ids.tolist()) for e in Encoder(tokenizer, "pretrain").encode(sentences(37))]
     data = build_train_data(config_of("stream", folder), tokenizer, seed=5)
@@ -216,8 +216,8 @@ def test_a_checkpoint_of_other_data_says_what_differs(folder, tokenizer, what, c
 
 
 def test_another_tokenizer_is_noticed(folder, tokenizer, tmp_path):
-    from leanmill.trainer.data.config import TokenizerConfig
-    from leanmill.trainer.data.tokenizer import trained_tokenizer
+    from leanmill.data.config import TokenizerConfig
+    from leanmill.data.tokenizer import trained_tokenizer
 
     config = TokenizerConfig(vocab_size=300)
     other = trained_tokenizer(config, text_key="x", texts=lambda: ["abc abc"] * 9, root=tmp_path)

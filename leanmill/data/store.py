@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.cache import cached_folder, fingerprint, read_json, write_json
-from leanmill.trainer.data.documents import Documents
-from leanmill.trainer.data.encoding import Document, Encoder, batches, document_digest
+from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
+from leanmill.data.documents import Documents
+from leanmill.data.encoding import Document, Encoder, batches, document_digest
 
 
 _VERSION = 1

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from leanmill.trainer.data.config import DataConfig, HfDataset
+from leanmill.data.config import DataConfig, HfDataset
 
 
 WORDS = ["mill", "grain", "stone", "water", "wheel", "flour", "lean", "weight", "token", "naïve", "£5", "漢字"]

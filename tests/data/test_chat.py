@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.chat import ChatRenderer
-from leanmill.trainer.data.encoding import Encoder
-from tests.trainer.data.samples import conversations
+from leanmill.data.chat import ChatRenderer
+from leanmill.data.encoding import Encoder
+from tests.data.samples import conversations
 
 
 TWO_TURNS = [

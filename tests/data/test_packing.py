@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmill.trainer.data.packing import NONE, ShuffledRows, SplitPacker, WholePacker, best_fit, permutation
+from leanmill.data.packing import NONE, ShuffledRows, SplitPacker, WholePacker, best_fit, permutation
 
 
 LENGTHS = st.lists(st.integers(1, 23), min_size=1, max_size=20)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.build import build_eval_data, build_tokenizer, build_train_data
-from leanmill.trainer.data.config import DataConfig, HfDataset, LocalCorpus, Mixture, TokenizerConfig
-from leanmill.trainer.data.tokenizer import tokenizer_fingerprint
+from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
+from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture, TokenizerConfig
+from leanmill.data.tokenizer import tokenizer_fingerprint
+from tests.data.samples import conversations, hf_config, write_jsonl, write_texts
 from tests.distributed import run_ranks
-from tests.trainer.data.samples import conversations, hf_config, write_jsonl, write_texts
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmill.trainer.data.mixture import MixtureSchedule
+from leanmill.data.mixture import MixtureSchedule
 
 
 @settings(deadline=None, max_examples=100)

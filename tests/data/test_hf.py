@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.data.config import HfDataset
-from leanmill.trainer.data.hf import open_hf
-from tests.trainer.data.samples import conversations, sentences, write_jsonl, write_texts
+from leanmill.data.config import HfDataset
+from leanmill.data.hf import open_hf
+from tests.data.samples import conversations, sentences, write_jsonl, write_texts
 
 
 def opened(path, *, task="pretrain", **settings):

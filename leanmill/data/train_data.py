@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.cache import fingerprint
-from leanmill.trainer.data.mixture import MixtureSchedule
-from leanmill.trainer.data.sources import Row, Source
+from leanmill.data.cache import fingerprint
+from leanmill.data.mixture import MixtureSchedule
+from leanmill.data.sources import Row, Source
 
 
 _FIELDS = ("input_ids", "labels", "position_ids")

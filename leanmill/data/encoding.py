@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.chat import ChatRenderer, Span
+from leanmill.data.chat import ChatRenderer, Span
 
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.config import DataConfig
-from leanmill.trainer.data.documents import Documents, StreamingDocuments
-from leanmill.trainer.data.encoding import Document, Encoded, Encoder
-from leanmill.trainer.data.packing import (
+from leanmill.data.config import DataConfig
+from leanmill.data.documents import Documents, StreamingDocuments
+from leanmill.data.encoding import Document, Encoded, Encoder
+from leanmill.data.packing import (
     NONE,
     Packer,
     RowPlan,
@@ -24,7 +24,7 @@ from leanmill.trainer.data.packing import (
     permutation,
     plan_row,
 )
-from leanmill.trainer.data.store import TokenStore
+from leanmill.data.store import TokenStore
 
 
 IGNORED = -100

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from leanmill.core.errors import RunError
-from leanmill.trainer.data.cache import cached_folder, fingerprint
+from leanmill.data.cache import cached_folder, fingerprint
 
 
 def _slow_build(root, log):

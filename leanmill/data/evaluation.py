@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.data.cache import cached_folder, fingerprint, read_json, write_json
-from leanmill.trainer.data.config import DataConfig
-from leanmill.trainer.data.documents import Documents
-from leanmill.trainer.data.encoding import Encoder, Measured
-from leanmill.trainer.data.packing import NONE, RowPlan
-from leanmill.trainer.data.sources import Row, keeps_documents_whole, make_packer, render_row
-from leanmill.trainer.data.train_data import stack_rows
+from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
+from leanmill.data.config import DataConfig
+from leanmill.data.documents import Documents
+from leanmill.data.encoding import Encoder, Measured
+from leanmill.data.packing import NONE, RowPlan
+from leanmill.data.sources import Row, keeps_documents_whole, make_packer, render_row
+from leanmill.data.train_data import stack_rows
 
 
 _VERSION = 2
