@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanmill.models.build import build_on_meta
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.engine import Engine
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.loop import Loop
-from leanmill.trainer.models.build import build_on_meta
 from leanmill.trainer.prepare import prepare
 
 

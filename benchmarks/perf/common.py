@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from leanmill.data.build import TrainData, build_tokenizer, build_train_data
+from leanmill.models.build import build_on_meta
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.loop import Loop
-from leanmill.trainer.models.build import build_on_meta
 from leanmill.trainer.prepare import prepare, with_precision
 
 

@@ -77,8 +77,8 @@ def measure(name: str, precision: str, out: Path) -> None:
 
 def held_after_backward(recipe: Any, ranks: Any) -> int:
     """Bytes of the storages made since the start, after the second backward."""
+    from leanmill.models.build import build_on_meta
     from leanmill.parallel.build import build_engine
-    from leanmill.trainer.models.build import build_on_meta
     from leanmill.trainer.prepare import prepare
 
     before = storages()

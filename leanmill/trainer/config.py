@@ -11,8 +11,8 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.registry import parse_technique
 from leanmill.core.technique import TechniqueConfig
 from leanmill.data.config import DataConfig
+from leanmill.models.config import ModelConfig
 from leanmill.parallel.config import AutoEngine, EngineConfig
-from leanmill.trainer.models.config import ModelConfig
 from leanmill.trainer.optim.config import AdamW, OptimizerConfig, ScheduleConfig
 from leanmill.trainer.recipe_rules import problems
 

@@ -17,6 +17,9 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import InstallContext
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
+from leanmill.models.build import build_on_meta, num_active_parameters, num_parameters
+from leanmill.models.config import ModelConfig
+from leanmill.models.flops import flops_per_token
 from leanmill.parallel.blocks import decoder_blocks
 from leanmill.parallel.config import (
     AutoEngine,
@@ -27,10 +30,7 @@ from leanmill.parallel.config import (
     SingleEngine,
 )
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.flops import flops_per_token
 from leanmill.trainer.memory import Memory, Weight, estimate
-from leanmill.trainer.models.build import build_on_meta, num_active_parameters, num_parameters
-from leanmill.trainer.models.config import ModelConfig
 from leanmill.trainer.prepare import install_techniques, with_precision
 from leanmill.trainer.recipe_rules import derive_steps
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.tokenizer import tokenizer_fingerprint
+from leanmill.models.build import build_on_meta, local_folder, num_parameters
+from leanmill.models.flops import flops_per_token
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
@@ -21,10 +23,8 @@ from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
 from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.evaluation import evaluate
-from leanmill.trainer.flops import flops_per_token
 from leanmill.trainer.loggers.build import build_observers
 from leanmill.trainer.loop import Loop
-from leanmill.trainer.models.build import build_on_meta, local_folder, num_parameters
 from leanmill.trainer.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
 from leanmill.trainer.recipe_io import resolved_yaml

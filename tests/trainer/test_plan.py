@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.models.build import build_on_meta, make_materialiser
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DeepSpeedOffload
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.memory import Weight, optimizer_bytes, shard_numel
-from leanmill.trainer.models.build import build_on_meta, make_materialiser
 from leanmill.trainer.optim.build import build_optimizer
 from leanmill.trainer.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig
 from leanmill.trainer.plan import activation_bytes, logits_bytes, plan

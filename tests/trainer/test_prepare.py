@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from leanmill.models.build import build_on_meta, num_parameters
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.launch import Ranks
-from leanmill.trainer.models.build import build_on_meta, num_parameters
 from leanmill.trainer.prepare import prepare
 from tests.contract_cases import ENGINES, recipe_of
 from tests.distributed import run_ranks

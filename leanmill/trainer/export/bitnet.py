@@ -23,8 +23,8 @@ from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
+from leanmill.models.build import quiet_transformers
 from leanmill.trainer.export.compare import largest_difference, sample_logits
-from leanmill.trainer.models.build import quiet_transformers
 
 
 VALUES_PER_BYTE = 4

@@ -13,13 +13,13 @@ from torch import Tensor
 from leanmill.core.errors import RunError
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
+from leanmill.models.build import quiet_transformers
 from leanmill.trainer.export import bitnet
 from leanmill.trainer.export.compare import allowed, check_same, sample_logits
 from leanmill.trainer.export.folder import folder_bytes, new_folder
 from leanmill.trainer.export.folding import effective_weights, fold, parameter_name
 from leanmill.trainer.export.rebuild import Rebuilt, rebuild
 from leanmill.trainer.export.report import ExportReport
-from leanmill.trainer.models.build import quiet_transformers
 
 
 def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "bitnet"] = "none") -> ExportReport:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext, StepContext, StepRule
+from leanmill.models.build import build_on_meta, local_folder, make_materialiser
+from leanmill.models.materialise import draw
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
 from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
 from leanmill.trainer.checkpoint.manifest import read_manifest, verify
 from leanmill.trainer.checkpoint.reading import read_full_state
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.models.build import build_on_meta, local_folder, make_materialiser
-from leanmill.trainer.models.materialise import draw
 from leanmill.trainer.prepare import install_techniques
 
 

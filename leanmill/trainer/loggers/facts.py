@@ -52,14 +52,14 @@ def model_label(path: str | None, config: dict[str, Any] | None) -> str:
 
 def device_peak(info: RunInfo) -> float | None:
     """Peak dense matmul FLOP/s of one rank's device in the run's precision; None where it is not known."""
-    from leanmill.trainer.flops import peak_flops_per_second
+    from leanmill.models.flops import peak_flops_per_second
 
     return peak_flops_per_second(info.engine.device, info.recipe.train.precision)
 
 
 def utilisation(info: RunInfo, peak: float | None, tokens_per_second: float) -> float | None:
     """Model FLOPs utilisation of all ranks together; None without a known peak of one rank."""
-    from leanmill.trainer.flops import mfu
+    from leanmill.models.flops import mfu
 
     return mfu(tokens_per_second, info.flops_per_token, info.world_size * peak) if peak else None
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.technique import InstallContext
+from leanmill.models.build import build_on_meta, make_materialiser
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.models.build import build_on_meta, make_materialiser
 from leanmill.trainer.prepare import install_techniques
-from tests.trainer.models.families import tiny_config
+from tests.models.families import tiny_config
 
 
 class HeldModel:

@@ -15,8 +15,8 @@ from leanmill.core.sites import iter_sites
 from leanmill.trainer.export import export_hf
 from leanmill.trainer.export.bitnet import pack, quantise_input
 from leanmill.trainer.export.folding import parameter_name
+from tests.models.families import FAMILIES
 from tests.trainer.export.checkpoints import checkpoint_of
-from tests.trainer.models.families import FAMILIES
 
 
 SPARSE = {"type": "nm_sparsity"}

@@ -201,7 +201,7 @@ def test_non_finite_values_leave_gaps(tmp_path: Path) -> None:
 
 
 def test_an_unknown_peak_leaves_mfu_out_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanmill.trainer.flops.peak_flops_per_second", lambda device, precision: None)
+    monkeypatch.setattr("leanmill.models.flops.peak_flops_per_second", lambda device, precision: None)
     page = _run(tmp_path)
     assert "chart-mfu" not in page
     assert "peak FLOP/s of this device is not known" in page

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from leanmill.trainer import flops
-from leanmill.trainer.models.build import build_on_meta
-from leanmill.trainer.models.config import ModelConfig
+from leanmill.models import flops
+from leanmill.models.build import build_on_meta
+from leanmill.models.config import ModelConfig
 
 
 def _build(**config):

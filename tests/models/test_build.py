@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.models.build import (
+from leanmill.models.build import (
     build_on_meta,
     load_frozen,
     make_materialiser,
     num_active_parameters,
     num_parameters,
 )
-from leanmill.trainer.models.config import ModelConfig
-from tests.trainer.models.families import FAMILIES, tiny_config
+from leanmill.models.config import ModelConfig
+from tests.models.families import FAMILIES, tiny_config
 
 
 def materialised(family: str, attention: str = "sdpa", seed: int = 0, **changes: object) -> nn.Module:

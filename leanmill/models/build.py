@@ -16,8 +16,8 @@ from torch import nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import iter_sites
-from leanmill.trainer.models.config import ModelConfig
-from leanmill.trainer.models.materialise import make_materialiser
+from leanmill.models.config import ModelConfig
+from leanmill.models.materialise import make_materialiser
 
 
 __all__ = [

@@ -26,7 +26,7 @@ from leanmill.parallel.tensors import assign
 
 
 if TYPE_CHECKING:
-    from leanmill.trainer.models.config import ModelConfig
+    from leanmill.models.config import ModelConfig
 
 
 def make_materialiser(
@@ -88,7 +88,7 @@ def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
 
 
 def _read(config: ModelConfig) -> dict[str, Tensor]:
-    from leanmill.trainer.models.build import load_weights
+    from leanmill.models.build import load_weights
 
     model = load_weights(config, dtype=torch.float32)
     state = dict(model.named_parameters(remove_duplicate=False))

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from leanmill.core.errors import ConfigError
 from leanmill.core.sites import Sites
 from leanmill.core.stage import Slot, Stage
-from leanmill.trainer.models.activation_checkpointing import apply_activation_checkpointing
-from leanmill.trainer.models.build import build_on_meta, make_materialiser
-from leanmill.trainer.models.compile import compile_blocks
-from leanmill.trainer.models.config import ModelConfig
+from leanmill.models.activation_checkpointing import apply_activation_checkpointing
+from leanmill.models.build import build_on_meta, make_materialiser
+from leanmill.models.compile import compile_blocks
+from leanmill.models.config import ModelConfig
 from tests.distributed import run_ranks
-from tests.trainer.models.families import FAMILIES, tiny_config
+from tests.models.families import FAMILIES, tiny_config
 
 
 class Signed(Stage):

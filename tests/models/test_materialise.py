@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import Sites
 from leanmill.core.stage import Slot, Stage
-from leanmill.trainer.models.build import build_on_meta, make_materialiser
-from leanmill.trainer.models.config import ModelConfig
+from leanmill.models.build import build_on_meta, make_materialiser
+from leanmill.models.config import ModelConfig
 from tests.distributed import run_ranks
-from tests.trainer.models.families import FAMILIES, tiny_config
+from tests.models.families import FAMILIES, tiny_config
 
 
 class Drawn(Stage):
