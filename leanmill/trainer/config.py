@@ -12,8 +12,8 @@ from leanmill.core.registry import parse_technique
 from leanmill.core.technique import TechniqueConfig
 from leanmill.data.config import DataConfig
 from leanmill.models.config import ModelConfig
+from leanmill.optim.config import AdamW, OptimizerConfig, ScheduleConfig
 from leanmill.parallel.config import AutoEngine, EngineConfig
-from leanmill.trainer.optim.config import AdamW, OptimizerConfig, ScheduleConfig
 from leanmill.trainer.recipe_rules import problems
 
 

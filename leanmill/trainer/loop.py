@@ -14,12 +14,12 @@ from torch import Tensor
 from leanmill.core.errors import RunError
 from leanmill.core.technique import Batch, StepContext, StepRule
 from leanmill.data.build import TrainData
+from leanmill.optim.schedules import lr_factor
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.meter import Meter
 from leanmill.trainer.observer import Observer
-from leanmill.trainer.optim.schedules import lr_factor
 from leanmill.trainer.rng import seed_step
 
 

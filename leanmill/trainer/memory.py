@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from leanmill.optim.config import Adam8bit, Lion, OptimizerConfig
 from leanmill.parallel.config import DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, SingleEngine
-from leanmill.trainer.optim.config import Adam8bit, Lion, OptimizerConfig
 
 
 ZERO3_MAX_LIVE_ELEMENTS = 1_000_000_000

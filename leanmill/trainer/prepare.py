@@ -16,10 +16,10 @@ from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.build import load_frozen, make_materialiser, num_parameters
 from leanmill.models.compile import compile_blocks
+from leanmill.optim.build import build_optimizer
 from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.precision import resolve_precision
 from leanmill.trainer.config import Recipe
-from leanmill.trainer.optim.build import build_optimizer
 from leanmill.trainer.train_module import TrainModule
 
 

@@ -132,8 +132,8 @@ def test_bf16_computes_in_bf16_and_keeps_fp32(stage: int) -> None:
 @pytest.mark.parametrize("kind", ["lion", "lookahead"])
 def test_other_optimizers(stage: int, kind: str) -> None:
     """Optimizers of the recipe step flat partitions as they step parameters, and resume."""
-    from leanmill.trainer.optim.lion import Lion
-    from leanmill.trainer.optim.lookahead import Lookahead
+    from leanmill.optim.lion import Lion
+    from leanmill.optim.lookahead import Lookahead
 
     def make(module: nn.Module) -> torch.optim.Optimizer:
         if kind == "lion":

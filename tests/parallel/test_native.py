@@ -48,13 +48,13 @@ def fused(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def lion(module: nn.Module) -> torch.optim.Optimizer:
-    from leanmill.trainer.optim.lion import Lion
+    from leanmill.optim.lion import Lion
 
     return Lion([p for p in module.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
 
 
 def lookahead(module: nn.Module) -> torch.optim.Optimizer:
-    from leanmill.trainer.optim.lookahead import Lookahead
+    from leanmill.optim.lookahead import Lookahead
 
     return Lookahead(fused(module), every=2)
 

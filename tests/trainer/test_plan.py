@@ -9,14 +9,14 @@ from torch import nn
 
 from leanmill.core.errors import ConfigError
 from leanmill.models.build import build_on_meta, make_materialiser
+from leanmill.optim.build import build_optimizer
+from leanmill.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DeepSpeedOffload
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.memory import Weight, optimizer_bytes, shard_numel
-from leanmill.trainer.optim.build import build_optimizer
-from leanmill.trainer.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig
 from leanmill.trainer.plan import activation_bytes, logits_bytes, plan
 from leanmill.trainer.train_module import TrainModule
 from tests.distributed import run_ranks

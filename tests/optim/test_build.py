@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.optim.build import build_optimizer, decays
-from leanmill.trainer.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig, OptimizerConfig
+from leanmill.optim.build import build_optimizer, decays
+from leanmill.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig, OptimizerConfig
 from tests.distributed import run_ranks
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from leanmill.trainer.optim.config import ScheduleConfig
-from leanmill.trainer.optim.schedules import lr_factor, warmup_steps
+from leanmill.optim.config import ScheduleConfig
+from leanmill.optim.schedules import lr_factor, warmup_steps
 
 
 def _curve(num_steps: int, **settings: object) -> list[float]:

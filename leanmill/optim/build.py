@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.optim.config import Adam8bit, AdamW, OptimizerConfig
+from leanmill.optim.config import Adam8bit, AdamW, OptimizerConfig
 
 
 def build_optimizer(
@@ -33,7 +33,7 @@ def build_optimizer(
     optimizer = _build_inner(config, groups)
     if config.lookahead is None:
         return optimizer
-    from leanmill.trainer.optim.lookahead import Lookahead
+    from leanmill.optim.lookahead import Lookahead
 
     return Lookahead(optimizer, config.lookahead.every, config.lookahead.alpha)
 
@@ -80,7 +80,7 @@ def _build_inner(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch
         )  # fmt: skip
     if isinstance(config, Adam8bit):
         return _build_adamw8bit(config, groups)
-    from leanmill.trainer.optim.lion import Lion
+    from leanmill.optim.lion import Lion
 
     return Lion(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
 
@@ -95,7 +95,7 @@ def fused_is_supported(groups: list[dict[str, Any]]) -> bool:
 
 def _build_adamw8bit(config: Adam8bit, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
-        from leanmill.trainer.optim.adamw8bit import AdamW8bit
+        from leanmill.optim.adamw8bit import AdamW8bit
     except ImportError as error:
         raise ConfigError(
             "optimizer.type: adamw8bit needs torchao, which is not installed; type `pip install torchao`, "

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from leanmill.trainer.optim.lion import Lion
-from leanmill.trainer.optim.lookahead import Lookahead
+from leanmill.optim.lion import Lion
+from leanmill.optim.lookahead import Lookahead
 
 
 INNER: dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]] = {

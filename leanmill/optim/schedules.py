@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from leanmill.trainer.optim.config import ScheduleConfig
+from leanmill.optim.config import ScheduleConfig
 
 
 def lr_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:

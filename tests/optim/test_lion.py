@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leanmill.trainer.optim.lion import Lion
+from leanmill.optim.lion import Lion
 
 
 def _paper(p: torch.Tensor, gradients: list[torch.Tensor], lr: float, b1: float, b2: float, wd: float) -> torch.Tensor:
