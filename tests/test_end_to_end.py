@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from leanmill.checkpoint.reading import read_full_state
 from leanmill.cli.main import main
-from leanmill.trainer.checkpoint.reading import read_full_state
 
 
 ROOT = Path(__file__).resolve().parents[1]

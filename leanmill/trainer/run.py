@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from leanmill.checkpoint.fingerprint import fingerprint_folder
+from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.tokenizer import tokenizer_fingerprint
 from leanmill.models.build import build_on_meta, local_folder, num_parameters
@@ -19,8 +21,6 @@ from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.precision import resolve_precision
-from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
-from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.loggers.build import build_observers

@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanmill.checkpoint.fingerprint import fingerprint_folder
+from leanmill.checkpoint.manifest import read_manifest, verify
+from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext, StepContext, StepRule
@@ -17,9 +20,6 @@ from leanmill.models.build import build_on_meta, local_folder, make_materialiser
 from leanmill.models.materialise import draw
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
-from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
-from leanmill.trainer.checkpoint.manifest import read_manifest, verify
-from leanmill.trainer.checkpoint.reading import read_full_state
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.prepare import install_techniques
 

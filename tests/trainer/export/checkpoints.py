@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.technique import InstallContext
 from leanmill.models.build import build_on_meta, make_materialiser
 from leanmill.parallel.naming import state_buffers, state_parameters
-from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import Recipe
 from leanmill.trainer.prepare import install_techniques
 from tests.models.families import tiny_config

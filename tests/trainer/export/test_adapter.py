@@ -11,10 +11,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from leanmill.checkpoint.fingerprint import fingerprint_folder
+from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError
 from leanmill.models.build import load_frozen
-from leanmill.trainer.checkpoint.fingerprint import fingerprint_folder
-from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.export import export_adapter, export_hf
 from tests.trainer.export.checkpoints import HeldModel, checkpoint_of, recipe_of, trained_model
 from tests.trainer.export.test_hf import BRANCH, LORA, SPARSE, TERNARY, logits

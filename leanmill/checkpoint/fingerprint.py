@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from leanmill.checkpoint.manifest import digest_file
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.checkpoint.manifest import digest_file
 
 
 def fingerprint_folder(folder: str | Path) -> str:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanmill.checkpoint.components import take_apart
+from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.checkpoint.components import take_apart
-from leanmill.trainer.checkpoint.manager import CheckpointManager
 from leanmill.trainer.config import CheckpointConfig
+from tests.checkpoint.fake import FakeEngine
 from tests.distributed import run_ranks
-from tests.trainer.checkpoint.fake import FakeEngine
 
 
 torchao_optim = pytest.importorskip("torchao.optim")

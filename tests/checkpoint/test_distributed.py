@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanmill.checkpoint import storage
+from leanmill.checkpoint.manager import CheckpointManager
+from leanmill.checkpoint.manifest import verify
+from leanmill.checkpoint.reading import read_full_state, read_index
 from leanmill.core.errors import RunError
-from leanmill.trainer.checkpoint import storage
-from leanmill.trainer.checkpoint.manager import CheckpointManager
-from leanmill.trainer.checkpoint.manifest import verify
-from leanmill.trainer.checkpoint.reading import read_full_state, read_index
 from leanmill.trainer.config import CheckpointConfig
+from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 from tests.distributed import run_ranks
-from tests.trainer.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 
 
 def _optimizer(model: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 
+from leanmill.checkpoint import snapshot, storage
+from leanmill.checkpoint.manager import CheckpointManager
+from leanmill.checkpoint.manifest import read_manifest, verify
+from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.checkpoint import snapshot, storage
-from leanmill.trainer.checkpoint.manager import CheckpointManager
-from leanmill.trainer.checkpoint.manifest import read_manifest, verify
-from leanmill.trainer.checkpoint.reading import read_full_state
 from leanmill.trainer.config import CheckpointConfig
-from tests.trainer.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
+from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 
 
 def _manager(run_dir: Path, **settings: Any) -> CheckpointManager:

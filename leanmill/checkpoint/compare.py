@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from leanmill.trainer.checkpoint.reading import StoredTensor
+from leanmill.checkpoint.reading import StoredTensor
 
 
 def compare(stored: Mapping[str, StoredTensor], live: Mapping[str, Tensor], folder: Path) -> str:

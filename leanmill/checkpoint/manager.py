@@ -27,11 +27,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.checkpoint.compare import compare
-from leanmill.trainer.checkpoint.components import take_apart
-from leanmill.trainer.checkpoint.group import SaveGroup, describe
-from leanmill.trainer.checkpoint.manifest import (
+from leanmill.checkpoint.compare import compare
+from leanmill.checkpoint.components import take_apart
+from leanmill.checkpoint.group import SaveGroup, describe
+from leanmill.checkpoint.manifest import (
     FileRecord,
     Manifest,
     complete_checkpoints,
@@ -43,9 +42,10 @@ from leanmill.trainer.checkpoint.manifest import (
     write_json,
     write_manifest,
 )
-from leanmill.trainer.checkpoint.reading import read_index
-from leanmill.trainer.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
-from leanmill.trainer.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from leanmill.checkpoint.reading import read_index
+from leanmill.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
+from leanmill.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.trainer.config import CheckpointConfig
 from leanmill.trainer.redact import redact_tree
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from leanmill.trainer.checkpoint.manifest import FileRecord, record_file, sync_folder, write_json
-from leanmill.trainer.checkpoint.reading import INDEX, StoredChunk, open_tensors, read_index
+from leanmill.checkpoint.manifest import FileRecord, record_file, sync_folder, write_json
+from leanmill.checkpoint.reading import INDEX, StoredChunk, open_tensors, read_index
 
 
 _BLOCK_BYTES = 1 << 22  # small enough that hashing and writing find the block in the cache

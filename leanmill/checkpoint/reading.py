@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from leanmill.checkpoint.manifest import read_manifest
 from leanmill.core.errors import RunError
-from leanmill.trainer.checkpoint.manifest import read_manifest
 
 
 INDEX = "index.json"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from leanmill.checkpoint.fingerprint import fingerprint_config, fingerprint_folder
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.checkpoint.fingerprint import fingerprint_config, fingerprint_folder
 
 
 def test_folder(tmp_path: Path) -> None:
