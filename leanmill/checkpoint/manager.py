@@ -46,8 +46,8 @@ from leanmill.checkpoint.reading import read_index
 from leanmill.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
 from leanmill.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.redact import redact_tree
 from leanmill.trainer.config import CheckpointConfig
-from leanmill.trainer.redact import redact_tree
 
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from leanmill.core.registry import TECHNIQUES, technique_class
+from leanmill.core.secrets import is_secret, shown
 from leanmill.trainer.recipe_yaml import Lines
-from leanmill.trainer.secrets import is_secret, shown
 
 
 Path = tuple[str | int, ...]

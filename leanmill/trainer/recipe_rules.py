@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.secrets import find_secrets
 from leanmill.data.config import LocalCorpus, Mixture
-from leanmill.trainer.secrets import find_secrets
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from importlib import metadata
 from typing import Any
 
 import leanmill
+from leanmill.core.redact import redact_tree
 from leanmill.trainer.observer import RunInfo
-from leanmill.trainer.redact import redact_tree
 
 
 _PACKAGES = ("torch", "transformers", "datasets", "peft", "deepspeed", "torchao", "triton", "numpy")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from leanmill.core.errors import RunError
+from leanmill.core.redact import redact_tree
 from leanmill.trainer.observer import EvalRecord, Observer, RunInfo, StepRecord
-from leanmill.trainer.redact import redact_tree
 
 
 FILE_NAME = "metrics.jsonl"

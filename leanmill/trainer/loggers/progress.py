@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from leanmill.core.redact import redact
 from leanmill.trainer.loggers.facts import device_peak, run_facts, utilisation
 from leanmill.trainer.observer import EvalRecord, Observer, RunInfo, StepRecord
-from leanmill.trainer.redact import redact
 from leanmill.trainer.report.units import count, duration, plural
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.redact import redact
 from leanmill.trainer.observer import EvalRecord, Observer, RunInfo, StepRecord
-from leanmill.trainer.redact import redact
 
 
 if TYPE_CHECKING:

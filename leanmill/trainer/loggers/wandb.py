@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.redact import redact_tree
 from leanmill.trainer.observer import EvalRecord, Observer, RunInfo, StepRecord
-from leanmill.trainer.redact import redact_tree
 
 
 class WandbLog(Observer):

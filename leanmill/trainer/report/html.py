@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.redact import redact, redact_tree
+from leanmill.core.redact import redact, redact_tree
 from leanmill.trainer.report.charts import chart_values, draw
 from leanmill.trainer.report.data import RunData, load_run
 from leanmill.trainer.report.figures import Group, groups

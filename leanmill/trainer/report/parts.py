@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from leanmill.trainer.redact import redact
+from leanmill.core.redact import redact
 from leanmill.trainer.report.data import RunData
 from leanmill.trainer.report.figures import domains
 from leanmill.trainer.report.units import count, duration, number, percent, plural, scientific, size

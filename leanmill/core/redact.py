@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from leanmill.trainer.secrets import is_secret
+from leanmill.core.secrets import is_secret
 
 
 MASK = "[redacted]"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from leanmill.trainer.redact import MASK, redact, redact_tree
+from leanmill.core.redact import MASK, redact, redact_tree
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
