@@ -12,9 +12,9 @@ from pathlib import Path
 from string import Template
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.config import Recipe
-from leanmill.trainer.recipe_io import load_recipe
-from leanmill.trainer.recipe_rules import derive_steps
+from leanmill.recipe.io import load_recipe
+from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import derive_steps
 
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ from leanmill.models.build import build_on_meta
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.engine import Engine
 from leanmill.parallel.launch import Ranks
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import prepare
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.run import run
 
 

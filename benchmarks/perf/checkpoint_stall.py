@@ -9,7 +9,7 @@ from pathlib import Path
 from common import conditions, make_loop, recipe_15m, stepper, write_result
 
 from leanmill.checkpoint.manager import CheckpointManager
-from leanmill.trainer.config import CheckpointConfig
+from leanmill.recipe.root import CheckpointConfig
 from leanmill.trainer.loop import Loop
 
 

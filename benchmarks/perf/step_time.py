@@ -24,7 +24,7 @@ from common import (
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
 
 
 def hf_model(recipe: Recipe, vocab_size: int) -> nn.Module:

@@ -47,7 +47,7 @@ from leanmill.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
 from leanmill.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.redact import redact_tree
-from leanmill.trainer.config import CheckpointConfig
+from leanmill.recipe.root import CheckpointConfig
 
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import argparse
 
 def run(args: argparse.Namespace) -> int:
     """Validate `args.recipe` with `args.overrides`, look for its files and explain it."""
-    from leanmill.trainer.check import check_files, explain
-    from leanmill.trainer.recipe_io import load_recipe
+    from leanmill.recipe.explain import check_files, explain
+    from leanmill.recipe.io import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     check_files(recipe)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan of `args.recipe` on `args.nodes` x `args.gpus_per_node` ranks."""
-    from leanmill.trainer.recipe_io import load_recipe
+    from leanmill.recipe.io import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     from leanmill.trainer.plan import plan

@@ -10,7 +10,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the schema to `args.out`, or to stdout."""
     from pathlib import Path
 
-    from leanmill.trainer.schema import recipe_schema
+    from leanmill.recipe.schema import recipe_schema
 
     text = json.dumps(recipe_schema(), indent=2)
     if args.out is None:

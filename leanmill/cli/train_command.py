@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from leanmill.trainer.config import Recipe
+    from leanmill.recipe.root import Recipe
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,8 +39,8 @@ def train(path: str, overrides: Sequence[str]) -> int:
 
 def _load(path: str, overrides: Sequence[str]) -> Recipe:
     from leanmill.core.errors import ConfigError
-    from leanmill.trainer.check import check_files
-    from leanmill.trainer.recipe_io import load_recipe
+    from leanmill.recipe.explain import check_files
+    from leanmill.recipe.io import load_recipe
 
     try:
         recipe = load_recipe(path, overrides)

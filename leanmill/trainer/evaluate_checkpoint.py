@@ -14,11 +14,11 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.io import apply_override, validate_recipe
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.export.rebuild import rebuild
 from leanmill.trainer.observer import DomainScore
-from leanmill.trainer.recipe_io import apply_override, validate_recipe
 from leanmill.trainer.train_module import TrainModule
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from leanmill.parallel.engine import Engine
-    from leanmill.trainer.config import Recipe
+    from leanmill.recipe.root import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,10 +29,10 @@ from leanmill.parallel.config import (
     FsdpEngine,
     SingleEngine,
 )
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import derive_steps
 from leanmill.trainer.memory import Memory, Weight, estimate
 from leanmill.trainer.prepare import install_techniques, with_precision
-from leanmill.trainer.recipe_rules import derive_steps
 
 
 DEFAULT_RANK_MEMORY_GIB = 80.0

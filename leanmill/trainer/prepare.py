@@ -19,7 +19,7 @@ from leanmill.models.compile import compile_blocks
 from leanmill.optim.build import build_optimizer
 from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.precision import resolve_precision
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.train_module import TrainModule
 
 

@@ -21,14 +21,14 @@ from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.precision import resolve_precision
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.io import resolved_yaml
+from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import derive_steps
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.loggers.build import build_observers
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
-from leanmill.trainer.recipe_io import resolved_yaml
-from leanmill.trainer.recipe_rules import derive_steps
 
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from leanmill.checkpoint.components import take_apart
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.config import CheckpointConfig
+from leanmill.recipe.root import CheckpointConfig
 from tests.checkpoint.fake import FakeEngine
 from tests.distributed import run_ranks
 

@@ -18,7 +18,7 @@ from leanmill.optim.config import AdamW, Lion, LookaheadConfig, OptimizerConfig
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, SingleEngine
 from leanmill.parallel.engine import Engine
-from leanmill.trainer.config import CheckpointConfig
+from leanmill.recipe.root import CheckpointConfig
 from tests.distributed import run_ranks
 from tests.parallel import cases
 

@@ -23,7 +23,7 @@ from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.manifest import read_manifest, verify
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer.config import CheckpointConfig
+from leanmill.recipe.root import CheckpointConfig
 from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 
 

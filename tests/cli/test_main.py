@@ -159,7 +159,7 @@ def test_schema_accepts_the_recipes_and_refuses_typos():
     jsonschema = pytest.importorskip("jsonschema")
     import yaml
 
-    from leanmill.trainer.schema import recipe_schema
+    from leanmill.recipe.schema import recipe_schema
 
     validator = jsonschema.Draft202012Validator(recipe_schema())
     for path in (ROOT / "recipes").glob("*.yaml"):

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from leanmill.trainer.check import explain
-from leanmill.trainer.recipe_io import load_recipe, resolved_yaml
+from leanmill.recipe.explain import explain
+from leanmill.recipe.io import load_recipe, resolved_yaml
 
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

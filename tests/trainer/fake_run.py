@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.core.technique import TechniqueConfig
-from leanmill.trainer.config import LogConfig, Recipe
+from leanmill.recipe.root import LogConfig, Recipe
 from leanmill.trainer.observer import DomainScore, EvalRecord, Observer, RunInfo, StepRecord
 
 

@@ -20,7 +20,7 @@ from leanmill.models.build import build_on_meta, local_folder, make_materialiser
 from leanmill.models.materialise import draw
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import install_techniques
 
 

@@ -15,7 +15,7 @@ from leanmill.trainer.observer import Observer
 
 
 if TYPE_CHECKING:
-    from leanmill.trainer.config import Recipe
+    from leanmill.recipe.root import Recipe
 
 
 def build_observers(recipe: Recipe, run_dir: Path, rank: int) -> list[Observer]:

@@ -31,7 +31,7 @@ class TensorBoardLog(Observer):
             ) from error
         purge = info.start_step + 1 if info.start_step else None
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
-        from leanmill.trainer.recipe_io import resolved_yaml
+        from leanmill.recipe.io import resolved_yaml
 
         self._writer.add_text("recipe", f"```yaml\n{redact(resolved_yaml(info.recipe))}\n```", info.start_step)
 

@@ -12,7 +12,7 @@ from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.technique import InstallContext
 from leanmill.models.build import build_on_meta, make_materialiser
 from leanmill.parallel.naming import state_buffers, state_parameters
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import install_techniques
 from tests.models.families import tiny_config
 

@@ -14,7 +14,7 @@ from leanmill.data.config import DataConfig
 from leanmill.models.config import ModelConfig
 from leanmill.optim.config import AdamW, OptimizerConfig, ScheduleConfig
 from leanmill.parallel.config import AutoEngine, EngineConfig
-from leanmill.trainer.recipe_rules import problems
+from leanmill.recipe.rules import problems
 
 
 class BatchConfig(Config):

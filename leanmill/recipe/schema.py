@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from leanmill.core.registry import TECHNIQUES, technique_class
-from leanmill.trainer.config import Recipe
+from leanmill.recipe.root import Recipe
 
 
 def recipe_schema() -> dict[str, Any]:

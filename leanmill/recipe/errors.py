@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from leanmill.core.registry import TECHNIQUES, technique_class
 from leanmill.core.secrets import is_secret, shown
-from leanmill.trainer.recipe_yaml import Lines
+from leanmill.recipe.yaml_source import Lines
 
 
 Path = tuple[str | int, ...]

@@ -8,8 +8,8 @@ from pathlib import Path
 from leanmill.core.errors import ConfigError
 from leanmill.core.registry import TECHNIQUES
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
-from leanmill.trainer.config import Recipe
-from leanmill.trainer.recipe_rules import nearest_multiples, num_steps
+from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import nearest_multiples, num_steps
 
 
 def check_files(recipe: Recipe) -> None:

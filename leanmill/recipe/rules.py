@@ -15,7 +15,7 @@ from leanmill.data.config import LocalCorpus, Mixture
 
 
 if TYPE_CHECKING:
-    from leanmill.trainer.config import Recipe
+    from leanmill.recipe.root import Recipe
 
 
 def problems(recipe: Recipe) -> Iterator[str]:

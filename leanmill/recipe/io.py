@@ -11,9 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.config import Recipe
-from leanmill.trainer.recipe_errors import describe
-from leanmill.trainer.recipe_yaml import Lines, parse_scalar, parse_yaml
+from leanmill.recipe.errors import describe
+from leanmill.recipe.root import Recipe
+from leanmill.recipe.yaml_source import Lines, parse_scalar, parse_yaml
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from leanmill.core.errors import ConfigError
-from leanmill.trainer.config import Recipe
-from leanmill.trainer.recipe_io import apply_override, load_recipe, resolved_yaml, validate_recipe
+from leanmill.recipe.io import apply_override, load_recipe, resolved_yaml, validate_recipe
+from leanmill.recipe.root import Recipe
 
 
 MODEL = {"model_type": "llama", "hidden_size": 64}
