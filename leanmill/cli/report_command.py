@@ -13,7 +13,7 @@ def run(args: argparse.Namespace) -> int:
     run_dir = Path(args.run_dir)
     if not (run_dir / "metrics.jsonl").is_file():
         raise ConfigError(f"{run_dir} has no metrics.jsonl, so it is no run; name a folder such as runs/quickstart")
-    from leanmill.trainer.report.html import write_report
+    from leanmill.report.page.html import write_report
 
     print(f"report: {write_report(run_dir).resolve()}")
     return 0

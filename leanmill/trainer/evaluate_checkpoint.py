@@ -16,9 +16,9 @@ from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.io import apply_override, validate_recipe
 from leanmill.recipe.root import Recipe
+from leanmill.report.observer import DomainScore
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.export.rebuild import rebuild
-from leanmill.trainer.observer import DomainScore
 from leanmill.trainer.train_module import TrainModule
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from leanmill.data.build import EvalDomain
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
-from leanmill.trainer.observer import DomainScore
+from leanmill.report.observer import DomainScore
 
 
 def evaluate(engine: Engine, domains: Sequence[EvalDomain], rows_per_batch: int) -> dict[str, DomainScore]:

@@ -18,8 +18,8 @@ from leanmill.optim.schedules import lr_factor
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
 from leanmill.recipe.root import Recipe
+from leanmill.report.observer import Observer
 from leanmill.trainer.meter import Meter
-from leanmill.trainer.observer import Observer
 from leanmill.trainer.rng import seed_step
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanmill.parallel.collectives import max_over_ranks, sum_over_ranks
-from leanmill.trainer.observer import StepRecord
+from leanmill.report.observer import StepRecord
 
 
 class Meter:

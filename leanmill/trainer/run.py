@@ -24,10 +24,10 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.io import resolved_yaml
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
+from leanmill.report.loggers.build import build_observers
+from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.evaluation import evaluate
-from leanmill.trainer.loggers.build import build_observers
 from leanmill.trainer.loop import Loop
-from leanmill.trainer.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
 
 

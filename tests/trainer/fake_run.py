@@ -15,7 +15,7 @@ from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.core.technique import TechniqueConfig
 from leanmill.recipe.root import LogConfig, Recipe
-from leanmill.trainer.observer import DomainScore, EvalRecord, Observer, RunInfo, StepRecord
+from leanmill.report.observer import DomainScore, EvalRecord, Observer, RunInfo, StepRecord
 
 
 class FakeTechnique(TechniqueConfig):

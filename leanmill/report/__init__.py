@@ -1,0 +1,1 @@
+"""What is seen of a run: observers, records, loggers, the HTML page."""

@@ -1,0 +1,169 @@
+"""What a person sees while a run goes on: a bar on a terminal, narrow lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from leanmill.core.redact import redact
+from leanmill.report.loggers.facts import device_peak, run_facts, utilisation
+from leanmill.report.observer import EvalRecord, Observer, RunInfo, StepRecord
+from leanmill.report.units import count, duration, plural
+
+
+if TYPE_CHECKING:
+    from rich import progress
+
+WIDTH = 80
+REPORT_NAME = "report.html"
+
+
+class Progress(Observer):
+    """Prints to stderr: start banner, one line a record or a live bar, evaluations, the report's path.
+
+    Args:
+        run_dir: Where the report will be.
+        stream: Where to print; stderr unless a test gives another.
+    """
+
+    def __init__(self, run_dir: Path, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._report = run_dir / REPORT_NAME
+        self._bar: progress.Progress | None = None
+        self._task: progress.TaskID | None = None
+        self._info: RunInfo | None = None
+        self._peak: float | None = None
+        self._started = time.monotonic()
+
+    def on_start(self, info: RunInfo) -> None:
+        self._info, self._peak, self._started = info, device_peak(info), time.monotonic()
+        for line in banner(info):
+            self._print(line)
+        if self._stream.isatty():
+            self._start_bar(info)
+
+    def on_step(self, record: StepRecord) -> None:
+        assert self._info is not None, "on_start comes first"
+        share = utilisation(self._info, self._peak, record.tokens_per_second)
+        if self._bar is None:
+            self._print(step_line(record, self._info.num_steps, share))
+            return
+        assert self._task is not None
+        fields: dict[str, Any] = {**step_fields(record, self._info.num_steps, share)}
+        self._bar.update(self._task, completed=record.step, **fields)
+
+    def on_eval(self, record: EvalRecord) -> None:
+        for line in eval_lines(record):
+            self._print(line)
+
+    def on_end(self, status: str, message: str = "") -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._info is None:
+            return
+        self._print(f"{status} after {duration(time.monotonic() - self._started)}")
+        if message:
+            self._print_wrapped(message)
+        if self._report.exists():
+            self._print(f"report: {self._report.resolve()}")
+
+    def _start_bar(self, info: RunInfo) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        columns = [
+            progress.TextColumn("[bold]{task.description}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            *(progress.TextColumn("{task.fields[" + field + "]}") for field in ("loss", "speed", "mfu", "eta")),
+        ]
+        self._bar = progress.Progress(*columns, console=Console(file=self._stream), expand=True)
+        self._task = self._bar.add_task(
+            redact(info.recipe.name).replace("[", r"\["),
+            total=info.num_steps, completed=info.start_step, loss="", speed="", mfu="", eta="",
+        )  # fmt: skip
+        self._bar.start()
+
+    def _print_wrapped(self, text: str) -> None:
+        for line in _wrap(text):
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        line = redact(line)
+        if self._bar is not None:
+            # Through the console, so that the line lands above the live bar.
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            return
+        print(line, file=self._stream, flush=True)  # noqa: T201 (this observer is where a run prints)
+
+
+def banner(info: RunInfo) -> list[str]:
+    """Lines shown before the first step, at most WIDTH columns."""
+    facts = run_facts(info)
+    techniques = " + ".join(facts["techniques"]) or "no techniques"
+    parameters = count(info.num_parameters)
+    if info.num_trainable != info.num_parameters:
+        parameters += f" ({count(info.num_trainable)} trainable)"
+    ranks = plural(info.world_size, "rank")
+    start = f" from step {info.start_step:,}" if info.start_step else ""
+    lines = [
+        f"{facts['name']}: {facts['model']}, {parameters} parameters, {techniques}",
+        f"{facts['engine']} on {ranks} of {facts['hardware']['device']}, {facts['precision']}",
+        f"{plural(info.num_steps, 'step')} of {facts['tokens_per_step']:,} tokens{start}, "
+        f"{info.flops_per_token:.3g} FLOPs a token",
+        *info.notes,
+    ]
+    return [wrapped for line in lines for wrapped in _wrap(line)]
+
+
+def _wrap(text: str) -> list[str]:
+    return textwrap.wrap(redact(text), WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
+def step_fields(record: StepRecord, num_steps: int, share: float | None) -> dict[str, str]:
+    """The moving parts of the bar and of a line: loss, speed, MFU, ETA."""
+    remaining = (num_steps - record.step) * record.step_seconds
+    return {
+        "loss": f"loss {record.losses.get('total', float('nan')):.3f}",
+        "speed": f"{count(record.tokens_per_second)} tok/s",
+        "mfu": "" if share is None else f"mfu {share:.0%}",
+        "eta": f"eta {duration(remaining)}",
+    }
+
+
+def step_line(record: StepRecord, num_steps: int, share: float | None) -> str:
+    """One record as a line of at most WIDTH columns."""
+    fields = step_fields(record, num_steps, share)
+    width = len(str(num_steps))
+    parts = [
+        f"step {record.step:>{width}}/{num_steps}",
+        fields["loss"],
+        f"norm {record.grad_norm:.2g}",
+        f"lr {record.lr:.1e}",
+        fields["speed"],
+        fields["mfu"],
+        fields["eta"],
+        f"skipped {record.skipped_steps}" if record.skipped_steps else "",
+    ]
+    line = "  ".join(part for part in parts if part)
+    # The least needed part goes first where a line would wrap.
+    for droppable in (parts[3], parts[2], fields["mfu"]):
+        if len(line) > WIDTH:
+            line = line.replace(f"  {droppable}", "", 1)
+    return line
+
+
+def eval_lines(record: EvalRecord) -> list[str]:
+    """An evaluation, one line a domain."""
+    if not record.domains:
+        return []
+    width = max(len(name) for name in record.domains)
+    return [f"evaluation at step {record.step:,}"] + [
+        f"  {name:<{width}}  loss {score.loss:.3f}  ppl {score.perplexity:.4g}  "
+        f"bits/byte {score.bits_per_byte:.3f} (order-0 {score.order0_bits_per_byte:.2f})"
+        for name, score in record.domains.items()
+    ]

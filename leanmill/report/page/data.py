@@ -1,0 +1,114 @@
+"""Reads what a run wrote, in the shape the report shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanmill.report.loggers.jsonl import FILE_NAME, read_records, without_superseded
+
+
+Record = dict[str, Any]
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """Everything the report is built from."""
+
+    facts: Record
+    """The newest `start` record; empty before the first."""
+    steps: Sequence[Record]
+    evals: Sequence[Record]
+    checkpoints: Sequence[Record]
+    status: str
+    """`finished`, `stopped`, `failed` or `running`; the last also after a kill, which writes nothing."""
+    message: str
+    resumed_at: Sequence[int]
+    """Steps at which a session took over from an earlier one."""
+    skipped_at: Sequence[int]
+    """Steps of the records in which the number of skipped steps grew."""
+    seconds: float
+    """Wall time of all sessions together, work done again included."""
+    sites: Record
+    recipe: str
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Read `metrics.jsonl`, `sites.json` and `recipe.yaml`; whatever is missing is left empty."""
+    everything = read_records(run_dir / FILE_NAME)
+    records = without_superseded(everything)
+    starts = _of_kind(records, "start")
+    steps = _of_kind(records, "step")
+    last = everything[-1] if everything else {}
+    ended = last if last.get("kind") == "end" else {}
+    return RunData(
+        facts=starts[-1] if starts else {},
+        steps=steps,
+        evals=_of_kind(records, "eval"),
+        checkpoints=_of_kind(records, "checkpoint"),
+        status=ended.get("status", "running"),
+        message=ended.get("message", ""),
+        resumed_at=[start["start_step"] for start in starts[1:] if "start_step" in start],
+        skipped_at=_skips(steps),
+        seconds=_seconds(everything),
+        sites=_read_json(run_dir / "sites.json"),
+        recipe=_read_text(run_dir / "recipe.yaml"),
+    )
+
+
+def points(records: Sequence[Record], *path: str) -> Points:
+    """Pairs (step, value) of the field at `path`, where it is there and finite."""
+    found: Points = []
+    for record in records:
+        value: Any = record
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            found.append((float(record["step"]), float(value)))
+    return found
+
+
+def keys(records: Sequence[Record], field: str) -> list[str]:
+    """Keys of a mapping field over all records, in the order first seen."""
+    return list(dict.fromkeys(key for record in records for key in record.get(field, {})))
+
+
+def _of_kind(records: Sequence[Record], kind: str) -> list[Record]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def _skips(steps: Sequence[Record]) -> list[int]:
+    before, found = 0, []
+    for record in steps:
+        skipped = record.get("skipped_steps", 0)
+        if skipped > before:
+            found.append(record["step"])
+        before = skipped
+    return found
+
+
+def _seconds(everything: Sequence[Record]) -> float:
+    total, started = 0.0, None
+    for index, record in enumerate(everything):
+        if record["kind"] == "start":
+            started = record.get("time")
+        ends_session = index + 1 == len(everything) or everything[index + 1]["kind"] == "start"
+        if started is not None and ends_session:
+            total += record.get("time", started) - started
+    return total
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _read_json(path: Path) -> Record:
+    try:
+        value = json.loads(_read_text(path) or "{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

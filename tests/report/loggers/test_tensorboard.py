@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from leanmill.core.errors import ConfigError
+from leanmill.report.loggers.tensorboard import TensorBoardLog
+from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, fake_step, play
+
+
+def test_scalars_come_back_and_a_resume_replaces_what_it_repeats(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = fake_recipe(tmp_path)
+    play([TensorBoardLog(tmp_path)], fake_info(recipe, tmp_path), until=70, status=None)
+    play([TensorBoardLog(tmp_path)], fake_info(recipe, tmp_path, start_step=50), until=100)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = events.Scalars("loss/cross_entropy")
+    assert [event.step for event in losses] == list(range(2, 101, 2))
+    assert losses[-1].value == pytest.approx(fake_step(100).losses["cross_entropy"])
+    assert events.Scalars("eval_bits_per_byte/cpp")[0].value == pytest.approx(
+        fake_eval(50).domains["cpp"].bits_per_byte
+    )
+
+
+def test_a_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ConfigError, match="pip install tensorboard"):
+        TensorBoardLog(tmp_path).on_start(fake_info(fake_recipe(tmp_path), tmp_path))

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from leanmill.core.errors import ConfigError
+from leanmill.report.loggers import wandb as ours
+from leanmill.report.loggers.wandb import WandbLog
+from tests.trainer.fake_run import fake_info, fake_recipe, play
+
+
+def test_a_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="pip install wandb.*log.wandb=false"):
+        WandbLog(tmp_path)
+
+
+@pytest.fixture
+def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+@pytest.mark.usefixtures("no_key")
+def test_without_a_key_the_run_stays_offline_and_holds_no_credential(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "swordfish-swordfish")
+    run_dir = tmp_path / "run"
+    notes = ("pulled with swordfish-swordfish",)
+    play([WandbLog(run_dir)], fake_info(fake_recipe(run_dir), run_dir, notes=notes), until=50)
+    folders = list((run_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 1
+    events = next(folders[0].glob("*.wandb")).read_bytes()
+    assert b"eval_bits_per_byte/cpp" in events
+    assert not any(b"swordfish" in path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
+
+
+@pytest.mark.usefixtures("no_key")
+def test_a_resume_keeps_the_id(tmp_path: Path) -> None:
+    assert WandbLog(tmp_path)._run_id() == WandbLog(tmp_path)._run_id()
+    assert len(WandbLog(tmp_path)._run_id()) == 12
