@@ -59,7 +59,7 @@ def measure(name: str, precision: str, out: Path) -> None:
     from common import recipe_15m
 
     from leanmill.parallel.launch import finish, init_processes
-    from leanmill.trainer.plan import plan
+    from leanmill.plan.plan import plan
 
     batch = {"tokens_per_step": 1024, "tokens_per_micro_batch": 256}
     data = {"sequence_length": 256, "tokenizer": {"vocab_size": 8192}}

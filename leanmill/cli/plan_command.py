@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from leanmill.trainer.memory import Memory
-    from leanmill.trainer.plan import Plan
+    from leanmill.plan.memory import Memory
+    from leanmill.plan.plan import Plan
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from leanmill.recipe.io import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    from leanmill.trainer.plan import plan
+    from leanmill.plan.plan import plan
 
     world_size = args.nodes * args.gpus_per_node
     result = plan(recipe, world_size, args.gpus_per_node, rank_memory_gib=args.rank_memory_gib)

@@ -29,9 +29,9 @@ from leanmill.parallel.config import (
     FsdpEngine,
     SingleEngine,
 )
+from leanmill.plan.memory import Memory, Weight, estimate
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
-from leanmill.trainer.memory import Memory, Weight, estimate
 from leanmill.trainer.prepare import install_techniques, with_precision
 
 

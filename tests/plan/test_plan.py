@@ -15,9 +15,9 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DeepSpeedOffload
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks
+from leanmill.plan.memory import Weight, optimizer_bytes, shard_numel
+from leanmill.plan.plan import activation_bytes, logits_bytes, plan
 from leanmill.recipe.root import Recipe
-from leanmill.trainer.memory import Weight, optimizer_bytes, shard_numel
-from leanmill.trainer.plan import activation_bytes, logits_bytes, plan
 from leanmill.trainer.train_module import TrainModule
 from tests.distributed import run_ranks
 

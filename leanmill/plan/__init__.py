@@ -1,0 +1,1 @@
+"""Foresight: parameters, memory, time and layout of a run before it starts."""
