@@ -18,7 +18,7 @@ from leanmill.recipe.io import apply_override, validate_recipe
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import DomainScore
 from leanmill.trainer.evaluation import evaluate
-from leanmill.trainer.export.rebuild import rebuild
+from leanmill.trainer.rebuild import rebuild
 from leanmill.trainer.train_module import TrainModule
 
 

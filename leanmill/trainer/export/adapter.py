@@ -19,8 +19,8 @@ from leanmill.trainer.export.compare import allowed, check_same, sample_logits
 from leanmill.trainer.export.folder import folder_bytes, new_folder
 from leanmill.trainer.export.folding import adapter_layers, detach_adapters, fold_sites, reshaping_stages
 from leanmill.trainer.export.hf import prepare_config, reload, write_summary
-from leanmill.trainer.export.rebuild import Rebuilt, rebuild
 from leanmill.trainer.export.report import ExportReport
+from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 
 @dataclass(frozen=True)

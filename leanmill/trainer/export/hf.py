@@ -18,8 +18,8 @@ from leanmill.trainer.export import bitnet
 from leanmill.trainer.export.compare import allowed, check_same, sample_logits
 from leanmill.trainer.export.folder import folder_bytes, new_folder
 from leanmill.trainer.export.folding import effective_weights, fold, parameter_name
-from leanmill.trainer.export.rebuild import Rebuilt, rebuild
 from leanmill.trainer.export.report import ExportReport
+from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 
 def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "bitnet"] = "none") -> ExportReport:

@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_and_a_taken_folder_are_refused(tmp_path: Path) -> 
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    from leanmill.trainer.export.rebuild import _load
+    from leanmill.trainer.rebuild import _load
 
     model, _ = checkpoint_of(tmp_path / "run", "llama", [])
     state = {name: p.detach() for name, p in model.named_parameters()}
