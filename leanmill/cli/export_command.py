@@ -15,11 +15,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--packing {args.packing} packs weights, and --to adapter writes none; use --to hf")
     checkpoint, out = resolve_checkpoint(args.checkpoint), Path(args.out)
     if args.to == "adapter":
-        from leanmill.trainer.export import export_adapter
+        from leanmill.export import export_adapter
 
         report = export_adapter(checkpoint, out)
     else:
-        from leanmill.trainer.export import export_hf
+        from leanmill.export import export_hf
 
         report = export_hf(checkpoint, out, packing=args.packing)
     print(f"exported {checkpoint} to {out.resolve()}, loaded it back and compared the logits")

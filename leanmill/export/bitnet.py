@@ -23,8 +23,8 @@ from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
+from leanmill.export.compare import largest_difference, sample_logits
 from leanmill.models.build import quiet_transformers
-from leanmill.trainer.export.compare import largest_difference, sample_logits
 
 
 VALUES_PER_BYTE = 4
@@ -104,7 +104,7 @@ def check(
     Raises:
         RunError: A layer computes something else.
     """
-    from leanmill.trainer.export.hf import reload
+    from leanmill.export.hf import reload
 
     with torch.compiler.set_stance("force_eager"):  # transformers decorates this format with torch.compile
         reloaded = reload(folder)

@@ -13,12 +13,12 @@ from torch import Tensor
 from leanmill.core.errors import RunError
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
+from leanmill.export import bitnet
+from leanmill.export.compare import allowed, check_same, sample_logits
+from leanmill.export.folder import folder_bytes, new_folder
+from leanmill.export.folding import effective_weights, fold, parameter_name
+from leanmill.export.report import ExportReport
 from leanmill.models.build import quiet_transformers
-from leanmill.trainer.export import bitnet
-from leanmill.trainer.export.compare import allowed, check_same, sample_logits
-from leanmill.trainer.export.folder import folder_bytes, new_folder
-from leanmill.trainer.export.folding import effective_weights, fold, parameter_name
-from leanmill.trainer.export.report import ExportReport
 from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError
+from leanmill.export import export_adapter, export_hf
 from leanmill.models.build import load_frozen
-from leanmill.trainer.export import export_adapter, export_hf
-from tests.trainer.export.checkpoints import HeldModel, checkpoint_of, recipe_of, trained_model
-from tests.trainer.export.test_hf import BRANCH, LORA, SPARSE, TERNARY, logits
+from tests.export.checkpoints import HeldModel, checkpoint_of, recipe_of, trained_model
+from tests.export.test_hf import BRANCH, LORA, SPARSE, TERNARY, logits
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_what_peft_cannot_hold(family: str, techniques: list[dict], expected: st
 
 
 def test_a_branch_is_a_peft_layer_before_and_a_linear_after(tmp_path: Path) -> None:
-    from leanmill.trainer.export.folding import adapter_layers, fold
+    from leanmill.export.folding import adapter_layers, fold
 
     model = trained_model(recipe_of("qwen3", [BRANCH]))
     assert len(list(adapter_layers(model))) == 14

@@ -12,11 +12,11 @@ from torch import nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import iter_sites
-from leanmill.trainer.export import export_hf
-from leanmill.trainer.export.bitnet import pack, quantise_input
-from leanmill.trainer.export.folding import parameter_name
+from leanmill.export import export_hf
+from leanmill.export.bitnet import pack, quantise_input
+from leanmill.export.folding import parameter_name
+from tests.export.checkpoints import checkpoint_of
 from tests.models.families import FAMILIES
-from tests.trainer.export.checkpoints import checkpoint_of
 
 
 SPARSE = {"type": "nm_sparsity"}
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_copy_that_differs_is_not_a_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leanmill.trainer.export import hf
+    from leanmill.export import hf
 
     _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [SPARSE])
     reload = hf.reload
