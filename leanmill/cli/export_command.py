@@ -10,10 +10,12 @@ def run(args: argparse.Namespace) -> int:
     """Export `args.checkpoint`; success is only reported after the copy was loaded and compared."""
     from leanmill.cli.checkpoints import resolve_checkpoint
     from leanmill.core.errors import ConfigError
+    from leanmill.export.folder import check_is_new
 
     if args.to == "adapter" and args.packing != "none":
         raise ConfigError(f"--packing {args.packing} packs weights, and --to adapter writes none; use --to hf")
     checkpoint, out = resolve_checkpoint(args.checkpoint), Path(args.out)
+    check_is_new(out)
     if args.to == "adapter":
         from leanmill.export import export_adapter
 

@@ -12,6 +12,16 @@ from pathlib import Path
 from leanmill.core.errors import ConfigError, RunError
 
 
+def check_is_new(path: Path) -> None:
+    """Refuse an output that is there already; cheap, so ask it before anything slow.
+
+    Raises:
+        ConfigError: `path` exists and is not an empty folder.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists already; give a new folder as the output, or remove it")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `path` when the block ends well.
@@ -22,8 +32,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         ConfigError: `path` exists and is not an empty folder.
         RunError: The disk is full or refuses.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path} exists already; give a new folder as the output, or remove it")
+    check_is_new(path)
     temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)

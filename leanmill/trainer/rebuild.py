@@ -16,9 +16,8 @@ from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext, StepContext, StepRule
-from leanmill.models.build import build_on_meta
-from leanmill.models.materialise import draw, make_materialiser
-from leanmill.models.pretrained import local_folder
+from leanmill.models.build import build_on_meta, local_folder, make_materialiser
+from leanmill.models.materialise import draw
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
 from leanmill.recipe.root import Recipe
@@ -49,7 +48,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         raise ConfigError(f"{checkpoint_dir}: no such folder; give a checkpoint such as runs/NAME/checkpoints/step-...")
     problems = verify(checkpoint_dir)
     if problems:
-        raise RunError(f"{checkpoint_dir} cannot be exported: {problems[0]}")
+        raise RunError(f"{checkpoint_dir} is incomplete or damaged: {problems[0]}; name another checkpoint")
     manifest = read_manifest(checkpoint_dir)
     partial = manifest.partial
     recipe = Recipe.model_validate(_read_json(checkpoint_dir / "recipe.json"))

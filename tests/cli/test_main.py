@@ -203,3 +203,18 @@ def test_fast_verbs_import_nothing_heavy(args, forbidden):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert not forbidden & set(done.stderr.split())
+
+
+def test_an_output_that_exists_is_refused_before_anything_heavy_is_imported(tmp_path):
+    checkpoint, out = tmp_path / "step-00000001", tmp_path / "out"
+    for folder, file in ((checkpoint, "manifest.json"), (out, "weights.bin")):
+        folder.mkdir()
+        (folder / file).write_text("{}")
+    script = (
+        "import sys\nfrom leanmill.cli.main import main\n"
+        f"code = main(['export', '--checkpoint', {str(checkpoint)!r}, '--to', 'hf', '--out', {str(out)!r}])\n"
+        "assert code == 2, code\nassert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"error: {out} exists already; give a new folder as the output, or remove it\n"
