@@ -15,7 +15,6 @@ import platform
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -29,7 +28,6 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from leanmill.checkpoint.compare import compare
 from leanmill.checkpoint.components import take_apart
-from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.group import SaveGroup, describe
 from leanmill.checkpoint.manifest import (
     FileRecord,
@@ -47,7 +45,9 @@ from leanmill.checkpoint.reading import read_index
 from leanmill.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
 from leanmill.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.quiet import ignore_warning
 from leanmill.core.redact import redact_tree
+from leanmill.recipe.root import CheckpointConfig
 
 
 if TYPE_CHECKING:
@@ -417,7 +417,7 @@ def _message(error: BaseException) -> str:
 
 def _quiet() -> None:
     # Torch warns whenever one process saves or loads alone, which is what is asked for here.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+    ignore_warning("torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 @functools.cache

@@ -74,7 +74,9 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
         debug: Print the traceback as well.
     """
     from leanmill.core.errors import ConfigError
+    from leanmill.core.quiet import quiet_libraries
 
+    quiet_libraries()
     try:
         return action()
     except KeyboardInterrupt:

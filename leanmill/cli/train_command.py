@@ -62,7 +62,3 @@ def _log_from_rank_0() -> None:
         format="%(levelname)s: %(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s",
     )
     logging.getLogger("leanmill").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    # transformers imports torchao where it is installed; what that says of kernels it was not built
-    # for is nothing a user of another kernel can act on.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)

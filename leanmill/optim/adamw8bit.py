@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torchao.optim import AdamW8bit as _AdamW8bit
 
+from leanmill.core.quiet import ignore_warning
+
 
 class AdamW8bit(_AdamW8bit):  # type: ignore[misc]
     """AdamW with block-wise 8-bit moments (Dettmers et al. 2022, arXiv:2110.02861).
@@ -22,6 +24,8 @@ class AdamW8bit(_AdamW8bit):  # type: ignore[misc]
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:
+        # torch cannot hash torchao's state for its on-disk cache, and then hashes what is inside it.
+        ignore_warning("OptimState8bit does not implement _stable_hash_for_caching", UserWarning)
         super().__init__(params, **settings)
         for group in self.param_groups:
             group["lr"] = float(group["lr"])

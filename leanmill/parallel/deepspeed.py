@@ -10,7 +10,6 @@ import contextlib
 import gc
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leanmill.core.experts import is_stacked_experts
+from leanmill.core.quiet import ignore_warning
 from leanmill.core.technique import Batch
 from leanmill.parallel import config as configs
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
@@ -276,9 +276,7 @@ def _start_deepspeed(device: torch.device) -> None:
 
         logger.setLevel(logging.ERROR)
         # It calls collectives by names that torch has deprecated, once a parameter.
-        warnings.filterwarnings(
-            "ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning
-        )
+        ignore_warning(r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
         if device.type == "cpu" and accelerator.get_accelerator().device_name() != "cpu":
             from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 

@@ -56,8 +56,9 @@ def loss_in_head(model: nn.Module, inputs: dict[str, Any], num_tokens: int, loss
     is_untouched = len(found) == 1 and logits.data_ptr() == found[0].data_ptr() and logits.stride()[-1:] == (0,)
     if not is_untouched or logits.shape != (1, 1, head.weight.shape[0]):
         return None
-    # What came out of the model rather than `found`: hooks may have wrapped it for backward.
-    return logits[0, 0, 0]
+    # What came out of the model rather than `found`: hooks may have wrapped it for backward. A copy,
+    # because an in-place operation on a view would lose the hooks that FSDP puts on what it gets.
+    return logits[0, 0, 0].clone()
 
 
 def loss_on_body(model: nn.Module, inputs: dict[str, Any], loss: HeadLoss) -> Tensor:

@@ -77,7 +77,9 @@ class TrainModule(nn.Module):
         else:
             sums = self._chunked_sums(batch, labels, terms, extras, chunk)
         weights = [self.cross_entropy_weight, *(term.weight for term in terms)]
-        losses = {"cross_entropy": sums[0], **{term.name: value for term, value in zip(terms, sums[1:], strict=True)}}
+        # Only `total` is differentiated; the others are there to be read.
+        names = ["cross_entropy", *(term.name for term in terms)]
+        losses = dict(zip(names, sums.detach(), strict=True))
         losses["total"] = sum((w * value for w, value in zip(weights, sums, strict=True)), sums.new_zeros(()))
         return losses
 
