@@ -8,8 +8,8 @@ from pathlib import Path
 
 from common import conditions, make_loop, recipe_15m, stepper, write_result
 
+from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
-from leanmill.recipe.root import CheckpointConfig
 from leanmill.trainer.loop import Loop
 
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from leanmill.checkpoint.compare import compare
 from leanmill.checkpoint.components import take_apart
+from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.group import SaveGroup, describe
 from leanmill.checkpoint.manifest import (
     FileRecord,
@@ -47,7 +48,6 @@ from leanmill.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.quiet import ignore_warning
 from leanmill.core.redact import redact_tree
-from leanmill.recipe.root import CheckpointConfig
 
 
 if TYPE_CHECKING:

@@ -14,12 +14,12 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.core.sites import clean_name, iter_sites
 from leanmill.core.stage import Slot, Stage
-from leanmill.export.compare import allowed, check_same, sample_logits
+from leanmill.export.compare import allowed, check_same, reload, sample_logits
 from leanmill.export.folder import folder_bytes, new_folder
 from leanmill.export.folding import adapter_layers, detach_adapters, fold_sites, reshaping_stages
-from leanmill.export.hf import prepare_config, reload, write_summary
+from leanmill.export.hf import prepare_config, write_summary
 from leanmill.export.report import ExportReport
-from leanmill.models.build import load_weights, quiet_transformers
+from leanmill.models.pretrained import load_weights, quiet_transformers
 from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 

@@ -23,8 +23,8 @@ from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
-from leanmill.export.compare import largest_difference, sample_logits
-from leanmill.models.build import quiet_transformers
+from leanmill.export.compare import largest_difference, reload, sample_logits
+from leanmill.models.pretrained import quiet_transformers
 
 
 VALUES_PER_BYTE = 4
@@ -104,8 +104,6 @@ def check(
     Raises:
         RunError: A layer computes something else.
     """
-    from leanmill.export.hf import reload
-
     with torch.compiler.set_stance("force_eager"):  # transformers decorates this format with torch.compile
         reloaded = reload(folder)
         for name in ternary:

@@ -1,18 +1,28 @@
-"""Comparing two causal LMs by their logits."""
+"""Loading an export back and comparing two causal LMs by their logits."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leanmill.core.errors import RunError
+from leanmill.models.pretrained import quiet_transformers
 
 
 TOLERANCE = 1e-4
 """Largest logit difference allowed between a model and its reloaded export, as a share of the
 largest logit (at least of 1): weights are equal in fp32, the order of additions may not be."""
+
+
+def reload(folder: Path) -> Any:
+    """Load an exported folder the way anyone would."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32).eval()
 
 
 def sample_logits(model: Any) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ from leanmill.core.errors import RunError
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
 from leanmill.export import bitnet
-from leanmill.export.compare import allowed, check_same, sample_logits
+from leanmill.export.compare import allowed, check_same, reload, sample_logits
 from leanmill.export.folder import folder_bytes, new_folder
 from leanmill.export.folding import effective_weights, fold, parameter_name
 from leanmill.export.report import ExportReport
-from leanmill.models.build import quiet_transformers
+from leanmill.models.pretrained import quiet_transformers
 from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 
@@ -73,14 +73,6 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "
         sparsity={name: (staged[name] == 0).float().mean().item() for name in masked},
         notes=notes,
     )
-
-
-def reload(folder: Path) -> Any:
-    """Load an exported folder the way anyone would."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32).eval()
 
 
 def prepare_config(model: Any, rebuilt: Rebuilt, folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Causal LMs: building on meta, materialising, activation checkpointing, compiling, exporting."""
+"""Causal LMs: building on meta, pretrained ones, materialising, activation checkpointing, compiling, FLOPs."""

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name
 from leanmill.core.stage import Stage
+from leanmill.models.pretrained import load_weights
 from leanmill.parallel.collectives import broadcast_object
 from leanmill.parallel.tensors import assign
 
@@ -88,8 +89,6 @@ def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
 
 
 def _read(config: ModelConfig) -> dict[str, Tensor]:
-    from leanmill.models.build import load_weights
-
     model = load_weights(config, dtype=torch.float32)
     state = dict(model.named_parameters(remove_duplicate=False))
     persistent = set(model.state_dict())

@@ -17,8 +17,9 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import InstallContext
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
-from leanmill.models.build import build_on_meta, num_active_parameters, num_parameters
+from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
+from leanmill.models.counting import num_active_parameters, num_parameters
 from leanmill.models.flops import flops_per_token
 from leanmill.parallel.blocks import decoder_blocks
 from leanmill.parallel.config import (

@@ -1,148 +1,18 @@
-"""The root of a recipe. Sections live with their owners; this file joins them. Imports no torch."""
+"""The root of a recipe. Imports no torch."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
-from leanmill.core.registry import parse_technique
-from leanmill.core.technique import TechniqueConfig
-from leanmill.data.config import DataConfig
-from leanmill.models.config import ModelConfig
-from leanmill.optim.config import AdamW, OptimizerConfig, ScheduleConfig
-from leanmill.parallel.config import AutoEngine, EngineConfig
 from leanmill.recipe.rules import problems
+from leanmill.recipe.sections import Sections
 
 
-class BatchConfig(Config):
-    """Batch sizes in tokens; accumulation is derived."""
-
-    tokens_per_step: int = Field(default=32_768, ge=1)
-    """Tokens of one optimizer step over all ranks; a multiple of
-    `tokens_per_micro_batch` x data ranks."""
-    tokens_per_micro_batch: int = Field(default=4096, ge=1)
-    """Tokens of one forward on one rank; a multiple of `data.sequence_length`."""
-
-
-class TrainConfig(Config):
-    """The loop."""
-
-    total_tokens: int | None = Field(default=None, ge=1)
-    """Length of the run in tokens; give this or `steps`."""
-    steps: int | None = Field(default=None, ge=1)
-    """Length of the run in optimizer steps."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` is bf16 where the device multiplies bf16 natively, else fp32.
-
-    `bf16` computes matmuls in bf16 over fp32 master weights (autocast; FSDP2 and DeepSpeed use
-    their own bf16 policies); `fp32` computes in fp32."""
-    max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Clip gradients to this global norm; None does not clip."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """What a non-finite loss or gradient does: stop the run, or skip that optimizer step."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """`full` recomputes each block in backward; `selective` keeps matmul and attention outputs."""
-    compile: bool = False
-    """torch.compile each block."""
-    deterministic: bool = False
-    """Refuse nondeterministic kernels (torch.use_deterministic_algorithms)."""
-    cross_entropy_weight: float = Field(default=1.0, ge=0)
-    """Weight of the next-token cross-entropy beside the techniques' loss terms."""
-    logits_chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Tokens whose logits exist at once; `auto` chooses by memory."""
-
-
-class EvalConfig(Config):
-    """Evaluation on held-out text: loss, perplexity and bits per byte of each domain."""
-
-    every_steps: int | None = Field(default=None, ge=1)
-    """Steps between evaluations; None evaluates only at the end."""
-    tokens_per_domain: int = Field(default=65_536, ge=1)
-    """Held-out tokens evaluated in each domain."""
-
-
-class CheckpointConfig(Config):
-    """When state is written and which copies stay."""
-
-    every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; None writes only at the end."""
-    keep_last: int = Field(default=2, ge=2)
-    """Newest checkpoints kept; at least 2, since the newest may be mid-write."""
-    keep_best: bool = True
-    """Also keep the checkpoint with the lowest validation loss."""
-    asynchronous: bool = True
-    """Write in the background while training goes on."""
-    resume: str = "auto"
-    """`auto` continues from the newest complete checkpoint of `run_dir` where there is one, `never`
-    refuses a run_dir that has one, a path loads that checkpoint."""
-
-
-class LogConfig(Config):
-    """What is recorded while the run goes on."""
-
-    every_steps: int = Field(default=10, ge=1)
-    """Steps between records."""
-    tensorboard: bool = True
-    """Write TensorBoard events."""
-    wandb: bool = False
-    """Log to Weights & Biases; offline where no key is configured."""
-    wandb_project: str = "leanmill"
-    """Project name at Weights & Biases."""
-    report: bool = True
-    """Write the HTML report at the end and at each evaluation."""
-
-
-class ClusterConfig(Config):
-    """Process groups and their time-outs."""
-
-    init_timeout_seconds: int = Field(default=1800, ge=1)
-    """Collective time-out until the first step is done (compilation, loading)."""
-    step_timeout_seconds: int = Field(default=300, ge=1)
-    """Collective time-out afterwards."""
-    flight_recorder: bool = True
-    """Keep NCCL's flight recorder on; its dump directory is printed at start."""
-
-
-class Recipe(Config):
+class Recipe(Sections):
     """One run: a model, data, an engine and any number of techniques."""
-
-    name: str = "run"
-    """Name of the run in logs and reports."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of weights, data order and dropout."""
-    run_dir: str = "runs/{name}"
-    """Folder of everything the run writes; `{name}` is replaced."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is cuda where there is one."""
-    model: ModelConfig
-    """The model."""
-    data: DataConfig = Field(default_factory=DataConfig)
-    """The data."""
-    techniques: list[Annotated[SerializeAsAny[TechniqueConfig], BeforeValidator(parse_technique)]] = Field(
-        default_factory=list
-    )
-    """Techniques, each `{type: name, ...}`; the order does not matter."""
-    engine: EngineConfig = Field(default_factory=AutoEngine)
-    """How the run is spread over ranks; a bare string is short for `{type: ...}`."""
-    optimizer: OptimizerConfig = Field(default_factory=AdamW)
-    """The optimizer; without `type` it is AdamW."""
-    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    """The learning-rate schedule."""
-    batch: BatchConfig = Field(default_factory=BatchConfig)
-    """Batch sizes."""
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    """The loop."""
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-    """Evaluation."""
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    """Checkpoints."""
-    log: LogConfig = Field(default_factory=LogConfig)
-    """Logs and report."""
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
-    """Process groups."""
 
     @field_validator("optimizer", mode="before")
     @classmethod

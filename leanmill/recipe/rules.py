@@ -15,10 +15,10 @@ from leanmill.data.config import LocalCorpus, Mixture
 
 
 if TYPE_CHECKING:
-    from leanmill.recipe.root import Recipe
+    from leanmill.recipe.sections import Sections
 
 
-def problems(recipe: Recipe) -> Iterator[str]:
+def problems(recipe: Sections) -> Iterator[str]:
     """Yield every contradiction between sections, in the order a reader meets them."""
     yield from _names(recipe)
     yield from _batch(recipe)
@@ -35,7 +35,7 @@ def nearest_multiples(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
-def derive_steps(recipe: Recipe, data_size: int) -> tuple[int, int]:
+def derive_steps(recipe: Sections, data_size: int) -> tuple[int, int]:
     """Return (micro-batches of a step on one rank, optimizer steps of the run).
 
     Args:
@@ -56,12 +56,12 @@ def derive_steps(recipe: Recipe, data_size: int) -> tuple[int, int]:
     return batch.tokens_per_step // share, num_steps(recipe)
 
 
-def num_steps(recipe: Recipe) -> int:
+def num_steps(recipe: Sections) -> int:
     """Optimizer steps of the run."""
     return recipe.train.steps or math.ceil((recipe.train.total_tokens or 0) / recipe.batch.tokens_per_step)
 
 
-def _names(recipe: Recipe) -> Iterator[str]:
+def _names(recipe: Sections) -> Iterator[str]:
     if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
         yield f"name={recipe.name!r} must be one non-empty folder name, since it fills run_dir; type e.g. name: run"
     try:
@@ -70,7 +70,7 @@ def _names(recipe: Recipe) -> Iterator[str]:
         yield f"run_dir={recipe.run_dir!r} may contain `{{name}}` and no other braces; type e.g. run_dir: runs/{{name}}"
 
 
-def _batch(recipe: Recipe) -> Iterator[str]:
+def _batch(recipe: Sections) -> Iterator[str]:
     row, micro, step = (
         recipe.data.sequence_length,
         recipe.batch.tokens_per_micro_batch,
@@ -88,7 +88,7 @@ def _batch(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _length(recipe: Recipe) -> Iterator[str]:
+def _length(recipe: Sections) -> Iterator[str]:
     train = recipe.train
     if train.total_tokens is None and train.steps is None:
         yield "the length of the run is missing; set train.total_tokens (tokens) or train.steps (optimizer steps)"
@@ -99,7 +99,7 @@ def _length(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _context(recipe: Recipe) -> Iterator[str]:
+def _context(recipe: Sections) -> Iterator[str]:
     limit, source = recipe.model.max_context, "model.max_context"
     if limit is None and recipe.model.config is not None:
         limit, source = recipe.model.config.get("max_position_embeddings"), "model.config.max_position_embeddings"
@@ -110,7 +110,7 @@ def _context(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _data(recipe: Recipe) -> Iterator[str]:
+def _data(recipe: Sections) -> Iterator[str]:
     data = recipe.data
     sources = data.source.sources if isinstance(data.source, Mixture) else [data.source]
     if data.task == "sft" and any(isinstance(source, LocalCorpus) for source in sources):
@@ -125,12 +125,12 @@ def _data(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _losses(recipe: Recipe) -> Iterator[str]:
+def _losses(recipe: Sections) -> Iterator[str]:
     if recipe.train.cross_entropy_weight == 0 and not recipe.techniques:
         yield "train.cross_entropy_weight=0 without techniques leaves no loss; set it to 1, or add e.g. {type: distill}"
 
 
-def _secrets(recipe: Recipe) -> Iterator[str]:
+def _secrets(recipe: Sections) -> Iterator[str]:
     for path in find_secrets(recipe.model_dump(mode="json")):
         yield (
             f"{'.'.join(map(str, path))} looks like a credential, and recipes are saved with every checkpoint; "

@@ -1,1 +1,1 @@
-"""The run: recipe, data, models, optimizers, loop, checkpoints, evaluation, export, report."""
+"""The run: preparation, train module, losses, loop, evaluation."""

@@ -14,8 +14,10 @@ from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
-from leanmill.models.build import load_frozen, make_materialiser, num_parameters
 from leanmill.models.compile import compile_blocks
+from leanmill.models.counting import num_parameters
+from leanmill.models.materialise import make_materialiser
+from leanmill.models.pretrained import load_frozen
 from leanmill.optim.build import build_optimizer
 from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.precision import resolve_precision

@@ -16,8 +16,9 @@ from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext, StepContext, StepRule
-from leanmill.models.build import build_on_meta, local_folder, make_materialiser
-from leanmill.models.materialise import draw
+from leanmill.models.build import build_on_meta
+from leanmill.models.materialise import draw, make_materialiser
+from leanmill.models.pretrained import local_folder
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
 from leanmill.recipe.root import Recipe

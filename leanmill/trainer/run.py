@@ -14,8 +14,10 @@ from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.tokenizer import tokenizer_fingerprint
-from leanmill.models.build import build_on_meta, local_folder, num_parameters
+from leanmill.models.build import build_on_meta
+from leanmill.models.counting import num_parameters
 from leanmill.models.flops import flops_per_token
+from leanmill.models.pretrained import local_folder
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leanmill.checkpoint.components import take_apart
+from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError
-from leanmill.recipe.root import CheckpointConfig
 from tests.checkpoint.fake import FakeEngine
 from tests.distributed import run_ranks
 

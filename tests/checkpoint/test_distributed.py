@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leanmill.checkpoint import storage
+from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.manifest import verify
 from leanmill.checkpoint.reading import read_full_state, read_index
 from leanmill.core.errors import RunError
-from leanmill.recipe.root import CheckpointConfig
 from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 from tests.distributed import run_ranks
 

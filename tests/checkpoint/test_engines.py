@@ -11,6 +11,7 @@ import torch.distributed.fsdp  # with the next, once here instead of in every fo
 import transformers.models.llama.modeling_llama  # noqa: F401
 from torch import Tensor, nn
 
+from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.optim.build import build_optimizer
@@ -18,7 +19,6 @@ from leanmill.optim.config import AdamW, Lion, LookaheadConfig, OptimizerConfig
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, SingleEngine
 from leanmill.parallel.engine import Engine
-from leanmill.recipe.root import CheckpointConfig
 from tests.distributed import run_ranks
 from tests.parallel import cases
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from leanmill.checkpoint import snapshot, storage
+from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.manifest import read_manifest, verify
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.recipe.root import CheckpointConfig
 from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 
 

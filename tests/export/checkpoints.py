@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.technique import InstallContext
-from leanmill.models.build import build_on_meta, make_materialiser
+from leanmill.models.build import build_on_meta
+from leanmill.models.materialise import make_materialiser
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import install_techniques

@@ -15,7 +15,7 @@ from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError
 from leanmill.export import export_adapter, export_hf
-from leanmill.models.build import load_frozen
+from leanmill.models.pretrained import load_frozen
 from tests.export.checkpoints import HeldModel, checkpoint_of, recipe_of, trained_model
 from tests.export.test_hf import BRANCH, LORA, SPARSE, TERNARY, logits
 

@@ -9,14 +9,11 @@ import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.models.build import (
-    build_on_meta,
-    load_frozen,
-    make_materialiser,
-    num_active_parameters,
-    num_parameters,
-)
+from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
+from leanmill.models.counting import num_active_parameters, num_parameters
+from leanmill.models.materialise import make_materialiser
+from leanmill.models.pretrained import load_frozen
 from tests.models.families import FAMILIES, tiny_config
 
 

@@ -15,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import Sites
 from leanmill.core.stage import Slot, Stage
-from leanmill.models.build import build_on_meta, make_materialiser
+from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
+from leanmill.models.materialise import make_materialiser
 from tests.distributed import run_ranks
 from tests.models.families import FAMILIES, tiny_config
 

@@ -119,8 +119,8 @@ def test_state_is_shared_out_and_masks_stay_bool(stage: int) -> None:
 @pytest.mark.parametrize(("first", "second"), [(3, 3), (2, 1)])
 def test_checkpoint_loads_at_another_rank_count(first: int, second: int, tmp_path: Path) -> None:
     """Written by 2 ranks, read by 3 and by 1, whatever the stage."""
+    from leanmill.checkpoint.config import CheckpointConfig
     from leanmill.checkpoint.manager import CheckpointManager
-    from leanmill.recipe.root import CheckpointConfig
 
     def save() -> tuple[Values, Values]:
         engine = make_engine(first)

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from leanmill.core.errors import ConfigError
-from leanmill.models.build import build_on_meta, make_materialiser
+from leanmill.models.build import build_on_meta
+from leanmill.models.materialise import make_materialiser
 from leanmill.optim.build import build_optimizer
 from leanmill.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig
 from leanmill.parallel.build import build_engine

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.core.technique import TechniqueConfig
-from leanmill.recipe.root import LogConfig, Recipe
+from leanmill.recipe.root import Recipe
+from leanmill.recipe.sections import LogConfig
 from leanmill.report.observer import DomainScore, EvalRecord, Observer, RunInfo, StepRecord
 
 

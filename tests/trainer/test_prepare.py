@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from leanmill.models.build import build_on_meta, num_parameters
+from leanmill.models.build import build_on_meta
+from leanmill.models.counting import num_parameters
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.prepare import prepare

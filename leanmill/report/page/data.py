@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanmill.report.loggers.jsonl import FILE_NAME, read_records, without_superseded
+from leanmill.report.records import FILE_NAME, read_records, without_superseded
 
 
 Record = dict[str, Any]

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from leanmill.core.errors import RunError
-from leanmill.report.loggers.jsonl import FILE_NAME, JsonlLog, read_records, repair, without_superseded
+from leanmill.report.loggers.jsonl import JsonlLog
+from leanmill.report.records import FILE_NAME, read_records, repair, without_superseded
 from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, fake_step, play
 
 

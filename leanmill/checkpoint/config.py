@@ -1,0 +1,23 @@
+"""Configuration of checkpoints. Imports no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from leanmill.core.config import Config
+
+
+class CheckpointConfig(Config):
+    """When state is written and which copies stay."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between checkpoints; None writes only at the end."""
+    keep_last: int = Field(default=2, ge=2)
+    """Newest checkpoints kept; at least 2, since the newest may be mid-write."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+    resume: str = "auto"
+    """`auto` continues from the newest complete checkpoint of `run_dir` where there is one, `never`
+    refuses a run_dir that has one, a path loads that checkpoint."""

@@ -1,0 +1,33 @@
+"""Parameters of a model, all and active."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from leanmill.core.sites import iter_sites
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (all, trainable) parameters, tied ones once, those of stages and adapters included."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def num_active_parameters(model: nn.Module) -> int:
+    """Return the parameters of the plain model that one token passes through.
+
+    Tied weights count once; of stacked experts, top_k of num_experts count; what stages hold does
+    not.
+    """
+    from leanmill.core.experts import is_stacked_experts, stacked_parameters
+
+    staged = {id(p) for _, site in iter_sites(model) for p in site.stages.parameters()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in staged)
+    top_k = getattr(model.config, "num_experts_per_tok", None)
+    idle = 0
+    for module in model.modules():
+        if is_stacked_experts(module) and top_k is not None:
+            size = sum(getattr(module, name).numel() for name in stacked_parameters(module))
+            num_experts = getattr(module, stacked_parameters(module)[0]).shape[0]
+            idle += size - size * min(top_k, num_experts) // num_experts
+    return total - idle
