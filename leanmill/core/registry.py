@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from dataclasses import dataclass
 from typing import Any
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.near import near_names
 from leanmill.core.technique import TechniqueConfig
 
 
@@ -53,11 +53,16 @@ def technique_class(name: str) -> type[TechniqueConfig]:
     """
     entry = TECHNIQUES.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, TECHNIQUES, n=3, cutoff=0.4)
+        near = near_names(name, TECHNIQUES, count=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "run `leanmill methods` for the list"
         raise ConfigError(f"unknown technique type {name!r}; known: {', '.join(TECHNIQUES)}; {hint}")
     module_name, _, class_name = entry.target.partition(":")
     return getattr(importlib.import_module(module_name), class_name)  # type: ignore[no-any-return]
+
+
+def _kind(value: Any) -> str:
+    kinds = {type(None): "nothing", str: "text", bool: "true or false", list: "a list", dict: "a mapping"}
+    return kinds.get(type(value), "a number")
 
 
 def parse_technique(raw: Any) -> TechniqueConfig:
@@ -65,5 +70,10 @@ def parse_technique(raw: Any) -> TechniqueConfig:
     if isinstance(raw, TechniqueConfig):
         return raw
     if not isinstance(raw, dict) or "type" not in raw:
-        raise ConfigError(f"a technique is a mapping with a `type`, got {raw!r}; type e.g. {{type: ternary}}")
+        # What was given is not repeated: it may be anything, a credential too.
+        given = "one without" if isinstance(raw, dict) else _kind(raw)
+        raise ConfigError(f"a technique is a mapping with a `type`, got {given}; type e.g. {{type: ternary}}")
+    if not isinstance(raw["type"], str):
+        known = ", ".join(TECHNIQUES)
+        raise ConfigError(f"the `type` of a technique is a name, got {_kind(raw['type'])}; known types: {known}")
     return technique_class(raw["type"]).model_validate(raw)

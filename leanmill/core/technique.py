@@ -148,6 +148,10 @@ class TechniqueConfig(Config):
         """Put stages on the sites of a model whose weights may still be on the meta device."""
         raise NotImplementedError
 
+    def frozen_models(self) -> Mapping[str, str]:
+        """Return the models that the technique reads: key of this configuration -> folder or hub name."""
+        return {}
+
 
 @runtime_checkable
 class Technique(Protocol):

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from leanmill.core.config import Config
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class LookaheadConfig(Config):
     """Lookahead over the chosen optimizer (Zhang et al. 2019, arXiv:1907.08610)."""
 
@@ -33,7 +36,7 @@ class AdamW(_OptimizerBase):
     type: Literal["adamw"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -45,7 +48,7 @@ class Lion(_OptimizerBase):
     type: Literal["lion"] = "lion"
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate; 3 to 10 times below AdamW's."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.99)
     """Interpolation of the update, decay of the momentum."""
 
 
@@ -55,7 +58,7 @@ class Adam8bit(_OptimizerBase):
     type: Literal["adamw8bit"] = "adamw8bit"
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     """Decay of the first and second moment."""
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from leanmill.core.near import near_names
 from leanmill.core.registry import TECHNIQUES, technique_class
 from leanmill.core.secrets import is_secret, shown
 from leanmill.recipe.yaml_source import Lines
@@ -34,7 +34,7 @@ def describe(error: ValidationError, root: type[BaseModel], raw: Any, source: st
 def _at(path: Path, lines: Lines) -> str:
     while path:
         if path in lines:
-            return f" line {lines[path]}"
+            return f" line {lines[path]}" if lines[path] else ""
         path = path[:-1]
     return ""
 
@@ -43,13 +43,17 @@ def _problems(error: ValidationError, root: type[BaseModel], raw: Any) -> Iterat
     alternatives: dict[Path, list[tuple[Mapping[str, Any], list[type[BaseModel]], str]]] = {}
     for item in error.errors(include_url=False):
         path, owners, below = _resolve(item["loc"], root, raw)
+        if path[-1:] == ("[key]",) and item["type"] == "literal_error":
+            path = path[:-1]
+            yield path, _unknown_key(_dotted(path), str(path[-1]), None, _unquote(item["ctx"]["expected"]))
+            continue
         cause = item.get("ctx", {}).get("error")
         if cause is not None:
             yield from ((path, _placed(line, path)) for line in str(cause).splitlines())
         elif item["type"] in ("extra_forbidden", "missing", "union_tag_not_found", "union_tag_invalid"):
             yield path, _shape_problem(item, path, owners, below)
         else:
-            alternatives.setdefault(path, []).append((item, owners, _allowed(item)))
+            alternatives.setdefault(path, []).append((item, owners, _allowed(item, below)))
     for path, items in alternatives.items():
         yield path, _value_problem(path, items)
 
@@ -65,16 +69,16 @@ def _shape_problem(
 ) -> str:
     name = _dotted(path)
     if item["type"] == "extra_forbidden":
-        known = list(dict.fromkeys(key for model in owners for key in model.model_fields))
-        return _unknown_key(name, str(path[-1]), item["input"], known)
+        return _unknown_key(name, str(path[-1]), item["input"], _keys(owners))
     if item["type"] == "missing":
         return f"{name} is missing; add it{_meaning(owners, str(path[-1]))}"
     tags = [tag for model in below for tag in get_args(model.model_fields["type"].annotation)]
     known_types = f"known types: {', '.join(tags)}"
     if item["type"] == "union_tag_not_found":
         return f"{name} needs a `type`, got {shown(name, item['input'])}; {known_types}"
-    tag = str(item["ctx"]["tag"])
-    return f"{name}.type={tag!r} is unknown; {known_types}{_near(tag, tags)}"
+    tag = item["input"].get("type") if isinstance(item["input"], Mapping) else item["ctx"]["tag"]
+    near = _near(tag, tags) if isinstance(tag, str) else ""
+    return f"{name}.type={shown(name, tag)} is unknown; {known_types}{near}"
 
 
 def _value_problem(path: Path, items: Sequence[tuple[Mapping[str, Any], Sequence[type[BaseModel]], str]]) -> str:
@@ -87,15 +91,41 @@ def _value_problem(path: Path, items: Sequence[tuple[Mapping[str, Any], Sequence
     return text + _meaning(owners, key)
 
 
-def _allowed(item: Mapping[str, Any]) -> str:
-    if item["type"] == "literal_error":
+_WORDS = {
+    "dict_type": "a mapping of keys to values",
+    "list_type": "a list, e.g. [a, b]",
+    "tuple_type": "a list, e.g. [a, b]",
+    "string_type": "text (quote it where it looks like something else)",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "int_from_float": "a whole number",
+    "int_parsing": "a valid integer",
+    "int_parsing_size": "a smaller integer",
+    "invalid_key": "keys that are text",
+}
+"""What is allowed, where pydantic's own words speak of Python."""
+
+
+def _allowed(item: Mapping[str, Any], below: Sequence[type[BaseModel]]) -> str:
+    kind = item["type"]
+    if kind == "literal_error":
         return str(item["ctx"]["expected"])
-    message = item["msg"].removeprefix("Input should be ").split(", unable to parse")[0]
+    if kind in ("model_type", "model_attributes_type"):
+        return f"a mapping of {'a type and its keys' if len(below) > 1 else ', '.join(_keys(below))}"
+    if kind.endswith("too_short"):
+        return f"at least {item['ctx']['min_length']} of them"
+    if kind.endswith("too_long"):
+        return f"at most {item['ctx']['max_length']} of them"
+    message = _WORDS.get(kind) or item["msg"].removeprefix("Input should be ").split(", unable to parse")[0]
     return f"a value {message}" if message.startswith(("greater", "less")) else message
 
 
+def _keys(models: Sequence[type[BaseModel]]) -> list[str]:
+    return list(dict.fromkeys(key for model in models for key in model.model_fields))
+
+
 def _unknown_key(name: str, key: str, value: Any, known: list[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = near_names(key, known)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
     secret = "; credentials do not belong in a recipe" if is_secret(key, value) else ""
     return f"unknown key {name}; {hint}{secret}"
@@ -113,7 +143,7 @@ def _unquote(text: str) -> list[str]:
 
 
 def _near(given: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    near = near_names(given, known)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -153,7 +183,7 @@ def _technique(raw: Any, index: str | int) -> type[BaseModel] | None:
         name = raw["techniques"][index]["type"]
     except (KeyError, IndexError, TypeError):
         return None
-    return technique_class(name) if name in TECHNIQUES else None
+    return technique_class(name) if isinstance(name, str) and name in TECHNIQUES else None
 
 
 def _below(here: Any, models: list[type[BaseModel]], part: str | int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,16 +14,43 @@ from leanmill.recipe.rules import nearest_multiples, num_steps
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuse local paths of the recipe that do not exist; hub names are left to the hub.
+    """Refuse local paths of the recipe that do not exist or cannot be written; hub names are left to the hub.
 
     Not part of parsing: a recipe saved in a checkpoint stays readable after its data moved.
 
     Raises:
-        ConfigError: One line for each missing path.
+        ConfigError: One line for each path.
     """
-    missing = [f"{key}={path!r} does not exist; correct the path" for key, path in _local_paths(recipe) if _gone(path)]
-    if missing:
-        raise ConfigError("\n".join(missing))
+    found = [f"{key}={path!r} does not exist; correct the path" for key, path in _local_paths(recipe) if _gone(path)]
+    found += [
+        f"{key}={str(folder)!r} cannot be written: {problem}; set {key} to a folder that can, e.g. {key}={example}"
+        for key, folder, example in _written_folders(recipe)
+        if (problem := _unwritable(folder))
+    ]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _written_folders(recipe: Recipe) -> Iterator[tuple[str, Path, str]]:
+    """Yield (key, folder, an example of another) of what the run creates."""
+    yield "run_dir", Path(recipe.run_dir.format(name=recipe.name)), "runs/{name}"
+    if recipe.data.cache_dir is not None:
+        yield "data.cache_dir", Path(recipe.data.cache_dir).expanduser(), "cache"
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Say why `folder` cannot be created or written in, or None."""
+    for place in (folder, *folder.absolute().parents):
+        try:
+            is_folder = place.is_dir()
+            if not is_folder and not place.exists():
+                continue
+        except OSError as error:
+            return f"{place}: {error.strerror}"
+        if not is_folder:
+            return f"{place} is a file"
+        return None if os.access(place, os.W_OK | os.X_OK) else f"{place} is read-only for this user"
+    return None
 
 
 def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -32,6 +60,9 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "data.tokenizer.path": recipe.data.tokenizer.path,
         "checkpoint.resume": recipe.checkpoint.resume if recipe.checkpoint.resume not in ("auto", "never") else None,
     }
+    for index, technique in enumerate(recipe.techniques):
+        for key, model in technique.frozen_models().items():
+            named[f"techniques.{index}.{key}"] = model
     source = recipe.data.source
     if isinstance(source, HfDataset):
         named["data.source.path"] = source.path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,16 @@ import yaml
 from pydantic import ValidationError
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.near import near_names
+from leanmill.core.secrets import shown
 from leanmill.recipe.errors import describe
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.yaml_source import Lines, parse_scalar, parse_yaml
+from leanmill.recipe.yaml_source import MAX_DEPTH, Lines, parse_scalar, parse_yaml
+
+
+_MAX_BYTES = 2**18
+"""Size of a recipe file; recipes have some thousand bytes, and YAML is read at about 100 kB/s."""
+_NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -35,10 +42,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     if not isinstance(raw, dict):
         raise ConfigError(
-            f"{path} holds a {type(raw).__name__}, not a mapping of sections such as `model:` and `train:`"
+            f"{path} holds a {type(raw).__name__}, not a mapping of sections such as `model:` and `train:`; "
+            f"see recipes/quickstart.yaml"
         )
     for override in overrides:
         apply_override(raw, override)
+        _forget_lines(lines, override)
     return validate_recipe(raw, source=str(path), lines=lines)
 
 
@@ -73,17 +82,28 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     """
     path, equals, value = override.partition("=")
     keys = path.strip().split(".")
+    name = shown(path, override)
     if not equals or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form a.b=value; type e.g. train.steps=100")
+        raise ConfigError(f"override {name} is not of the form a.b=value; type e.g. train.steps=100")
+    if len(keys) > MAX_DEPTH:
+        raise ConfigError(f"override {name} has {len(keys)} levels; a recipe needs about six, give at most {MAX_DEPTH}")
     node: Any = raw
     for depth, key in enumerate(keys[:-1]):
-        node = _child(node, key, keys, depth, override)
-    _assign(node, keys[-1], parse_scalar(value, override), override)
+        node = _child(node, key, keys, depth, name)
+    _assign(node, keys, parse_scalar(value, name), name)
+
+
+def _forget_lines(lines: Lines, override: str) -> None:
+    """Mark what `override` replaced as written in no line of the file."""
+    keys = override.partition("=")[0].strip().split(".")
+    path = tuple(int(key) if _NUMBER.fullmatch(key) else key for key in keys)
+    lines.update(dict.fromkeys([known for known in lines if known[: len(path)] == path], 0))
+    lines[path] = 0
 
 
 def _child(node: Any, key: str, keys: list[str], depth: int, override: str) -> Any:
     """Return the container under `key`, creating it where there is none."""
-    wanted: Any = [] if keys[depth + 1].isdigit() and (depth + 1 == 1) else {}
+    wanted: Any = [] if _NUMBER.fullmatch(keys[depth + 1]) and (depth + 1 == 1) else {}
     if isinstance(node, list):
         index = _index(node, key, override)
         if index == len(node):
@@ -99,32 +119,41 @@ def _child(node: Any, key: str, keys: list[str], depth: int, override: str) -> A
     return node[key]
 
 
-def _assign(node: Any, key: str, value: Any, override: str) -> None:
+def _assign(node: Any, keys: list[str], value: Any, override: str) -> None:
+    key = keys[-1]
     if isinstance(node, list):
         index = _index(node, key, override)
         node[index : index + 1] = [value]
     elif isinstance(node, dict):
         node[key] = value
     else:
-        raise _not_a_section(node, override.partition("=")[0].split(".")[:-1], override)
+        raise _not_a_section(node, keys[:-1], override)
 
 
 def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) > len(node):
+    if not _NUMBER.fullmatch(key) or int(key) > len(node):
         raise ConfigError(
-            f"override {override!r}: {key!r} is no place in a list of {len(node)}; type 0 to {len(node)}"
-            f"{' (the last one appends)' if node else ''}"
+            f"override {override}: {key!r} is no place in a list of {len(node)}; type 0 to {len(node)} "
+            f"(the last one appends)"
         )
     return int(key)
 
 
 def _not_a_section(node: Any, keys: list[str], override: str) -> ConfigError:
-    return ConfigError(f"override {override!r}: {'.'.join(keys)} is the plain value {node!r}, so nothing lies below it")
+    name = ".".join(keys)
+    return ConfigError(
+        f"override {override}: {name} is the plain value {shown(name, node)}, so nothing lies below it; "
+        f"set {name} itself, or correct the key"
+    )
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise ConfigError(f"{path} has more than {_MAX_BYTES:,} bytes, so it is no recipe; name a recipe file")
+        return text.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no recipe at {path}; {_nearby(path)}") from None
     except IsADirectoryError:
@@ -135,13 +164,15 @@ def _read(path: Path) -> str:
             f"save it as UTF-8, e.g. `iconv -f latin1 -t utf-8`"
         ) from None
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}; name a recipe file that you may read") from None
 
 
 def _nearby(path: Path) -> str:
     folders = [folder for folder in (path.parent, Path("recipes")) if folder.is_dir()]
     found = sorted(str(p) for folder in folders for p in folder.glob("[!.]*.yaml"))
-    near = difflib.get_close_matches(str(path), found, n=1, cutoff=0.6)
+    near = near_names(str(path), found, cutoff=0.6)
     if near:
         return f"did you mean {near[0]}?"
-    return f"there are {', '.join(found[:8])}" if found else f"there is no recipe in {path.parent} either"
+    if found:
+        return f"there are {', '.join(found[:8])}"
+    return f"there is no recipe in {path.parent} either; name a YAML file, e.g. recipes/quickstart.yaml"

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.secrets import find_secrets
+from leanmill.core.secrets import find_secrets, shown
 from leanmill.data.config import LocalCorpus, Mixture
 
 
 if TYPE_CHECKING:
     from leanmill.recipe.sections import Sections
+
+
+_MAX_NAME_BYTES = 200
+"""File systems take 255 bytes, and runs add endings."""
 
 
 def problems(recipe: Sections) -> Iterator[str]:
@@ -62,11 +66,16 @@ def num_steps(recipe: Sections) -> int:
 
 
 def _names(recipe: Sections) -> Iterator[str]:
-    if not recipe.name or "/" in recipe.name or recipe.name in (".", ".."):
+    if not recipe.name.strip() or "/" in recipe.name or recipe.name in (".", ".."):
         yield f"name={recipe.name!r} must be one non-empty folder name, since it fills run_dir; type e.g. name: run"
+    for key, text in (("name", recipe.name), ("run_dir", recipe.run_dir)):
+        if not text.isprintable() or max(len(part.encode()) for part in text.split("/")) > _MAX_NAME_BYTES:
+            yield f"{key}={shown(key, text)} must be one line, names of at most {_MAX_NAME_BYTES} bytes; shorten it"
+    if not recipe.run_dir.strip():
+        yield f"run_dir={recipe.run_dir!r} is no folder; type e.g. run_dir: runs/{{name}}"
     try:
         recipe.run_dir.format(name=recipe.name)
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, AttributeError):
         yield f"run_dir={recipe.run_dir!r} may contain `{{name}}` and no other braces; type e.g. run_dir: runs/{{name}}"
 
 

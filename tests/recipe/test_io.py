@@ -90,6 +90,10 @@ def test_override_indexes_and_appends():
         ("techniques.2.type=ternary", "'2' is no place in a list of 0"),
         ("train.steps.more=1", "train.steps is the plain value 3"),
         ('name="a', "the value is not YAML"),
+        ("techniques.²=3", "'²' is no place in a list of 0"),
+        (".".join("abcdefghijklmnopqrstuvwxyz") + "=1", "has 26 levels; a recipe needs about six"),
+        ("train.steps=" + "[" * 3000, "more than 20 levels of nesting"),
+        ("hf_token=[abcdef", "override <hidden>: the value is not YAML"),
         ("name=[a", "the value is not YAML"),
     ],
 )
@@ -144,6 +148,30 @@ def test_bad_overrides(load, override, message):
         ("eval.tokens_per_domain=10", ["eval.tokens_per_domain=10 is less than one row"]),
         ("train.cross_entropy_weight=0", ["leaves no loss"]),
         ("optimizer={type: adamw, lr: .nan}", ["optimizer.lr=nan", "finite"]),
+        ("techniques=[{type: null}]", ["techniques.0", "is a name, got nothing", "known types: nm_sparsity"]),
+        ("techniques=[{type: [a]}]", ["techniques.0", "is a name, got a list", "known types: nm_sparsity"]),
+        ("techniques=[null]", ["techniques.0", "got nothing", "{type: ternary}"]),
+        ("engine={type: [a]}", ["engine.type=['a'] is unknown; known types: auto"]),
+        ("optimizer.LR=1", ["unknown key optimizer.LR; did you mean 'lr'?"]),
+        ("optimizer.weight-decay=1", ["did you mean 'weight_decay'?"]),
+        ("optimizer.betas=[1, 0.9]", ["optimizer.betas.0=1 is not allowed; give a value less than 1"]),
+        ("optimizer.betas=3", ["optimizer.betas=3 is not allowed; give a list"]),
+        ("eval=5", ["eval=5 is not allowed; give a mapping of every_steps, tokens_per_domain"]),
+        ("engine=[ddp]", ["engine=['ddp'] is not allowed; give a mapping of a type and its keys"]),
+        (
+            "data.source={type: local_corpus, domains: {rust: 1}}",
+            ["unknown key data.source.domains.rust", "python, cpp"],
+        ),
+        ("data.source={type: local_corpus, domains: {}}", ["domains={} is not allowed; give at least 1 of them"]),
+        ("1=2", ["unknown key 1; known keys: name"]),
+        ("log.wandb=maybe", ["log.wandb='maybe' is not allowed; give true or false"]),
+        ("name=5", ["name=5 is not allowed; give text"]),
+        ("run_dir=''", ["run_dir='' is no folder", "run_dir: runs/{name}"]),
+        ("run_dir=", ["run_dir=None is not allowed; give text"]),
+        ("run_dir='{name.x}'", ["run_dir='{name.x}' may contain", "{name}"]),
+        (r'name="a\nb"', ["must be one line", "shorten it"]),
+        ("name=" + "n" * 300, ["must be one line, names of at most 200 bytes; shorten it"]),
+        ("seed=9223372036854775808", ["beyond 64 bits; give a smaller one"]),
     ],
 )
 def test_one_line_a_problem_with_the_remedy(load, override, parts):
@@ -167,9 +195,35 @@ def test_every_problem_gets_its_own_line_with_its_line_number(write):
     assert all(str(path) in line for line in lines)
 
 
+def test_a_value_that_an_override_gave_has_no_line_of_the_file(write):
+    path = write("model: {config: {model_type: llama}}\ntrain:\n  steps: 0\n  max_grad_norm: 0\n")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(path, ["train.steps=-1"])
+    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [f"{path}", f"{path} line 4"]
+
+
+def test_an_override_of_an_aliased_section_leaves_the_other_alone(write):
+    path = write(
+        "model: {config: {model_type: llama}}\ntrain: {steps: 3}\neval: &every {every_steps: 4}\nlog: *every\n"
+    )
+    recipe = load_recipe(path, ["eval.every_steps=9"])
+    assert (recipe.eval.every_steps, recipe.log.every_steps) == (9, 4)
+
+
+def test_keys_that_yaml_reads_as_something_else_are_named_as_written(write):
+    with pytest.raises(ConfigError) as error:
+        load_recipe(write("model: {config: {model_type: llama}}\ntrain: {steps: 3}\n1: 2\non: 3\n~: 4\n"))
+    assert [line.split(": ", 1)[1].split(";")[0] for line in str(error.value).splitlines()] == [
+        "unknown key 1",
+        "unknown key on",
+        "unknown key ~",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (b"a: " + b"x" * 300_000, "more than 262,144 bytes, so it is no recipe"),
         (b"", "is empty"),
         (b"# only a comment\n", "is empty"),
         (b"name: caf\xe9\n", "not UTF-8"),
@@ -178,7 +232,7 @@ def test_every_problem_gets_its_own_line_with_its_line_number(write):
         (b"- a\n- b\n", "holds a list"),
         (b"just text\n", "holds a str"),
         (b"train: {steps: 1}\ntrain: {steps: 2}\n", "line 2, column 1: not a YAML recipe: key 'train' is given twice"),
-        (b"a: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        (b"a: !!python/object/apply:os.system [ls]\n", "is not for recipes; remove it"),
         (b"a: 1\n---\nb: 2\n", "not a YAML recipe"),
         (b"? [a]\n: 1\n", "keys must be plain words"),
         (b"a: \x00\n", "not a YAML recipe"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -36,3 +37,7 @@ class Distill(TechniqueConfig):
         from leanmill.distill.logits.term import DistillTerm
 
         return Installation(loss_terms=(DistillTerm(self, context),))
+
+    def frozen_models(self) -> Mapping[str, str]:
+        """Return the teacher."""
+        return {"teacher": self.teacher}
