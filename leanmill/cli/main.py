@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -97,6 +99,14 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_RUN
 
 
+_OS_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; free space there, or write to another folder"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "; change its permissions, or name another place"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "; a file is in the way: remove it, or name another folder"),
+    errno.ENAMETOOLONG: "; give shorter names",
+}
+
+
 def _lines(error: Exception) -> list[str]:
     """Return the user's lines of an error; an unforeseen one says how to see more."""
     from leanmill.core.errors import ConfigError, RunError
@@ -105,8 +115,8 @@ def _lines(error: Exception) -> list[str]:
         return [line for line in str(error).splitlines() if line.strip()]
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
-        return [text]
+        remedy = _OS_REMEDIES.get(error.errno or 0, "")
+        return [f"{error.strerror}{f': {error.filename}' if error.filename else ''}{remedy}"]
     return [f"{type(error).__name__}: {text[:300]} (add --debug for the traceback)"]
 
 
@@ -120,7 +130,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=_positive, default=1, help="ranks of a machine (default 1)")
     parser.add_argument(
-        "--rank-memory-gib", type=float, default=80.0, metavar="GIB", help="what `engine: auto` decides by (80)"
+        "--rank-memory-gib", type=_gib, default=80.0, metavar="GIB", help="what `engine: auto` decides by (80)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
@@ -158,9 +168,19 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
+    value = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 999999999")
+    return value
+
+
+def _gib(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in GiB; give a number above 0, e.g. 80")
     return value
 
 

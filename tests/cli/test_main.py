@@ -48,6 +48,10 @@ BAD = [
     (["check", QUICKSTART, "data.tokenizer.path=./nowhere"], "./nowhere' does not exist"),
     (["train", QUICKSTART, "checkpoint.resume=nowhere"], "checkpoint.resume='nowhere' does not exist"),
     (["train", "missing.yaml"], "no recipe at missing.yaml"),
+    (["check", QUICKSTART, f"run_dir={QUICKSTART}"], "is a file; set run_dir to a folder that can"),
+    (["train", QUICKSTART, f"run_dir={QUICKSTART}/below"], "is a file; set run_dir to a folder that can"),
+    (["check", QUICKSTART, "techniques=[{type: distill, teacher: ./nowhere}]"], "techniques.0.teacher='./nowhere'"),
+    (["check", "/dev/zero"], "so it is no recipe"),
     (["plan", QUICKSTART, "--gpus-per-node", "3"], "batch.tokens_per_step=1024 is no multiple"),
     (
         ["plan", QUICKSTART, "techniques.0={type: nm_sparsity, group_size: 5, num_kept: 2}"],
@@ -73,6 +77,14 @@ def test_bad_input_is_one_line_and_exit_2(call, args, message):
     assert message in lines[0]
 
 
+def test_a_read_only_run_dir_is_refused_before_anything_starts(call, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    code, _, err = call("train", QUICKSTART, f"run_dir={tmp_path}/new/run")
+    assert code == 2
+    assert f"{tmp_path} is read-only for this user; set run_dir to a folder that can, e.g. run_dir=runs/" in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_problems_are_two_lines(call):
     code, _, err = call("check", QUICKSTART, "train.stesp=3", "log.wnadb=true")
     assert code == 2
@@ -91,7 +103,11 @@ def test_debug_shows_the_traceback(call):
     [
         (ConfigError("bad"), 2, "error: bad"),
         (RunError("full disk"), 1, "error: full disk"),
-        (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device: /x"),
+        (
+            OSError(28, "No space left on device", "/x"),
+            1,
+            "error: No space left on device: /x; free space there, or write to another folder",
+        ),
         (ValueError("odd\nthing"), 1, "error: ValueError: odd thing (add --debug for the traceback)"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
@@ -120,13 +136,29 @@ def test_a_bad_recipe_is_said_once_a_machine(monkeypatch, call):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["nonsense"], ["check"], ["plan", QUICKSTART, "--nodes", "0"], ["methods", "x=1"]]
+    "args",
+    [
+        [],
+        ["nonsense"],
+        ["check"],
+        ["plan", QUICKSTART, "--nodes", "0"],
+        ["plan", QUICKSTART, "--nodes", "²"],
+        ["plan", QUICKSTART, "--rank-memory-gib", "nan"],
+        ["plan", QUICKSTART, "--rank-memory-gib", "-5"],
+        ["plan", QUICKSTART, "--rank-memory-gib", "much"],
+        ["methods", "x=1"],
+    ],
 )
 def test_usage_errors_exit_2(args, capsys):
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_python_m_leanmill_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "leanmill", "methods"], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in TECHNIQUES)
 
 
 def test_methods_lists_every_technique_with_paper_and_home(call):

@@ -1,0 +1,8 @@
+"""`python -m leanmill` is the `leanmill` command."""
+
+import sys
+
+from leanmill.cli.main import main
+
+
+sys.exit(main())
