@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from leanmill.core.errors import RunError
+from leanmill.core.paths import expand_user
+from leanmill.kernels.native.user_cache import user_cache
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Return the folder of all caches: `cache_dir`, or `~/.cache/leanmill`."""
-    return Path(cache_dir).expanduser() if cache_dir is not None else Path.home() / ".cache" / "leanmill"
+    """Return the folder of all caches: `cache_dir`, or the user's own, see `user_cache`."""
+    return expand_user(cache_dir) if cache_dir is not None else user_cache()
 
 
 def fingerprint(value: Any) -> str:

@@ -100,7 +100,8 @@ class DataConfig(Config):
     nothing is padded; with `truncate` and `error` every document stays whole in one row. None is
     `split` for `pretrain` and `error` for `sft`, which never cuts a conversation from its answers."""
     cache_dir: str | None = None
-    """Where tokenised data and trained tokenizers are cached; None is `~/.cache/leanmill`."""
+    """Where tokenised data and trained tokenizers are cached; None is `~/.cache/leanmill`, or a
+    temporary folder where that cannot be written."""
 
     @property
     def long_document_rule(self) -> Literal["split", "truncate", "error"]:

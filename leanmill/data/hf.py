@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.paths import expand_user
 from leanmill.data.cache import fingerprint
 from leanmill.data.config import HfDataset
 from leanmill.data.encoding import Document, check_messages, document_digest
@@ -196,7 +197,7 @@ class HfStream:
 
 def _local_files(config: HfDataset) -> tuple[str, list[str]] | None:
     """Return the format and the files of a local source; None where `path` is a hub name."""
-    path = os.path.expanduser(config.path)
+    path = str(expand_user(config.path))
     if os.path.isdir(path):
         found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not _is_hidden(p, path))
     elif os.path.isfile(path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.paths import expand_user
 from leanmill.data.cache import cached_folder, fingerprint
 from leanmill.data.config import TokenizerConfig
 from leanmill.data.hub import hub_errors
@@ -45,9 +46,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    if _looks_local(path) and not Path(path).expanduser().exists():
+    if _looks_local(path) and not expand_user(path).exists():
         raise ConfigError(f"data.tokenizer.path: no folder {path!r}; give a local folder, a hub name, or leave it out")
-    location = str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    location = str(expand_user(path)) if expand_user(path).exists() else path
     with hub_errors("data.tokenizer.path", path, "a local folder with tokenizer.json"):
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.paths import expand_user
 from leanmill.models.config import ModelConfig
 
 
@@ -67,7 +68,7 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
 
 def local_folder(path: str, revision: str | None) -> Path:
     """Return the folder a checkpoint's files lie in: the path itself, or a hub model's snapshot."""
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     if folder.is_dir():
         return folder
     from transformers.utils import cached_file
@@ -101,7 +102,7 @@ def pretrained_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     path = str(config.path)
-    folder = Path(path).expanduser()
+    folder = expand_user(path)
     if folder.is_dir():
         _check_folder(folder)
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1:

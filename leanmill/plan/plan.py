@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.paths import expand_user
 from leanmill.core.technique import InstallContext
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
 from leanmill.models.build import build_on_meta
@@ -268,7 +268,7 @@ def _teacher_bytes(recipe: Recipe, engine: EngineConfig, world_size: int) -> flo
     path = next((t.teacher for t in recipe.techniques if hasattr(t, "teacher")), None)
     if path is None:
         return 0.0
-    if not Path(path).expanduser().is_dir() and path.startswith(("/", ".", "~")):
+    if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
         raise ConfigError(f"teacher {path!r} does not exist; correct the path")
     teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
     size = 2 if recipe.train.precision == "bf16" else 4

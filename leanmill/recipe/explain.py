@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.paths import expand_user
 from leanmill.core.registry import TECHNIQUES
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
 from leanmill.recipe.root import Recipe
@@ -81,7 +82,7 @@ def _looks_local(path: str) -> bool:
 
 
 def _gone(path: str) -> bool:
-    expanded = Path(path).expanduser()
+    expanded = expand_user(path)
     if any(sign in path for sign in "*?["):
         root = Path(expanded.anchor) if expanded.is_absolute() else Path()
         return not any(root.glob(str(expanded.relative_to(root) if expanded.is_absolute() else expanded)))

@@ -2,8 +2,8 @@
 
 Several operations are a few reads and one write an element. Written as tensor expressions they
 cost that many passes over memory; written in C they cost one. The sources need no headers of
-torch, so a compile takes about a second; its result is kept under `~/.cache/leanmill/kernels`,
-named by what went into it. Without a C compiler callers take their tensor code instead.
+torch, so a compile takes about a second; its result is kept in the user's cache, named by what
+went into it. Without a C compiler callers take their tensor code instead.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from leanmill.kernels.native.user_cache import is_private, user_cache
 
 
 logger = logging.getLogger(__name__)
@@ -77,16 +79,15 @@ def _compiled(source: Path, compiler: str) -> Path:
 
 
 def _cache_folder() -> Path:
-    """The user's own cache, or a fresh private folder where that cannot be written or trusted."""
-    folder = Path.home() / ".cache" / "leanmill" / "kernels"
+    """The user's own cache, or a fresh private folder where that cannot be trusted."""
+    folder = user_cache() / "kernels"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = folder.stat()
+        folder.mkdir(exist_ok=True, mode=0o700)
+        # What is loaded from here runs as this user, so nobody else may be able to write to it.
+        if is_private(folder.stat()) and os.access(folder, os.W_OK):
+            return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="leanmill-kernels-"))
-    # What is loaded from here runs as this user, so nobody else may be able to write to it.
-    if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
-        return folder
+        pass
     return Path(tempfile.mkdtemp(prefix="leanmill-kernels-"))
 
 
