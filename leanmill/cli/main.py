@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from leanmill import __version__
 
@@ -27,9 +28,16 @@ _VERBS: dict[str, str] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from leanmill.core.redact import redact
+
+        super().error(redact(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; the arguments of a verb come from its module."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="leanmill", description="Train, fine-tune and compress small, sparse and low-bit language models."
     )
     parser.add_argument("--version", action="version", version=f"leanmill {__version__}")
@@ -77,6 +85,7 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
     """
     from leanmill.core.errors import ConfigError
     from leanmill.core.quiet import quiet_libraries
+    from leanmill.core.redact import redact
 
     quiet_libraries()
     try:
@@ -92,10 +101,10 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
         if debug:
             import traceback
 
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), end="", file=sys.stderr)
         rank = os.environ.get("RANK", "0")
         for line in _lines(error):
-            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {line}", file=sys.stderr)
+            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {redact(line)}", file=sys.stderr)
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_RUN
 
 

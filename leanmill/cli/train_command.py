@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from leanmill.core.redact import redact
+
 
 if TYPE_CHECKING:
     from leanmill.recipe.root import Recipe
@@ -56,9 +58,12 @@ def _load(path: str, overrides: Sequence[str]) -> Recipe:
 def _log_from_rank_0() -> None:
     """Show the project's INFO lines on rank 0 and only warnings elsewhere."""
     rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.WARNING,
-        format="%(levelname)s: %(message)s" if rank == 0 else f"[rank {rank}] %(levelname)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacting(f"{f'[rank {rank}] ' if rank else ''}%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("leanmill").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))

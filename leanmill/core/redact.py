@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from leanmill.core.secrets import is_secret
+from leanmill.core.secrets import is_secret, mask_secrets
 
 
 MASK = "[redacted]"
@@ -30,34 +30,23 @@ _SECRET_WORDS = frozenset(
         "bearer",
     ]
 )
-_SECRET_TEXT = re.compile(
-    r"\bhf_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|\bwandb_v\d+_\w{16,}"  # Weights & Biases, since 2025
-    # Weights & Biases before: 40 hex digits, which is also what a git commit looks like. A commit
-    # is needed to repeat the run, and it always follows its name.
-    r"|(?<!revision: )(?<!revision=)(?<!revision: ')(?<!commit )(?<!@)\b[0-9a-f]{40}\b"
-    r"|\b(?:sk|rk|pk)-[A-Za-z0-9_-]{20,}"  # OpenAI, Anthropic and the like
-    r"|\bgh[opsur]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS key ids
-    r"|\bxox[abeoprs]-[\w-]{10,}"  # Slack
-    r"|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+"  # JSON web tokens
-)
+# Keys of Weights & Biases before 2025: 40 hex digits, which is also what a git commit looks like. A
+# commit is needed to repeat the run, and it always follows its name.
+_HEX_KEY = re.compile(r"(?<!revision: )(?<!revision=)(?<!revision: ')(?<!commit )(?<!@)\b[0-9a-f]{40}\b")
 # At least one character that prose has not, so that `basic understanding` stays.
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+(?=\S*[0-9=_+/])[A-Za-z0-9._~+/=-]{8,}")
-_URL_PASSWORD = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
 
 
 def redact(text: str) -> str:
     """Replace credentials in `text`: values of environment variables with secret-looking names, and known shapes.
 
-    Known shapes are Hugging Face, Weights & Biases, GitHub, GitLab, AWS and `sk-` keys, bearer and
-    basic authorisation, and `user:password@` in URLs.
+    Known shapes are those of `mask_secrets`, bearer and basic authorisation, and bare 40-digit keys.
     """
     for value in _secret_values():
         text = text.replace(value, MASK)
-    text = _SECRET_TEXT.sub(MASK, text)
-    text = _BEARER.sub(rf"\1 {MASK}", text)
-    return _URL_PASSWORD.sub(MASK, text)
+    text = mask_secrets(text, MASK)
+    text = _HEX_KEY.sub(MASK, text)
+    return _BEARER.sub(rf"\1 {MASK}", text)
 
 
 def redact_tree(value: Any, field: str = "") -> Any:

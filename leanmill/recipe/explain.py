@@ -36,7 +36,7 @@ def _written_folders(recipe: Recipe) -> Iterator[tuple[str, Path, str]]:
     """Yield (key, folder, an example of another) of what the run creates."""
     yield "run_dir", Path(recipe.run_dir.format(name=recipe.name)), "runs/{name}"
     if recipe.data.cache_dir is not None:
-        yield "data.cache_dir", Path(recipe.data.cache_dir).expanduser(), "cache"
+        yield "data.cache_dir", expand_user(recipe.data.cache_dir), "cache"
 
 
 def _unwritable(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """The command line as users meet it: exit codes, one line an error, fast starts."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -250,3 +251,37 @@ def test_an_output_that_exists_is_refused_before_anything_heavy_is_imported(tmp_
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"error: {out} exists already; give a new folder as the output, or remove it\n"
+
+
+URL = "https://host/x?token=correcthorse"
+ECHOED = [
+    ["check", URL],
+    ["check", QUICKSTART, URL],
+    ["check", QUICKSTART, f"train.steps={URL}"],
+    ["check", QUICKSTART, f"data.source={URL}"],
+    ["check", QUICKSTART, f"data.source.type={URL}"],
+    ["check", QUICKSTART, f"data.source={{type: hf, path: '{URL}'}}"],
+    ["check", QUICKSTART, f"model={{path: '{URL}'}}"],
+    ["check", QUICKSTART, f"name={URL}"],
+    ["check", QUICKSTART, f"run_dir={URL}"],
+    ["check", QUICKSTART, f"unknown={URL}"],
+    ["check", QUICKSTART, f"model.path.{URL}.a=b"],
+    ["plan", QUICKSTART, "--nodes", URL],
+    ["train", QUICKSTART, f"checkpoint.resume={URL}"],
+    ["eval", "--checkpoint", URL],
+    ["export", "--checkpoint", "x", "--to", URL, "--out", "x"],
+    ["report", URL],
+    ["report", "x", f"--{URL}"],
+]
+
+
+@pytest.mark.parametrize("arguments", ECHOED)
+@pytest.mark.parametrize("debug", [False, True])
+def test_no_message_echoes_a_credential_of_a_url(arguments, debug, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(SystemExit):  # argparse's own refusals
+        assert main([*arguments, *(["--debug"] if debug else [])]) != 0
+    captured = capsys.readouterr()
+    assert captured.err
+    assert "correcthorse" not in captured.out + captured.err
+    assert list(tmp_path.rglob("*")) == []

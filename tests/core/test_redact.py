@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from leanmill.core.redact import MASK, redact, redact_tree
+from leanmill.core.secrets import is_secret
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -32,6 +33,39 @@ def test_authorisation_goes_and_prose_stays() -> None:
 def test_password_in_a_url_goes() -> None:
     assert redact("http://me:hunter22@proxy:3128/x") == f"http://{MASK}@proxy:3128/x"
     assert redact("https://example.org:8080/a@b") == "https://example.org:8080/a@b"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://h/x?token=abc", f"https://h/x?token={MASK}"),
+        ("https://h/x?a=1&access_token=abc&b=2", f"https://h/x?a=1&access_token={MASK}&b=2"),
+        ("https://h/x?accessToken=abc", f"https://h/x?accessToken={MASK}"),
+        (
+            "https://h?X-Amz-Credential=k&X-Amz-Signature=aa",
+            f"https://h?X-Amz-Credential={MASK}&X-Amz-Signature={MASK}",
+        ),
+        ("https://h?AWSAccessKeyId=K&Signature=z", f"https://h?AWSAccessKeyId={MASK}&Signature={MASK}"),
+        ("https://h/x?sv=1&sig=Zz%3D", f"https://h/x?sv=1&sig={MASK}"),
+        ("https://h/#api_key=1", f"https://h/#api_key={MASK}"),
+        ("https://abc@h/x", f"https://{MASK}@h/x"),
+        ("https://me:p@ss@h/x", f"https://{MASK}@h/x"),
+        ("s3://id:abc@bucket/x", f"s3://{MASK}@bucket/x"),
+    ],
+)
+def test_credentials_in_a_url_go_and_are_refused_in_recipes(url: str, shown: str) -> None:
+    assert redact(f"cannot read {url} now") == f"cannot read {shown} now"
+    assert redact(redact(url)) == shown
+    assert is_secret("path", url)
+    assert not is_secret("path", shown)
+
+
+@pytest.mark.parametrize(
+    "url", ["ssh://git@h/x", "https://h/?author=me&page=3&monkey=1", "hf://datasets/o/x@main/a.parquet", "x?tokens=5"]
+)
+def test_harmless_parts_of_a_url_stay(url: str) -> None:
+    assert redact(url) == url
+    assert not is_secret("path", url)
 
 
 def test_values_of_secret_environment_variables_go(monkeypatch: pytest.MonkeyPatch) -> None:
