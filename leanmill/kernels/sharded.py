@@ -140,8 +140,18 @@ class TokenLayout:
         return summed.redistribute(placements=[Replicate()] * self.mesh.ndim)
 
 
-def num_kept(labels: Tensor, ignore_index: int) -> Tensor:
-    """Return how many labels are not `ignore_index`, those of all ranks for a DTensor."""
+def mean_over_kept(total: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Return `total` / the number of labels, of all ranks for a DTensor, that are not `ignore_index`.
+
+    Over no labels that is NaN, whose gradient is 0 as that of torch's cross_entropy: nothing depends
+    on what was ignored.
+    """
+    kept = _num_kept(labels, ignore_index)
+    # The quotient carries the gradient, and 0 / 0 the NaN.
+    return total / kept.clamp(min=1) + 0.0 / kept
+
+
+def _num_kept(labels: Tensor, ignore_index: int) -> Tensor:
     if not is_dtensor(labels):
         return (labels != ignore_index).sum()
     layout = TokenLayout.of("labels", labels, num_row_dims=0)

@@ -70,8 +70,11 @@ def cross_entropy_(
         gradient = (logits - lse.unsqueeze(-1)).exp_().mul_((1 + 2 * form.z_loss * lse).unsqueeze(-1))
         gradient -= form.label_smoothing / logits.shape[-1]
         gradient.scatter_add_(-1, index, torch.full_like(gradient[..., :1], form.label_smoothing - 1))
-        scales = torch.where(kept, form.scale if row_scales is None else form.scale * row_scales, 0.0)
-        gradient = gradient if slope is None else gradient * slope
+        if slope is not None:
+            gradient *= slope
+        gradient *= form.scale
+        if row_scales is not None:
+            gradient *= row_scales.unsqueeze(-1)
         # A row without a label may hold infinities, whose product with 0 is NaN.
-        raw.copy_(torch.where(kept.unsqueeze(-1), gradient * scales.unsqueeze(-1), 0.0))
+        raw.copy_(torch.where(kept.unsqueeze(-1), gradient, 0.0))
     return torch.where(kept, loss, 0.0)

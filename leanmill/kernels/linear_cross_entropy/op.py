@@ -12,7 +12,7 @@ from torch import Tensor
 from leanmill.kernels.linear_cross_entropy import chunks, cpu, liger, naive
 from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.naive import Form
-from leanmill.kernels.sharded import TokenLayout, is_dtensor, num_kept
+from leanmill.kernels.sharded import TokenLayout, is_dtensor, mean_over_kept
 
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ def linear_cross_entropy(
         labels: [...] int64 below V, or `ignore_index`.
         bias: [V], same dtype.
         ignore_index: Label of tokens that cost nothing and get no gradient.
-        reduction: `sum`, `mean` over the tokens with a label (NaN if there are none), or `none`.
+        reduction: `sum`, `mean` over the tokens with a label (over none, NaN with a gradient of 0, as in torch), or
+            `none`.
         logit_scale: s.
         softcap: c > 0, or None.
         z_loss: k >= 0.
@@ -87,7 +88,7 @@ def linear_cross_entropy(
         return _losses(hidden, weight, labels, bias, form, ignore_index, chunk_tokens)
     else:
         total = _total(hidden, weight, labels, bias, form, ignore_index, chunk_tokens)
-    return total / num_kept(labels, ignore_index) if reduction == "mean" else total
+    return mean_over_kept(total, labels, ignore_index) if reduction == "mean" else total
 
 
 def _losses(

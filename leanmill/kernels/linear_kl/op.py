@@ -16,7 +16,7 @@ from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.op import check_range
 from leanmill.kernels.linear_kl import rows
 from leanmill.kernels.linear_kl.naive import Form, Kind
-from leanmill.kernels.sharded import TokenLayout, is_dtensor, num_kept
+from leanmill.kernels.sharded import TokenLayout, is_dtensor, mean_over_kept
 
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def linear_kl(
         temperature: T > 0.
         labels: [...] int64; tokens with `ignore_index` cost nothing. None counts all.
         ignore_index: See `labels`.
-        reduction: `sum`, or `mean` over the tokens counted (NaN if there are none).
+        reduction: `sum`, or `mean` over the tokens counted (over none, NaN with a gradient of 0).
         chunk_tokens: Tokens whose logits exist at once; None chooses by memory.
 
     Returns:
@@ -121,7 +121,7 @@ def linear_kl(
     if labels is None:
         labels = _any_labels(hidden)
     total = _losses(hidden, weight, bias, labels, teacher, form, ignore_index, chunk_tokens).total
-    return total / num_kept(labels, ignore_index) if reduction == "mean" else total
+    return mean_over_kept(total, labels, ignore_index) if reduction == "mean" else total
 
 
 def linear_kl_and_cross_entropy(

@@ -63,4 +63,14 @@ def test_the_gradient_written_over_logits_is_autograds(form):
     written = raw.detach().clone()
     got = naive.cross_entropy_(written, labels, scales, form, wants_gradient=True)
     torch.testing.assert_close(got, losses.detach())
-    torch.testing.assert_close(written, raw.grad)
+    torch.testing.assert_close(written, raw.grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("scales", [None, torch.float32, torch.float64])
+def test_a_scale_that_fp32_cannot_hold_is_not_rounded(scales):
+    labels, raw = torch.tensor([0, 2]), torch.zeros(2, 3, dtype=torch.float64)
+    given = None if scales is None else torch.ones(2, dtype=scales)
+    naive.cross_entropy_(raw, labels, given, Form(scale=0.1), wants_gradient=True)
+    expected = torch.full((2, 3), 0.1 / 3, dtype=torch.float64)
+    expected[[0, 1], labels] = -0.2 / 3
+    torch.testing.assert_close(raw, expected, rtol=1e-15, atol=0)

@@ -117,13 +117,37 @@ def test_a_second_backward_finds_the_same_gradient():
         torch.testing.assert_close(3 * a, b)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_gradcheck(reduction):
-    hidden, weight, bias, labels = operands(5, 7, 3, torch.float64)
-    torch.autograd.gradcheck(
-        lambda *t: linear_cross_entropy(*t[:2], labels, t[2], reduction=reduction, z_loss=0.1, chunk_tokens=2),
-        (hidden, weight, bias),
-    )
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("form", [Form(z_loss=0.1), Form(scale=0.1), Form(0.3, 0.7, 0.1, 0.1)])
+def test_gradient_in_fp64_is_exact_in_fp64(reduction, form):
+    *operand, labels = operands(5, 7, 3, torch.float64)
+    settings = {"logit_scale": form.scale, "z_loss": form.z_loss, "label_smoothing": form.label_smoothing}
+    settings |= {"softcap": form.softcap or None, "reduction": reduction, "chunk_tokens": 2}
+
+    def loss(hidden, weight, bias):
+        found = linear_cross_entropy(hidden, weight, labels, bias, **settings)
+        return reduced(found, labels, "none") if reduction == "none" else found
+
+    assert torch.autograd.gradcheck(loss, operand)
+    expected = reduced(naive.token_losses(*operand, labels, form, -100), labels, reduction)
+    for ours, theirs in zip(gradients(loss(*operand), *operand), gradients(expected, *operand), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_nothing_labelled_is_as_in_torch(num_tokens, reduction, dtype):
+    hidden, weight, bias, labels = operands(num_tokens, dtype=dtype)
+    labels.fill_(-100)
+    ours = linear_cross_entropy(hidden, weight, labels, bias, reduction=reduction)
+    theirs = F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction=reduction)
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), equal_nan=True)
+    for found, expected in zip(
+        *(torch.autograd.grad(loss.sum(), (hidden, weight, bias)) for loss in (ours, theirs)), strict=True
+    ):
+        assert (found == 0).all()
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])

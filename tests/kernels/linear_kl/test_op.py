@@ -99,6 +99,14 @@ def test_both_losses_from_one_set_of_logits(source, weights):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+def test_nothing_labelled_costs_nan_and_pulls_at_nothing(kind):
+    student, teacher, labels = operands()
+    loss = linear_kl(*student, teacher=TeacherHead(*teacher), kind=kind, labels=torch.full_like(labels, -100))
+    assert loss.isnan()
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, student))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("extra", [-5, 5])
 def test_precisions_and_unequal_vocabularies(dtype, extra):
