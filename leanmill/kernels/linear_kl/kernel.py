@@ -45,13 +45,12 @@ def _normaliser(ptr, width, inverse, BLOCK: tl.constexpr):
 
 @triton.jit
 def _masses(student, teacher, log_beta, log_rest):
-    """p, q, log p - log q, and log(m / q); a token without teacher mass has gap -inf."""
+    """p, q, log(p / q), log(m / p) and log(m / q); without mass on one side the gap is infinite."""
     p, q = tl.exp(teacher), tl.exp(student)
     gap = teacher - student
-    a, b = gap + log_beta, log_rest
-    larger = tl.maximum(a, b)
-    lift = larger + tl.log(1.0 + tl.exp(tl.minimum(a, b) - larger))
-    return p, q, gap, lift
+    smaller_adds = tl.log(1.0 + tl.exp(-tl.abs(gap + (log_beta - log_rest))))
+    over_teacher = tl.maximum(log_beta, log_rest - gap) + smaller_adds
+    return p, q, gap, over_teacher, tl.maximum(log_rest, gap + log_beta) + smaller_adds
 
 
 @triton.jit
@@ -111,14 +110,16 @@ def _divergence_rows(
         inside = start + offsets < shared
         s = tl.load(raw_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32) * inverse
         t = tl.load(teacher_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32) * inverse
-        p, q, gap, lift = _masses((s - student_top) - student_log, (t - teacher_top) - teacher_log, log_beta, log_rest)
+        p, q, gap, over_teacher, over_student = _masses(
+            (s - student_top) - student_log, (t - teacher_top) - teacher_log, log_beta, log_rest
+        )
         if KIND == 0:
             of_teacher += tl.where(inside, _times(p, gap), 0.0)
         elif KIND == 1:
             of_student += tl.where(inside, _times(q, -gap), 0.0)
         else:
-            of_teacher += tl.where(inside, _times(p, gap - lift), 0.0)
-            of_student += tl.where(inside, _times(q, -lift), 0.0)
+            of_teacher += tl.where(inside, _times(p, -over_teacher), 0.0)
+            of_student += tl.where(inside, _times(q, -over_student), 0.0)
     teacher_sum = tl.sum(of_teacher, axis=0)
     student_sum = tl.sum(of_student, axis=0)
     value = teacher_sum + student_sum
@@ -133,7 +134,7 @@ def _divergence_rows(
             compared = columns < shared
             raw = tl.load(raw_ptr + columns, mask=inside, other=0.0).to(tl.float32)
             t = tl.load(teacher_ptr + columns, mask=compared, other=0.0).to(tl.float32) * inverse
-            p, q, gap, lift = _masses(
+            p, q, gap, over_teacher, over_student = _masses(
                 (raw * inverse - student_top) - student_log, (t - teacher_top) - teacher_log, log_beta, log_rest
             )
             if KIND == 0:
@@ -141,7 +142,7 @@ def _divergence_rows(
             elif KIND == 1:
                 g = _times(q, -gap - value)
             else:
-                g = _times(q, -lift - student_sum) * (1.0 - beta)
+                g = _times(q, -over_student - student_sum) * (1.0 - beta)
             g = tl.where(compared, g * temperature * divergence_weight, 0.0)
             if WANTS_CROSS_ENTROPY:
                 of_label = tl.exp((raw - plain_top) - plain_log) - tl.where(columns == label, 1.0, 0.0)

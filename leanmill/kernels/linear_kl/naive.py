@@ -41,20 +41,25 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, form: Form) -> Te
     return form.temperature**2 * between(log_p, log_q, form)
 
 
-def top_k_divergence(student_logits: Tensor, indices: Tensor, log_probs: Tensor, form: Form) -> Tensor:
+def top_k_divergence(
+    student_logits: Tensor, indices: Tensor, log_probs: Tensor, form: Form, log_tail: Tensor | None = None
+) -> Tensor:
     """Return T^2 x the divergence over k + 1 buckets: the teacher's k tokens, and the rest as one.
+
+    With k = V there is no rest: its bucket is empty for both, and this is `divergence`.
 
     Args:
         student_logits: [N, V].
         indices: Tokens of the teacher's largest probabilities, distinct in a row [N, k] int64.
         log_probs: Their log-probabilities under softmax(teacher logits / T) [N, k].
         form: Which divergence.
+        log_tail: Log of the teacher's mass on all other tokens [N]; None finds it by `log_mass_left`.
     """
     log_q = log_softmax(student_logits, form.temperature)
-    taken = torch.zeros_like(log_q, dtype=torch.bool).scatter_(-1, indices, True)
-    tail = log_q.masked_fill(taken, -torch.inf).logsumexp(-1, keepdim=True)
-    buckets_q = torch.cat([log_q.gather(-1, indices), tail], -1)
-    return form.temperature**2 * between(with_tail(log_probs.to(log_q.dtype)), buckets_q, form)
+    of_tail = log_q.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
+    buckets_q = torch.cat([log_q.gather(-1, indices), of_tail], -1)
+    buckets_p = with_tail(log_probs, log_tail, log_q.shape[-1]).to(log_q.dtype)
+    return form.temperature**2 * between(buckets_p, buckets_q, form)
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -62,10 +67,38 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(-1)
 
 
-def with_tail(log_probs: Tensor) -> Tensor:
-    """Append the log of the mass that the given log-probabilities [..., k] leave."""
-    mass = log_probs.exp().sum(-1, keepdim=True).clamp(max=1)
-    return torch.cat([log_probs, (1 - mass).log()], -1)
+def with_tail(log_probs: Tensor, log_tail: Tensor | None, vocab_size: int) -> Tensor:
+    """Append the log of the mass outside of the k largest log-probabilities [..., k], at least fp32."""
+    wide = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+    if log_probs.shape[-1] == vocab_size:
+        tail = torch.full_like(wide[..., :1], -torch.inf)
+    elif log_tail is None:
+        tail = log_mass_left(log_probs, vocab_size)
+    else:
+        tail = log_tail.unsqueeze(-1)
+    return torch.cat([wide, tail.to(wide.dtype)], -1)
+
+
+def log_mass_left(log_probs: Tensor, vocab_size: int) -> Tensor:
+    """Return log(1 - sum p) [..., 1] in fp64 of a row's k < V largest log-probabilities [..., k].
+
+    1 - p of the largest is -expm1(log p), so a tail far below the spacing of numbers near 1 is found
+    where the log-probability is that exact. Often it is not: in fp32, log softmax of a logit 20 above
+    the rest is 0. Where no more is left than rounding explains, the tail is at most V - k times
+    the smallest of the k; where nothing is left, it is the most that both allow. So a teacher that has
+    a probability for every token never has an empty tail, of which a reverse divergence is infinite.
+    """
+    exact = log_probs.double()
+    masses = exact.exp()
+    largest, position = exact.max(-1, keepdim=True)
+    left = -largest.expm1() - masses.scatter(-1, position, 0.0).sum(-1, keepdim=True)
+    # Half a unit in the last place of each log-probability, and what their common divisor was off by.
+    spread = torch.special.entr(masses).sum(-1, keepdim=True)
+    computed_in = torch.promote_types(log_probs.dtype, torch.float32)
+    rounding = torch.finfo(computed_in).eps + 0.5 * torch.finfo(log_probs.dtype).eps * spread
+    most = exact.amin(-1, keepdim=True) + math.log(vocab_size - log_probs.shape[-1])
+    found = torch.where(left > 0, left, rounding).log()
+    return torch.where(left > rounding, found, torch.minimum(found, most))
 
 
 def between(log_p: Tensor, log_q: Tensor, form: Form) -> Tensor:
@@ -74,7 +107,10 @@ def between(log_p: Tensor, log_q: Tensor, form: Form) -> Tensor:
         return _kl(log_p, log_q)
     if form.kind == "reverse":
         return _kl(log_q, log_p)
-    mixture = torch.logaddexp(log_p + math.log(form.beta), log_q + math.log1p(-form.beta))
+    # A bucket empty for both has no part in either sum, and must not reach the gradient of this one.
+    is_empty = (log_p == -torch.inf) & (log_q == -torch.inf)
+    of_teacher, of_student = (torch.where(is_empty, 0.0, log_mass) for log_mass in (log_p, log_q))
+    mixture = torch.logaddexp(of_teacher + math.log(form.beta), of_student + math.log1p(-form.beta))
     return form.beta * _kl(log_p, mixture) + (1 - form.beta) * _kl(log_q, mixture)
 
 

@@ -15,7 +15,7 @@ from leanmill.kernels.linear_cross_entropy import chunks
 from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.op import check_range
 from leanmill.kernels.linear_kl import rows
-from leanmill.kernels.linear_kl.naive import Form, Kind
+from leanmill.kernels.linear_kl.naive import Form, Kind, log_softmax
 from leanmill.kernels.sharded import TokenLayout, is_dtensor, mean_over_kept
 
 
@@ -47,12 +47,26 @@ class TeacherLogits:
 
 @dataclass(frozen=True)
 class TopK:
-    """A teacher given as its largest probabilities; what they leave is one more bucket."""
+    """A teacher given as its largest probabilities; what they leave is one more bucket.
+
+    A peaked teacher's log-probabilities round to a sum of 1, which says of the rest only that it is
+    small. A reverse divergence depends on how small: keep `log_tail` with the cache (`TopK.of` does).
+    """
 
     indices: Tensor
-    """[..., k] int64, distinct in a row."""
+    """[..., k] int64, distinct in a row, of the largest probabilities."""
     log_probs: Tensor
     """[..., k] under softmax(teacher logits / T), with the T of the loss."""
+    log_tail: Tensor | None = None
+    """[...], log of the probability of all other tokens together; None takes log(1 - sum p), and
+    where rounding hides that, the largest it can be. With k = V the tail is empty, whatever this says."""
+
+    @classmethod
+    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
+        """Return what is to be kept of teacher logits [..., V], at least fp32."""
+        every = log_softmax(logits.detach(), temperature)
+        log_probs, indices = every.topk(k)
+        return cls(indices, log_probs, every.scatter_(-1, indices, -torch.inf).logsumexp(-1))
 
 
 Teacher = TeacherHead | TeacherLogits | TopK
@@ -213,13 +227,14 @@ def _losses(
     if isinstance(teacher, TeacherLogits):
         found = _Provided.apply(flat, weight, bias, targets, teacher.logits_of, form, chunk_tokens or 0, wanted)
         return Losses(found[0], found[1].detach(), found[2].detach())
-    tensors = [None] * 5
+    tensors: list[Tensor | None] = [None] * 6
     if isinstance(teacher, TeacherHead):
-        tensors[:3] = [teacher.hidden.flatten(0, -2), teacher.weight, teacher.bias]  # type: ignore[list-item]
+        tensors[:3] = [teacher.hidden.flatten(0, -2), teacher.weight, teacher.bias]
     else:
-        tensors[3:] = [teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2)]  # type: ignore[list-item]
+        tail = None if teacher.log_tail is None else teacher.log_tail.flatten()
+        tensors[3:] = [teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2), tail]
     # The teacher is a constant of this loss, whatever made it.
-    constants = [None if t is None else t.detach() for t in tensors]  # type: ignore[attr-defined]
+    constants = [None if t is None else t.detach() for t in tensors]
     found = _summed(flat, weight, bias, targets, *constants, *settings, chunk_tokens or 0, *wanted)
     return Losses(found[0], found[1].detach(), found[2].detach())
 
@@ -227,7 +242,8 @@ def _losses(
 def _local_teacher(layout: TokenLayout, teacher: Teacher) -> Teacher:
     if isinstance(teacher, TopK):
         indices = layout.local("teacher.indices", teacher.indices)
-        return TopK(indices, layout.local("teacher.log_probs", teacher.log_probs.detach()))
+        tail = None if teacher.log_tail is None else layout.local("teacher.log_tail", teacher.log_tail.detach())
+        return TopK(indices, layout.local("teacher.log_probs", teacher.log_probs.detach()), tail)
     if isinstance(teacher, TeacherHead):
         bias = None if teacher.bias is None else layout.whole("teacher.bias", teacher.bias.detach())
         weight = layout.whole("teacher.weight", teacher.weight.detach())
@@ -257,11 +273,8 @@ def _check(
         if not fits or teacher.hidden.dtype != teacher.weight.dtype:
             raise ValueError(f"{given}, {theirs}: expected {tuple(labels.shape)} hidden states for its own weight")
     elif isinstance(teacher, TopK):
-        tensors += [teacher.indices, teacher.log_probs]
-        theirs = f"top-k indices {_describe(teacher.indices)}, log_probs {_describe(teacher.log_probs)}"
-        same = teacher.indices.shape == teacher.log_probs.shape and teacher.indices.shape[:-1] == labels.shape
-        if not same or teacher.indices.dtype != torch.int64 or teacher.indices.shape[-1] > weight.shape[0]:
-            raise ValueError(f"{given}, {theirs}: expected both {tuple(labels.shape)} + (k,), int64 indices, k <= V")
+        tensors += [t for t in (teacher.indices, teacher.log_probs, teacher.log_tail) if t is not None]
+        _check_top_k(given, teacher, tuple(labels.shape), weight.shape[0])
     if any(is_dtensor(t) for t in tensors) and not is_dtensor(hidden):
         raise ValueError(
             f"{given}: hidden is plain and others are DTensors; for the loss of this rank's tokens call "
@@ -270,6 +283,18 @@ def _check(
         )
     if len({t.device for t in tensors}) > 1:
         raise ValueError(f"devices {[str(t.device) for t in tensors]} differ; move all tensors to one")
+
+
+def _check_top_k(given: str, teacher: TopK, leading: tuple[int, ...], vocab_size: int) -> None:
+    indices, log_probs, tail = teacher.indices, teacher.log_probs, teacher.log_tail
+    given = f"{given}, top-k indices {_describe(indices)}, log_probs {_describe(log_probs)}"
+    fits = indices.shape == log_probs.shape and indices.shape[:-1] == leading
+    if not fits or indices.dtype != torch.int64 or not log_probs.is_floating_point():
+        raise ValueError(f"{given}: expected {leading} + (k,) of both, int64 and floating")
+    if not 1 <= indices.shape[-1] <= vocab_size:
+        raise ValueError(f"{given}: expected a k of 1 to {vocab_size}, the rows of the weight")
+    if tail is not None and (tail.shape != leading or not tail.is_floating_point()):
+        raise ValueError(f"{given}, log_tail {_describe(tail)}: expected floating {leading}, or None")
 
 
 def _describe(tensor: Tensor) -> str:
@@ -287,6 +312,7 @@ def _summed(
     teacher_bias: Tensor | None,
     indices: Tensor | None,
     log_probs: Tensor | None,
+    log_tail: Tensor | None,
     kind: str,
     beta: float,
     temperature: float,
@@ -301,7 +327,7 @@ def _summed(
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
     if indices is not None:
         assert log_probs is not None
-        return _run(hidden, weight, bias, labels, (indices, log_probs), form, chunk_tokens, wanted)
+        return _run(hidden, weight, bias, labels, (indices, log_probs, log_tail), form, chunk_tokens, wanted)
     assert teacher_hidden is not None
     assert teacher_weight is not None
     head = teacher_weight[: weight.shape[0]]
@@ -341,7 +367,7 @@ def _scaled(ctx: Any, of_total: Tensor | None) -> list[Tensor | None]:
 
 
 def _scale_gradients(ctx: Any, of_total: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (*_scaled(ctx, of_total), *(None,) * 15)
+    return (*_scaled(ctx, of_total), *(None,) * 16)
 
 
 _summed.register_autograd(_scale_gradients, setup_context=_keep_gradients)
@@ -373,8 +399,8 @@ class _Provided(torch.autograd.Function):
         return (*_scaled(ctx, of_total), *(None,) * 5)
 
 
-Source = Callable[[slice], Tensor] | tuple[Tensor, Tensor]
-"""Teacher logits of some tokens, or top-k indices and log-probabilities of all."""
+Source = Callable[[slice], Tensor] | tuple[Tensor, Tensor, Tensor | None]
+"""Teacher logits of some tokens, or top-k indices, log-probabilities and, if known, tails of all."""
 
 
 def _run(
@@ -396,8 +422,10 @@ def _run(
         """Leave the divergences aside and return cross-entropy."""
         targets, wants_gradient = labels[part], bool(wanted)
         if isinstance(source, tuple):
-            indices, log_probs = (t[part] for t in source)
-            found = rows.top_k_divergence_(logits, indices, log_probs, targets, form, wants_gradient=wants_gradient)
+            indices, log_probs, log_tail = source
+            tail = None if log_tail is None else log_tail[part]
+            cache = (indices[part], log_probs[part], tail)
+            found = rows.top_k_divergence_(logits, *cache, targets, form, wants_gradient=wants_gradient)
         else:
             teacher = source(part).detach()
             found = divergence_(logits, teacher, targets, form, wants_gradient=wants_gradient)

@@ -6,7 +6,7 @@ import torch
 from leanmill.kernels.linear_kl.naive import Form
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
 from tests.kernels.linear_cross_entropy.compiled import assert_compiles
-from tests.kernels.linear_kl.rows import assert_equals_definition, logits
+from tests.kernels.linear_kl.rows import PEAKS, assert_equals_definition, logits, peaked, top_k_oracle
 
 
 kernel = kernel_module("linear_kl")
@@ -33,6 +33,28 @@ def test_equals_the_definition(width, teacher_width, dtype, form):
     raw = logits(3, width, dtype, 0, DEVICE)
     teacher = logits(3, teacher_width, dtype, 1, DEVICE)
     assert_equals_definition(kernel.divergence_, raw, teacher, labels, form)
+
+
+@pytest.mark.parametrize("form", [Form("forward"), Form("reverse", 0.5, 2.0), Form("js", 0.5), Form("js", 0.999)])
+@pytest.mark.parametrize("peak", PEAKS)
+def test_a_peaked_teacher(peak, form):
+    raw, teacher = logits(3, 300, device=DEVICE), peaked(3, 300, peak).to(DEVICE)
+    exact = raw.double().requires_grad_()
+    expected = top_k_oracle(exact, teacher, 300, form)
+    (gradient,) = torch.autograd.grad(expected.sum(), exact)
+    labels = torch.zeros(3, dtype=torch.long, device=DEVICE)
+    got, _ = kernel.divergence_(raw, teacher, labels, form, wants_gradient=True)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(raw.double(), gradient, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("who", ["student", "both"])
+def test_tokens_that_the_student_rules_out(who):
+    raw, teacher = logits(2, 300, device=DEVICE), logits(2, 300, seed=1, device=DEVICE)
+    raw[:, 100:250] = -torch.inf
+    if who == "both":
+        teacher[:, 100:250] = -torch.inf
+    assert_equals_definition(kernel.divergence_, raw, teacher, torch.tensor([3, 260], device=DEVICE), Form("js", 0.3))
 
 
 @pytest.mark.parametrize("kind", ["forward", "js"])

@@ -17,6 +17,7 @@ from leanmill.kernels.linear_kl.op import (
     linear_kl_and_cross_entropy,
 )
 from tests.kernels.launcher import DEVICE
+from tests.kernels.linear_kl.rows import PEAKS, peaked, top_k_oracle
 
 
 def operands(num_tokens=23, vocab_size=50, size=8, dtype=torch.float32, seed=0):
@@ -36,16 +37,22 @@ def teachers(teacher, labels):
     hidden, weight, bias = (t.detach() for t in teacher)
     logits = F.linear(hidden, weight, bias)
     log_probs, indices = logits.log_softmax(-1).topk(4)
+    # Another tail than the cache would give, so that one that is passed on is seen to be used.
+    tail = naive.log_mass_left(log_probs, 50).squeeze(-1) - 0.5
     return {
         "head": (TeacherHead(*teacher), lambda s, form: naive.divergence(s, logits, form)),
         "logits": (TeacherLogits(lambda part: logits[part]), lambda s, form: naive.divergence(s, logits, form)),
         "top_k": (TopK(indices, log_probs), lambda s, form: naive.top_k_divergence(s, indices, log_probs, form)),
+        "tail": (
+            TopK(indices, log_probs, tail),
+            lambda s, form: naive.top_k_divergence(s, indices, log_probs, form, tail),
+        ),
     }
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    source=st.sampled_from(["head", "logits", "top_k"]),
+    source=st.sampled_from(["head", "logits", "top_k", "tail"]),
     kind=st.sampled_from(["forward", "reverse", "js"]),
     reduction=st.sampled_from(["sum", "mean"]),
     chunk_tokens=st.sampled_from([None, 1, 7]),
@@ -97,6 +104,22 @@ def test_both_losses_from_one_set_of_logits(source, weights):
         torch.autograd.grad(found.total, student), torch.autograd.grad(total, student), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("peak", PEAKS)
+@pytest.mark.parametrize("k", [4, 49, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_peaked_teachers_cache(dtype, k, peak, kind):
+    student, _, _ = operands(dtype=dtype)
+    teacher = peaked(23, 50, peak).to(DEVICE)
+    got = linear_kl(*student, teacher=TopK.of(teacher, k, 2.0), kind=kind, temperature=2.0, chunk_tokens=7)
+    logits = F.linear(*student).double()
+    expected = top_k_oracle(logits, teacher, k, Form(kind, temperature=2.0)).mean()
+    close = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got.double(), expected, rtol=close, atol=close / 10)
+    for ours, theirs in zip(torch.autograd.grad(got, student), torch.autograd.grad(expected, student), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=close, atol=close * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "js"])
@@ -153,12 +176,28 @@ def test_bitwise_repeatable():
 def test_opcheck():
     student, teacher, labels = operands()
     constants = [t.detach() for t in teacher]
-    arguments = (*student, labels.clamp(min=-1), *constants, None, None, "js", 0.5, 1.0, 1.0, 0.5, 7, True, True, True)
+    arguments = (
+        *student,
+        labels.clamp(min=-1),
+        *constants,
+        None,
+        None,
+        None,
+        "js",
+        0.5,
+        1.0,
+        1.0,
+        0.5,
+        7,
+        True,
+        True,
+        True,
+    )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(_summed, arguments, test_utils=tests)
 
 
-@pytest.mark.parametrize("source", ["head", "top_k"])
+@pytest.mark.parametrize("source", ["head", "top_k", "tail"])
 def test_compiles_whole(source):
     student, teacher, labels = operands()
     given_teacher, _ = teachers(teacher, labels)[source]
@@ -196,6 +235,8 @@ def test_all_logits_never_exist():
         ({"bias": torch.zeros(6)}, r"bias \(6,\)"),
         ({"teacher": TeacherHead(torch.zeros(5, 3), torch.zeros(7, 3))}, r"teacher hidden \(5, 3\)"),
         ({"teacher": TopK(torch.zeros(4, 2).long(), torch.zeros(4, 3))}, r"top-k indices \(4, 2\)"),
+        ({"teacher": TopK(torch.zeros(4, 0).long(), torch.zeros(4, 0))}, r"k of 1 to 7"),
+        ({"teacher": TopK(torch.zeros(4, 2).long(), torch.zeros(4, 2), torch.zeros(4, 1))}, r"log_tail \(4, 1\)"),
         ({"kind": "l2"}, r"'l2'"),
         ({"beta": 1.0}, r"beta=1.0"),
         ({"temperature": 0.0}, r"temperature=0.0"),

@@ -36,8 +36,8 @@ def teacher_of(source, head, spread):
     if source == "logits":
         own = spread(logits)
         return TeacherLogits(lambda part: (own.to_local() if hasattr(own, "to_local") else own)[part])
-    log_probs, indices = logits.log_softmax(-1).topk(3)
-    return TopK(spread(indices), spread(log_probs))
+    cache = TopK.of(logits, 3)
+    return TopK(spread(cache.indices), spread(cache.log_probs), spread(cache.log_tail - 0.5))
 
 
 def losses(student, teacher, labels):
