@@ -6,11 +6,18 @@ import argparse
 
 
 def run(args: argparse.Namespace) -> int:
-    """Validate `args.recipe` with `args.overrides`, look for its files and explain it."""
+    """Validate `args.recipe` with `args.overrides`, look for its files, try its model and explain it."""
     from leanmill.recipe.explain import check_files, explain
     from leanmill.recipe.io import load_recipe
+    from leanmill.recipe.on_this_machine import local_model
+    from leanmill.trainer.verdicts import is_known_good, remember
 
     recipe = load_recipe(args.recipe, args.overrides)
     check_files(recipe)
+    if local_model(recipe.model) is not None and not is_known_good(recipe):
+        from leanmill.trainer.trial import try_model
+
+        try_model(recipe)
+        remember(recipe)
     print(explain(recipe, args.ranks))
     return 0

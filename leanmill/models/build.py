@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
 
 from leanmill.core.errors import ConfigError
 from leanmill.models.config import ModelConfig
-from leanmill.models.pretrained import one_line, pretrained_config
-
-
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_UNDECLARED_KEYS = ("head_dim", "partial_rotary_factor", "rope_theta", "rope_scaling", "torch_dtype")
-"""Keys that some config classes or their models read although they are no declared fields."""
+from leanmill.models.mapping import check_forward, check_num_parameters, mapped_config, refuse_build
+from leanmill.models.pretrained import pretrained_config
 
 
 def build_on_meta(
@@ -44,7 +39,7 @@ def build_on_meta(
     """
     from transformers import AutoModelForCausalLM
 
-    hf_config = pretrained_config(config) if config.path is not None else _from_mapping(config.config, vocab_size)
+    hf_config = pretrained_config(config) if config.path is not None else mapped_config(config.config, vocab_size)
     _check_sizes(hf_config, config, vocab_size, sequence_length)
     hf_config.use_cache = False
     try:
@@ -55,43 +50,12 @@ def build_on_meta(
                 attn_implementation=_attention(config, hf_config, device_type, packed),
                 trust_remote_code=config.trust_remote_code,
             )
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
-        raise ConfigError(f"model type {hf_config.model_type!r} cannot be built: {one_line(error)}") from error
-    return model.train()
-
-
-def _from_mapping(mapping: dict[str, Any] | None, vocab_size: int | None) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    values = dict(mapping or {})
-    model_type = values.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=3)
-        raise ConfigError(
-            f"model.config.model_type is {model_type!r}, which transformers does not know; "
-            f"near names: {', '.join(near or ['llama', 'qwen3', 'mixtral'])}"
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    _check_keys(values, config_class)
-    if vocab_size is not None:
-        values.setdefault("vocab_size", vocab_size)
-    for key in _SPECIAL_TOKENS:
-        # A family's default ids belong to its own tokenizer; as padding, they would freeze the
-        # embedding row of some unrelated token.
-        values.setdefault(key, None)
-    try:
-        return config_class(**values)
     except Exception as error:
-        raise ConfigError(f"model.config ({model_type}): {one_line(error)}") from error
-
-
-def _check_keys(values: dict[str, Any], config_class: Any) -> None:
-    known = {*config_class().to_dict(), *config_class.attribute_map, *_UNDECLARED_KEYS}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"model.config.{key} is no setting of {config_class.model_type!r}; {hint}")
+        raise refuse_build(error, hf_config.model_type, config.config) from error
+    check_num_parameters(model)
+    if config.config is not None:
+        check_forward(hf_config, config.config)
+    return model.train()
 
 
 def _check_sizes(hf_config: Any, config: ModelConfig, vocab_size: int | None, sequence_length: int | None) -> None:

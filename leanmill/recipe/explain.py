@@ -10,6 +10,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
 from leanmill.core.registry import TECHNIQUES
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
+from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import nearest_multiples, num_steps
 
@@ -102,8 +103,9 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
         "numerics": [_numerics(recipe)],
         "evaluation": [_evaluation(recipe)],
         "written": _written(recipe),
+        "not checked": list(not_looked_at(recipe)),
     }
-    width = max(map(len, sections))
+    width = max(len(name) for name, text in sections.items() if text)
     lines = [
         f"{name if index == 0 else '':<{width}}  {line}"
         for name, text in sections.items()

@@ -66,12 +66,8 @@ def prepare(
         tokenizer_fingerprint=tokenizer_fingerprint,
         fingerprint_of_tokenizer=fingerprint_of,
     )
-    techniques = install_techniques(recipe.techniques, model, context)
+    techniques, module = assemble(recipe, model, context)
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
-    module = TrainModule(
-        model, techniques.loss_terms, recipe.train.cross_entropy_weight, recipe.train.logits_chunk_tokens
-    )
-    apply_activation_checkpointing(model, recipe.train.activation_checkpointing)
     if recipe.train.compile:
         compile_blocks(model)
     _, num_trainable = num_parameters(model)
@@ -85,6 +81,16 @@ def prepare(
         ),
     )
     return Prepared(techniques=techniques, conversion=conversion, num_trainable=num_trainable)
+
+
+def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple[InstalledTechniques, TrainModule]:
+    """Give a model on the meta device its techniques, losses and recomputation: all that needs no engine."""
+    techniques = install_techniques(recipe.techniques, model, context)
+    module = TrainModule(
+        model, techniques.loss_terms, recipe.train.cross_entropy_weight, recipe.train.logits_chunk_tokens
+    )
+    apply_activation_checkpointing(model, recipe.train.activation_checkpointing)
+    return techniques, module
 
 
 def with_precision(recipe: Recipe, device_type: str) -> Recipe:

@@ -80,8 +80,7 @@ class _Run:
     def go(self) -> RunResult:
         recipe, ranks = self.recipe, self.ranks
         tokenizer = build_tokenizer(recipe.data, seed=recipe.seed)
-        self.domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
-        self.data = build_train_data(recipe.data, tokenizer, seed=recipe.seed)
+        # Before the data, which may take long to tokenise.
         model = build_on_meta(
             recipe.model,
             vocab_size=len(tokenizer),
@@ -89,6 +88,8 @@ class _Run:
             device_type=ranks.device.type,
             packed=recipe.data.document_mask,
         )
+        self.domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
+        self.data = build_train_data(recipe.data, tokenizer, seed=recipe.seed)
         model_bytes = sum(4 * p.numel() for p in model.parameters())
         self.engine, why = build_engine(
             recipe.engine,

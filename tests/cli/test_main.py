@@ -60,6 +60,25 @@ BAD = [
     ),
     (["plan", QUICKSTART, "techniques=[{type: ternary}, {type: ternary}]"], "the QUANT slot is taken by 'ternary'"),
     (["plan", QUICKSTART, "techniques=[{type: ternary, targets: [q_prj]}]"], "near names: q_proj"),
+    (["check", QUICKSTART, "model.config.hiden_size=3"], "did you mean hidden_size"),
+    (
+        ["check", QUICKSTART, "model.config.intermediate_size=-352"],
+        "intermediate_size=-352 is no size; give at least 1",
+    ),
+    (
+        ["check", QUICKSTART, "techniques=[{type: lora, rank: 1e9}]"],
+        "rank=1000000000.0 is not allowed; give a value less",
+    ),
+    (["check", QUICKSTART, "techniques=[{type: lora, rank: 200}]"], "set rank: 128 or less"),
+    (
+        ["check", QUICKSTART, "techniques=[{type: lora, rank: 200, where: branch}]"],
+        "set rank: 128 or less",
+    ),
+    (
+        ["check", QUICKSTART, "techniques=[{type: nm_sparsity, group_size: 5, num_kept: 2}]"],
+        "group_size 5 does not divide",
+    ),
+    (["check", QUICKSTART, "techniques=[{type: ternary, targets: [q_prj]}]"], "near names: q_proj"),
     (["eval", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
     (["export", "--checkpoint", "nowhere", "--to", "hf", "--out", "x"], "no checkpoint at nowhere"),
     (["export", "--checkpoint", "x", "--to", "adapter", "--packing", "bitnet", "--out", "x"], "use --to hf"),
@@ -221,21 +240,45 @@ def test_plan_prints_tables(call):
     ("args", "forbidden"),
     [
         (["--help"], {"torch", "pydantic", "yaml", "transformers", "rich"}),
-        (["check", QUICKSTART, "techniques.0.type=lora"], {"torch", "transformers", "numpy", "deepspeed", "peft"}),
         (["methods"], {"torch", "transformers", "yaml"}),
         (["schema"], {"torch", "transformers"}),
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
 )
 def test_fast_verbs_import_nothing_heavy(args, forbidden):
-    """What is imported is what start-up costs, whatever else the machine is doing."""
+    assert not forbidden & imported(args)
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "sparse_finetune"])
+def test_a_check_imports_torch_once_a_model(call, tmp_path, recipe):
+    args = ["check", str(ROOT / "recipes" / f"{recipe}.yaml"), "techniques.0.type=nm_sparsity"]
+    args += [f"data.cache_dir={tmp_path}", "run_dir=runs/{name}"]
+    assert call(*args)[0] == 0  # is remembered, or the model is not here to be built
+    again = [*args, "train.steps=3", "train.total_tokens=null", "optimizer.lr=1e-5"]
+    assert call(*again)[0] == 0
+    assert not {"torch", "transformers", "deepspeed", "peft"} & imported(again)
+
+
+def test_a_check_says_what_it_did_not_check(call):
+    out = call("check", str(ROOT / "recipes" / "sparse_finetune.yaml"))[1]
+    for line in (
+        "not checked  model Qwen/Qwen3-0.6B and whether the techniques fit it: it is not on this machine",
+        "techniques.1.teacher Qwen/Qwen3-0.6B: it is not on this machine",
+        "the rows of HuggingFaceFW/fineweb-edu",
+    ):
+        assert line in out
+    assert "not checked" not in call("check", QUICKSTART)[1]
+
+
+def imported(args):
+    """Modules of a process of the command: what start-up costs, whatever else the machine is doing."""
     code = (
         "import sys\nfrom leanmill.cli.main import main\n"
         f"try:\n    main({args!r})\nexcept SystemExit:\n    pass\n"
         "print(*sys.modules, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert not forbidden & set(done.stderr.split())
+    return set(done.stderr.split())
 
 
 def test_an_output_that_exists_is_refused_before_anything_heavy_is_imported(tmp_path):

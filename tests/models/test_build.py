@@ -103,7 +103,7 @@ def test_vocabulary_is_filled_and_checked() -> None:
     [
         ({"config": tiny_config("llama") | {"model_type": "lama"}}, "llama"),
         ({"config": tiny_config("llama", hidden_sizes=3)}, "did you mean hidden_size"),
-        ({"config": tiny_config("llama", hidden_size="many")}, "expected int"),
+        ({"config": tiny_config("llama", hidden_size="many")}, "give a whole number"),
         ({"config": tiny_config("llama", num_attention_heads=5)}, "not a multiple"),
         ({"config": {"model_type": "vit"}}, "cannot be built"),
         ({"path": "/nowhere/at/all"}, "no folder"),

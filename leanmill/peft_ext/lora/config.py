@@ -11,6 +11,7 @@ from leanmill.core.technique import Installation, InstallContext, TechniqueConfi
 
 
 if TYPE_CHECKING:
+    from leanmill.core.site import Site
     from leanmill.core.sites import Sites
 
 
@@ -19,8 +20,8 @@ class Lora(TechniqueConfig):
 
     type: Literal["lora"] = "lora"
     """Name of the technique."""
-    rank: int = Field(default=16, ge=1)
-    """Inner size r of the two factors."""
+    rank: int = Field(default=16, ge=1, le=65_536)
+    """Inner size r of the two factors, at most the longer side of each weight."""
     alpha: float = Field(default=32.0, gt=0)
     """Numerator of the scaling alpha / r."""
     where: Literal["weight", "branch"] = "weight"
@@ -52,9 +53,20 @@ class Lora(TechniqueConfig):
             )
         return self
 
+    def _check_rank(self, site: Site) -> None:
+        *_, num_out, num_in = site.raw_weight.shape
+        # Above the shorter side factors are wasteful; a recipe may mean it for the larger of its weights.
+        if self.rank > max(num_out, num_in):
+            raise ConfigError(
+                f"lora.rank {self.rank} is above both sides of {site.site_name}, {num_out} x {num_in}; "
+                f"set rank: {min(num_out, num_in)} or less, or add {site.site_name!r} to lora.exclude"
+            )
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put delta stages on every target, or arrange for branches to be wrapped around them."""
         selected = sites.select(self.targets, self.exclude)
+        for site in selected:
+            self._check_rank(site)
         if self.where == "branch":
             from leanmill.peft_ext.lora.branch import branches
 

@@ -1,0 +1,79 @@
+import os
+
+import pytest
+
+from leanmill.core.errors import ConfigError
+from leanmill.recipe.root import Recipe
+from leanmill.trainer import verdicts
+from leanmill.trainer.trial import try_model
+from tests.models.families import tiny_config
+
+
+def recipe(cache_dir="cache", **changes):
+    sections = {
+        "model": {"config": tiny_config("llama", vocab_size=300)},
+        "data": {"sequence_length": 32, "tokenizer": {"vocab_size": 300}, "cache_dir": str(cache_dir)},
+        "batch": {"tokens_per_micro_batch": 64, "tokens_per_step": 64},
+        "train": {"steps": 1},
+        "device": "cpu",
+    }
+    return Recipe.model_validate(sections | changes)
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [
+        [],
+        [{"type": "lora", "rank": 32}, {"type": "ternary"}, {"type": "nm_sparsity"}],
+        [{"type": "lora", "rank": 4, "where": "branch"}],
+        [{"type": "distill", "teacher": "some/where"}],
+    ],
+)
+def test_what_would_start_passes(techniques):
+    try_model(recipe(techniques=techniques))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"techniques": [{"type": "lora", "rank": 33}]}, "set rank: 32 or less"),
+        ({"techniques": [{"type": "lora", "rank": 33, "targets": ["k_proj"]}]}, "set rank: 16 or less"),
+        ({"techniques": [{"type": "lora"}, {"type": "lora"}]}, "lora"),
+        ({"techniques": [{"type": "nm_sparsity", "group_size": 7, "num_kept": 2}]}, "does not divide"),
+        ({"techniques": [{"type": "lora", "targets": ["nothing"]}]}, "nothing"),
+        ({"data": {"sequence_length": 32, "tokenizer": {"vocab_size": 301}}}, "at least 301"),
+        ({"model": {"config": tiny_config("llama", vocab_size=300), "attention": "flash"}}, "attention"),
+    ],
+)
+def test_what_would_not_start_is_refused(changes, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        try_model(recipe(**changes))
+
+
+def test_a_verdict_is_of_this_model_and_this_code(tmp_path, monkeypatch):
+    first = recipe(tmp_path)
+    assert not verdicts.is_known_good(first)
+    verdicts.remember(first)
+    assert verdicts.is_known_good(first)
+    assert verdicts.is_known_good(recipe(tmp_path, train={"steps": 9}, name="other"))
+    assert not verdicts.is_known_good(recipe(tmp_path, techniques=[{"type": "ternary"}]))
+    monkeypatch.setattr(verdicts, "_version", lambda name: "another")
+    assert not verdicts.is_known_good(first)
+
+
+def test_a_changed_file_of_the_package_is_another_code(tmp_path, monkeypatch):
+    (tmp_path / "__init__.py").write_text("")
+    monkeypatch.setattr("leanmill.__file__", str(tmp_path / "__init__.py"))
+    verdicts.remember(recipe(tmp_path))
+    assert verdicts.is_known_good(recipe(tmp_path))
+    os.utime(tmp_path / "__init__.py", ns=(0, 0))
+    assert not verdicts.is_known_good(recipe(tmp_path))
+
+
+def test_a_cache_that_cannot_be_written_and_a_checkpoint_are_not_remembered(tmp_path):
+    (tmp_path / "file").write_text("")
+    verdicts.remember(recipe(tmp_path / "file"))
+    assert not verdicts.is_known_good(recipe(tmp_path / "file"))
+    checkpoint = recipe(tmp_path, model={"path": str(tmp_path)})
+    verdicts.remember(checkpoint)
+    assert not verdicts.is_known_good(checkpoint)
