@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from leanmill.data.build import build_tokenizer
+from leanmill.data.config import DataConfig
 from leanmill.recipe.io import load_recipe
-from leanmill.recipe.root import DataConfig
 from leanmill.trainer.run import run
 
 
