@@ -139,7 +139,10 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=_positive, default=1, help="ranks of a machine (default 1)")
     parser.add_argument(
-        "--rank-memory-gib", type=_gib, default=80.0, metavar="GIB", help="what `engine: auto` decides by (80)"
+        "--rank-memory-gib",
+        type=_gib,
+        metavar="GIB",
+        help="memory of a rank: what the plan has to fit and `engine: auto` decides by (80)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 

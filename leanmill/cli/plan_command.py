@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from leanmill.plan.memory import Memory
     from leanmill.plan.plan import Plan
+
+
+COMFORTABLE_SHARE = 0.9
+"""Share of a rank's memory above which a plan that fits may still not."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,10 +21,11 @@ def run(args: argparse.Namespace) -> int:
     from leanmill.recipe.io import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    from leanmill.plan.plan import plan
+    from leanmill.plan.plan import DEFAULT_RANK_MEMORY_GIB, plan
 
     world_size = args.nodes * args.gpus_per_node
-    result = plan(recipe, world_size, args.gpus_per_node, rank_memory_gib=args.rank_memory_gib)
+    memory_gib = args.rank_memory_gib or DEFAULT_RANK_MEMORY_GIB
+    result = plan(recipe, world_size, args.gpus_per_node, rank_memory_gib=memory_gib)
     if args.json:
         import json
 
@@ -33,7 +37,31 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{result.recipe} on {result.world_size} ranks, engine {result.engine}: {result.why_engine}")
     for table in (_run_table(result), _memory_table(result), _engines_table(result)):
         console.print(table)
+    for line in _verdict(result, is_told=args.rank_memory_gib is not None):
+        console.print(line, soft_wrap=True, markup=False)
     return 0
+
+
+def _verdict(result: Plan, *, is_told: bool) -> list[str]:
+    """Say whether it fits, and what to type where it does not."""
+    memory = _size(result.rank_memory_bytes)
+    source = "" if is_told else " (assumed; give yours with --rank-memory-gib)"
+    peak = _size(result.peak_bytes)
+    if result.fits:
+        is_tight = result.peak_bytes > COMFORTABLE_SHARE * result.rank_memory_bytes
+        rest = ", which leaves little for what is not counted here: the CUDA context, fragmentation" if is_tight else ""
+        return [f"fits: a rank needs about {peak} of its {memory}{source}{rest}"]
+    lines = [f"DOES NOT FIT: a rank needs about {peak} and has {memory}{source}"]
+    enough = {typed: size for typed, size in result.remedies.items() if size <= result.rank_memory_bytes}
+    if enough:
+        lines += ["any one of these is enough:" if len(enough) > 1 else "this is enough:"]
+        lines += [f"  {typed}  ({_size(size)})" for typed, size in enough.items()]
+    for typed, size in result.remedies.items():
+        if typed not in enough:
+            lines += [f"not enough either, at {_size(size)}: {typed}"]
+    if not enough:
+        lines += ["take a smaller model or ranks with more memory"]
+    return lines
 
 
 def _run_table(result: Plan) -> Table:
@@ -70,13 +98,8 @@ def _memory_table(result: Plan) -> Table:
 def _engines_table(result: Plan) -> Table:
     table = _table("the same run under other engines", "engine", "held", "peak")
     for name, memory in result.alternatives.items():
-        held = sum(memory.held.values())
-        table.add_row(name, _size(held), _size(held + _transient(memory)))
+        table.add_row(name, _size(sum(memory.held.values())), _size(memory.peak))
     return table
-
-
-def _transient(memory: Memory) -> int:
-    return sum(memory.transient.values())
 
 
 def _table(title: str, *columns: str) -> Table:

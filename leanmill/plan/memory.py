@@ -53,6 +53,11 @@ class Memory:
     host: dict[str, int] = field(default_factory=dict)
     """Held in host memory, or on NVMe, by offload."""
 
+    @property
+    def peak(self) -> int:
+        """Everything on the device at once."""
+        return sum(self.held.values()) + sum(self.transient.values())
+
     def add(self, kind: Literal["held", "transient", "host"], part: str, num_bytes: float) -> None:
         """Add to a part; parts of no bytes are left out."""
         if num_bytes > 0:

@@ -7,7 +7,7 @@ device is touched.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from leanmill.parallel.config import (
     FsdpEngine,
     SingleEngine,
 )
+from leanmill.plan.fit import Case, remedies
 from leanmill.plan.memory import Memory, Weight, estimate
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
@@ -58,6 +59,10 @@ class Plan:
     num_technique: int
     """Elements that techniques add: adapters, learned scales, masks."""
     memory: Memory
+    rank_memory_bytes: int
+    """What a rank was taken to have."""
+    remedies: dict[str, int]
+    """Where a rank has too little: what to type, and the peak after it; see `leanmill.plan.fit`."""
     alternatives: dict[str, Memory]
     """The same run under every other engine that fits `world_size`."""
     tokens_per_step: int
@@ -76,7 +81,12 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Everything on the device at once: held and transient parts."""
-        return self.held_bytes + sum(self.memory.transient.values())
+        return self.memory.peak
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is at most what a rank was taken to have."""
+        return self.peak_bytes <= self.rank_memory_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -86,6 +96,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-able values, totals included."""
         totals = {"held_bytes": self.held_bytes, "peak_bytes": self.peak_bytes, "host_bytes": self.host_bytes}
+        totals["fits"] = self.fits
         return {**asdict(self), **totals}
 
 
@@ -102,7 +113,7 @@ def plan(
         recipe: The validated recipe.
         world_size: Ranks of the run.
         gpus_per_node: Ranks of one machine; None puts all on one.
-        rank_memory_gib: Memory of a rank, GiB; only `engine: auto` asks.
+        rank_memory_gib: Memory of a rank, GiB: what `engine: auto` decides by and the peak is held against.
 
     Raises:
         ConfigError: The recipe cannot run on these ranks.
@@ -126,20 +137,26 @@ def plan(
     weights = list(_weights(model))
     engine, why = _engine(recipe, world_size, per_node, 4 * num_total, rank_memory_gib)
 
-    def memory_under(candidate: EngineConfig) -> Memory:
+    teacher = _teacher_sizes(recipe)
+
+    def memory_of(case: Case) -> Memory:
+        changed, config = case.recipe, model.config
         memory = estimate(
-            candidate,
-            recipe.optimizer,
+            case.engine,
+            changed.optimizer,
             weights,
-            world_size=world_size,
-            precision=recipe.train.precision,
-            num_micro_batches=num_micro_batches,
+            world_size=case.world_size,
+            precision=changed.train.precision,
+            num_micro_batches=derive_steps(changed, case.world_size)[0],
         )
-        memory.add("transient", "activations", activation_bytes(recipe, model.config))
-        memory.add("transient", "logits", logits_bytes(recipe, model.config.vocab_size, model.config.hidden_size))
-        memory.add("held", "teacher", _teacher_bytes(recipe, candidate, world_size))
+        memory.add("transient", "activations", activation_bytes(changed, config))
+        memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
+        memory.add("held", "teacher", _teacher_bytes(teacher, case))
         return memory
 
+    asked = Case(recipe=recipe, engine=engine, world_size=world_size)
+    memory, available = memory_of(asked), int(rank_memory_gib * 2**30)
+    tried = [] if memory.peak <= available else remedies(asked, lambda case: memory_of(case).peak, available)
     num_all = sum(w.numel for w in weights)
     return Plan(
         recipe=recipe.name,
@@ -151,8 +168,10 @@ def plan(
         num_active=num_active,
         num_trainable=sum(w.numel for w in weights if w.trainable),
         num_technique=num_all - num_total,
-        memory=memory_under(engine),
-        alternatives={_label(other): memory_under(other) for other in _candidates(world_size)},
+        memory=memory,
+        rank_memory_bytes=available,
+        remedies=dict(tried),
+        alternatives={_label(other): memory_of(replace(asked, engine=other)) for other in _candidates(world_size)},
         tokens_per_step=recipe.batch.tokens_per_step,
         num_micro_batches=num_micro_batches,
         num_steps=num_steps,
@@ -263,20 +282,25 @@ def _label(engine: EngineConfig) -> str:
     return engine.type
 
 
-def _teacher_bytes(recipe: Recipe, engine: EngineConfig, world_size: int) -> float:
-    """Bytes of a distillation teacher on one rank; whole but for FSDP, which shards its blocks."""
+def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
+    """Elements of a distillation teacher, and those of its blocks; 0 without one."""
     path = next((t.teacher for t in recipe.techniques if hasattr(t, "teacher")), None)
     if path is None:
-        return 0.0
+        return 0, 0
     if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
         raise ConfigError(f"teacher {path!r} does not exist; correct the path")
     teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
-    size = 2 if recipe.train.precision == "bf16" else 4
-    whole = sum(p.numel() for p in teacher.parameters())
-    if not isinstance(engine, FsdpEngine):
-        return float(size * whole)
     blocks = sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
-    return size * (whole - blocks + blocks / (engine.shard_size or world_size))
+    return sum(p.numel() for p in teacher.parameters()), blocks
+
+
+def _teacher_bytes(sizes: tuple[int, int], case: Case) -> float:
+    """Bytes of a teacher on one rank; whole but for FSDP, which shards its blocks."""
+    whole, blocks = sizes
+    size = 2 if case.recipe.train.precision == "bf16" else 4
+    if not isinstance(case.engine, FsdpEngine):
+        return float(size * whole)
+    return size * (whole - blocks + blocks / (case.engine.shard_size or case.world_size))
 
 
 def _no_loading(path: str) -> nn.Module:
