@@ -35,7 +35,8 @@ def train(path: str, overrides: Sequence[str]) -> int:
     result = run_recipe(recipe)
     if result.rank == 0:
         # The path of the report was printed by the progress observer, just above.
-        print(f"{result.status} after {result.step} steps; results in {result.run_dir.resolve()}", flush=True)
+        skipped = f", {result.num_skipped} of them skipped as non-finite" if result.num_skipped else ""
+        print(f"{result.status} after {result.step} steps{skipped}; results in {result.run_dir.resolve()}", flush=True)
     return 0
 
 

@@ -44,7 +44,10 @@ class TrainConfig(Config):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip gradients to this global norm; None does not clip."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What a non-finite loss or gradient does: stop the run, or skip that optimizer step."""
+    """What a non-finite loss or gradient does: stop the run, or skip that optimizer step.
+
+    Skipping is for the odd bad batch: a run that skips more than half of 100 steps, or of all its steps,
+    saves and ends with an error."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """`full` recomputes each block in backward; `selective` keeps matmul and attention outputs."""
     compile: bool = False

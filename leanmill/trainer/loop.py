@@ -21,6 +21,7 @@ from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer
 from leanmill.trainer.meter import Meter
 from leanmill.trainer.rng import seed_step
+from leanmill.trainer.skipping import WINDOW_STEPS, SkipWatch, stuck
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,8 @@ class Loop:
     def run(self) -> str:
         """Train to the end; return `finished`, or `stopped` when a signal asked for it."""
         self.start()
-        recipe, first = self.recipe, self.step
+        recipe, first, skips = self.recipe, self.step, SkipWatch(self.step, self.num_skipped)
+        is_stuck = False
         with _stop_signals() as stop_requested:
             while self.step < self.num_steps:
                 stopping = self.train_step(torch.tensor(float(stop_requested())))
@@ -64,12 +66,18 @@ class Loop:
                 last = self.step == self.num_steps or stopping
                 if last or self.step % recipe.log.every_steps == 0:
                     self._log()
+                    is_stuck = skips.is_stuck(self.step, self.num_skipped)
+                    last = last or is_stuck
                 if self.step == self.num_steps or _due(self.step, recipe.eval.every_steps):
                     self._timed(self.evaluate)
                 if last or _due(self.step, recipe.checkpoint.every_steps):
                     self._timed(self.save)
+                if is_stuck:
+                    raise stuck(self.step, self.num_skipped, f"of the last {WINDOW_STEPS} steps")
                 if stopping:
                     return "stopped"
+        if 2 * self.num_skipped > self.num_steps:
+            raise stuck(self.step, self.num_skipped, "steps")
         return "finished"
 
     @torch.no_grad()

@@ -44,6 +44,8 @@ class RunResult:
     """`finished` or `stopped`."""
     run_dir: Path
     step: int
+    num_skipped: int
+    """Steps whose update was not applied, since the start of the run."""
     scores: dict[str, DomainScore]
     """Last evaluation, by domain."""
     rank: int
@@ -146,7 +148,14 @@ class _Run:
             observer.on_end(status)
         barrier()
         self.engine.close()
-        return RunResult(status=status, run_dir=self.run_dir, step=loop.step, scores=self.scores, rank=self.ranks.rank)
+        return RunResult(
+            status=status,
+            run_dir=self.run_dir,
+            step=loop.step,
+            num_skipped=loop.meter.num_skipped,
+            scores=self.scores,
+            rank=self.ranks.rank,
+        )
 
     def _loop(self, prepared: Prepared, num_steps: int, num_micro_batches: int, state: dict[str, Any]) -> Loop:
         recipe = self.recipe

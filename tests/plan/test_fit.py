@@ -1,5 +1,7 @@
 """What `plan` says where a rank has too little memory holds when it is typed."""
 
+import shlex
+
 import pytest
 
 from leanmill.cli.main import main
@@ -27,8 +29,7 @@ def test_each_remedy_is_enough_when_it_is_typed(engine):
     assert not result.fits
     assert len(result.remedies) >= 1
     for typed, peak in result.remedies.items():
-        overrides = [typed.strip("'")]
-        again = planned(15, f"engine={engine}", *overrides)
+        again = planned(15, f"engine={engine}", *shlex.split(typed))
         assert again.fits, typed
         assert again.peak_bytes == peak
 
@@ -38,7 +39,7 @@ def test_changes_that_are_not_enough_alone_are_joined():
     ((typed, peak),) = result.remedies.items()
     assert peak <= 3.5 * GIB
     assert typed.startswith("train.activation_checkpointing=full batch.tokens_per_micro_batch=")
-    assert planned(3.5, *typed.split(" ")[:2]).fits
+    assert planned(3.5, *shlex.split(typed)).fits
 
 
 def test_where_nothing_is_enough_the_best_is_said(capsys):
