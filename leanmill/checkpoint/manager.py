@@ -251,7 +251,11 @@ class CheckpointManager:
         optimizer = engine.optimizer_state()
         self._read_part(folder / "optimizer", take_apart(optimizer))
         engine.load_optimizer_state(optimizer)
-        state: dict[str, Any] = json.loads((folder / "train_state.json").read_text(encoding="utf-8"))
+        return self.train_state(folder)
+
+    def train_state(self, path: str | Path) -> dict[str, Any]:
+        """Return the saved `train_state` of a checkpoint that `find` returned, without its tensors."""
+        state: dict[str, Any] = json.loads((Path(path) / "train_state.json").read_text(encoding="utf-8"))
         return state
 
     # Finding

@@ -10,6 +10,7 @@ from leanmill.data.config import DataConfig
 from leanmill.data.documents import Documents, StreamingDocuments, open_documents
 from leanmill.data.encoding import Document, Encoder, num_chars
 from leanmill.data.evaluation import EvalDomain, eval_domain
+from leanmill.data.identity import data_identity
 from leanmill.data.sources import MapSource, Source, StreamSource
 from leanmill.data.store import token_store
 from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
@@ -66,14 +67,8 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
         else:
             store = token_store(documents, encoder, vocab_size=len(tokenizer), tokenizer_key=tokenizer_key, root=root)
             sources.append(MapSource(store, documents, config, pad_id=pad_id, seed=own_seed))
-    identity = {
-        **{f"text of {source.name!r}": source.text_fingerprint for source in sources},
-        "weights": {source.name: source.weight for source in sources},
-        "tokenizer": tokenizer_key,
-        "seed": seed,
-        **config.model_dump(include={"task", "sequence_length", "document_mask"}),
-        "long_documents": config.long_document_rule,
-    }
+    content = {"tokenizer": tokenizer_key, **{f"text of {s.name!r}": s.text_fingerprint for s in sources}}
+    identity = data_identity(config, seed=seed, content=content)
     return TrainData(sources, sequence_length=config.sequence_length, seed=seed, identity=identity)
 
 

@@ -54,8 +54,9 @@ class HfDocuments:
         self._config, self._task = config, task
         self._field = config.text_field if task == "pretrain" else config.messages_field
         self._files = _local_files(config)
-        settings = config.model_dump(include={"subset", "split", "validation_split", "validation_fraction", "format"})
-        self.key = fingerprint([settings, task, self._field, self._content_key()])
+        # Whatever a new field means, it makes another cache; these do not change which documents there are.
+        settings = config.model_dump(exclude={"name", "path", "weight", "streaming", "shuffle_buffer"})
+        self.key = fingerprint([settings, task, self._content_key()])
         self.stream_key = self._stream_key()
 
     def train(self) -> Iterator[Document]:
@@ -151,8 +152,7 @@ class HfDocuments:
         """Names and sizes of local files, without their times, which a copy to another machine changes."""
         if self._files is None:
             return self.key
-        sizes = [[os.path.basename(f), os.path.getsize(f)] for f in self._files[1]]
-        return fingerprint([sizes, self._field, self.shuffle_buffer, self._config.split])
+        return fingerprint([[os.path.basename(f), os.path.getsize(f)] for f in self._files[1]])
 
 
 class HfStream:

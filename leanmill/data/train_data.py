@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
-from leanmill.data.cache import fingerprint
+from leanmill.data.identity import Identity
 from leanmill.data.mixture import MixtureSchedule
 from leanmill.data.sources import Row, Source
 
@@ -21,26 +21,24 @@ _FIELDS = ("input_ids", "labels", "position_ids")
 class TrainData:
     """Rows by global number: row g is the same in every run of the same data, tokenizer and seed."""
 
-    def __init__(
-        self, sources: Sequence[Source], *, sequence_length: int, seed: int, identity: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], *, sequence_length: int, seed: int, identity: Identity) -> None:
         """Start at row 0.
 
         Args:
             sources: The domains.
             sequence_length: Tokens of a row.
             seed: Seed of the order.
-            identity: What decides the rows, by what a person would call it; JSON-able.
+            identity: What decides the rows.
         """
         self.sequence_length = sequence_length
         self._sources = list(sources)
         self._schedule = MixtureSchedule([source.weight for source in sources], seed)
-        self._identity = dict(identity)
+        self.identity = identity
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the text, tokenizer, seed and packing: equal fingerprints give equal rows."""
-        return fingerprint(self._identity)
+        """Hash of the text, tokenizer, seed and settings: equal fingerprints give equal rows."""
+        return self.identity.fingerprint
 
     @property
     def position_rows(self) -> int:
@@ -90,7 +88,7 @@ class TrainData:
             "position_tokens": self.position_tokens,
             "rows": dict(zip(self._names, self._schedule.counts, strict=True)),
             "sources": {source.name: source.state_dict() for source in self._sources},
-            "identity": self._identity,
+            "identity": self.identity.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -99,7 +97,7 @@ class TrainData:
         Raises:
             ConfigError: The checkpoint was trained on other data; the message says what differs.
         """
-        self._check_identity(state["identity"])
+        self.identity.check(state["identity"])
         self._schedule.counts = [int(state["rows"][name]) for name in self._names]
         for source in self._sources:
             source.load_state_dict(state["sources"][source.name])
@@ -114,23 +112,7 @@ class TrainData:
     def _names(self) -> list[str]:
         return [source.name for source in self._sources]
 
-    def _check_identity(self, other: Mapping[str, Any]) -> None:
-        keys = [*self._identity, *(key for key in other if key not in self._identity)]
-        differing = [key for key in keys if self._identity.get(key) != other.get(key)]
-        if differing:
-            mine = self._identity
-            pairs = [f"{k} (checkpoint {_short(other.get(k))}, recipe {_short(mine.get(k))})" for k in differing]
-            raise ConfigError(
-                f"the checkpoint was trained on other data: {', '.join(pairs)} differ; restore them (text of "
-                f"local_corpus follows the installed packages), or start anew in another run_dir"
-            )
-
 
 def stack_rows(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Return rows as one batch, each tensor [R, S] int64."""
     return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in _FIELDS}
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

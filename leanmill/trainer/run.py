@@ -187,6 +187,8 @@ class _Run:
         path = self.manager.find(self.recipe.checkpoint.resume)
         if path is None:
             return {}
+        # First, since other data may be why the model has another vocabulary.
+        self.data.identity.check(self.manager.train_state(path)["data"]["identity"])
         state = self.manager.load(path, self.engine, **self.saved)
         self.data.load_state_dict(state["data"])
         self.resumed_from = path
