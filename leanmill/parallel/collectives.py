@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -39,6 +40,32 @@ def broadcast_object(value: Any = None) -> Any:
         data = torch.empty(int(size), dtype=torch.uint8, device=device)
     dist.broadcast(data, src=0)
     return json.loads(bytes(data.tolist()))
+
+
+def same_on_all_ranks(value: Any) -> bool:
+    """Whether every rank gave the same `value`, anything JSON can hold; one small reduction."""
+    digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=7).digest()
+    number = int.from_bytes(digest, "big")
+    highest, lowest = max_over_ranks(torch.tensor([number, -number])).tolist()
+    return int(highest) == -int(lowest)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's `value`, by rank, on every rank; anything JSON can hold."""
+    if not _is_distributed():
+        return [json.loads(json.dumps(value))]
+    device, world_size = _collective_device(), dist.get_world_size()
+    encoded = json.dumps(value).encode()
+    longest = int(max_over_ranks(torch.tensor([len(encoded)])))
+    mine = torch.frombuffer(bytearray(encoded.ljust(longest)), dtype=torch.uint8).to(device)
+    everyone = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyone, mine)
+    return [json.loads(bytes(data.tolist())) for data in everyone]
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not _is_distributed() or dist.get_rank() == 0
 
 
 def barrier() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
+from leanmill.data.agreement import check_ranks_agree
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.tokenizer import tokenizer_fingerprint
 from leanmill.models.build import build_on_meta
@@ -92,6 +93,7 @@ class _Run:
         )
         self.domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
         self.data = build_train_data(recipe.data, tokenizer, seed=recipe.seed)
+        check_ranks_agree(self.data.identity, self.domains)
         model_bytes = sum(4 * p.numel() for p in model.parameters())
         self.engine, why = build_engine(
             recipe.engine,

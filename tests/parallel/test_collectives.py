@@ -5,7 +5,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from leanmill.parallel.collectives import barrier, broadcast_object, max_over_ranks, sum_over_ranks
+from leanmill.parallel.collectives import (
+    barrier,
+    broadcast_object,
+    gather_objects,
+    is_first_rank,
+    max_over_ranks,
+    same_on_all_ranks,
+    sum_over_ranks,
+)
 from tests.distributed import run_ranks
 
 
@@ -15,6 +23,9 @@ def body() -> dict[str, Any]:
     result = {"sum": sum_over_ranks(mine), "max": max_over_ranks(mine), "mine": mine}
     objects = [{"rank": rank, "text": "ä" * (rank + 1), "list": (1, 2)}, None, "", []]
     result["objects"] = [broadcast_object(value) for value in objects]
+    result["gathered"] = gather_objects({"rank": rank, "text": "ä" * rank})
+    result["same"] = [same_on_all_ranks(value) for value in ({"b": 1, "a": [2]}, {"rank": rank}, rank == 1)]
+    result["first"] = is_first_rank()
     barrier()
     return result
 
@@ -25,9 +36,15 @@ def test_collectives() -> None:
         assert result["max"].tolist() == [1.0, 2.0]
         assert result["mine"].tolist() == [1.0, rank]  # left as it was
         assert result["objects"] == [{"rank": 0, "text": "ä", "list": [1, 2]}, None, "", []]
+        assert result["gathered"] == [{"rank": r, "text": "ä" * r} for r in range(3)]
+        assert result["same"] == [True, False, False]
+        assert result["first"] == (rank == 0)
 
 
 def test_one_process_needs_no_group() -> None:
     result = body()
     assert result["sum"].tolist() == [1.0, 0.0]
     assert result["objects"][0] == {"rank": 0, "text": "ä", "list": [1, 2]}
+    assert result["gathered"] == [{"rank": 0, "text": ""}]
+    assert result["same"] == [True, True, True]
+    assert result["first"]

@@ -1,0 +1,103 @@
+"""Ranks with other text or another tokenizer are refused on every rank, with one line and no hang."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from leanmill.core.errors import ConfigError
+from leanmill.data.agreement import check_ranks_agree
+from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
+from leanmill.data.config import TokenizerConfig
+from tests.data.samples import hf_config, write_texts
+from tests.distributed import run_ranks
+
+
+def _ask(folders, source, tokenizer_of):
+    """Each rank reads its own folder, as a node with its own disk would; returns what it is told."""
+    folder = Path(folders[dist.get_rank()])
+    config = hf_config(f"{folder}/a.jsonl", folder, source=source, tokenizer=TokenizerConfig(vocab_size=300))
+    tokenizer = build_tokenizer(
+        config if tokenizer_of is None else hf_config(f"{tokenizer_of}/a.jsonl", folder, tokenizer=config.tokenizer)
+    )
+    data = build_train_data(config, tokenizer, seed=0)
+    domains = build_eval_data(config, tokenizer, tokens_per_domain=64)
+    try:
+        check_ranks_agree(data.identity, domains)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two equal folders and one with other text of as many rows."""
+    found = [tmp_path_factory.mktemp(name) for name in ("a", "a_copy", "b")]
+    for folder, first in zip(found, (40, 40, 41), strict=True):
+        write_texts(folder / "a.jsonl", first)
+    return [str(folder) for folder in found]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_equal_ranks_are_let_through(folders, streaming):
+    source = {"streaming": streaming, "validation_fraction": 0.2}
+    assert run_ranks(_ask, 2, folders[:2], source, None) == ["", ""]
+
+
+def test_other_text_trains_another_vocabulary_and_both_are_named(folders):
+    a, copy, b = folders
+    messages = run_ranks(_ask, 3, [a, b, copy], {"validation_fraction": 0.2}, None)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("rank 1 of 3 (on ")
+    for part in ("text of 'data'", "held-out text of 'data'", "tokenizer"):
+        assert part in messages[0]
+    assert "give every machine the same files, recipe and packages" in messages[0]
+    assert "\n" not in messages[0]
+
+
+def test_held_out_text_alone(folders, tmp_path, monkeypatch):
+    (first, second) = run_ranks(_ask_with_other_held_out_text, 2, folders[0])
+    assert first == second
+    assert "other data than the others: held-out text of 'data' differ" in first
+
+
+def _ask_with_other_held_out_text(folder):
+    config = hf_config(f"{folder}/a.jsonl", Path(folder), source={"validation_fraction": 0.2})
+    tokenizer = build_tokenizer(config)
+    data = build_train_data(config, tokenizer, seed=0)
+    domains = build_eval_data(config, tokenizer, tokens_per_domain=64)
+    domains[0].rows["labels"][0, 3] += dist.get_rank()
+    with pytest.raises(ConfigError) as caught:
+        check_ranks_agree(data.identity, domains)
+    return str(caught.value)
+
+
+def test_a_tokenizer_of_equal_size_alone(folders):
+    messages = run_ranks(_ask_with_own_tokenizer, 2, folders)
+    assert len(set(messages)) == 1
+    assert "rank 1 of 2" in messages[0]
+    assert ": tokenizer differ;" in messages[0]
+
+
+def _ask_with_own_tokenizer(folders):
+    import torch
+
+    from leanmill.data.identity import data_identity
+    from leanmill.data.tokenizer import tokenizer_fingerprint
+
+    rank = dist.get_rank()
+    folder = folders[2 * rank]
+    config = hf_config(f"{folder}/a.jsonl", Path(folder), tokenizer=TokenizerConfig(vocab_size=300))
+    tokenizer = build_tokenizer(config)
+    assert len(tokenizer) == 300
+    identity = data_identity(config, seed=0, content={"tokenizer": tokenizer_fingerprint(tokenizer)})
+    with pytest.raises(ConfigError) as caught:
+        check_ranks_agree(identity, [])
+    # The group is usable afterwards: nobody is left inside a collective.
+    dist.all_reduce(torch.ones(1))
+    return str(caught.value)
+
+
+def test_one_process_has_nobody_to_differ_from(tokenizer, tmp_path):
+    config = hf_config(write_texts(tmp_path / "a.jsonl", 3), tmp_path)
+    check_ranks_agree(build_train_data(config, tokenizer, seed=0).identity, [])
