@@ -34,7 +34,7 @@ def build_tokenizer(config: DataConfig, *, seed: int = 0) -> PreTrainedTokenizer
         RunError: The hub does not answer.
     """
     if config.tokenizer.path is not None:
-        return load_tokenizer(config.tokenizer.path)
+        return load_tokenizer(config.tokenizer.path, trust_remote_code=config.tokenizer.trust_remote_code)
     root = cache_root(config.cache_dir)
     domains = open_documents(config, root)
     key = fingerprint([[domain.key, domain.weight] for domain in domains])

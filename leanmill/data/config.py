@@ -14,6 +14,8 @@ class TokenizerConfig(Config):
 
     path: str | None = None
     """Local folder or hub name; None trains byte-level BPE on the data."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with `path`."""
     vocab_size: int = Field(default=8192, ge=260)
     """Vocabulary of a trained tokenizer: 256 bytes, 4 special tokens, the rest learned."""
     num_training_bytes: int = Field(default=16_000_000, ge=1)

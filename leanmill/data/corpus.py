@@ -29,11 +29,12 @@ import numpy as np
 from leanmill.core.errors import ConfigError
 from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
 from leanmill.data.config import LocalCorpus
+from leanmill.data.local_files import by_kind
 
 
 Domain = Literal["python", "cpp", "english"]
 
-_VERSION = 2
+_VERSION = 3
 """Raise when the same files would give other text."""
 _MAX_FILE_BYTES = 128 * 1024
 """Larger files are generated tables more often than prose or code."""
@@ -57,6 +58,8 @@ class CorpusText:
     text_fingerprint: str
     num_skipped: int
     """Files left out because they are not UTF-8."""
+    kinds: str
+    """Files read, by ending: `812 .py`."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,10 @@ def corpus_domain(config: LocalCorpus, domain: Domain, root: Path) -> CorpusText
         ConfigError: The machine has no text for the domain.
     """
     settings = {
+        **config.model_dump(exclude={"type", "domains"}),
         "version": _VERSION,
         "domain": domain,
         "max_bytes": domain_max_bytes(config, domain),
-        "validation_fraction": config.validation_fraction,
     }
     key = fingerprint([settings, _listing()])
     folder = cached_folder(root, "corpus", key, lambda path: _build(config, domain, path))
@@ -101,6 +104,7 @@ def corpus_domain(config: LocalCorpus, domain: Domain, root: Path) -> CorpusText
         _load_documents(folder, "validation"),
         facts["text"],
         facts["skipped"],
+        facts["kinds"],
     )
 
 
@@ -110,8 +114,8 @@ def _build(config: LocalCorpus, domain: Domain, folder: Path) -> None:
     held_out_limit = min(limit, max(int(limit * config.validation_fraction), _MIN_VALIDATION_BYTES))
     documents_seen = set[bytes]()  # of both splits: what one has, the other must not
     splits = {"train": _Split(limit, documents_seen), "validation": _Split(held_out_limit, documents_seen)}
-    skipped, files_seen = 0, set[bytes]()
-    for content, documents_of in _contents(domain):
+    skipped, files_seen, names = 0, set[bytes](), list[str]()
+    for name, content, documents_of in _contents(domain):
         digest = hashlib.blake2b(content, digest_size=16).digest()
         split = splits["validation" if _is_held_out(digest, config.validation_fraction) else "train"]
         if digest in files_seen or split.full:
@@ -122,18 +126,21 @@ def _build(config: LocalCorpus, domain: Domain, folder: Path) -> None:
         except UnicodeDecodeError:
             skipped += 1
             continue
+        names.append(name)
         for document in documents:
             split.add(document.encode())
         if splits["train"].full and splits["validation"].num_bytes >= min(held_out_limit, _ENOUGH_VALIDATION_BYTES):
             break
-    for name, split in splits.items():
+    for split_name, split in splits.items():
         if not split.documents:
             raise ConfigError(
-                f"local_corpus: this machine has no {name} text for the domain {domain!r} within {max_bytes} bytes; "
-                f"raise data.source.max_bytes or validation_fraction, or remove the domain from data.source.domains"
+                f"local_corpus: this machine has no {split_name} text for the domain {domain!r} within {max_bytes} "
+                f"bytes; raise data.source.max_bytes or validation_fraction, or remove the domain from "
+                f"data.source.domains"
             )
-        _save_documents(folder, name, split.documents)
-    write_json(folder / "facts.json", {"text": _text_fingerprint(splits), "skipped": skipped})
+        _save_documents(folder, split_name, split.documents)
+    facts = {"text": _text_fingerprint(splits), "skipped": skipped, "kinds": by_kind(names)}
+    write_json(folder / "facts.json", facts)
 
 
 class _Split:
@@ -155,16 +162,16 @@ class _Split:
         self.num_bytes += len(document)
 
 
-def _contents(domain: Domain) -> Iterator[tuple[bytes, Callable[[str], list[str]]]]:
-    """Yield the content of each file and what turns it into documents, one at a time."""
+def _contents(domain: Domain) -> Iterator[tuple[str, bytes, Callable[[str], list[str]]]]:
+    """Yield the name and content of each file and what turns it into documents, one at a time."""
     if domain == "python":
-        yield from ((file.read(), _whole) for file in _python_files())
+        yield from ((file.relative, file.read(), _whole) for file in _python_files())
     elif domain == "cpp":
-        yield from ((file.read(), _whole) for file in _cpp_files())
+        yield from ((file.relative, file.read(), _whole) for file in _cpp_files())
     else:
         for file in _prose_files():
-            yield file.read(), _description if file.relative.endswith("METADATA") else _whole
-        yield from ((file.read(), _docstrings) for file in _python_files())
+            yield file.relative, file.read(), _description if file.relative.endswith("METADATA") else _whole
+        yield from ((file.relative, file.read(), _docstrings) for file in _python_files())
 
 
 def _whole(text: str) -> list[str]:

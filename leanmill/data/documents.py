@@ -10,6 +10,30 @@ from leanmill.core.errors import ConfigError
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus
 from leanmill.data.corpus import CorpusText, Domain, corpus_domain
 from leanmill.data.encoding import Document
+from leanmill.data.tally import Tally
+
+
+class DocumentReader(Protocol):
+    """Documents of one split in a fixed order."""
+
+    tally: Tally
+    """What was read so far; kept up to date by the reader."""
+
+    def locate(self, number: int) -> str:
+        """Name row `number` (from 1) for a person, e.g. `row 3 of chats.jsonl`."""
+        ...
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+    def __next__(self) -> Document: ...
+
+
+class DocumentStream(DocumentReader, Protocol):
+    """Training documents read one after another, from any place of an epoch."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able place of the next document."""
+        ...
 
 
 class Documents(Protocol):
@@ -21,26 +45,20 @@ class Documents(Protocol):
     key: str
     """Cheap fingerprint: changes whenever the documents may have changed."""
     streaming: bool
+    column: str
+    """What of a row is read, for messages: `column 'text'`."""
     note: str
-    """What a person should know about how it was read; empty where there is nothing."""
+    """Which files were found and ignored, for the log; empty where there is nothing to say."""
+    warnings: list[str]
+    """What a person may have expected to be read and is not."""
 
-    def train(self) -> Iterator[Document]:
-        """Open the training documents, in a fixed order."""
+    def train(self) -> DocumentReader:
+        """Open the training documents."""
         ...
 
-    def validation(self) -> Iterator[Document] | None:
-        """Open the held-out documents in a fixed order; None where none are to be held out."""
+    def validation(self) -> DocumentReader | None:
+        """Open the held-out documents; None where none are to be held out."""
         ...
-
-
-class DocumentStream(Protocol):
-    """Training documents read one after another, from any place of an epoch."""
-
-    def state(self) -> dict[str, Any]:
-        """JSON-able place of the next document."""
-        ...
-
-    def __next__(self) -> Document: ...
 
 
 class StreamingDocuments(Documents, Protocol):
@@ -59,22 +77,44 @@ class CorpusDocuments:
     """A domain of the built-in corpus."""
 
     streaming = False
+    column = "file"
 
     def __init__(self, config: LocalCorpus, domain: Domain, root: Path) -> None:
         self.name: str = domain
         self.weight = config.domains[domain]
         self._text: CorpusText = corpus_domain(config, domain, root)
         self.key = self._text.text_fingerprint
-        skipped = self._text.num_skipped
-        self.note = f"{skipped} files skipped for not being UTF-8" if skipped else ""
+        skipped = f"; files ignored: {self._text.num_skipped:,} not UTF-8" if self._text.num_skipped else ""
+        self.note = f"files read: {self._text.kinds}{skipped}"
+        self.warnings: list[str] = []
 
-    def train(self) -> Iterator[Document]:
+    def train(self) -> DocumentReader:
         """See `Documents`."""
-        return iter(self._text.train)
+        return _ListReader(self.name, self._text.train)
 
-    def validation(self) -> Iterator[Document]:
+    def validation(self) -> DocumentReader:
         """See `Documents`."""
-        return iter(self._text.validation)
+        return _ListReader(self.name, self._text.validation)
+
+
+class _ListReader:
+    """Documents in memory."""
+
+    def __init__(self, name: str, documents: list[str]) -> None:
+        self.tally = Tally()
+        self._name, self._documents = name, iter(documents)
+
+    def locate(self, number: int) -> str:
+        """See `DocumentReader`."""
+        return f"document {number:,} of {self._name!r}"
+
+    def __iter__(self) -> Iterator[Document]:
+        return self
+
+    def __next__(self) -> Document:
+        document = next(self._documents)
+        self.tally.num_rows += 1
+        return document
 
 
 def open_documents(config: DataConfig, root: Path) -> list[Documents]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,6 +46,15 @@ class Measured:
     """The bytes; sum(num_bytes) of them."""
 
 
+class BadDocument(ConfigError):
+    """A document that cannot be encoded; whoever read it knows which row it is."""
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+        """Which of the documents that were given."""
+
+
 class Encoder:
     """Turns documents of one task into tokens with one tokenizer."""
 
@@ -65,11 +74,15 @@ class Encoder:
         self._chat = ChatRenderer(tokenizer) if task == "sft" else None
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
-        """Encode documents on all cores."""
+        """Encode documents on all cores.
+
+        Raises:
+            BadDocument: The chat template refuses one.
+        """
         if self._chat is None:
             encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
             return [Encoded(self._framed(encoding.ids), None) for encoding in encodings]
-        rendered = [self._render(document) for document in documents]
+        rendered = [self._render(document, index) for index, document in enumerate(documents)]
         encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         return [
             Encoded(ids, self._targets(ids, offsets, spans, text))
@@ -91,11 +104,14 @@ class Encoder:
         content = content[np.repeat(is_text, num_bytes)]
         return Measured(Encoded(ids, self._targets(ids, offsets, spans, text)), num_bytes * is_text, content)
 
-    def _render(self, document: Document) -> tuple[str, list[Span]]:
+    def _render(self, document: Document, index: int = 0) -> tuple[str, list[Span]]:
         if isinstance(document, str):
             return document, []
         assert self._chat is not None
-        return self._chat.render(document)
+        try:
+            return self._chat.render(document)
+        except ConfigError as error:
+            raise BadDocument(str(error), index) from error
 
     def _framed(self, ids: Any) -> NDArray[np.int64]:
         return np.asarray([*self._bos, *ids, self._eos], dtype=np.int64)
@@ -177,8 +193,8 @@ def document_digest(document: Document) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
 
 
-def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return `value` as turns of a conversation.
+def check_messages(value: Any, where: Callable[[], str]) -> list[dict[str, Any]]:
+    """Return `value` as turns of a conversation; `where` names it in a message.
 
     Raises:
         ConfigError: It is not a list of {role, content}.
@@ -187,5 +203,5 @@ def check_messages(value: Any, where: str) -> list[dict[str, Any]]:
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in value
     )
     if not good:
-        raise ConfigError(f"{where} must be a list of {{role, content}} turns, got {str(value)[:80]!r}")
+        raise ConfigError(f"{where()} must be a list of {{role, content}} turns, got {str(value)[:80]!r}")
     return [{key: item for key, item in turn.items() if item is not None} for turn in value]

@@ -14,10 +14,11 @@ from torch import Tensor
 from leanmill.core.errors import ConfigError
 from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
 from leanmill.data.config import DataConfig
-from leanmill.data.documents import Documents
-from leanmill.data.encoding import Encoder, Measured
+from leanmill.data.documents import DocumentReader, Documents
+from leanmill.data.encoding import BadDocument, Document, Encoder, Measured
 from leanmill.data.packing import NONE, RowPlan
 from leanmill.data.sources import Row, keeps_documents_whole, make_packer, render_row
+from leanmill.data.tally import NO_ANSWER
 from leanmill.data.train_data import stack_rows
 
 
@@ -61,15 +62,15 @@ def eval_domain(
         needed = num_rows * config.sequence_length * _OVERSAMPLING
         measured: list[Measured] = []
         for document in held_out:
-            measured.append(encoder.measure(document))
-            needed -= len(measured[-1].encoded.ids)
+            one = measure_row(encoder, document, held_out)
+            if one is None:
+                continue
+            measured.append(one)
+            needed -= len(one.encoded.ids)
             if needed <= 0:
                 break
         if not measured:
-            raise ConfigError(
-                f"data.source: no text of {documents.name!r} is held out for evaluation; raise validation_fraction, "
-                f"name a validation_split, or set validation_fraction: 0 to train without evaluation"
-            )
+            raise _nothing_held_out(documents, encoder, held_out)
         _save(folder, *_rows(measured, config, name=documents.name, num_rows=num_rows, pad_id=pad_id))
 
     folder = cached_folder(root, "evaluation", full_key, build)
@@ -83,6 +84,38 @@ def eval_domain(
     )
 
 
+def measure_row(encoder: Encoder, document: Document, reader: DocumentReader) -> Measured | None:
+    """Encode the document that `reader` just gave; None, and counted, where nothing of it is to be predicted.
+
+    Raises:
+        ConfigError: The chat template refuses it; the message names the row.
+    """
+    row = reader.tally.num_rows
+    try:
+        measured = encoder.measure(document)
+    except BadDocument as error:
+        raise ConfigError(f"{reader.locate(row)}: {error}") from error
+    if measured.encoded.is_target is None or measured.encoded.is_target.any():
+        return measured
+    reader.tally.drop(NO_ANSWER, row)
+    return None
+
+
+def _nothing_held_out(documents: Documents, encoder: Encoder, held_out: DocumentReader) -> ConfigError:
+    """Blame what is held out only where the training rows are any better."""
+    train = documents.train()
+    if all(measure_row(encoder, document, train) is None for document in train):
+        train.tally.locate(train.locate)
+        return train.tally.nothing_left(documents.name, documents.column)
+    if held_out.tally.dropped:
+        held_out.tally.locate(held_out.locate)
+        return held_out.tally.nothing_left(f"{documents.name} (held out)", documents.column)
+    return ConfigError(
+        f"data.source: no text of {documents.name!r} is held out for evaluation; raise validation_fraction, "
+        f"name a validation_split, or set validation_fraction: 0 to train without evaluation"
+    )
+
+
 def _rows(
     measured: list[Measured], config: DataConfig, *, name: str, num_rows: int, pad_id: int
 ) -> tuple[list[Row], NDArray[np.int64]]:
@@ -91,7 +124,7 @@ def _rows(
     tokens = np.concatenate([m.encoded.ids for m in measured])
     masks = [m.encoded.is_target for m in measured if m.encoded.is_target is not None]
     is_target = np.concatenate(masks) if masks else None
-    packer = make_packer(offsets, is_target, config, name=name, seed=0)
+    packer, _ = make_packer(offsets, is_target, config, name=name, seed=0)
     whole = keeps_documents_whole(config)
     available = packer.rows_per_epoch if whole else -(-len(tokens) // config.sequence_length)
     chosen = np.unique(np.linspace(0, available - 1, min(num_rows, available)).astype(np.int64)).tolist()

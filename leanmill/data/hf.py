@@ -7,31 +7,20 @@ no dataset's own code is run.
 
 from __future__ import annotations
 
-import glob
 import os
-import re
-from collections.abc import Iterator
-from itertools import chain
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Literal
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.paths import expand_user
 from leanmill.data.cache import fingerprint
 from leanmill.data.config import HfDataset
 from leanmill.data.encoding import Document, check_messages, document_digest
 from leanmill.data.hub import hub_errors, one_line
+from leanmill.data.local_files import by_kind, local_files
+from leanmill.data.tally import NO_MESSAGES, NO_TEXT, Tally
 
 
-_FORMATS: dict[str, tuple[str, ...]] = {
-    "json": (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst"),
-    "parquet": (".parquet",),
-    "arrow": (".arrow",),
-    "text": (".txt", ".md", ".text"),
-}
-_PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".npy", ".npz", ".joblib")
-_ENDINGS = tuple(chain.from_iterable(_FORMATS.values()))
-_OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
 _TEXT_DOCUMENT_CHARS = 16_384
 
 
@@ -50,25 +39,25 @@ class HfDocuments:
 
     def __init__(self, config: HfDataset, task: Literal["pretrain", "sft"]) -> None:
         self.name, self.weight, self.streaming = config.name, config.weight, config.streaming
-        self.shuffle_buffer, self.note = config.shuffle_buffer, ""
+        self.shuffle_buffer = config.shuffle_buffer
         self._config, self._task = config, task
+        self._files = local_files(config)
         self._field = config.text_field if task == "pretrain" else config.messages_field
-        self._files = _local_files(config)
+        if self._files is not None and self._files.format == "text":
+            self._field = "text"
+        self.column = f"column {self._field!r}"
+        self.note, self.warnings = self._describe_files()
         # Whatever a new field means, it makes another cache; these do not change which documents there are.
         settings = config.model_dump(exclude={"name", "path", "weight", "streaming", "shuffle_buffer"})
         self.key = fingerprint([settings, task, self._content_key()])
-        self.stream_key = self._stream_key()
+        # Without times, which a copy to another machine changes.
+        self.stream_key = self.key if self._files is None else fingerprint(self._files.sizes())
 
-    def train(self) -> Iterator[Document]:
+    def train(self) -> HfStream:
         """See `Documents`."""
-        stream = self.stream(None)
-        while True:
-            try:
-                yield next(stream)
-            except StopIteration:
-                return
+        return self.stream(None)
 
-    def validation(self) -> Iterator[Document] | None:
+    def validation(self) -> HfStream | None:
         """See `Documents`."""
         if self._config.validation_split is not None:
             return HfStream(self, self._config.validation_split, None, held_out=None)
@@ -98,8 +87,26 @@ class HfDocuments:
                 return datasets.load_dataset(
                     self._config.path, self._config.subset, split=split, streaming=self.streaming
                 )
-        kind, files = self._files
-        files = _files_of_split(files, split, self._config)
+        return self._rows_of(self._files.of_split(split, self._config))
+
+    def locate(self, number: int, split: str) -> str:
+        """Name the row with `number` (from 1) of a split for a person; reads up to it again."""
+        if self._files is None:
+            return f"row {number:,} of {self._config.path} ({split})"
+        *before, last = self._files.of_split(split, self._config)
+        for file in before:
+            num_rows = sum(1 for _ in islice(self._rows_of([file]), number))
+            if num_rows >= number:
+                last = file
+                break
+            number -= num_rows
+        return f"row {number:,} of {last}"
+
+    def _rows_of(self, files: list[str]) -> Any:
+        import datasets
+
+        assert self._files is not None
+        kind = self._files.format
         if kind == "text":
             return datasets.IterableDataset.from_generator(_text_rows, gen_kwargs={"files": files})
         try:
@@ -111,48 +118,71 @@ class HfDocuments:
         except Exception as error:
             raise self.cannot_read(error) from error
 
-    def document(self, row: dict[str, Any]) -> Document | None:
-        """Return the document of a row; None where the field is empty."""
-        field = "text" if self._files is not None and self._files[0] == "text" else self._field
+    def document(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
+        """Return the document of a row; None where the field is empty.
+
+        Args:
+            row: Values by column.
+            where: Names the row for a person; called only for a message.
+        """
         what = "text_field" if self._task == "pretrain" else "messages_field"
-        if field not in row:
+        if self._field not in row:
             raise ConfigError(
-                f"data.source.{what}: {self._config.path!r} has no column {field!r}; it has {', '.join(sorted(row))}; "
-                f"set {what} to one of them"
+                f"data.source.{what}: {self._config.path!r} has no column {self._field!r}; it has "
+                f"{', '.join(sorted(row))}; set {what} to one of them (read in {where()})"
             )
-        value = row[field]
+        value = row[self._field]
         if value is None or value == "" or value == []:
             return None
         if self._task == "sft":
-            return check_messages(value, f"data.source.messages_field: {field!r} of {self._config.path!r}")
+            messages = check_messages(value, lambda: f"data.source.messages_field: {self.column} in {where()}")
+            return messages if any(str(turn.get("content", "")).strip() for turn in messages) else None
         if not isinstance(value, str):
             raise ConfigError(
-                f"data.source.text_field: column {field!r} of {self._config.path!r} holds {type(value).__name__}, not "
-                f"text; set text_field to a column with text, or task: sft for conversations"
+                f"data.source.text_field: {self.column} holds {type(value).__name__}, not text, in {where()}; set "
+                f"text_field to a column with text, or task: sft for conversations"
             )
         return value if value.strip() else None
 
+    @property
+    def empty_reason(self) -> str:
+        """What a row is without, when it has no document."""
+        return NO_TEXT if self._task == "pretrain" else NO_MESSAGES
+
     def cannot_read(self, error: Exception) -> ConfigError:
         """Say which of the local files an error while reading comes from."""
-        for path in self._files[1] if self._files is not None else []:
+        for path in self._files.files if self._files is not None else []:
             if not path.endswith((".parquet", ".arrow", ".gz", ".zst")) and not _is_utf8(path):
                 return ConfigError(f"data.source.path: {path!r} is not UTF-8; convert it, e.g. with iconv -t UTF-8")
         return ConfigError(f"data.source.path: cannot read {self._config.path!r}: {one_line(error)}; correct the file")
 
     def _content_key(self) -> Any:
         if self._files is not None:
-            return [[os.path.basename(f), os.path.getsize(f), os.stat(f).st_mtime_ns] for f in self._files[1]]
+            times = [os.stat(f).st_mtime_ns for f in self._files.files]
+            return list(zip(self._files.sizes(), times, strict=True))
         import datasets
 
         with hub_errors("data.source.path", self._config.path, "local JSONL, Parquet, Arrow or text files"):
             builder = datasets.load_dataset_builder(self._config.path, self._config.subset)
         return [self._config.path, builder.hash]
 
-    def _stream_key(self) -> str:
-        """Names and sizes of local files, without their times, which a copy to another machine changes."""
+    def _describe_files(self) -> tuple[str, list[str]]:
+        """Words for the log, and warnings about files that may have been meant as data."""
         if self._files is None:
-            return self.key
-        return fingerprint([[os.path.basename(f), os.path.getsize(f)] for f in self._files[1]])
+            return "", []
+        used = self._files.of_split(self._config.split, self._config)
+        parts = [f"files read: {by_kind(used)}"]
+        warnings = []
+        if len(used) < len(self._files.files):
+            parts.append(f"files of other splits: {len(self._files.files) - len(used):,}")
+        if self._files.ignored:
+            parts.append(f"files ignored: {by_kind(self._files.ignored)}")
+        if surprising := self._files.surprising:
+            warnings.append(
+                f"{by_kind(surprising)} in {self._config.path!r} are no {self._files.format} files and are ignored, "
+                f"e.g. {surprising[0]}; convert them, or give them a source of their own in a mixture"
+            )
+        return "; ".join(parts), warnings
 
 
 class HfStream:
@@ -161,10 +191,12 @@ class HfStream:
     def __init__(
         self, documents: HfDocuments, split: str, state: dict[str, Any] | None, *, held_out: bool | None
     ) -> None:
-        self._documents, self._held_out = documents, held_out
+        self._documents, self._split, self._held_out = documents, split, held_out
         self._rows = documents.rows(split)
+        self.tally = Tally()
         if state is not None:
-            self._rows.load_state_dict(state)
+            self._rows.load_state_dict(state["reader"])
+            self.tally = Tally.from_state(state["tally"])
         self._loaded_state = state
         self._iterator: Iterator[dict[str, Any]] | None = None
 
@@ -172,7 +204,11 @@ class HfStream:
         """See `DocumentStream`."""
         if self._iterator is None and self._loaded_state is not None:
             return self._loaded_state  # datasets reports the beginning until the first row is read
-        return self._rows.state_dict()  # type: ignore[no-any-return]
+        return {"reader": self._rows.state_dict(), "tally": self.tally.state()}
+
+    def locate(self, number: int) -> str:
+        """See `DocumentReader`."""
+        return self._documents.locate(number, self._split)
 
     def __iter__(self) -> HfStream:
         return self
@@ -187,75 +223,17 @@ class HfStream:
                 raise
             except Exception as error:
                 raise self._documents.cannot_read(error) from error
-            document = self._documents.document(row)
-            if document is not None and self._wanted(document):
+            self.tally.num_rows += 1
+            document = self._documents.document(row, lambda: self.locate(self.tally.num_rows))
+            if document is None:
+                self.tally.drop(self._documents.empty_reason, self.tally.num_rows)
+            elif self._wanted(document):
                 return document
+            else:
+                self.tally.num_other += 1
 
     def _wanted(self, document: Document) -> bool:
         return self._held_out is None or self._documents.is_held_out(document) == self._held_out
-
-
-def _local_files(config: HfDataset) -> tuple[str, list[str]] | None:
-    """Return the format and the files of a local source; None where `path` is a hub name."""
-    path = str(expand_user(config.path))
-    if os.path.isdir(path):
-        found = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not _is_hidden(p, path))
-    elif os.path.isfile(path):
-        found = [path]
-    elif glob.has_magic(path):
-        found = sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f))
-    elif path.startswith(("/", "./", "../")) or path.endswith((*_ENDINGS, *_PICKLES)) or path.count("/") > 1:
-        raise ConfigError(f"data.source.path: no file or folder {config.path!r}; give a file, folder, glob or hub name")
-    else:
-        return None
-    return _one_format(config, found, is_file=os.path.isfile(path))
-
-
-def _one_format(config: HfDataset, found: list[str], *, is_file: bool) -> tuple[str, list[str]]:
-    if is_file and config.format != "auto":
-        return config.format, found
-    wanted = _FORMATS if config.format == "auto" else {config.format: _FORMATS[config.format]}
-    by_format = {kind: [f for f in found if f.endswith(endings)] for kind, endings in wanted.items()}
-    # READMEs and licences lie beside data and are not it.
-    data = {kind: files for kind, files in by_format.items() if files and kind != "text"}
-    data = data or {kind: files for kind, files in by_format.items() if files}
-    if "json" in data:
-        only_data = [f for f in data["json"] if os.path.basename(f) not in ("dataset_info.json", "state.json")]
-        data = {kind: files for kind, files in {**data, "json": only_data}.items() if files}
-    if len(data) > 1:
-        raise ConfigError(
-            f"data.source.path: {config.path!r} holds files of several formats ({', '.join(data)}); set "
-            f"data.source.format to one"
-        )
-    if not data:
-        endings = sorted({os.path.splitext(f)[1] or "no ending" for f in found})
-        pickled = any(f.endswith(_PICKLES) for f in found)
-        only = f" (only {', '.join(endings[:5])})" if endings else ""
-        refused = "; pickles are never loaded" if pickled else ""
-        raise ConfigError(
-            f"data.source.path: {config.path!r} holds no {'/'.join(wanted)} file{only}{refused}; convert it to .jsonl, "
-            f".parquet, .arrow or .txt"
-        )
-    return next(iter(data.items()))
-
-
-def _is_hidden(path: Path, root: str) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _files_of_split(files: list[str], split: str, config: HfDataset) -> list[str]:
-    """Files whose path names the split; files that name no split at all are `train`."""
-    root = os.path.commonpath([os.path.dirname(f) for f in files])
-    words = {f: set(re.split(r"[^a-z0-9]+", os.path.relpath(f, root).lower())) for f in files}
-    chosen = [f for f in files if split.lower() in words[f]]
-    if not chosen and split == "train":
-        chosen = [f for f in files if not words[f] & _OTHER_SPLITS] or (files if len(files) == 1 else [])
-    if not chosen:
-        raise ConfigError(
-            f"data.source.split: no file of {config.path!r} is named after the split {split!r}; name one e.g. "
-            f"{split}.jsonl, or leave validation_split out to hold out a share of the rows"
-        )
-    return chosen
 
 
 def _text_rows(files: list[str]) -> Iterator[dict[str, str]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.config import DataConfig
-from leanmill.data.documents import Documents, StreamingDocuments
+from leanmill.data.documents import Documents, DocumentStream, StreamingDocuments
 from leanmill.data.encoding import Document, Encoded, Encoder
 from leanmill.data.packing import (
     NONE,
@@ -24,8 +26,12 @@ from leanmill.data.packing import (
     permutation,
     plan_row,
 )
-from leanmill.data.store import TokenStore
+from leanmill.data.store import TokenStore, encode_rows
+from leanmill.data.tally import FAR_ANSWER, NO_ANSWER, Tally
+from leanmill.parallel.collectives import is_first_rank
 
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a position that predicts nothing."""
@@ -63,8 +69,16 @@ class Source(Protocol):
         """Continue where `state_dict` was taken."""
         ...
 
+    def passes(self, num_rows: float) -> float | None:
+        """How often `num_rows` rows go through the documents; None where only reading them would tell."""
+        ...
+
     def describe(self) -> str:
-        """A few words for the log."""
+        """The counts for the log."""
+        ...
+
+    def warnings(self) -> list[str]:
+        """What was left out, a line each, with what to do about it."""
         ...
 
 
@@ -89,8 +103,8 @@ class MapSource:
             ConfigError: A document is too long and `long_documents` is `error`.
         """
         self.name, self.weight, self.text_fingerprint = documents.name, documents.weight, store.text_fingerprint
-        self._store, self._pad_id, self._note = store, pad_id, documents.note
-        packer = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
+        self._store, self._pad_id, self._documents = store, pad_id, documents
+        packer, self._num_cut_off = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
         self._packer = ShuffledRows(packer, seed)
 
     def row(self, number: int) -> Row:
@@ -107,12 +121,29 @@ class MapSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Source`."""
 
+    def passes(self, num_rows: float) -> float:
+        """See `Source`."""
+        return num_rows / self._packer.rows_per_epoch
+
     def describe(self) -> str:
         """See `Source`."""
-        parts = [f"{len(self._store.offsets) - 1:,} documents", f"{len(self._store.tokens):,} tokens"]
-        if self._store.num_dropped:
-            parts.append(f"{self._store.num_dropped:,} dropped for having no answer")
-        return ", ".join([*parts, self._note] if self._note else parts)
+        cut_off = [f"{self._num_cut_off:,} {FAR_ANSWER}"] if self._num_cut_off else []
+        parts = [
+            f"{len(self._store.offsets) - 1:,} documents, {len(self._store.tokens):,} tokens",
+            ", ".join([self._store.tally.describe(), *cut_off]),
+            self._documents.note,
+        ]
+        return "; ".join(part for part in parts if part)
+
+    def warnings(self) -> list[str]:
+        """See `Source`."""
+        found = [*self._documents.warnings, *self._store.tally.warnings(self.name, self._documents.column)]
+        if self._num_cut_off:
+            found.append(
+                f"{self._num_cut_off:,} conversations of {self.name!r} {FAR_ANSWER} are left out; raise "
+                f"data.sequence_length"
+            )
+        return found
 
 
 def keeps_documents_whole(config: DataConfig) -> bool:
@@ -122,15 +153,15 @@ def keeps_documents_whole(config: DataConfig) -> bool:
 
 def make_packer(
     offsets: NDArray[np.int64], is_target: NDArray[np.bool_] | None, config: DataConfig, *, name: str, seed: int
-) -> Packer:
-    """Choose the packing that the recipe asks for.
+) -> tuple[Packer, int]:
+    """Choose the packing that the recipe asks for; also count the conversations that truncation leaves no answer.
 
     Raises:
         ConfigError: See `check_length`, or truncation leaves nothing to predict.
     """
     length, mask = config.sequence_length, config.document_mask
     if not keeps_documents_whole(config):
-        return SplitPacker(offsets, length, document_mask=mask, seed=seed)
+        return SplitPacker(offsets, length, document_mask=mask, seed=seed), 0
     starts, lengths = offsets[:-1], np.diff(offsets)
     check_length(int(lengths.max()), config, name=f"document {int(lengths.argmax())} of {name!r}")
     lengths = np.minimum(lengths, length)
@@ -142,7 +173,8 @@ def make_packer(
             raise ConfigError(
                 f"data.sequence_length: no conversation of {name!r} reaches its answer within {length} tokens; raise it"
             )
-    return WholePacker(starts, lengths, length, document_mask=mask, seed=seed)
+    num_cut_off = len(offsets) - 1 - len(starts)
+    return WholePacker(starts, lengths, length, document_mask=mask, seed=seed), num_cut_off
 
 
 def check_length(num_tokens: int, config: DataConfig, *, name: str) -> None:
@@ -187,6 +219,7 @@ class StreamSource:
         self.name, self.weight, self.text_fingerprint = documents.name, documents.weight, documents.stream_key
         self._documents, self._encoder, self._config = documents, encoder, config
         self._pad_id, self._seed = pad_id, seed
+        self._warned = set[str]()
         self._start({"epoch": 0, "block": 0, "stream": None, "document": 0, "token": 0})
 
     def _start(self, cursor: dict[str, Any]) -> None:
@@ -215,7 +248,15 @@ class StreamSource:
 
     def describe(self) -> str:
         """See `Source`."""
-        return f"a stream, shuffled in blocks of {self._documents.shuffle_buffer:,} documents"
+        stream = f"a stream, shuffled in blocks of {self._documents.shuffle_buffer:,} documents"
+        return "; ".join([stream, self._documents.note] if self._documents.note else [stream])
+
+    def passes(self, num_rows: float) -> None:
+        """See `Source`."""
+
+    def warnings(self) -> list[str]:
+        """See `Source`."""
+        return self._documents.warnings
 
     def _pull(self) -> None:
         while not (found := next(self._reader)):  # all of a batch may be conversations without an answer
@@ -273,35 +314,46 @@ class StreamSource:
                     break
                 order = permutation(len(documents), self._seed, (epoch << 32) + block).tolist()
                 for start in range(first, len(order), _STREAM_BATCH):
-                    chosen = order[start : start + _STREAM_BATCH]
-                    encoded = self._encode([documents[i] for i in chosen], place, start)
+                    encoded = self._encode(
+                        [documents[i] for i in order[start : start + _STREAM_BATCH]], place, start, stream
+                    )
                     num_usable += len(encoded)
                     yield encoded
                 first, block = 0, block + 1
+                self._warn(stream)
+            self._warn(stream)
             if not num_usable and state is None:
-                what = "conversation with an answer within a row" if self._config.task == "sft" else "text"
-                raise ConfigError(f"data.source: {self.name!r} holds no {what}; give data that is not empty")
+                raise stream.tally.nothing_left(self.name, self._documents.column)
             epoch, block, state = epoch + 1, 0, None
 
-    def _encode(self, documents: list[Document], place: dict[str, Any], first: int) -> list[_Pending]:
-        found = []
-        for index, encoded in enumerate(self._encoder.encode(documents)):
+    def _encode(
+        self, documents: list[tuple[Document, int]], place: dict[str, Any], first: int, stream: DocumentStream
+    ) -> list[_Pending]:
+        found, rows = [], [row for _, row in documents]
+        for index, encoded in enumerate(encode_rows(self._encoder, [d for d, _ in documents], rows, stream)):
             if keeps_documents_whole(self._config):
                 check_length(len(encoded.ids), self._config, name=f"a document of {self.name!r}")
             if encoded.is_target is None or encoded.is_target[: self._config.sequence_length].any():
                 found.append(_Pending(encoded, {**place, "document": first + index}))
+            else:
+                stream.tally.drop(FAR_ANSWER if encoded.is_target.any() else NO_ANSWER, rows[index])
         return found
+
+    def _warn(self, stream: DocumentStream) -> None:
+        """Say once for each reason that rows are left out; how many there are only the end of the stream tells."""
+        new = {why: dropped for why, dropped in stream.tally.dropped.items() if why not in self._warned}
+        if new:
+            stream.tally.locate(stream.locate)
+            self._warned |= new.keys()
+            for line in Tally(stream.tally.num_rows, dropped=new).warnings(self.name, self._documents.column):
+                if is_first_rank():
+                    log.warning("%s (counted up to here, the stream goes on)", line)
 
 
 _STREAM_BATCH = 16
 """Documents tokenised at once: milliseconds, hidden beside a step."""
 
 
-def _take(stream: Any, count: int) -> list[Document]:
-    documents: list[Document] = []
-    while len(documents) < count:
-        try:
-            documents.append(next(stream))
-        except StopIteration:
-            break
-    return documents
+def _take(stream: DocumentStream, count: int) -> list[tuple[Document, int]]:
+    """The next `count` documents, each with the number of its row."""
+    return [(document, stream.tally.num_rows) for document in islice(stream, count)]

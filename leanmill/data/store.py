@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
-from leanmill.data.documents import Documents
-from leanmill.data.encoding import Document, Encoder, batches, document_digest
+from leanmill.data.documents import DocumentReader, Documents
+from leanmill.data.encoding import BadDocument, Document, Encoded, Encoder, batches, document_digest
+from leanmill.data.tally import NO_ANSWER, Tally
 
 
-_VERSION = 1
+_VERSION = 2
 """Raise when the same documents would give other tokens."""
 
 
@@ -32,8 +33,8 @@ class TokenStore:
     offsets: NDArray[np.int64]
     """Boundaries of documents [D + 1]."""
     text_fingerprint: str
-    num_dropped: int
-    """Conversations without an answer, which train nothing."""
+    tally: Tally
+    """What became of the rows."""
 
 
 def token_store(
@@ -56,30 +57,47 @@ def token_store(
         is_target,
         np.load(folder / "offsets.npy", allow_pickle=False),
         facts["text"],
-        facts["dropped"],
+        Tally.from_state(facts["tally"]),
     )
 
 
 def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedinteger[Any]], folder: Path) -> None:
-    text, lengths, dropped = hashlib.blake2b(digest_size=8), [], 0
+    text, lengths, reader = hashlib.blake2b(digest_size=8), list[int](), documents.train()
+    tally, rows = reader.tally, list[int]()
 
     def hashed() -> Iterator[Document]:
-        for document in documents.train():
+        for document in reader:
             text.update(document_digest(document))
+            rows.append(tally.num_rows)
             yield document
 
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "is_target.bin").open("wb") as targets:
         for batch in batches(hashed()):
-            for encoded in encoder.encode(batch):
+            for row, encoded in zip(rows, encode_rows(encoder, batch, rows, reader), strict=True):
                 if encoded.is_target is not None:
                     if not encoded.is_target.any():
-                        dropped += 1
+                        tally.drop(NO_ANSWER, row)
                         continue
                     encoded.is_target.tofile(targets)
                 encoded.ids.astype(dtype).tofile(tokens)
                 lengths.append(len(encoded.ids))
+            rows.clear()
+    tally.locate(reader.locate)
     if not lengths:
-        what = "conversation with an assistant turn" if encoder.task == "sft" else "text"
-        raise ConfigError(f"data.source: {documents.name!r} holds no {what}; give data that is not empty")
+        raise tally.nothing_left(documents.name, documents.column)
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    write_json(folder / "facts.json", {"text": text.hexdigest(), "dropped": dropped})
+    write_json(folder / "facts.json", {"text": text.hexdigest(), "tally": tally.state()})
+
+
+def encode_rows(
+    encoder: Encoder, documents: list[Document], rows: Sequence[int], reader: DocumentReader
+) -> list[Encoded]:
+    """Encode documents that came from `rows` of `reader`.
+
+    Raises:
+        ConfigError: The chat template refuses one; the message names the row.
+    """
+    try:
+        return encoder.encode(documents)
+    except BadDocument as error:
+        raise ConfigError(f"{reader.locate(rows[error.index])}: {error}") from error

@@ -37,8 +37,12 @@ _VERSION = 1
 """Raise when the same text would train another tokenizer."""
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a local folder or the hub; never runs code that comes with it.
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a local folder or the hub.
+
+    Args:
+        path: Folder or hub name.
+        trust_remote_code: Run Python code that comes with it; without, such a tokenizer is refused.
 
     Raises:
         ConfigError: There is none under that name, it has no fast version, or no end-of-text token.
@@ -50,7 +54,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
         raise ConfigError(f"data.tokenizer.path: no folder {path!r}; give a local folder, a hub name, or leave it out")
     location = str(expand_user(path)) if expand_user(path).exists() else path
     with hub_errors("data.tokenizer.path", path, "a local folder with tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ConfigError(
+                f"data.tokenizer.path: {path!r} comes with Python code of its own, which is not run unasked; read it "
+                f"and set data.tokenizer.trust_remote_code=true, or give a tokenizer without own code"
+            ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise ConfigError(
             f"data.tokenizer.path: {path!r} has no fast tokenizer; give a folder that contains tokenizer.json"

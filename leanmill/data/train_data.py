@@ -15,6 +15,9 @@ from leanmill.data.mixture import MixtureSchedule
 from leanmill.data.sources import Row, Source
 
 
+MANY_PASSES = 40
+"""Past about 40 passes over the same text more of them gain nothing (Muennighoff et al. 2023,
+"Scaling Data-Constrained Language Models", arXiv:2305.16264)."""
 _FIELDS = ("input_ids", "labels", "position_ids")
 
 
@@ -102,11 +105,30 @@ class TrainData:
         for source in self._sources:
             source.load_state_dict(state["sources"][source.name])
 
-    def describe(self) -> str:
-        """One line for the log: each domain, its share and size."""
-        total = sum(source.weight for source in self._sources)
-        parts = [f"{s.name} {s.weight / total:.0%} ({s.describe()})" for s in self._sources]
+    def describe(self, num_rows: int = 0) -> str:
+        """One line for the log: each domain, its share, what was read and how often `num_rows` rows go through it."""
+        parts = [
+            f"{source.name} {share:.0%} ({'; '.join([source.describe(), *([f'{n:.3g} passes'] if n else [])])})"
+            for source, share, n in self._passes(num_rows)
+        ]
         return f"data {self.fingerprint}: {'; '.join(parts)}"
+
+    def warnings(self, num_rows: int) -> list[str]:
+        """What a person may not expect of a run of `num_rows` rows: text left out, text seen too often."""
+        found = [line for source in self._sources for line in source.warnings()]
+        for source, _, passes in self._passes(num_rows):
+            if passes is not None and passes > MANY_PASSES:
+                found.append(
+                    f"{source.name!r} is trained for {passes:,.0f} passes, and past some {MANY_PASSES} a model only "
+                    f"learns it by heart; add text, shorten the run (train.total_tokens), or lower its weight"
+                )
+        return found
+
+    def _passes(self, num_rows: int) -> list[tuple[Source, float, float | None]]:
+        """Each source, its share of the rows and its passes in a run of `num_rows`."""
+        total = sum(source.weight for source in self._sources)
+        shares = [(source, source.weight / total) for source in self._sources]
+        return [(source, share, source.passes(num_rows * share)) for source, share in shares]
 
     @property
     def _names(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_eval_data, build_tokenizer
+from leanmill.data.tokenizer import load_tokenizer
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.launch import Ranks, finish, init_processes
@@ -92,6 +93,4 @@ def _tokenizer(recipe: Recipe, saved: Path | None) -> Any:
     """Return the run's own tokenizer: the corpus of this machine may have changed since."""
     if saved is None:
         return build_tokenizer(recipe.data, seed=recipe.seed)
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(saved))
+    return load_tokenizer(str(saved), trust_remote_code=recipe.data.tokenizer.trust_remote_code)

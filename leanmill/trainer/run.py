@@ -128,7 +128,7 @@ class _Run:
             num_parameters=num_total,
             num_trainable=prepared.num_trainable,
             flops_per_token=flops,
-            notes=(why, prepared.conversion, self.data.describe(), *self._resume_note(state)),
+            notes=(why, prepared.conversion, *self._data_notes(num_steps), *self._resume_note(state)),
         )
         return self._train(loop, info)
 
@@ -195,6 +195,11 @@ class _Run:
         self.data.load_state_dict(state["data"])
         self.resumed_from = path
         return state
+
+    def _data_notes(self, num_steps: int) -> list[str]:
+        num_rows = num_steps * self.recipe.batch.tokens_per_step // self.recipe.data.sequence_length
+        warnings = [f"WARNING: {line}" for line in self.data.warnings(num_rows)]
+        return [self.data.describe(num_rows), *warnings]
 
     def _resume_note(self, state: dict[str, Any]) -> list[str]:
         return [f"resumed {self.resumed_from} at step {state['step']}"] if state else []

@@ -78,7 +78,7 @@ def test_a_tokenizer_that_opens_with_bos_does_so_here(tokenizer, tmp_path):
 )
 def test_what_is_not_a_conversation_is_refused(value):
     with pytest.raises(ConfigError, match="must be a list of"):
-        check_messages(value, "column")
+        check_messages(value, lambda: "column")
 
 
 def test_batches_keep_order_and_bound_size():

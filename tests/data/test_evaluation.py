@@ -109,6 +109,45 @@ def test_nothing_held_out(tokenizer, tmp_path):
         build_eval_data(config, tokenizer, tokens_per_domain=64)
 
 
+NO_ANSWERS = [[{"role": "user", "content": f"why {n}?"}] for n in range(30)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("fraction", [1e-9, 0.4])
+@pytest.mark.parametrize(
+    ("task", "rows", "blamed"),
+    [
+        ("pretrain", [{"text": " "}] * 3, r"3 without text; the first is row 1 of .*column 'text'"),
+        ("sft", [{"messages": []}] * 3, r"3 without messages; the first is row 1 of .*column 'messages'"),
+        ("sft", [{"messages": c} for c in NO_ANSWERS], r"without an assistant turn; the first is row \d+ of "),
+        ("pretrain", [], "holds no rows"),
+    ],
+    ids=["text", "messages", "answer", "rows"],
+)
+def test_data_that_cannot_be_used_is_not_blamed_on_what_is_held_out(
+    tokenizer, tmp_path, streaming, fraction, task, rows, blamed
+):
+    source = {"validation_fraction": fraction, "streaming": streaming}
+    config = hf_config(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path, source=source, task=task)
+    with pytest.raises(ConfigError, match=blamed) as caught:
+        build_eval_data(config, tokenizer, tokens_per_domain=64)
+    assert "validation_fraction" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_held_out_conversations_without_answers_are_passed_over(tokenizer, tmp_path):
+    good, bad = ([{"messages": c} for c in chats] for chats in (conversations(9), NO_ANSWERS))
+    write_jsonl(tmp_path / "train.jsonl", good)
+    source = {"validation_split": "test"}
+    config = hf_config(str(tmp_path), tmp_path, source=source, task="sft", sequence_length=128)
+    write_jsonl(tmp_path / "test.jsonl", bad)
+    with pytest.raises(ConfigError, match=r"'data \(held out\)' can be used .*30 without an assistant turn"):
+        build_eval_data(config, tokenizer, tokens_per_domain=128)
+    write_jsonl(tmp_path / "test.jsonl", [*bad, *good])
+    (domain,) = build_eval_data(config, tokenizer, tokens_per_domain=10**6)
+    assert "why 3?" not in tokenizer.decode(domain.rows["input_ids"].flatten())
+
+
 def test_order0_of_known_counts():
     assert order0_bits_per_byte(np.bincount([1, 2, 3, 4], minlength=256)) == 2.0
     assert order0_bits_per_byte(np.bincount([7, 7, 7], minlength=256)) == 0.0

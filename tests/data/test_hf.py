@@ -80,6 +80,14 @@ def test_empty_rows_are_passed_over(tmp_path):
     assert texts(path) == ["a", "b"]
 
 
+@pytest.mark.parametrize("blank", [[], [{"role": "user", "content": " "}, {"role": "assistant", "content": ""}]])
+def test_conversations_without_a_word_are_passed_over(tmp_path, blank):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": m} for m in (conversations(1)[0], blank)])
+    stream = opened(path, task="sft").train()
+    assert len(list(stream)) == 1
+    assert stream.tally.describe() == "rows: 2 read, 1 without messages"
+
+
 def test_conversations(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": c} for c in conversations(5)])
     assert list(opened(path, task="sft").train()) == conversations(5)
@@ -93,6 +101,32 @@ def test_a_missing_column_names_the_columns(tmp_path, streaming):
     with pytest.raises(ConfigError, match=r"no column 'messages'; it has content, id; set messages_field"):
         list(opened(path, task="sft").train())
     assert texts(path, text_field="content") == ["a"]
+
+
+def test_a_row_is_named_within_its_file(tmp_path):
+    for name, count in (("a", 3), ("b", 4), ("c", 2)):
+        write_texts(tmp_path / f"{name}.jsonl", count)
+    documents = opened(tmp_path)
+    names = [documents.locate(number, "train") for number in (3, 4, 7, 9)]
+    assert names == [f"row {n} of {tmp_path}/{name}.jsonl" for n, name in ((3, "a"), (1, "b"), (4, "b"), (2, "c"))]
+
+
+def test_what_is_no_conversation_is_named_by_file_and_row(tmp_path):
+    good = [{"messages": c} for c in conversations(3)]
+    write_jsonl(tmp_path / "a.jsonl", good)
+    write_jsonl(tmp_path / "b.jsonl", [good[0], {"messages": [{"role": None, "content": "a"}]}])
+    with pytest.raises(ConfigError, match=rf"column 'messages' in row 2 of {tmp_path}/b\.jsonl must be a list of"):
+        list(opened(tmp_path, task="sft").train())
+
+
+def test_rows_are_counted_through_a_resume(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in ("a", "", "b", None, "c", "d")])
+    documents = opened(path, streaming=True)
+    stream = documents.stream(None)
+    assert [next(stream), next(stream)] == ["a", "b"]
+    resumed = documents.stream(stream.state())
+    assert list(resumed) == ["c", "d"]
+    assert resumed.tally.describe() == "rows: 6 read, 2 without text"
 
 
 def test_a_column_that_is_not_text(tmp_path):

@@ -86,3 +86,21 @@ def test_a_tokenizer_without_end_of_text_is_refused(tokenizer, tmp_path):
     path.write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
     with pytest.raises(ConfigError, match="no eos token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_own_code_is_run_only_where_the_recipe_says_so(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own_code.Own"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    code = (
+        "from transformers import PreTrainedTokenizerFast\n\nclass Own(PreTrainedTokenizerFast):\n    was_run = True\n"
+    )
+    (tmp_path / "own_code.py").write_text(code)
+    with pytest.raises(
+        ConfigError, match=r"Python code of its own.*set data\.tokenizer\.trust_remote_code=true"
+    ) as caught:
+        load_tokenizer(str(tmp_path))
+    assert "Parquet" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert load_tokenizer(str(tmp_path), trust_remote_code=True).was_run

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_train_data
 from leanmill.data.config import DataConfig, HfDataset, Mixture
-from tests.data.samples import conversations, hf_config, write_jsonl, write_texts
+from tests.data.samples import conversations, hf_config, sentences, write_jsonl, write_texts
 
 
 NUM_ROWS = 48
@@ -125,7 +125,6 @@ def test_labels_are_the_next_tokens_within_documents(uninterrupted, kind):
 
 def test_an_epoch_holds_every_document_once(folder, tokenizer, uninterrupted):
     from leanmill.data.encoding import Encoder
-    from tests.data.samples import sentences
 
     documents = [tuple(e.ids.tolist()) for e in Encoder(tokenizer, "pretrain").encode(sentences(37))]
     data = build_train_data(config_of("stream", folder), tokenizer, seed=5)
@@ -255,9 +254,12 @@ def test_conversations_without_answers(tokenizer, tmp_path, streaming):
     labels = data.next_rows(2)["labels"]
     assert ((labels != -100).sum(1) > 0).all()
     if not streaming:
-        assert "2 dropped for having no answer" in data.describe()
+        assert "rows: 3 read, 2 without an assistant turn" in data.describe()
     config = hf_config(write_jsonl(tmp_path / "b.jsonl", [question]), tmp_path, source=source, task="sft")
-    with pytest.raises(ConfigError, match="holds no conversation with"):
+    with pytest.raises(
+        ConfigError,
+        match=r"1 without an assistant turn; the first is row 1 of .*b\.jsonl\); add a turn with role assistant",
+    ):
         build_train_data(config, tokenizer, seed=0).next_rows(1)
 
 
@@ -274,6 +276,63 @@ def test_long_documents(tokenizer, tmp_path, streaming, task):
     assert torch.equal(first["input_ids"], second["input_ids"])
     assert first["position_ids"].tolist() == [list(range(16))]
     assert first["labels"][0, -1] == -100
+
+
+def test_the_data_line_counts_rows_files_tokens_and_passes(tokenizer, tmp_path):
+    rows = [{"text": text} for text in (*sentences(6), "", None)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    (tmp_path / "b.csv").write_text("text\n")
+    data = build_train_data(hf_config(str(tmp_path), tmp_path, cache_dir=str(tmp_path / ".c")), tokenizer, seed=0)
+    num_rows = sum(len(tokenizer(text)["input_ids"]) + 1 for text in sentences(6)) // 32
+    line = data.describe(num_rows * 50)
+    assert "6 documents, " in line
+    assert "; rows: 8 read, 2 without text; files read: 1 .jsonl; files ignored: 1 .csv; 50 passes)" in line
+    files, left_out, passes = data.warnings(num_rows * 50)
+    assert files.startswith("1 .csv in ")
+    assert left_out.startswith(
+        f"2 of 8 rows of 'data' without text are left out, the first is row 7 of {tmp_path}/a.jsonl"
+    )
+    assert passes.startswith("'data' is trained for 50 passes")
+    assert "train.total_tokens" in passes
+    assert len(data.warnings(num_rows * 30)) == 2
+    # The same counts from the cache.
+    again = build_train_data(hf_config(str(tmp_path), tmp_path, cache_dir=str(tmp_path / ".c")), tokenizer, seed=0)
+    assert again.describe(num_rows * 50) == line
+
+
+def test_truncated_conversations_are_counted(tokenizer, tmp_path):
+    far = [{"role": "user", "content": "why " * 50}, {"role": "assistant", "content": "so"}]
+    near = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": c} for c in (far, near, far)])
+    config = hf_config(path, tmp_path, task="sft", sequence_length=16, long_documents="truncate")
+    data = build_train_data(config, tokenizer, seed=0)
+    assert "rows: 3 read, 2 whose answer begins after sequence_length;" in data.describe()
+    (warning,) = data.warnings(1)
+    assert "raise data.sequence_length" in warning
+
+
+def test_a_stream_says_once_what_it_leaves_out(tokenizer, tmp_path, caplog):
+    rows = [{"text": text} for text in ("a b c", "", "d e f", None)] * 9
+    config = hf_config(
+        write_jsonl(tmp_path / "a.jsonl", rows), tmp_path, source={"streaming": True, "shuffle_buffer": 4}
+    )
+    data = build_train_data(config, tokenizer, seed=0)
+    data.next_rows(40)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"without text are left out, the first is row 2 of {tmp_path}/a.jsonl; fill column 'text'" in record.message
+    assert data.warnings(10**9) == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer, tmp_path, streaming):
+    strange = [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": c} for c in (*conversations(4), strange)])
+    config = hf_config(path, tmp_path, source={"streaming": streaming}, task="sft", sequence_length=128)
+    with pytest.raises(
+        ConfigError, match=rf"row 5 of {tmp_path}/a\.jsonl: the chat template refuses.*unknown role tool"
+    ):
+        build_train_data(config, tokenizer, seed=0).next_rows(1)
 
 
 def test_sft_refuses_to_split():
