@@ -23,6 +23,7 @@ _FORMATS: dict[str, tuple[str, ...]] = {
     "text": (".txt", ".md", ".text"),
 }
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".npy", ".npz", ".joblib")
+_LOCAL = ("/", "./", "../", "~")
 _ENDINGS = tuple(chain.from_iterable(_FORMATS.values()))
 _OTHER_SPLITS = {"validation", "valid", "val", "dev", "test", "eval"}
 _METADATA = ("dataset_info.json", "dataset_infos.json", "state.json")
@@ -89,7 +90,7 @@ def local_files(config: HfDataset) -> LocalFiles | None:
         found = [path]
     elif glob.has_magic(path):
         found = sorted(f for f in glob.glob(path, recursive=True) if os.path.isfile(f))
-    elif path.startswith(("/", "./", "../")) or path.endswith((*_ENDINGS, *_PICKLES)) or path.count("/") > 1:
+    elif config.path.startswith(_LOCAL) or path.endswith((*_ENDINGS, *_PICKLES)) or path.count("/") > 1:
         raise ConfigError(f"data.source.path: no file or folder {config.path!r}; give a file, folder, glob or hub name")
     else:
         return None

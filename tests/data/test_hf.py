@@ -158,7 +158,7 @@ def test_damaged_files_are_one_line(tmp_path, name, content):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/folder", "no/such/*.jsonl"])
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "~/nowhere", "/no/such/folder", "no/such/*.jsonl"])
 def test_a_missing_file_is_refused(path):
     with pytest.raises(ConfigError, match=r"no file or folder|holds no json/parquet/arrow/text file"):
         opened(path)
