@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanmill.core.sites import iter_sites
 from leanmill.models.build import build_on_meta
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.engine import Engine
@@ -43,6 +44,11 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "distill": {"type": "distill", "teacher": "TEACHER", "weight": 0.5},
 }
 
+EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
+    "nm_sparsity_tied": TECHNIQUES["nm_sparsity"] | {"targets": ["*_proj", "embed_tokens", "lm_head"]},
+}
+"""Variants that combine with nothing else."""
+
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
     **{name: (name,) for name in TECHNIQUES},
@@ -52,6 +58,14 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
         if TECHNIQUES[a]["type"] != TECHNIQUES[b]["type"]
     },
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
+}
+
+BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "nm_sparsity": ("nm_sparsity",),
+    "ternary": ("ternary",),
+    "nm_sparsity+ternary+lora": ("nm_sparsity", "ternary", "lora"),
+    "tied": ("nm_sparsity_tied",),
+    "distill": ("distill",),
 }
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -84,10 +98,13 @@ class FixedRows:
         return {"input_ids": self.ids[part], "labels": self.labels[part], "position_ids": positions.contiguous()}
 
 
-def recipe_of(names: tuple[str, ...], engine: dict[str, Any], teacher: str, world_size: int) -> Recipe:
+def recipe_of(
+    names: tuple[str, ...], engine: dict[str, Any], teacher: str, world_size: int, precision: str = "fp32"
+) -> Recipe:
     """Two micro-batches a rank, whatever the number of ranks."""
+    known = TECHNIQUES | EXTRA_TECHNIQUES
     techniques = [
-        {key: teacher if value == "TEACHER" else value for key, value in TECHNIQUES[name].items()} for name in names
+        {key: teacher if value == "TEACHER" else value for key, value in known[name].items()} for name in names
     ]
     tokens = NUM_ROWS * SEQUENCE_LENGTH
     return Recipe.model_validate(
@@ -101,7 +118,7 @@ def recipe_of(names: tuple[str, ...], engine: dict[str, Any], teacher: str, worl
             "optimizer": {"type": "adamw", "lr": 1e-2, "eps": 1e-3},
             "schedule": {"type": "constant", "warmup_steps": 0},
             "batch": {"tokens_per_step": tokens, "tokens_per_micro_batch": tokens // (2 * world_size)},
-            "train": {"steps": NUM_STEPS, "precision": "fp32", "max_grad_norm": 0.5},
+            "train": {"steps": NUM_STEPS, "precision": precision, "max_grad_norm": 0.5},
         }
     )
 
@@ -143,6 +160,45 @@ def train_combinations(engine: dict[str, Any], teacher: str, ranks: Ranks) -> di
         results[key] = full_parameters(trained)
         trained.close()
     return results
+
+
+def train_in_bf16(engine: dict[str, Any], teacher: str, ranks: Ranks) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Train the bf16 combinations; return the parameters and the staged weights that the next forward used."""
+    results = {}
+    for key, names in BF16_COMBINATIONS.items():
+        trained, _ = train(recipe_of(names, engine, teacher, ranks.world_size, "bf16"), ranks)
+        staged = staged_in_forward(trained)
+        results[key] = {"parameters": full_parameters(trained), "staged": staged}
+        trained.close()
+    return results
+
+
+def staged_in_forward(engine: Engine) -> dict[str, Tensor]:
+    """What the last stage of every site returns in a forward of this engine, by site. A collective."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for name, site in iter_sites(engine.module.model):
+        last = list(site.stages.values())[-1]
+        handles.append(
+            last.register_forward_hook(lambda *call, n=name: found.__setitem__(n, call[-1].detach().clone()))
+        )
+    rows = FixedRows().next_rows(2, rank=0, world_size=1)
+    engine.evaluate(rows)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def exported_weights(single: Engine, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The staged weights that an export computes from these parameters, by site.
+
+    Args:
+        single: A `single` engine with the same recipe; its parameters are overwritten.
+        parameters: All of the model, whole.
+    """
+    for name, parameter in single.module.model.named_parameters():
+        parameter.data.copy_(parameters[name])
+    return {name: site.effective_weight().detach() for name, site in iter_sites(single.module.model)}
 
 
 def save_teacher(folder: Path) -> str:

@@ -109,7 +109,8 @@ def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: 
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
     if site is None or not site.stages:
         return grouped_linear(rows, getattr(module, parameter_name), offsets, **routing)
-    return recomputed(lambda x: grouped_linear(x, site(), offsets, **routing), rows)
+    # Staged in the parameter's dtype, multiplied in that of the rows (see `LinearSite`).
+    return recomputed(lambda x: grouped_linear(x, site().to(x.dtype), offsets, **routing), rows)
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, **routing: Tensor) -> Tensor:

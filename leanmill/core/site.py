@@ -99,7 +99,8 @@ class LinearSite(Site, nn.Linear):
         return recomputed(self._staged_forward, input)
 
     def _staged_forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return F.linear(input, self.effective_weight(), self.bias)
+        # A sharding engine that computes in bf16 hands over what is staged in fp32.
+        return F.linear(input, self.effective_weight().to(input.dtype), self.bias)
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:

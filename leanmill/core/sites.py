@@ -51,6 +51,17 @@ def iter_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
             yield module.site_name, module
 
 
+def staged_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield what staged weights are computed from: each such weight and its stages' own parameters.
+
+    Tied weights are yielded once a site.
+    """
+    for _, site in iter_sites(model):
+        if site.stages:
+            yield site.raw_weight  # type: ignore[misc]
+            yield from site.stages.parameters()
+
+
 class Sites:
     """The sites of one model: what can be one, and what has become one."""
 

@@ -13,6 +13,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.site import EmbeddingSite
+from leanmill.core.sites import iter_sites, staged_parameters
 from leanmill.parallel.blocks import decoder_blocks
 from leanmill.parallel.config import FsdpEngine as FsdpConfig
 from leanmill.parallel.engine import Preparation
@@ -27,6 +29,8 @@ class FsdpEngine(NativeEngine):
     - The order is shard on meta, materialise each rank's shares, then build the optimizer.
     - `bf16` gathers and computes in bf16 and keeps fp32 shares for the optimizer; gradients are
       reduced in `reduce_dtype` and added up in fp32.
+    - Weights that carry stages are gathered in fp32: masks and scales come from the values that the
+      optimizer writes and an export reads, not from their rounding.
     - Gradients are reduce-scattered in every micro-batch, so no rank ever holds more than its share
       and one block's full gradient; in a hybrid mesh the all-reduce between replicas waits for the
       last. With `reshard_after_forward: false`, full weights stay in memory anyway, and so do full
@@ -51,10 +55,13 @@ class FsdpEngine(NativeEngine):
         self.mesh = _make_mesh(self.device.type, ranks.world_size, shard_size)
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
-        self._shard_blocks(module.model, self._offload_policy())  # type: ignore[arg-type]
+        for block in decoder_blocks(module.model):  # type: ignore[arg-type]
+            self._shard(block, reshard_after_forward=self.config.reshard_after_forward)
         # The root's weights are used at the end of forward and at the start of backward: freeing
         # them in between would only gather them twice.
-        fully_shard(module, reshard_after_forward=False, **self._options(self._offload_policy()))
+        self._shard(module, reshard_after_forward=False)
+        if self.precision == "bf16":
+            _return_bf16(module)
         if self.config.cpu_offload and self.device.type != "cpu":
             _give_storage(module, torch.device("cpu"))
         preparation.materialise(module)
@@ -62,16 +69,20 @@ class FsdpEngine(NativeEngine):
         self.module = module
         self._make_optimizer(preparation)
 
-    def _shard_blocks(self, model: nn.Module, offload: OffloadPolicy) -> None:
-        for block in decoder_blocks(model):
-            fully_shard(block, reshard_after_forward=self.config.reshard_after_forward, **self._options(offload))
-
-    def _options(self, offload: OffloadPolicy) -> dict[str, Any]:
-        return {"mesh": self.mesh, "mp_policy": self._mixed_precision(), "offload_policy": offload}
-
-    def _mixed_precision(self) -> MixedPrecisionPolicy:
-        reduce_bf16 = self.config.reduce_dtype == "bf16"
+    def _shard(self, module: nn.Module, *, reshard_after_forward: bool) -> None:
+        fully_shard(
+            module,
+            mesh=self.mesh,
+            mp_policy=self._mixed_precision(self.precision),
+            offload_policy=self._offload_policy(),
+            reshard_after_forward=reshard_after_forward,
+        )
         if self.precision == "bf16":
+            _split_off_staged(module, self._mixed_precision("fp32"))
+
+    def _mixed_precision(self, precision: Literal["fp32", "bf16"]) -> MixedPrecisionPolicy:
+        reduce_bf16 = self.config.reduce_dtype == "bf16"
+        if precision == "bf16":
             return MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16 if reduce_bf16 else torch.float32)
         return MixedPrecisionPolicy(None, torch.bfloat16 if reduce_bf16 else None)
 
@@ -109,6 +120,48 @@ class FsdpEngine(NativeEngine):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
         _move_plain_tensors(model, self.device)
         return model
+
+
+def _split_off_staged(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    """Gather what the staged weights of `module`'s own group are computed from by a second group.
+
+    Both groups hang on the module's own hooks, so a compiled block stays whole and activation
+    checkpointing recomputes inside of them. FSDP2 knows several groups a module (for parameters on
+    different meshes), but no public way to give them different policies.
+
+    Args:
+        module: What `fully_shard` was just called on.
+        policy: Of the second group.
+
+    Raises:
+        ConfigError: This PyTorch has one group a module.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    staged = {id(parameter) for parameter in staged_parameters(module)}
+    if not staged:
+        return
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]
+    if not hasattr(state, "_fsdp_param_groups"):
+        raise ConfigError(
+            f"engine.type: fsdp in bf16 needs PyTorch 2.12 or newer for techniques on weights, this is "
+            f"{torch.__version__}; update it, or set train.precision=fp32 or engine.type=ddp"
+        )
+    groups = []
+    for first in state._fsdp_param_groups:
+        where = (first.modules, first.mesh_info, first.post_forward_mesh_info, first.device)
+        second = FSDPParamGroup([], *where, None, policy, first.offload_policy)
+        second.fsdp_params = [p for p in first.fsdp_params if id(p.sharded_param) in staged]
+        first.fsdp_params = [p for p in first.fsdp_params if id(p.sharded_param) not in staged]
+        groups += [group for group in (first, second) if group.fsdp_params]
+    state._fsdp_param_groups = groups
+
+
+def _return_bf16(module: nn.Module) -> None:
+    """Let staged embeddings return what a table gathered in bf16 would; linear layers take their input's dtype."""
+    for _, site in iter_sites(module):
+        if isinstance(site, EmbeddingSite) and site.stages:
+            site.register_forward_hook(lambda _module, _input, output: output.to(torch.bfloat16))
 
 
 def check_shard_size(shard_size: int | None, world_size: int) -> int:

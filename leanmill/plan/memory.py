@@ -32,6 +32,8 @@ class Weight:
     trainable: bool
     block: int | None
     """Index of the decoder block it lies in; None outside."""
+    staged: bool = False
+    """Whether a staged weight is computed from it."""
 
     @property
     def numel(self) -> int:
@@ -158,29 +160,43 @@ def _fsdp(
     memory.add(state, "optimizer state", optimizer_bytes(optimizer, (shard_numel(w, size) for w in trained)))
     if size == 1 and not engine.cpu_offload:
         return memory
-    compute = 2 if precision == "bf16" else 4
     reduce = 2 if engine.reduce_dtype == "bf16" else 4
-    groups = _groups(weights, size)
-    root, blocks = groups.pop(None, (0, 0)), list(groups.values())
-    largest = max((all_ for all_, _ in blocks), default=0)
-    gathered = sum(a for a, _ in blocks) if not engine.reshard_after_forward else 2 * largest  # one is prefetched
-    memory.add("transient", "gathered weights", compute * (root[0] + gathered))
-    largest_trained = max([t for _, t in blocks] + [root[1]])
-    # A block's gradient in the compute dtype, and its copy in the dtype of the reduction.
-    gradients = largest_trained * (compute + (reduce if reduce != compute else 0) + reduce / size)
+    groups = _groups(weights, size, precision, reduce)
+    root, blocks = groups.pop(None, _Group()), list(groups.values())
+    largest = max((group.gathered for group in blocks), default=0)
+    # One block is prefetched.
+    gathered = sum(group.gathered for group in blocks) if not engine.reshard_after_forward else 2 * largest
+    memory.add("transient", "gathered weights", root.gathered + gathered)
+    gradients = max(group.gradients for group in [*blocks, root])
     if not engine.reshard_after_forward and num_micro_batches > 1:
-        gradients += reduce * (sum(t for _, t in blocks) + root[1])
+        gradients += reduce * sum(group.num_trained for group in [*blocks, root])
     memory.add("transient", "gradients in flight", gradients)
     return memory
 
 
-def _groups(weights: Sequence[Weight], size: int) -> dict[int | None, tuple[int, int]]:
-    """Elements (all, trained) of each sharded group when gathered, padding included."""
-    groups: dict[int | None, tuple[int, int]] = {}
+@dataclass
+class _Group:
+    """What FSDP2 moves at once, padding included."""
+
+    gathered: int = 0
+    """Bytes of the weights."""
+    num_trained: int = 0
+    gradients: float = 0
+    """Bytes: as they were computed, in the dtype of the reduction where that is another, and the share."""
+
+
+def _groups(weights: Sequence[Weight], size: int, precision: str, reduce: int) -> dict[int | None, _Group]:
+    """Return the group of each block, and of the rest, over `size` ranks."""
+    groups: dict[int | None, _Group] = {}
     for w in weights:
+        group = groups.setdefault(w.block, _Group())
         whole = shard_numel(w, size) * size
-        every, trained = groups.get(w.block, (0, 0))
-        groups[w.block] = (every + whole, trained + (whole if w.trainable else 0))
+        # bf16 gathers masks and what is staged as they are.
+        width = 2 if precision == "bf16" and w.itemsize > 1 and not w.staged else w.itemsize
+        group.gathered += whole * width
+        if w.trainable:
+            group.num_trained += whole
+            group.gradients += whole * (width + (reduce if reduce != width else 0) + reduce / size)
     return groups
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
+from leanmill.core.sites import staged_parameters
 from leanmill.core.technique import InstallContext
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
 from leanmill.models.build import build_on_meta
@@ -231,9 +232,14 @@ def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
     block_of = {id(p): index for index, block in enumerate(decoder_blocks(model)) for p in block.parameters()}
+    staged = {id(p) for p in staged_parameters(model)}
     for parameter in model.parameters():
         yield Weight(
-            tuple(parameter.shape), parameter.element_size(), parameter.requires_grad, block_of.get(id(parameter))
+            tuple(parameter.shape),
+            parameter.element_size(),
+            parameter.requires_grad,
+            block_of.get(id(parameter)),
+            staged=id(parameter) in staged,
         )
 
 
