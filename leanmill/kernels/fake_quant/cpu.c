@@ -215,12 +215,18 @@ static segment_t segment_of(const task_t *task, int64_t segment) {
     return found;
 }
 
+#ifdef __clang__
+#define OPAQUE __attribute__((noinline))
+#else
+#define OPAQUE __attribute__((noinline, noclone))
+#endif
+
 /* In place; with bounds that the compiler does not know it makes no control flow of them. */
-static __attribute__((noinline, noclone)) void codes_of(float *restrict x, float factor, float low, float high, int64_t n) {
+static OPAQUE void codes_of(float *restrict x, float factor, float low, float high, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] = round_even(clip(x[i] * factor, low, high));
 }
 
-/* Conversion of blocks. gcc does not vectorise those of fp16 by itself. */
+/* Conversion of blocks. One instruction for 8 of fp16 is faster than the dozen that dtypes.h becomes. */
 #define CONVERTERS(T, SUFFIX)                                                                  \
     static void read_##SUFFIX(const T *restrict from, float *restrict to, int64_t n) {         \
         for (int64_t i = 0; i < n; i++) to[i] = load_##SUFFIX(from + i);                       \

@@ -25,7 +25,9 @@ from leanmill.kernels.native.user_cache import is_private, user_cache
 logger = logging.getLogger(__name__)
 
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+_FLAGS = ("-std=c11", "-O3", "-march=native", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-psabi")
+"""No psabi: vectors wider than the processor's pass between functions of one file only, so no caller
+compiled for another processor can disagree about them."""
 _MATH_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 """No fast-math: NaN, infinities and the order of sums are part of each operation's definition, and
 without contraction a rounding decision is the one that tensor code takes. Nobody reads floating
@@ -59,23 +61,20 @@ def _compiled(source: Path, compiler: str) -> Path:
     handle, partial = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [
-            compiler,
-            *_FLAGS,
-            *_MATH_FLAGS,
-            f"-I{_HEADERS}",
-            f"-I{source.parent}",
-            "-o",
-            partial,
-            str(source),
-            "-lm",
-        ]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        subprocess.run(
+            build_command(compiler, source, partial), check=True, capture_output=True, text=True, timeout=300
+        )
         # All ranks may compile at once: whoever finishes last replaces equal by equal.
         os.replace(partial, library)
     finally:
         Path(partial).unlink(missing_ok=True)
     return library
+
+
+def build_command(compiler: str, source: Path, library: str) -> list[str]:
+    """Return what compiles `source` into the shared `library`."""
+    folders = (f"-I{_HEADERS}", f"-I{source.parent}")
+    return [compiler, *_FLAGS, *_MATH_FLAGS, *folders, "-o", library, str(source), "-lm"]
 
 
 def _cache_folder() -> Path:

@@ -6,6 +6,7 @@
 #ifndef BITS
 
 #include "dtypes.h"
+#include "shuffle.h"
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -80,22 +81,17 @@ static void write_block(void *out, const void *block, size_t bytes, int is_strea
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(function) JOIN(function, SUFFIX)
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define PERMUTED(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
-#else
-#define PERMUTED(v, ...) __builtin_shuffle(v, (__typeof__(v)){__VA_ARGS__})
-#endif
 #define FOUR(d, first) ((first) ^ d), ((first + 1) ^ d), ((first + 2) ^ d), ((first + 3) ^ d)
 #define EIGHT(d, first) FOUR(d, (first)), FOUR(d, (first + 4))
 /* Lane i ^ d of a vector for each lane i, of 4 and of 2 bytes. Wider vectors than the processor's are slow. */
 #ifdef __AVX2__
 #define VECTOR_BYTES 32
-#define SHUFFLED_4(v, d) PERMUTED(v, EIGHT(d, 0))
-#define SHUFFLED_2(v, d) PERMUTED(v, EIGHT(d, 0), EIGHT(d, 8))
+#define SHUFFLED_4(v, d) SHUFFLE(v, v, EIGHT(d, 0))
+#define SHUFFLED_2(v, d) SHUFFLE(v, v, EIGHT(d, 0), EIGHT(d, 8))
 #else
 #define VECTOR_BYTES 16
-#define SHUFFLED_4(v, d) PERMUTED(v, FOUR(d, 0))
-#define SHUFFLED_2(v, d) PERMUTED(v, EIGHT(d, 0))
+#define SHUFFLED_4(v, d) SHUFFLE(v, v, FOUR(d, 0))
+#define SHUFFLED_2(v, d) SHUFFLE(v, v, EIGHT(d, 0))
 #endif
 
 #define SUFFIX fp32

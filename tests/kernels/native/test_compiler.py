@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ ROUND_TRIP = """
 void round_bf16(const float *in, bf16_t *out, int64_t n) { for (int64_t i = 0; i < n; i++) store_bf16(out + i, in[i]); }
 void round_fp16(const float *in, fp16_t *out, int64_t n) { for (int64_t i = 0; i < n; i++) store_fp16(out + i, in[i]); }
 void widen_bf16(const bf16_t *in, float *out, int64_t n) { for (int64_t i = 0; i < n; i++) out[i] = load_bf16(in + i); }
+void widen_fp16(const fp16_t *in, float *out, int64_t n) { for (int64_t i = 0; i < n; i++) out[i] = load_fp16(in + i); }
 """
 
 
@@ -27,26 +30,45 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+SOURCES = sorted(Path(compiler.__file__).parents[1].glob("*/*.c"))
+COMPILERS = [name for name in ("gcc", "gcc-11", "clang") if shutil.which(name)]
+
+
 def write(folder: Path, text: str) -> Path:
     path = folder / "case.c"
     path.write_text(text)
     return path
 
 
-def test_rounding_is_that_of_torch(tmp_path: Path, home: Path) -> None:
+@pytest.mark.parametrize("name", COMPILERS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.parent.name)
+def test_every_compiler_builds_every_source_without_a_warning(source: Path, name: str, tmp_path: Path) -> None:
+    command = compiler.build_command(name, source, str(tmp_path / "library.so"))
+    # Less optimised, for the time it takes: what a compiler knows and warns of is the same.
+    built = subprocess.run([*command, "-O1", "-Werror"], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_rounding_is_that_of_torch(name: str, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_COMPILERS", (name,))
     library = compiler.load_library(write(tmp_path, ROUND_TRIP))
     assert library is not None
     bits = torch.randint(-(2**31), 2**31 - 1, (100_003,), dtype=torch.int64).to(torch.int32)
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3.3895e38, 65520.0, 1e-8])
-    values = torch.cat([bits.view(torch.float32), special])
+    # Halfway between neighbours of fp16, and one step to either side.
+    fp16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    ties = (fp16.float().view(torch.int32).unsqueeze(1) + torch.tensor([0xFFF, 0x1000, 0x1001])).view(torch.float32)
+    values = torch.cat([bits.view(torch.float32), special, ties.flatten(), torch.rand(100_000) * 1e-5])
     for dtype, name in ((torch.bfloat16, "round_bf16"), (torch.float16, "round_fp16")):
         got = torch.empty_like(values, dtype=dtype)
         getattr(library, name)(pointer(values), pointer(got), ctypes.c_int64(values.numel()))
         torch.testing.assert_close(got, values.to(dtype), rtol=0, atol=0, equal_nan=True)
-    halves = values.to(torch.bfloat16)
-    widened = torch.empty_like(values)
-    library.widen_bf16(pointer(halves), pointer(widened), ctypes.c_int64(values.numel()))
-    torch.testing.assert_close(widened, halves.float(), rtol=0, atol=0, equal_nan=True)
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype, name in ((torch.bfloat16, "widen_bf16"), (torch.float16, "widen_fp16")):
+        widened = torch.empty(halves.shape)
+        getattr(library, name)(pointer(halves), pointer(widened), ctypes.c_int64(halves.numel()))
+        torch.testing.assert_close(widened, halves.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_library_is_compiled_once_and_again_when_its_source_changes(tmp_path: Path, home: Path) -> None:
