@@ -10,7 +10,7 @@ NPROC ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_JOBS ?= 2
 
-.PHONY: train test test-slow checks style docs bench setup clean
+.PHONY: train test test-cpus test-slow checks style docs bench setup clean
 
 setup: $(READY)
 
@@ -26,6 +26,15 @@ train: $(READY)
 
 test: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup
+
+# The vector code of torch that the processor can run: the kernels give the same beside each of them.
+test-cpus: $(READY)
+	@for capability in default $$($(BIN)/python -c "import torch; has = torch.cpu.get_capabilities().get; \
+	print(*(name for name, flag in (('avx2', 'avx2'), ('avx512', 'avx512_vl')) if has(flag)))"); do \
+		echo "ATEN_CPU_CAPABILITY=$$capability"; \
+		ATEN_CPU_CAPABILITY=$$capability $(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup \
+			tests/kernels tests/parallel/test_precision.py || exit 1; \
+	done
 
 test-slow: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow

@@ -14,6 +14,7 @@ from torch import Tensor
 from leanmill.kernels.grouped_gemm import blocks, cpu, library
 from leanmill.kernels.grouped_gemm.problem import Needed, Problem
 from leanmill.kernels.native.dtypes import SUFFIXES
+from leanmill.kernels.native.processor import multiplies_natively
 from leanmill.kernels.sharded import TokenLayout, is_dtensor
 
 
@@ -124,7 +125,7 @@ def _path(problem: Problem) -> ModuleType:
     """The module that computes this problem."""
     dtype = problem.rows.dtype
     if problem.rows.device.type == "cpu":
-        own_is_best = dtype == torch.float32 or not blocks.multiplies_natively(dtype)
+        own_is_best = dtype == torch.float32 or not multiplies_natively(dtype)
         return _said(cpu if own_is_best and cpu.is_supported(problem) else blocks)
     if problem.rows.device.type == "cuda" and torch.version.hip is None and dtype in SUFFIXES:
         if library.is_supported(problem):

@@ -1,0 +1,32 @@
+"""Which 16-bit products torch leaves to instructions of this processor."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+_FLAGS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
+
+
+@functools.cache
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether `torch.mm` in `dtype` runs on this processor's own instructions; true for fp32 and wider.
+
+    Torch hands such products to oneDNN, which goes by the processor: `ATEN_CPU_CAPABILITY` holds back
+    torch's own vector code only.
+    """
+    if dtype not in _FLAGS:
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(capabilities.get(flag, False) for flag in _FLAGS[dtype])
+
+
+@functools.cache
+def has_bf16_tiles() -> bool:
+    """Whether products in bf16 run on a matrix unit (AMX), several times faster than any vector code."""
+    return multiplies_natively(torch.bfloat16) and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
