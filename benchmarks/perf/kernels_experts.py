@@ -12,8 +12,8 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from leanmill.core.experts import IMPLEMENTATION, _use_our_compute
-from leanmill.kernels.grouped_gemm.blocks import multiplies_natively
 from leanmill.kernels.moe_permute.op import moe_permute, moe_unpermute
+from leanmill.kernels.native.processor import multiplies_natively
 from leanmill.kernels.topk_router.op import topk_router
 
 

@@ -97,6 +97,17 @@ def test_torchs_own_kernel_takes_aligned_bf16():
     assert not library.is_supported(Problem(*odd))
 
 
+@pytest.mark.parametrize("most_rows", [1, 6, 20, 30])
+def test_pieces_of_any_number_of_rows_are_the_whole(most_rows, monkeypatch):
+    monkeypatch.setattr(blocks, "_PIECE_ROWS", most_rows)
+    counts, dtype = [5, 0, 9, 1, 6, 0, 3], torch.bfloat16
+    for gather, scatter in ((True, False), (False, True), (True, True)):
+        options = {"gather": gather, "scatter": scatter, "weighted": scatter}
+        operands = drawn(counts, 70, 130, top_k=2, tail=2, dtype=dtype, **options)
+        upstream = torch.randn(13 if scatter else 26, 130).to(dtype)
+        compare(by_path(blocks, operands, upstream), expected_of(operands, upstream), dtype)
+
+
 def test_blocks_of_every_size_on_the_cpu():
     """Products larger than each of the C code's blocks, so that edges inside and at the end occur."""
     operands = drawn([1300, 5, 97], 523, 650, top_k=2, gather=True, scatter=True, weighted=True)
