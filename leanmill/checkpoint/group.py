@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from leanmill.core.errors import RunError
+from leanmill.parallel.launch import patient_group
 
 
 _TIMEOUT = timedelta(hours=2)  # a rank may wait for the slowest rank's disk
@@ -26,7 +27,7 @@ class SaveGroup:
 
     def __init__(self) -> None:
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if several else None
+        self.group = patient_group(_TIMEOUT) if several else None
         self.rank = dist.get_rank() if several else 0
         self.size = dist.get_world_size() if several else 1
 

@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 FLIGHT_RECORDER_ENTRIES = 2000
 """Collectives that NCCL's flight recorder remembers."""
+_keep_timeout: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+"""Groups whose maker stated a time-out of their own."""
 
 
 class ClusterSettings(Protocol):
@@ -109,14 +112,28 @@ def ensure_process_group(ranks: Ranks, *, timeout_seconds: int = 1800) -> None:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
+def patient_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Return a new gloo group of all ranks whose time-out `shorten_timeout` leaves as it is; collective.
+
+    Args:
+        timeout: How long a collective of the group may wait for its slowest rank.
+    """
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    _keep_timeout.add(group)
+    return group  # type: ignore[no-any-return]
+
+
 def shorten_timeout(seconds: int) -> None:
-    """Set the time-out of all collectives from now on, once compilation and loading are over."""
+    """Set the time-out of collectives from now on, once compilation and loading are over.
+
+    A `patient_group` keeps its own: what it waits for has nothing to do with the length of a step.
+    """
     if not dist.is_initialized():
         return
     # No rank may still be inside slow start-up work when the short limit begins to count.
     barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
-        if dist.get_rank(group) >= 0:
+        if dist.get_rank(group) >= 0 and group not in _keep_timeout:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

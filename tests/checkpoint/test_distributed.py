@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.manifest import verify
 from leanmill.checkpoint.reading import read_full_state, read_index
 from leanmill.core.errors import RunError
+from leanmill.parallel.launch import shorten_timeout
 from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 from tests.distributed import run_ranks
 
@@ -173,6 +175,25 @@ def test_full_disk_on_one_rank_fails_on_all(tmp_path: Path, asynchronous: bool, 
         assert "step-00000002 failed: the disk is full" in message
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000001", "step-00000003"]
+
+
+def test_a_slow_disk_on_one_rank_outlasts_the_time_out_of_a_step(tmp_path: Path) -> None:
+    def train() -> None:
+        engine, manager = FakeEngine(_shard(odd_tensors())), _manager(tmp_path)
+        shorten_timeout(1)
+        original = storage._stream
+
+        def slow(*args: Any) -> Any:
+            time.sleep(1.5)
+            return original(*args)
+
+        if dist.get_rank() == 1:
+            storage._stream = slow
+        manager.save(1, engine, {"step": 1}, {})
+        manager.wait()
+
+    run_ranks(train, 2)
+    assert verify(tmp_path / "checkpoints/step-00000001") == []
 
 
 def test_ranks_share_the_verification(tmp_path: Path) -> None:
