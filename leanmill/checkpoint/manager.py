@@ -1,8 +1,8 @@
 """Saving, finding, loading and pruning the checkpoints of a run.
 
 A save goes into `step-XXXXXXXX.tmp`; every file is flushed, the manifest comes last, and a rename
-makes the folder count. Whatever kills the run in between leaves the earlier checkpoints as they
-were. All ranks must see the same `run_dir`.
+makes the folder count, see `folders.py`. Whatever kills the run in between leaves the earlier
+checkpoints as they were. All ranks must see the same `run_dir`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,20 +28,19 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from leanmill.checkpoint.compare import compare
 from leanmill.checkpoint.components import take_apart
 from leanmill.checkpoint.config import CheckpointConfig
+from leanmill.checkpoint.finding import complete_checkpoints, locate, newest_sound
+from leanmill.checkpoint.folders import WRITING, begin, publish, remove, settle, step_folder
 from leanmill.checkpoint.group import SaveGroup, describe
 from leanmill.checkpoint.manifest import (
     FileRecord,
     Manifest,
-    complete_checkpoints,
     read_manifest,
     record_file,
     sync_folder,
-    unreadable_checkpoints,
-    verify,
     write_json,
     write_manifest,
 )
-from leanmill.checkpoint.reading import read_index
+from leanmill.checkpoint.reading import read_document, read_index
 from leanmill.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
 from leanmill.checkpoint.storage import SafetensorsReader, SafetensorsWriter
 from leanmill.core.errors import ConfigError, RunError
@@ -201,7 +199,9 @@ class CheckpointManager:
             RunError: The given checkpoint, or each one found, is damaged.
         """
         if resume == "auto":
-            return self._newest_sound(self.root)
+            found = newest_sound(self.root, self.group)
+            self._damaged |= {path.with_suffix("") for path in found.skipped}
+            return found.path
         if resume == "never":
             present = self.latest()
             if self.group.broadcast(str(present or "")):
@@ -210,16 +210,10 @@ class CheckpointManager:
                     f"or type checkpoint.resume=auto to continue"
                 )
             return None
-        path = Path(resume)
-        for root in (path / "checkpoints", path):
-            if not (path / "manifest.json").exists() and complete_checkpoints(root):
-                return self._newest_sound(root)
-        if not path.is_dir():
-            raise ConfigError(f"checkpoint.resume={resume}: no such folder; give a folder such as {self.root}/step-...")
-        problems = self._verify(path)
-        if problems:
-            raise RunError(f"checkpoint.resume={resume} cannot be used: {problems}")
-        return path
+        try:
+            return locate(resume, self.group).path
+        except (ConfigError, RunError) as error:
+            raise type(error)(f"checkpoint.resume={resume}: {error}") from error
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint of the run, unverified; local, not collective."""
@@ -255,39 +249,7 @@ class CheckpointManager:
 
     def train_state(self, path: str | Path) -> dict[str, Any]:
         """Return the saved `train_state` of a checkpoint that `find` returned, without its tensors."""
-        state: dict[str, Any] = json.loads((Path(path) / "train_state.json").read_text(encoding="utf-8"))
-        return state
-
-    # Finding
-
-    def _newest_sound(self, root: Path) -> Path | None:
-        found = {"good": [str(p) for p, _ in complete_checkpoints(root)], "bad": unreadable_checkpoints(root)}
-        listed = json.loads(self.group.broadcast(json.dumps(found, default=str)))
-        problems = {Path(path): problem for path, problem in listed["bad"]}
-        newest = None
-        for path in map(Path, listed["good"]):
-            if problem := self._verify(path):
-                problems[path] = problem
-            else:
-                newest = path
-                break
-        self._damaged |= problems.keys()
-        for path, problem in problems.items() if self.group.rank == 0 else ():
-            log.warning("skipping damaged checkpoint %s: %s", path, problem)
-        if newest is None and problems:
-            raise RunError(
-                f"every checkpoint in {root} is damaged ({next(iter(problems.values()))}); "
-                f"move them away to start over, or give another run_dir"
-            )
-        return newest
-
-    def _verify(self, path: Path) -> str:
-        """Return the first problem of a checkpoint, equal on all ranks; ranks share the reading."""
-        problems = verify(path, share=(self.group.rank, self.group.size))
-        if not self.group.total(len(problems)):
-            return ""
-        found = self.group.gather("; ".join(problems[:3]))
-        return next(text for text in found if text)
+        return read_document(Path(path), "train_state.json")
 
     # Loading
 
@@ -323,16 +285,17 @@ class CheckpointManager:
             self._error = error
 
     def _write(self, job: _Job) -> None:
-        folder = self.root / f"step-{job.step:08d}.tmp"
+        folder = step_folder(self.root, job.step).with_suffix(WRITING)
         try:
-            self.group.on_first_rank(lambda: _start(folder))
+            self.group.on_first_rank(lambda: begin(folder))
             files: dict[str, FileRecord] = {}
             for part, snapshot in job.parts.items():
                 files |= self._write_part(folder, part, snapshot)
             self.group.on_first_rank(lambda: self._finish(folder, job, files))
         except (Exception, CheckpointException) as error:
             if self.group.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):
+                    settle(self.root)
             raise RunError(
                 f"saving {folder.with_suffix('')} failed: {_message(error)}; earlier checkpoints are intact. "
                 f"Free space there or set run_dir to another disk, then run the same command again"
@@ -365,13 +328,8 @@ class CheckpointManager:
         )
         write_manifest(folder, manifest)
         sync_folder(folder)
-        final = folder.with_suffix("")
-        if final.exists():
-            os.rename(final, final.with_suffix(".old"))
-        os.rename(folder, final)
-        sync_folder(self.root)
-        shutil.rmtree(final.with_suffix(".old"), ignore_errors=True)
-        self._damaged.discard(final)
+        publish(folder)
+        self._damaged.discard(folder.with_suffix(""))
         self._prune()
 
     def _prune(self) -> None:
@@ -384,17 +342,7 @@ class CheckpointManager:
             keep.add(min(scored)[1])
         for path, _ in present:
             if path not in keep:
-                doomed = path.with_suffix(".old")
-                os.rename(path, doomed)  # at once, so that a half-deleted folder never counts
-                shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _start(folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for pattern in ("step-*.tmp", "step-*.old"):  # left by a run that was killed
-        for stale in folder.parent.glob(pattern):
-            shutil.rmtree(stale)
-    folder.mkdir()
+                remove(path)
 
 
 def _check_kind(folder: Path, manifest: Manifest, names: Collection[str] | None, base: str | None) -> None:

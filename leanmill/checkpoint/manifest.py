@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from leanmill.core.errors import RunError
@@ -36,12 +37,23 @@ class Manifest:
     """Counts the saves of a run folder; the newest has the highest, whatever its step (a run that
     went back to an earlier checkpoint writes lower steps later)."""
     score: float | None = None
-    """Validation loss, lower is better."""
+    """Validation loss, lower is better; None where it is not known. NaN and infinities count as not
+    known, since nothing can be compared with them."""
     partial: bool = False
     """Only some parameters of the model are in it (adapter runs)."""
     base: str | None = None
     """Fingerprint of the model that a partial checkpoint belongs to."""
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    """By path inside the checkpoint folder, which none may leave."""
+
+    def __post_init__(self) -> None:
+        if self.score is not None and not math.isfinite(self.score):
+            object.__setattr__(self, "score", None)
+        if not isinstance(self.step, int) or not isinstance(self.sequence, int):
+            raise TypeError("step and sequence are whole numbers")
+        for name in self.files:
+            if _leads_out(name):
+                raise ValueError(f"{name!r} is no path inside the checkpoint")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -72,6 +84,28 @@ def read_manifest(folder: Path) -> Manifest:
         raise RunError(f"{path}: damaged ({error}); use an earlier checkpoint") from error
 
 
+def confined(folder: Path, name: str) -> Path:
+    """Return `folder / name`, refusing what leads out of `folder`, by name or by symbolic link.
+
+    A checkpoint may come from elsewhere; reading it must not read other files of this machine.
+
+    Raises:
+        RunError: It leads out.
+    """
+    path = folder / name
+    if _leads_out(name) or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise RunError(
+            f"{path} leads out of the checkpoint, so it is damaged or not to be trusted; use another one (a link to "
+            f"a file that belongs there can be replaced by a copy)"
+        )
+    return path
+
+
+def _leads_out(name: str) -> bool:
+    parts = PurePath(name).parts
+    return not parts or "\0" in name or PurePath(name).is_absolute() or ".." in parts
+
+
 def verify(path: str | Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Compare a checkpoint's files with its manifest, sizes first, then checksums.
 
@@ -89,11 +123,16 @@ def verify(path: str | Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
         return [str(error)]
     problems = []
     for name, record in manifest.files.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        try:
+            path = confined(folder, name)
+            size = path.stat().st_size if path.is_file() else None
+        except (RunError, OSError) as error:
+            problems.append(str(error))
+            continue
         if size is None:
-            problems.append(f"{folder / name}: missing")
+            problems.append(f"{path}: missing")
         elif size != record.size:
-            problems.append(f"{folder / name}: {size} bytes where {record.size} were written")
+            problems.append(f"{path}: {size} bytes where {record.size} were written")
     if problems:
         return problems
     rank, world_size = share
@@ -104,26 +143,6 @@ def verify(path: str | Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
         except OSError as error:
             problems.append(f"{folder / name}: unreadable ({error.strerror})")
     return problems
-
-
-def complete_checkpoints(root: Path) -> list[tuple[Path, Manifest]]:
-    """Return folders below `root` with a readable manifest, newest first; nothing else is read."""
-    found = [(path, manifest) for path, manifest in _folders(root) if isinstance(manifest, Manifest)]
-    return sorted(found, key=lambda item: item[1].sequence, reverse=True)
-
-
-def unreadable_checkpoints(root: Path) -> list[tuple[Path, str]]:
-    """Return folders below `root` whose manifest is missing or damaged, with the reason."""
-    return [(path, str(error)) for path, error in _folders(root) if isinstance(error, RunError)]
-
-
-def _folders(root: Path) -> Iterator[tuple[Path, Manifest | RunError]]:
-    for folder in sorted(root.glob("step-*")) if root.is_dir() else ():
-        if folder.suffix == "":  # not .tmp (being written) nor .old (being removed)
-            try:
-                yield folder, read_manifest(folder)
-            except RunError as error:
-                yield folder, error
 
 
 def record_file(path: Path) -> FileRecord:

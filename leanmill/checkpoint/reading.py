@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from leanmill.checkpoint.manifest import read_manifest
+from leanmill.checkpoint.manifest import confined, read_manifest
 from leanmill.core.errors import RunError
 
 
@@ -44,18 +44,45 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     """Read which tensors a part's folder holds.
 
     Raises:
-        RunError: The index is missing or damaged.
+        RunError: The index is missing or damaged, or names a file outside the checkpoint.
     """
     path = folder / INDEX
     try:
-        raw: dict[str, Any] = json.loads(path.read_bytes())["tensors"]
-        return {name: _parse(entry) for name, entry in raw.items()}
+        raw: dict[str, Any] = json.loads(_inside(folder, INDEX).read_bytes())["tensors"]
+        index = {name: _parse(entry) for name, entry in raw.items()}
+        files = {chunk.file for stored in index.values() for chunk in stored.chunks}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{path}: missing or damaged ({error}); use an earlier checkpoint") from error
+    for file in files:
+        _inside(folder, file)
+    return index
+
+
+def read_document(folder: Path, name: str) -> dict[str, Any]:
+    """Read one of a checkpoint's JSON documents, such as `train_state.json`.
+
+    Raises:
+        RunError: It is missing, damaged, or leads out of the checkpoint.
+    """
+    path = confined(folder, name)
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: missing or damaged; use another checkpoint") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: damaged, it holds no mapping; use another checkpoint")
+    return value
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """Return a file of a part's folder; the part itself may not lead out of the checkpoint either."""
+    if PurePath(file).name != file:
+        raise RunError(f"{folder / INDEX}: damaged, {file!r} is no name of a file beside it; use an earlier checkpoint")
+    return confined(folder.parent, f"{folder.name}/{file}")
 
 
 def _parse(entry: dict[str, Any]) -> StoredTensor:
-    chunks = [StoredChunk(c["file"], c["key"], tuple(c["offsets"]), tuple(c["sizes"])) for c in entry["chunks"]]
+    chunks = [StoredChunk(str(c["file"]), c["key"], tuple(c["offsets"]), tuple(c["sizes"])) for c in entry["chunks"]]
     dtype = getattr(torch, entry["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"unknown dtype {entry['dtype']!r}")

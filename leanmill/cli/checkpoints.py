@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from leanmill.core.errors import ConfigError
+from leanmill.checkpoint.finding import locate
+from leanmill.checkpoint.folders import is_passing
+from leanmill.checkpoint.manifest import MANIFEST
+from leanmill.core.errors import RunError
 
 
 def resolve_checkpoint(given: str) -> Path:
-    """Return the checkpoint folder that `given` means: itself, or the newest complete one of a run_dir.
+    """Return the checkpoint folder that `given` means: itself, or the newest sound one of a run folder.
+
+    A checkpoint named itself is returned as it is: whoever reads it compares its checksums.
 
     Raises:
         ConfigError: There is none.
+        RunError: Each one of the run folder is damaged.
     """
     path = Path(given)
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file() and not is_passing(path):
         return path
-    complete = sorted(p.parent for p in path.glob("checkpoints/step-*/manifest.json"))
-    if complete:
-        return complete[-1]
-    if not path.exists():
-        raise ConfigError(f"no checkpoint at {path}; name a folder such as runs/quickstart/checkpoints/step-00000100")
-    raise ConfigError(f"{path} holds no complete checkpoint (no manifest.json); name another or train on")
+    found = locate(path).path
+    if found is None:
+        raise RunError(f"the checkpoints of {path} were deleted while they were looked at; run the command again")
+    return found

@@ -14,8 +14,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.to == "adapter" and args.packing != "none":
         raise ConfigError(f"--packing {args.packing} packs weights, and --to adapter writes none; use --to hf")
-    checkpoint, out = resolve_checkpoint(args.checkpoint), Path(args.out)
+    out = Path(args.out)
     check_is_new(out)
+    checkpoint = resolve_checkpoint(args.checkpoint)
     if args.to == "adapter":
         from leanmill.export import export_adapter
 

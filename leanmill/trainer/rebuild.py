@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manifest import read_manifest, verify
-from leanmill.checkpoint.reading import read_full_state
+from leanmill.checkpoint.reading import read_document, read_full_state
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext, StepContext, StepRule
@@ -52,10 +51,10 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         raise RunError(f"{checkpoint_dir} is incomplete or damaged: {problems[0]}; name another checkpoint")
     manifest = read_manifest(checkpoint_dir)
     partial = manifest.partial
-    recipe = Recipe.model_validate(_read_json(checkpoint_dir / "recipe.json"))
+    recipe = Recipe.model_validate(read_document(checkpoint_dir, "recipe.json"))
     if partial and recipe.model.path is not None:
         _check_base(recipe, manifest.base)
-    step = int(_read_json(checkpoint_dir / "train_state.json").get("step", 0))
+    step = int(read_document(checkpoint_dir, "train_state.json").get("step", 0))
     stored = read_full_state(checkpoint_dir)
     tokenizer_dir = checkpoint_dir.parent.parent / "tokenizer"
     model = _build(recipe, stored, tokenizer_dir)
@@ -71,7 +70,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         model=model.eval(),
         recipe=recipe,
         step=step,
-        versions=_read_json(checkpoint_dir / "versions.json"),
+        versions=read_document(checkpoint_dir, "versions.json"),
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
     )
 
@@ -134,11 +133,3 @@ def _replay_schedules(rules: list[StepRule], recipe: Recipe, step: int) -> None:
 
 def _no_teacher(path: str) -> nn.Module:
     raise RunError(f"the frozen model {path} is not needed for an export")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: missing or damaged; use another checkpoint") from error
-    return value

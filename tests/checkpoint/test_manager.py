@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from leanmill.checkpoint import snapshot, storage
+from leanmill.checkpoint import manifest, snapshot, storage
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
-from leanmill.checkpoint.manifest import read_manifest, verify
+from leanmill.checkpoint.manifest import digest_file, read_manifest, verify
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError, RunError
 from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
@@ -256,6 +256,28 @@ def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     assert _steps(manager) == [2, 4, 5]
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path: Path, bad: float, at: int) -> None:
+    manager = _manager(tmp_path, keep_last=2)
+    scores = {1: 3.0, 2: 1.0, 3: 2.0, 4: bad, 5: bad} | {at: bad}
+    for step, score in scores.items():
+        path = _save(manager, step, score=score)
+    best = min((score, step) for step, score in scores.items() if abs(score) < 10)[1]
+    assert _steps(manager) == sorted({best, 4, 5})
+    assert "NaN" not in (path / "manifest.json").read_text()
+    assert read_manifest(path).score is None
+
+
+def test_a_score_that_is_no_number_in_an_older_manifest_is_none(tmp_path: Path) -> None:
+    path = _save(_manager(tmp_path), 1, score=1.0)
+    content = json.loads((path / "manifest.json").read_text())
+    del content["digest"]
+    content["score"] = float("nan")
+    (path / "manifest.json").write_text(json.dumps({**content, "digest": manifest._digest_json(content)}))
+    assert read_manifest(path).score is None
+
+
 def test_keep_best_off(tmp_path: Path) -> None:
     manager = _manager(tmp_path, keep_last=2, keep_best=False)
     for step in range(1, 5):
@@ -366,6 +388,186 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: pytest.Monkey
         assert second.find("auto") == sound
     _save(second, 3)
     assert not list(second.root.glob("*.tmp"))
+
+
+_STEPS_ON_DISK = ("rename", "unlink", "rmdir", "mkdir", "fsync")
+
+
+def _killed_at(run_dir: Path, number: int, **settings: Any) -> bool:
+    """Save step 2 in a process that dies just before its `number`-th change on disk; return whether it died."""
+    child = os.fork()
+    if child == 0:
+        done = 0
+
+        def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal done
+                if done == number:
+                    os._exit(9)
+                done += 1
+                return original(*args, **kwargs)
+
+            return call
+
+        for name in _STEPS_ON_DISK:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            _manager(run_dir, asynchronous=False, **settings).save(2, _engine(12), {"step": 2}, {})
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_kill_at_each_step_of_saving_again_leaves_the_old_or_the_new_one(tmp_path: Path) -> None:
+    found = []
+    for number in range(100):
+        run_dir = tmp_path / str(number)
+        for step in (1, 2):
+            _save(_manager(run_dir), step)
+        killed = _killed_at(run_dir, number)
+        manager = _manager(run_dir)
+        path = manager.find("auto")
+        assert path is not None
+        assert path.name.startswith("step-00000002"), number
+        assert verify(path) == []
+        state = read_full_state(path)
+        assert same(state, odd_tensors(2)) or same(state, odd_tensors(12)), number
+        found.append(same(state, odd_tensors(12)))
+        _save(manager, 3)
+        assert {p.name for p in manager.root.iterdir()} == {"step-00000002", "step-00000003"}, number
+        assert same(read_full_state(manager.root / "step-00000002"), state)
+        if not killed:
+            break
+    assert not killed
+    assert number > 15
+    assert found == sorted(found)
+    assert found[-1]
+    assert not found[0]
+
+
+def test_kill_at_each_step_of_pruning_leaves_what_was_kept(tmp_path: Path) -> None:
+    for number in range(100):
+        run_dir = tmp_path / str(number)
+        for step in (0, 1):
+            _save(_manager(run_dir), step)
+        killed = _killed_at(run_dir, number)
+        second = _manager(run_dir)
+        path = second.find("auto")
+        assert path is not None
+        assert second._damaged == set(), number
+        _save(second, 3)
+        assert {p.name for p in second.root.iterdir()} == {path.name, "step-00000003"}, number
+        if not killed:
+            break
+    assert not killed
+
+
+def test_a_rename_that_fails_leaves_the_earlier_save_of_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = _manager(tmp_path, asynchronous=False)
+    _save(manager, 1, _engine(1))
+    original = os.rename
+
+    def fail(source: Any, target: Any) -> None:
+        if str(source).endswith(".tmp") and not str(target).endswith(".gone"):
+            raise OSError(errno.EIO, "Input/output error")
+        original(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(RunError, match="earlier checkpoints are intact"):
+        manager.save(1, _engine(2), {}, {})
+    assert _steps(manager) == [1]
+    assert same(read_full_state(manager.root / "step-00000001"), odd_tensors(1))
+
+
+# Files outside
+
+
+def _outside(path: Path, tmp_path: Path) -> Path:
+    """A file that a checkpoint must not reach, with the bytes the checkpoint's own file has."""
+    target = tmp_path / "outside.safetensors"
+    target.write_bytes((path / "model/00000-of-00001.safetensors").read_bytes())
+    return target
+
+
+def _resign(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the manifest as someone who can compute its checksum would."""
+    content = json.loads((path / "manifest.json").read_text())
+    del content["digest"]
+    index = content["files"]["model/index.json"]
+    index.update(size=(path / "model/index.json").stat().st_size, xxh3_128=digest_file(path / "model/index.json"))
+    change(content)
+    (path / "manifest.json").write_text(json.dumps({**content, "digest": manifest._digest_json(content)}))
+
+
+def _through_index(path: Path, tmp_path: Path, name: str) -> None:
+    index = (path / "model/index.json").read_text()
+    (path / "model/index.json").write_text(index.replace("00000-of-00001.safetensors", name))
+    _resign(path, lambda content: None)
+
+
+def _through_manifest(path: Path, tmp_path: Path, name: str) -> None:
+    files = "model/00000-of-00001.safetensors"
+    _resign(path, lambda content: content["files"].update({name: content["files"].pop(files)}))
+
+
+def _link(path: Path, name: str, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    (path / name).rename(target) if not target.exists() else (path / name).unlink()
+    (path / name).symlink_to(target)
+
+
+OUTSIDE: dict[str, Callable[[Path, Path], Any]] = {
+    "absolute in the index": lambda p, t: _through_index(p, t, str(_outside(p, t))),
+    "parent in the index": lambda p, t: _through_index(p, t, f"../../../../{_outside(p, t).name}"),
+    "absolute in the manifest": lambda p, t: _through_manifest(p, t, str(_outside(p, t))),
+    "parent in the manifest": lambda p, t: _through_manifest(p, t, f"../../../{_outside(p, t).name}"),
+    "linked tensors": lambda p, t: _link(p, "model/00000-of-00001.safetensors", _outside(p, t)),
+    "linked part": lambda p, t: _link(p, "model", t / "elsewhere"),
+    "linked document": lambda p, t: _link(p, "train_state.json", t / "state.json"),
+}
+
+
+@pytest.mark.parametrize("way", OUTSIDE)
+def test_nothing_outside_a_checkpoint_is_read(tmp_path: Path, way: str) -> None:
+    run_dir = tmp_path / "run"
+    sound, path = _save(_manager(run_dir), 1), _save(_manager(run_dir), 2)
+    OUTSIDE[way](path, tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and run_dir not in p.parents}
+    assert before
+    engine = FakeEngine(zeros_of(odd_tensors()), zeros_of(_engine().optimizer))
+    message = r"leads out of|no path inside|no name of a file beside it"
+    with pytest.raises(RunError, match=message):
+        _manager(run_dir).load(path, engine)
+    if way != "linked document":
+        with pytest.raises(RunError, match=message):
+            read_full_state(path)
+    if "index" not in way:  # an index that was signed again is what its manifest says
+        assert verify(path)
+        assert _manager(run_dir).find("auto") == sound
+    for step in (3, 4, 5):
+        _save(_manager(run_dir), step)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_only_the_link_to_a_checkpoint_is_deleted(tmp_path: Path) -> None:
+    elsewhere = _save(_manager(tmp_path / "other"), 7)
+    manager = _manager(tmp_path / "run")
+    manager.root.mkdir(parents=True)
+    for name in ("step-00000001", "step-00000002.tmp", "step-00000003.old", "step-00000004.gone"):
+        (manager.root / name).symlink_to(elsewhere)
+    for step in (5, 6, 8):
+        _save(manager, step)
+    assert _steps(manager) == [6, 8]
+    assert verify(elsewhere) == []
+
+
+def test_a_link_inside_the_checkpoint_is_as_good_as_a_file(tmp_path: Path) -> None:
+    path = _save(_manager(tmp_path), 1)
+    (path / "recipe.json").rename(path / "recipe-1.json")
+    (path / "recipe.json").symlink_to("recipe-1.json")
+    assert verify(path) == []
 
 
 # Another model

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanmill.checkpoint.finding import complete_checkpoints
 from leanmill.report.records import FILE_NAME, read_records, without_superseded
 
 
@@ -24,6 +25,8 @@ class RunData:
     steps: Sequence[Record]
     evals: Sequence[Record]
     checkpoints: Sequence[Record]
+    on_disk: Sequence[str]
+    """Names of the complete checkpoints that are there now, newest first: the order in which a resume tries them."""
     status: str
     """`finished`, `stopped`, `failed` or `running`; the last also after a kill, which writes nothing."""
     message: str
@@ -50,6 +53,7 @@ def load_run(run_dir: Path) -> RunData:
         steps=steps,
         evals=_of_kind(records, "eval"),
         checkpoints=_of_kind(records, "checkpoint"),
+        on_disk=[path.name for path, _ in complete_checkpoints(run_dir / "checkpoints")],
         status=ended.get("status", "running"),
         message=ended.get("message", ""),
         resumed_at=[start["start_step"] for start in starts[1:] if "start_step" in start],

@@ -173,7 +173,8 @@ def _checkpoints(run: RunData) -> str:
         return ""
     stalled = sum(record.get("seconds_stalled", 0.0) for record in run.checkpoints)
     last = run.checkpoints[-1]
-    return f"{len(run.checkpoints)} written, last at step {last['step']:,}; the loop waited {stalled:.3g} s for them"
+    written = f"{len(run.checkpoints)} written, last at step {last['step']:,}; the loop waited {stalled:.3g} s for them"
+    return f"{written}; on disk, newest first: {', '.join(run.on_disk) or 'none'}"
 
 
 def _lines(value: str | list[str]) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from leanmill.checkpoint.manifest import Manifest, write_manifest
 from leanmill.report.loggers.jsonl import JsonlLog
 from leanmill.report.page.data import keys, load_run, points
 from tests.trainer.fake_run import fake_info, fake_recipe, play
@@ -58,3 +59,11 @@ def test_points_leave_out_what_is_missing_or_null(tmp_path: Path) -> None:
 def test_a_damaged_statistics_file_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "sites.json").write_text('{"sites": [')
     assert load_run(tmp_path).sites == {}
+
+
+def test_checkpoints_on_disk_are_those_a_resume_would_look_at(tmp_path):
+    for sequence, name in enumerate(["step-00000004", "step-00000006.tmp", "step-00000002"]):
+        folder = tmp_path / "checkpoints" / name
+        folder.mkdir(parents=True)
+        write_manifest(folder, Manifest(step=2, sequence=sequence))
+    assert load_run(tmp_path).on_disk == ["step-00000002", "step-00000004"]
