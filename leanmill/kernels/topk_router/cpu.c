@@ -78,7 +78,11 @@ static float softmax(const float *restrict v, float *restrict out, long n) {
 }
 
 /* log sigmoid(x) = min(x, 0) - log(1 + exp(-|x|)) */
-static float log_sigmoid(float x) { return (x < 0.0f ? x : 0.0f * x) - log1pf(expf(-fabsf(x))); }
+static float log_sigmoid(float x) { return (x > 0.0f ? 0.0f : x) - log1pf(expf(-fabsf(x))); }
+
+/* Below this logsumexp sigmoids equal exponentials in fp32, so their shares are the softmax, which does
+ * not underflow when all of them do. */
+static const float SIGMOIDS_ARE_EXPONENTIALS = -20.0f;
 
 /* Softmax of one row and its scores, which are that softmax or sigmoids; returns the logsumexp. */
 static float scores_of(const struct router *r, const float *restrict logits, float *restrict soft,
@@ -90,6 +94,23 @@ static float scores_of(const struct router *r, const float *restrict logits, flo
     else
         memcpy(scores, soft, n * sizeof(float));
     return logsum;
+}
+
+/* Scores whose quotients by *total are the probabilities that mean_probability averages. */
+static const float *parts_of(const struct router *r, const float *soft, const float *scores, float logsum,
+                             float *total) {
+    int is_softmax = !r->is_sigmoid || logsum < SIGMOIDS_ARE_EXPONENTIALS;
+    *total = is_softmax ? 1.0f : sum_of(scores, r->num_experts);
+    return is_softmax ? soft : scores;
+}
+
+/* What experts are chosen by: without a bias the logits themselves, which rank as their scores do but do
+ * not round to equal numbers, and rank a token whose softmax is NaN. */
+static const float *keys_of(const struct router *r, const float *logits, const float *scores, float logsum,
+                            float *keys) {
+    if (!r->bias || logsum != logsum) return logits;
+    for (long e = 0; e < r->num_experts; e++) keys[e] = scores[e] + r->bias[e];
+    return keys;
 }
 
 /* Combine weights before scaling. */
@@ -121,16 +142,16 @@ void NAME(route)(const struct router *r, const T *logits, int64_t *index, float 
         int64_t *chosen = index + t * r->top_k;
         for (long e = 0; e < n; e++) row[e] = LOAD(logits + e);
         double logsum = scores_of(r, row, soft, scores);
-        for (long e = 0; e < n; e++) keys[e] = r->bias ? scores[e] + r->bias[e] : scores[e];
-        choose(keys, (int32_t *)(keys + n), n, r->top_k, chosen);
+        choose(keys_of(r, row, scores, logsum, keys), (int32_t *)(keys + n), n, r->top_k, chosen);
         weights_of(r, row, scores, chosen, weights + t * r->top_k, keys);
         for (long k = 0; k < r->top_k; k++) {
             weights[t * r->top_k + k] *= r->scaling;
             counts[chosen[k]]++;
         }
         sums[0] += logsum * logsum;
-        float factor = r->is_sigmoid ? sum_of(scores, n) : 1.0f;
-        for (long e = 0; e < n; e++) sums[1 + e] += scores[e] / factor;
+        float total;
+        const float *parts = parts_of(r, soft, scores, logsum, &total);
+        for (long e = 0; e < n; e++) sums[1 + e] += parts[e] / total;
     }
 }
 
@@ -146,11 +167,12 @@ void NAME(route_backward)(const struct router *r, const T *logits, const int64_t
         for (long e = 0; e < n; e++) row[e] = LOAD(logits + t * n + e);
         float logsum = scores_of(r, row, soft, scores), z = 2.0f * logsum * grad_z / num_tokens;
         /* Mean probabilities q = s / sum(s): ds = (g - <g, q>) / sum(s), then ds/dl. */
-        float total = r->is_sigmoid ? sum_of(scores, n) : 1.0f;
-        float mean = dot(grad_mean, scores, n) / total;
+        float total;
+        const float *parts = parts_of(r, soft, scores, logsum, &total);
+        float mean = dot(grad_mean, parts, n) / total;
         for (long e = 0; e < n; e++) {
             float slope = r->is_sigmoid ? 1.0f - scores[e] : 1.0f;
-            out[e] = z * soft[e] + scores[e] / total * slope * (grad_mean[e] - mean) / num_tokens;
+            out[e] = z * soft[e] + parts[e] / total * slope * (grad_mean[e] - mean) / num_tokens;
         }
         weights_of(r, row, scores, chosen, weights, weights + top_k);
         float along = dot(upstream, weights, top_k);

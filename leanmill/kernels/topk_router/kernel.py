@@ -14,6 +14,10 @@ from torch import Tensor
 
 
 _ROWS_A_PROGRAM = 64
+_TAKEN = tl.constexpr(-(2**31))
+"""Below the rank of every key."""
+_SIGMOIDS_ARE_EXPONENTIALS = tl.constexpr(-20.0)
+"""Of logits with a smaller logsumexp, sigmoids equal exponentials in fp32."""
 
 
 @triton.jit
@@ -27,6 +31,24 @@ def _scores(logits, valid, IS_SIGMOID: tl.constexpr):
     if IS_SIGMOID:
         scores = tl.where(valid, 1.0 / (1.0 + tl.exp(-logits)), 0.0)
     return soft, scores, largest + tl.log(total)
+
+
+@triton.jit
+def _ranks(keys):
+    """Integers that order like the keys: NaN above everything, -0.0 with 0.0, all above `_TAKEN`."""
+    bits = tl.where(keys == 0.0, 0.0, keys).to(tl.int32, bitcast=True)
+    return tl.where(keys != keys, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _parts(soft, scores, logsum, IS_SIGMOID: tl.constexpr):
+    """Shares of the scores in their sum; of sigmoids that are all exponentials in fp32, the softmax."""
+    parts = soft
+    if IS_SIGMOID:
+        total = tl.sum(scores, axis=1)
+        is_tiny = logsum < _SIGMOIDS_ARE_EXPONENTIALS
+        parts = tl.where(is_tiny[:, None], soft, scores / tl.where(is_tiny, 1.0, total)[:, None])
+    return parts
 
 
 @triton.jit
@@ -67,20 +89,19 @@ def _route_kernel(
         at = row.to(tl.int64)[:, None] * num_experts + expert[None, :]
         logits = tl.load(logits_at + at, mask=valid, other=0.0).to(tl.float32)
         soft, scores, logsum = _scores(logits, (expert < num_experts)[None, :] & (row >= 0)[:, None], IS_SIGMOID)
-        keys = scores
+        # Scores rise with logits: without a bias these rank the same, and where scores round to one number.
+        keys = logits
         if HAS_BIAS:
-            keys += tl.load(bias_at + expert, mask=expert < num_experts, other=0.0).to(tl.float32)[None, :]
-        # NaN counts as largest; what was chosen, or is no expert, as less than everything.
-        keys = tl.where(keys != keys, float("inf"), keys)
-        keys = tl.where((expert < num_experts)[None, :], keys, float("-inf"))
+            keys = scores + tl.load(bias_at + expert, mask=expert < num_experts, other=0.0).to(tl.float32)[None, :]
+            keys = tl.where((logsum != logsum)[:, None], logits, keys)
+        ranks = _ranks(keys)
         chosen = tl.zeros((ROWS, TOP_K), tl.int32)
         values = tl.zeros((ROWS, TOP_K), tl.float32) + float("-inf")
         taken = (expert >= num_experts)[None, :] & (row >= 0)[:, None]
         for k in range(top_k):
-            best_key = tl.max(tl.where(taken, float("-inf"), keys), axis=1)
-            # The lowest expert that has the best key and is free, -inf keys included.
-            is_best = (keys == best_key[:, None]) & (taken == 0)
-            best = tl.min(tl.where(is_best, expert[None, :], EXPERTS), axis=1)
+            free = tl.where(taken, _TAKEN, ranks)
+            best_rank = tl.max(free, axis=1)
+            best = tl.min(tl.where(free == best_rank[:, None], expert[None, :], EXPERTS), axis=1)
             is_chosen = expert[None, :] == best[:, None]
             taken = taken | is_chosen
             value = tl.sum(tl.where(is_chosen, logits if NORMALISE else scores, 0.0), axis=1)
@@ -96,10 +117,7 @@ def _route_kernel(
         tl.store(index_at + out_at, chosen.to(tl.int64), mask=out_mask)
         tl.store(weights_at + out_at, values * scaling, mask=out_mask)
         counts += tl.sum((taken & valid).to(tl.int32), axis=0)
-        probabilities = scores
-        if IS_SIGMOID:
-            probabilities = scores / tl.sum(scores, axis=1)[:, None]
-        mean += tl.sum(tl.where(valid, probabilities, 0.0), axis=0)
+        mean += tl.sum(tl.where(valid, _parts(soft, scores, logsum, IS_SIGMOID), 0.0), axis=0)
         z += tl.sum(tl.where(row < num_tokens, logsum * logsum, 0.0), axis=0)
     program = tl.program_id(0)
     tl.store(counts_at + program * num_experts + expert, counts, mask=expert < num_experts)
@@ -132,16 +150,15 @@ def _route_backward_kernel(
     at = row.to(tl.int64)[:, None] * num_experts + expert[None, :]
     logits = tl.load(logits_at + at, mask=valid, other=0.0).to(tl.float32)
     soft, scores, logsum = _scores(logits, is_expert[None, :] & (row >= 0)[:, None], IS_SIGMOID)
-    total = tl.sum(scores, axis=1)[:, None] if IS_SIGMOID else 1.0
     slope = 1.0 - scores if IS_SIGMOID else 1.0
     grad_mean = tl.load(grad_mean_at + expert, mask=is_expert, other=0.0)[None, :]
-    shares = scores / total
+    shares = _parts(soft, scores, logsum, IS_SIGMOID)
     average = tl.sum(grad_mean * shares, axis=1)[:, None]
     grad = shares * slope * (grad_mean - average) / num_tokens
     grad += soft * (2.0 * logsum * tl.load(grad_z_at) / num_tokens)[:, None]
     # The chosen experts' weights and upstream gradients, at their experts' places.
     upstream = tl.zeros((ROWS, EXPERTS), tl.float32)
-    is_chosen = expert[None, :] < 0
+    is_chosen = (expert < 0)[None, :] & (row >= 0)[:, None]
     for k in range(top_k):
         place = row.to(tl.int64) * top_k + k
         best = tl.load(index_at + place, mask=is_row, other=-1)

@@ -13,19 +13,28 @@ def topk_router(
     """Return (weights [T, K], index [T, K], counts [E], z-loss, mean probability [E])."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scores = wide.sigmoid() if is_sigmoid else wide.softmax(-1)
-    keys = scores.detach() if bias is None else scores.detach() + bias.to(wide.dtype)
+    keys = _keys(wide.detach(), scores.detach(), bias)
     index = keys.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    if normalise:
-        # Equal to the chosen scores over their sum, without the underflow of either.
-        logarithms = F.logsigmoid(wide) if is_sigmoid else wide
-        weights = logarithms.gather(-1, index).softmax(-1)
-    else:
-        weights = scores.gather(-1, index)
+    # A softmax of these is the scores over their sum, without the underflow of either.
+    logarithms = F.logsigmoid(wide) if is_sigmoid else wide
+    weights = logarithms.gather(-1, index).softmax(-1) if normalise else scores.gather(-1, index)
     counts = torch.bincount(index.reshape(-1), minlength=logits.shape[1])
     num_tokens = max(logits.shape[0], 1)
     z_loss = wide.logsumexp(-1).square().sum() / num_tokens
-    probabilities = scores / scores.sum(-1, keepdim=True) if is_sigmoid else scores
+    probabilities = logarithms.softmax(-1) if is_sigmoid else scores
     return weights * scaling, index, counts, z_loss, probabilities.sum(0) / num_tokens
+
+
+def _keys(logits: Tensor, scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what experts are chosen by [T, E], largest first.
+
+    Scores rise with logits, so without a bias these say the same, and still tell apart scores that
+    round to one number. They also rank a token whose softmax is NaN.
+    """
+    if bias is None:
+        return logits
+    is_lost = logits.softmax(-1).isnan().any(-1, keepdim=True)
+    return torch.where(is_lost, logits, scores + bias.to(logits.dtype))
 
 
 def backward(
@@ -48,12 +57,13 @@ def backward(
     scores = wide.sigmoid() if is_sigmoid else soft
     # d log score / d logit, apart from what all logits of a softmax share.
     slope = 1 - scores if is_sigmoid else torch.ones_like(scores)
-    shares = scores / scores.sum(-1, keepdim=True)
+    logarithms = F.logsigmoid(wide) if is_sigmoid else wide
+    shares = logarithms.softmax(-1)
     grad = shares * slope * (grad_mean - (shares * grad_mean).sum(-1, keepdim=True)) / num_tokens
     grad = grad + soft * wide.logsumexp(-1, keepdim=True) * (2 * grad_z / num_tokens)
     chosen_slope = slope.gather(-1, index)
     if normalise:
-        weights = (F.logsigmoid(wide) if is_sigmoid else wide).gather(-1, index).softmax(-1)
+        weights = logarithms.gather(-1, index).softmax(-1)
         inner = grad_weights - (weights * grad_weights).sum(-1, keepdim=True)
     else:
         weights, inner = scores.gather(-1, index), grad_weights

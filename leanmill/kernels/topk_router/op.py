@@ -46,10 +46,15 @@ def topk_router(
     """Choose `top_k` experts for each token.
 
     Scores s are the softmax or the sigmoid of the logits in fp32. Chosen are the largest of s + bias
-    (ties: the lower expert; NaN counts as largest); weights are s over the chosen, divided by their
-    sum if `normalise`, times `scaling`. The sum is taken of logarithms: no constant is added to it,
-    with which a sigmoid router could lower its balance loss by shrinking all scores, and it cannot
-    underflow.
+    (ties: the lower expert); weights are s over the chosen, divided by their sum if `normalise`, times
+    `scaling`. Without a bias the logits choose, which is the same and tells apart scores that round to
+    one number. NaN logits count as largest; they also choose for a token whose softmax is NaN, whatever
+    the bias.
+
+    Quotients of scores are taken of logarithms: no constant is added to a sum, with which a sigmoid
+    router could lower its balance loss by shrinking all scores, and it cannot underflow: where all
+    sigmoids of a token vanish, weights, mean probability and gradients are those of its softmax, their
+    limit.
 
     Args:
         logits: [T, E] fp32, bf16, fp16 or fp64 (then outputs are fp64). Of a DTensor sharded on tokens,

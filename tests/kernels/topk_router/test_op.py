@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from leanmill.kernels.topk_router import cpu, naive
 from leanmill.kernels.topk_router.op import _route, topk_router
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
+from tests.kernels.linear_cross_entropy.compiled import assert_compiles
 
 
 def by_hand(logits, top_k, *, score, normalise, bias, scaling):
@@ -99,6 +100,16 @@ def test_triton_equals_the_definition(dtype, is_sigmoid, normalise):
         torch.testing.assert_close(got_grad, expected_grad, rtol=tolerance, atol=tolerance)
 
 
+def test_triton_compiles_for_a_gpu():
+    types = {"logits_at": "*bf16", "bias_at": "*fp32", "index_at": "*i64", "weights_at": "*fp32", "counts_at": "*i32"}
+    types |= dict.fromkeys(["sums_at", "grad_weights_at", "grad_z_at", "grad_mean_at"], "*fp32")
+    types |= {"grad_at": "*bf16", "scaling": "fp32"} | dict.fromkeys(["num_tokens", "num_experts", "top_k"], "i32")
+    forms = [{"IS_SIGMOID": sigmoid, "NORMALISE": sigmoid, "ROWS": 32, "EXPERTS": 64} for sigmoid in (False, True)]
+    forward = [form | {"HAS_BIAS": form["IS_SIGMOID"], "TOP_K": 8, "ROUNDS": 2} for form in forms]
+    for name, variants in {"_route_kernel": forward, "_route_backward_kernel": forms}.items():
+        assert_compiles("leanmill.kernels.topk_router.kernel", name, types, variants)
+
+
 def all_paths():
     yield naive
     if cpu.library() is not None:
@@ -106,23 +117,97 @@ def all_paths():
     yield kernel_module("topk_router")
 
 
-@pytest.mark.parametrize("path", list(all_paths()), ids=lambda m: m.__name__.rsplit(".", 1)[-1])
-def test_ties_keep_the_lower_expert_and_nan_rows_choose_the_first(path):
-    device = DEVICE if path.__name__.endswith("kernel") else "cpu"
-    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0, -0.0, 0.0, -0.0, 0.0], [1.0, float("nan"), 2.0, 3.0, 4.0]])
-    logits[1] = 0.0
-    options = {"is_sigmoid": False, "normalise": True, "scaling": 1.0}
-    index = path.topk_router(logits.to(device), None, 3, **options)[1].cpu()
-    assert index.tolist() == [[1, 2, 4], [0, 1, 2], [0, 1, 2]]
-    sigmoid = path.topk_router(logits.to(device), None, 3, **(options | {"is_sigmoid": True}))[1].cpu()
-    assert sigmoid[:2].tolist() == [[1, 2, 4], [0, 1, 2]]
-    assert sigmoid[2].tolist() == [1, 4, 3]
+on_every_path = pytest.mark.parametrize("path", list(all_paths()), ids=lambda m: m.__name__.rsplit(".", 1)[-1])
 
 
-@pytest.mark.parametrize("path", list(all_paths()), ids=lambda m: m.__name__.rsplit(".", 1)[-1])
+def device_of(path):
+    return DEVICE if path.__name__.endswith("kernel") else torch.device("cpu")
+
+
+def choice(path, logits, top_k, *, is_sigmoid=False, bias=None):
+    device = device_of(path)
+    bias = None if bias is None else bias.to(device)
+    options = {"is_sigmoid": is_sigmoid, "normalise": True, "scaling": 1.0}
+    return path.topk_router(logits.to(device), bias, top_k, **options)[1].tolist()
+
+
+@on_every_path
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_ties_keep_the_lower_expert(path, is_sigmoid, with_bias):
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0], [0.0, -0.0, 0.0, -0.0, 0.0]])
+    bias = torch.zeros(5) if with_bias else None
+    assert choice(path, logits, 3, is_sigmoid=is_sigmoid, bias=bias) == [[1, 2, 4], [0, 1, 2]]
+
+
+@on_every_path
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_nan_counts_as_largest(path, dtype, is_sigmoid, with_bias):
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor(
+        [[0, 0.5, nan, 1], [1, 3, 2, 0], [nan, 1, nan, 0], [nan, inf, -nan, 5], [nan] * 4], dtype=dtype
+    )
+    # A bias that would choose others where the scores are numbers.
+    bias = torch.tensor([2.0, 0, 0, 1]) if with_bias else None
+    expected = [[2, 3, 1], [0, 3, 1] if with_bias else [1, 2, 0], [0, 2, 1], [0, 2, 1], [0, 1, 2]]
+    assert choice(path, logits, 3, is_sigmoid=is_sigmoid, bias=bias) == expected
+
+
+@on_every_path
+@pytest.mark.parametrize("is_sigmoid", [False, True])
+def test_without_a_bias_scores_that_round_to_one_number_are_told_apart(path, is_sigmoid):
+    logits = torch.tensor([[30.0, 50, 40, 0], [-300.0, -200, -900, -150], [0.0, -200, -torch.inf, -150]])
+    assert choice(path, logits, 3, is_sigmoid=is_sigmoid) == [[1, 2, 0], [3, 1, 0], [0, 3, 1]]
+
+
+def test_a_nan_token_leaves_the_others_alone():
+    logits = torch.randn(5, 6)
+    bad = logits.clone()
+    bad[2, 3] = torch.nan
+    found = []
+    for tokens in (logits, bad):
+        leaf = tokens.requires_grad_()
+        weights = topk_router(leaf, 2, score="sigmoid").weights
+        found.append((weights.detach(), *torch.autograd.grad(weights[:, 0].sum(), leaf)))
+    others = torch.tensor([0, 1, 3, 4])
+    for clean, beside in zip(*found, strict=True):
+        assert torch.equal(clean[others], beside[others])
+        assert beside[2].isnan().any()
+
+
+@on_every_path
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_whose_sigmoids_all_vanish(path, normalise, dtype):
+    # The sigmoids of the first rows are below fp32's smallest number, those of others small, and of the last one some.
+    starts = torch.tensor([-3000.0, -200.0, -104.0, -89.0, -60.0, -21.0, -19.0, -3.0, 0.0])
+    logits = (starts[:, None] + torch.linspace(-2, 2, 6) * torch.tensor([1.0, -1, 1, 1, -1, 1])).to(dtype)
+    logits[-1, :3] = -torch.inf
+    exact = logits.double().requires_grad_()
+    index = exact.detach().sort(dim=-1, descending=True, stable=True).indices[:, :2]
+    logarithms = torch.nn.functional.logsigmoid(exact)
+    weights = logarithms.gather(-1, index).softmax(-1) if normalise else exact.sigmoid().gather(-1, index)
+    mean = logarithms.softmax(-1).mean(0)
+    options = {"is_sigmoid": True, "normalise": normalise, "scaling": 1.5}
+    on_device = logits.to(device_of(path))
+    got = path.topk_router(on_device, None, 2, **options)
+    assert torch.equal(got[1].cpu(), index)
+    torch.testing.assert_close(got[0].double().cpu(), 1.5 * weights.detach(), rtol=1e-5, atol=1e-30)
+    torch.testing.assert_close(got[4].double().cpu(), mean.detach(), rtol=1e-5, atol=0)
+    upstream = torch.randn(9, 2), torch.zeros(()), torch.randn(6) * 30
+    total = (1.5 * weights * upstream[0]).sum() + (mean * upstream[2]).sum()
+    (expected,) = torch.autograd.grad(total, exact)
+    found = path.backward(on_device, got[1], tuple(g.to(on_device.device) for g in upstream), **options)
+    close = {torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=close, atol=1e-6)
+
+
+@on_every_path
 @pytest.mark.parametrize("is_sigmoid", [False, True])
 def test_weights_of_vanishing_scores_still_sum_to_one(path, is_sigmoid):
-    device = DEVICE if path.__name__.endswith("kernel") else "cpu"
+    device = device_of(path)
     logits = torch.tensor([[-60.0, -61.0, -62.0, -63.0]]) - (0.0 if is_sigmoid else 100.0)
     weights = path.topk_router(logits.to(device), None, 2, is_sigmoid=is_sigmoid, normalise=True, scaling=1.0)[0].cpu()
     share = 1 / (1 + math.exp(-1))
@@ -140,6 +225,18 @@ def test_gradcheck_and_opcheck():
 
             assert torch.autograd.gradcheck(outputs, logits)
     torch.library.opcheck(_route, (torch.randn(4, 5, requires_grad=True), torch.randn(5), 2, True, True, 1.5))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_gradients_of_sigmoids_that_vanish_in_fp64(normalise):
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    logits[1] -= 1000
+
+    def outputs(x):
+        routed = topk_router(x, 2, score="sigmoid", normalise=normalise)
+        return routed.weights, routed.mean_probability
+
+    assert torch.autograd.gradcheck(outputs, logits.requires_grad_())
 
 
 def test_compiles_whole():
