@@ -19,6 +19,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and return the exit code."""
+    from leanmill.parallel.launcher_watch import end_with_launcher
+
+    end_with_launcher()
     from leanmill.cli.main import guarded
     from leanmill.cli.train_command import train
 
