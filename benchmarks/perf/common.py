@@ -102,7 +102,7 @@ def stepper(loop: Loop) -> Callable[[], None]:
     """One optimizer step of `loop`, data and metering included."""
 
     def step() -> None:
-        loop.train_step(torch.zeros(()))
+        loop.train_step()
         loop.step += 1
 
     return step

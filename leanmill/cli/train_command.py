@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from leanmill.core.errors import EXIT_INTERRUPTED
 from leanmill.core.redact import redact
 
 
@@ -25,7 +26,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
     """Load a recipe, train it and say on rank 0 where the results are.
 
     Returns:
-        0; errors are raised.
+        0, or 130 after Ctrl-C; errors are raised.
     """
     # Everything that can be wrong on paper is found before torch is imported.
     recipe = _load(path, overrides)
@@ -37,7 +38,7 @@ def train(path: str, overrides: Sequence[str]) -> int:
         # The path of the report was printed by the progress observer, just above.
         skipped = f", {result.num_skipped} of them skipped as non-finite" if result.num_skipped else ""
         print(f"{result.status} after {result.step} steps{skipped}; results in {result.run_dir.resolve()}", flush=True)
-    return 0
+    return EXIT_INTERRUPTED if result.interrupted else 0
 
 
 def _load(path: str, overrides: Sequence[str]) -> Recipe:

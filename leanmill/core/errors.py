@@ -1,5 +1,8 @@
 """The two ways a run can be wrong, told apart because the exit code tells them apart."""
 
+EXIT_RUN, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+"""Exit codes beside 0: a RunError or what nobody foresaw, a ConfigError, Ctrl-C."""
+
 
 class ConfigError(ValueError):
     """What the user asked for cannot be done: a bad recipe, file, shape or combination.

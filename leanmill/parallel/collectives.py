@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def max_over_ranks(tensor: Tensor) -> Tensor:
     """Return the element-wise maximum of `tensor` over all ranks; the argument is left as it is."""
     return _reduced(tensor, dist.ReduceOp.MAX)
+
+
+def begin_max_over_ranks(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start an element-wise maximum of a CPU tensor; the function returned waits for it and gives it.
+
+    The reduction runs between the hosts (gloo) where there is such a group.
+    """
+    if not _is_distributed():
+        result = tensor.clone()
+        return lambda: result
+    result = tensor.detach().to(_collective_device(), copy=True)
+    work = dist.all_reduce(result, op=dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return result.to(tensor.device)
+
+    return wait
 
 
 def broadcast_object(value: Any = None) -> Any:

@@ -91,6 +91,8 @@ class ClusterConfig(Config):
     """Collective time-out until the first step is done (compilation, loading)."""
     step_timeout_seconds: int = Field(default=300, ge=1)
     """Collective time-out afterwards."""
+    interrupt_seconds: int = Field(default=120, ge=1)
+    """After Ctrl-C (SIGINT) the step under way and its checkpoint may take this long; then the run quits without it."""
     flight_recorder: bool = True
     """Keep NCCL's flight recorder on; its dump directory is printed at start."""
 

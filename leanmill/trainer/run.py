@@ -32,6 +32,7 @@ from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
+from leanmill.trainer.stop import Stop, StopSignals
 
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class RunResult:
     scores: dict[str, DomainScore]
     """Last evaluation, by domain."""
     rank: int
+    interrupted: bool = False
+    """Stopped by Ctrl-C (SIGINT) rather than by a scheduler."""
 
 
 def run(recipe: Recipe) -> RunResult:
@@ -61,18 +64,22 @@ def run(recipe: Recipe) -> RunResult:
     Raises:
         ConfigError: The recipe asks for something impossible here.
         RunError: Something failed on the way.
+        KeyboardInterrupt: Ctrl-C before training began, twice, or not served within its limit.
     """
     ranks = init_processes(recipe.device, recipe.cluster)
+    signals = StopSignals(limit_seconds=recipe.cluster.interrupt_seconds)
     try:
-        return _Run(recipe, ranks).go()
+        return _Run(recipe, ranks, signals).go()
     finally:
         finish()
+        signals.release()
 
 
 class _Run:
     """The objects of one run, built in order."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks, signals: StopSignals) -> None:
+        self.signals = signals
         # The resolved precision goes into what is saved: a resumed run computes like its beginning.
         self.recipe, self.ranks = with_precision(recipe, ranks.device.type), ranks
         self.run_dir = Path(recipe.run_dir.format(name=recipe.name))
@@ -136,18 +143,22 @@ class _Run:
         for observer in self.observers:
             observer.on_start(info)
         try:
-            status = loop.run()
-            self.manager.wait()
+            with self.signals:
+                stop = loop.run(lambda: self.signals.level)
+                self.manager.wait()
+                # A run that was told to stop has its checkpoint and little time left.
+                if not stop and not self.scores:
+                    self._evaluate(loop.step)
+        except KeyboardInterrupt:
+            # Nothing is waited for; a checkpoint that was being written does not count, the one before does.
+            self._end("stopped", "interrupted; the newest checkpoint is where it continues")
+            raise
         except BaseException as error:
             self.manager.drain()
-            for observer in self.observers:
-                observer.on_end("failed", message=f"{type(error).__name__}: {error}")
+            self._end("failed", f"{type(error).__name__}: {error}")
             raise
-        # A run that was told to stop has its checkpoint and little time left.
-        if status == "finished" and not self.scores:
-            self._evaluate(loop.step)
-        for observer in self.observers:
-            observer.on_end(status)
+        status = "stopped" if stop else "finished"
+        self._end(status)
         barrier()
         self.engine.close()
         return RunResult(
@@ -157,7 +168,12 @@ class _Run:
             num_skipped=loop.meter.num_skipped,
             scores=self.scores,
             rank=self.ranks.rank,
+            interrupted=stop is Stop.INTERRUPTED,
         )
+
+    def _end(self, status: str, message: str = "") -> None:
+        for observer in self.observers:
+            observer.on_end(status, message)
 
     def _loop(self, prepared: Prepared, num_steps: int, num_micro_batches: int, state: dict[str, Any]) -> Loop:
         recipe = self.recipe

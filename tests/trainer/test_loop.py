@@ -1,0 +1,165 @@
+"""When the loop stops, saves and evaluates, and which step it names. No model: an engine that does nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from leanmill.core.errors import RunError
+from leanmill.recipe.root import Recipe
+from leanmill.trainer import loop as loop_module
+from leanmill.trainer.loop import Loop
+from leanmill.trainer.stop import Agreement, Stop
+from tests.distributed import run_ranks
+
+
+class IdleEngine:
+    """Takes no step; the gradient norm of the steps in `bad` is NaN."""
+
+    device, data_rank, data_size = torch.device("cpu"), 0, 1
+
+    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+        self.bad, self.steps = bad, 0
+        self.param_groups = [{"lr": 1.0, "initial_lr": 1.0}]
+
+    def forward_backward(self, micro_batches: Any, num_valid: Tensor) -> dict[str, Tensor]:
+        self.steps += 1
+        return {"total": torch.ones(())}
+
+    def clip(self, max_norm: float | None) -> Tensor:
+        return torch.tensor(float("nan") if self.steps in self.bad else 1.0)
+
+    def step(self, skip: Tensor) -> None:
+        pass
+
+
+class Rows:
+    position_tokens = 0
+
+    def next_rows(self, num_rows: int, *, rank: int, world_size: int) -> dict[str, Tensor]:
+        return {"labels": torch.zeros(num_rows, 64, dtype=torch.int64)}
+
+
+class Run:
+    """A loop of 10 steps; a signal comes during `moment`, such as "step 3" or "save 4"."""
+
+    def __init__(
+        self, moment: str = "", *, bad: tuple[int, ...] = (), level: Stop = Stop.STOPPED, **train: Any
+    ) -> None:
+        self.events: list[str] = []
+        self.moment, self.level, self.asked = moment, level, Stop.NOT_ASKED
+        recipe = Recipe(
+            model={"config": {"model_type": "llama"}},
+            data={"sequence_length": 64},
+            batch={"tokens_per_step": 64, "tokens_per_micro_batch": 64},
+            train={"steps": 10, **train},
+            eval={"every_steps": 5},
+            checkpoint={"every_steps": 4},
+        )
+        run, engine = self, IdleEngine(bad)
+
+        class Watched(Loop):
+            def train_step(self) -> None:
+                super().train_step()
+                run.happens(f"step {self.step + 1}")
+
+        self.loop = Watched(
+            recipe=recipe,
+            engine=engine,
+            data=Rows(),
+            step_rules=(),
+            observers=(),
+            num_steps=10,
+            num_micro_batches=1,
+            save=lambda step: self.happens(f"save {step}"),
+            evaluate=lambda step: self.happens(f"eval {step}"),
+        )
+
+    def happens(self, event: str) -> None:
+        self.events.append(event)
+        if event == self.moment:
+            self.asked = self.level
+
+    def go(self) -> Stop:
+        return self.loop.run(lambda: self.asked)
+
+
+def _steps(first: int, last: int) -> list[str]:
+    return [f"step {step}" for step in range(first, last + 1)]
+
+
+def test_a_run_without_signals_goes_to_the_end() -> None:
+    run = Run()
+    assert run.go() is Stop.NOT_ASKED
+    assert run.events == [*_steps(1, 4), "save 4", "step 5", "eval 5", *_steps(6, 8), "save 8", *_steps(9, 10)] + [
+        "eval 10",
+        "save 10",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("moment", "tail"),
+    [
+        ("step 3", ["step 3", "save 3"]),
+        ("step 5", ["step 5", "save 5"]),  # an evaluation is due, and nobody waits for it
+        ("eval 5", ["eval 5", "save 5"]),
+        ("save 4", ["step 4", "save 4"]),
+        ("step 10", ["step 10", "save 10"]),
+    ],
+)
+@pytest.mark.parametrize("level", [Stop.STOPPED, Stop.INTERRUPTED])
+def test_after_a_signal_no_step_is_begun(moment: str, tail: list[str], level: Stop) -> None:
+    run = Run(moment, level=level)
+    assert run.go() is level
+    assert run.events[-2:] == tail
+    assert run.loop.step == int(moment.split()[1])
+
+
+@pytest.mark.parametrize("moment", ["eval 10", "save 10"])
+def test_a_run_that_is_done_has_finished(moment: str) -> None:
+    assert Run(moment).go() is Stop.NOT_ASKED
+
+
+def test_a_signal_to_one_rank_stops_all_in_the_same_step() -> None:
+    def body() -> list[str]:
+        run = Run("step 3" if dist.get_rank() == 1 else "")
+        assert run.go() is Stop.STOPPED
+        return run.events
+
+    assert run_ranks(body, 2) == [[*_steps(1, 3), "save 3"]] * 2
+
+
+def test_a_host_that_runs_ahead_stops_one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of CUDA."""
+    monkeypatch.setattr(loop_module, "agreement_for", lambda device: Agreement(deferred=True))
+
+    def body() -> list[str]:
+        run = Run("step 2" if dist.get_rank() == 1 else "")
+        run.go()
+        return run.events
+
+    assert run_ranks(body, 2) == [[*_steps(1, 3), "save 3"]] * 2
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("bad", [(4,), (4, 6), (10,), (1,)])
+def test_the_step_named_is_the_one_that_was_not_finite(
+    at_once: bool, bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA the flag is read when a record is due, here after 10 steps."""
+    monkeypatch.setattr(Loop, "_reads_at_once", property(lambda self: at_once))
+    run = Run(bad=bad)
+    with pytest.raises(RunError, match=rf"gradient in step {bad[0]};"):
+        run.go()
+    assert run.loop.engine.steps == (bad[0] if at_once else 10)
+
+
+def test_steps_before_the_last_record_are_not_named() -> None:
+    run = Run(bad=(4, 12), non_finite="skip")
+    run.go()
+    assert run.loop.num_skipped == 1
+    assert int(run.loop.meter.first_skipped_step) == 0
