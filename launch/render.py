@@ -20,6 +20,8 @@ from leanmill.recipe.rules import derive_steps
 HERE = Path(__file__).parent
 TEMPLATES = {"slurm": HERE / "slurm" / "train.sbatch", "k8s": HERE / "k8s" / "pytorchjob.yaml"}
 _FLIGHT_RECORDER_ENTRIES = 2000
+_SIGNALS_TO_HANDLE = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""torchrun's own list, and SIGUSR1: without it that signal kills torchrun, and its ranks with it."""
 
 
 def render(kind: str, recipe: Recipe, args: argparse.Namespace) -> str:
@@ -54,6 +56,7 @@ def _values(kind: str, recipe: Recipe, args: argparse.Namespace) -> dict[str, st
     }
     texts = {
         "name": _job_name(recipe.name),
+        "signals_to_handle": _SIGNALS_TO_HANDLE,
         "time_limit": args.time_limit,
         "recipe": quote(args.recipe),
         "overrides": " ".join(map(quote, args.overrides)),
@@ -85,7 +88,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpus-per-gpu", type=int, default=8, help="cores a rank gets (8)")
     parser.add_argument("--max-restarts", type=int, default=3, help="restarts of all workers after a failure (3)")
     parser.add_argument(
-        "--warn-seconds", type=int, default=300, help="notice before a stop, to save a checkpoint (300)"
+        "--warn-seconds",
+        type=int,
+        default=300,
+        help="notice before a stop, and how long torchrun waits for the checkpoint (300)",
     )
     parser.add_argument("--time-limit", default="24:00:00", help="Slurm time limit (24:00:00)")
     parser.add_argument("--image", default="leanmill:latest", help="container image (k8s)")

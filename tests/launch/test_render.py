@@ -3,6 +3,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 
@@ -94,6 +95,30 @@ def test_k8s_job_parses_and_holds_the_settings(capsys):
     assert env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
     assert all(isinstance(value, str) for value in env.values())
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
+
+
+def _slurm_environment(text):
+    exports = [line.removeprefix("export ").split("=", 1) for line in text.splitlines() if line.startswith("export ")]
+    return dict(exports)
+
+
+def _k8s_environment(text):
+    pod = yaml.safe_load(text)["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 444
+    return {item["name"]: item["value"] for item in pod["containers"][0]["env"]}
+
+
+@pytest.mark.parametrize(("kind", "environment"), [("slurm", _slurm_environment), ("k8s", _k8s_environment)])
+def test_torchrun_reads_how_long_ranks_may_save_and_which_signals_reach_them(capsys, monkeypatch, kind, environment):
+    from torch.distributed import run
+
+    text = _render(capsys, kind, RECIPE, *SIZE, "--warn-seconds", "444")
+    for name in ("PET_SIGNALS_TO_HANDLE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.setenv(name, environment(text)[name])
+    config, _, _ = run.config_from_args(run.parse_args(["launch/train.py"]))
+    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(config.signals_to_handle.split(","))
+    if torch.__version__ >= "2.12":  # before, torchrun has no such setting
+        assert config.shutdown_timeout == 444
 
 
 @pytest.mark.parametrize("kind", ["slurm", "k8s"])
