@@ -15,6 +15,7 @@ import torch
 
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.cli.main import main
+from tests.processes import children_of, is_running
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,9 +100,13 @@ def test_a_killed_run_resumes_bitwise(engine, tmp_path, cache):
         saved = (tmp_path / "broken/checkpoints").glob
         wait_for(lambda: any(saved("step-*/manifest.json")) or process.poll() is not None)
         assert process.poll() is None, "ended before it could be killed: raise `steps`"
+        ranks = children_of(process.pid)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun alone: its ranks are in sessions of their own, and have to end by themselves.
+        process.kill()
         process.wait()
+    assert len(ranks) == 2
+    wait_for(lambda: not any(is_running(pid) for pid in ranks), timeout_seconds=20)
     done_before = max(losses(tmp_path / "broken"))
     assert done_before < steps, "the run was over before it was killed: raise `steps`"
     output = finish(launch(broken))
@@ -140,6 +145,32 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path, cache):
     state = json.loads((newest / "train_state.json").read_text())
     assert state["step"] == max(losses(tmp_path / "run")), output[-2000:]
     assert (newest / "manifest.json").exists()
+
+
+@pytest.mark.xdist_group("end_to_end")
+def test_ctrl_c_saves_and_exits_130(tmp_path, cache):
+    recipe = write_recipe(tmp_path, cache, "single", 100_000)
+    command = [sys.executable, "-m", "leanmill", "train", str(recipe), "checkpoint.every_steps=null"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 3)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output[-4000:]
+    assert "KeyboardInterrupt" not in output
+    assert "SIGINT: stopping after this step and its checkpoint, for 120 s at most" in output
+    records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["status"] == "stopped"
+    assert (tmp_path / f"run/checkpoints/step-{max(losses(tmp_path / 'run')):08d}/manifest.json").exists()
+
+
+@pytest.mark.xdist_group("end_to_end")
+def test_an_error_of_all_ranks_is_one_line(tmp_path, cache):
+    process = launch(write_recipe(tmp_path, cache, "ddp"), "batch.tokens_per_step=640")
+    output, _ = process.communicate(timeout=120)
+    told = [line for line in output.splitlines() if "is no multiple of" in line]
+    assert [line.split("batch.")[0].strip() for line in told] == ["error:", "traceback : error:"], output
+    assert "exitcode  : 2 " in output
+    assert "<NO_OTHER_FAILURES>" in output
 
 
 @pytest.mark.xdist_group("end_to_end")

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from leanmill import __version__
+from leanmill.core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_RUN
 
-
-EXIT_RUN, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
 
 _VERBS: dict[str, str] = {
     "train": "train a recipe on one process (many: torchrun launch/train.py --config recipe.yaml)",
@@ -91,7 +90,8 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
     try:
         return action()
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("error: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) left; a second failure at the flush on exit would print a traceback.
@@ -102,10 +102,23 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
             import traceback
 
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        rank = os.environ.get("RANK", "0")
-        for line in _lines(error):
-            print(f"{'' if rank == '0' else f'[rank {rank}] '}error: {redact(line)}", file=sys.stderr)
+        _tell([redact(line) for line in _lines(error)])
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_RUN
+
+
+def _tell(lines: Sequence[str]) -> None:
+    """Print `lines` on stderr, on one of the ranks that have them."""
+    from leanmill.parallel import shared_errors
+
+    rank = os.environ.get("RANK", "0")
+    message = "\n".join(f"{'' if rank == '0' else f'[rank {rank}] '}error: {line}" for line in lines)
+    key = "\n".join(lines)
+    if not message or not shared_errors.is_mine_to_tell(key):
+        shared_errors.leave_when_told()
+        return
+    print(message, file=sys.stderr, flush=True)
+    shared_errors.write_error_file(message)
+    shared_errors.linger(key)
 
 
 _OS_REMEDIES = {

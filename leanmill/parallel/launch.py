@@ -22,7 +22,9 @@ import torch
 import torch.distributed as dist
 
 from leanmill.core.errors import ConfigError
+from leanmill.parallel import shared_errors
 from leanmill.parallel.collectives import barrier
+from leanmill.parallel.meeting import Meeting
 
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ def init_processes(device: Literal["auto", "cpu", "cuda"], cluster: ClusterSetti
         cluster: Time-outs and flight recorder.
 
     Raises:
-        ConfigError: No such device, or fewer GPUs than processes on this machine.
+        ConfigError: No such device, fewer GPUs than processes on this machine, or no address to meet at.
+        RunError: A rank was missing for `cluster.init_timeout_seconds`.
     """
     rank, world_size = _env("RANK", 0), _env("WORLD_SIZE", 1)
     local_rank, local_world_size = _env("LOCAL_RANK", 0), _env("LOCAL_WORLD_SIZE", world_size)
@@ -90,6 +93,7 @@ def init_processes(device: Literal["auto", "cpu", "cuda"], cluster: ClusterSetti
     )
     if world_size > 1:
         _warn_of_shared_store()
+        _warn_of_short_shutdown(rank)
         ensure_process_group(ranks, timeout_seconds=cluster.init_timeout_seconds)
     if recorder is not None and rank == 0:
         log.info("NCCL flight recorder: after a hang each machine has %s<rank>", recorder)
@@ -97,9 +101,13 @@ def init_processes(device: Literal["auto", "cpu", "cuda"], cluster: ClusterSetti
 
 
 def ensure_process_group(ranks: Ranks, *, timeout_seconds: int = 1800) -> None:
-    """Create the default process group where there is none yet.
+    """Create the default process group where there is none yet, once every rank is there.
 
     On CUDA it has gloo for CPU tensors beside NCCL: offloaded parameters and checkpoints need it.
+
+    Raises:
+        ConfigError: The environment names no address, or its port is taken.
+        RunError: A rank was missing for `timeout_seconds`.
     """
     if dist.is_initialized():
         return
@@ -109,7 +117,15 @@ def ensure_process_group(ranks: Ranks, *, timeout_seconds: int = 1800) -> None:
         # A store of this process alone: no port, nothing another run on this machine could meet.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+        meeting = Meeting(
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            local_rank=ranks.local_rank,
+            timeout_seconds=timeout_seconds,
+        )
+        store = meeting.join()
+        shared_errors.use_store(store, ranks.rank, ranks.world_size)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
 def patient_group(timeout: timedelta) -> dist.ProcessGroup:
@@ -214,4 +230,15 @@ def _warn_of_shared_store() -> None:
             "torchrun may restart workers %d times, which fails or hangs on stale addresses unless "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set in torchrun's own environment",
             restarts,
+        )
+
+
+def _warn_of_short_shutdown(rank: int) -> None:
+    """The torchrun of PyTorch before 2.12 does not know the time-out that was set."""
+    if rank == 0 and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ and torch.__version__ < "2.12":
+        log.warning(
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=%s is set, and the torchrun of PyTorch %s kills ranks 30 s after a signal "
+            "all the same; install PyTorch 2.12, or send SIGUSR1 to the ranks themselves",
+            os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"],
+            torch.__version__,
         )

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.torch_version import TorchVersion
 
 from leanmill.core.errors import ConfigError
 from leanmill.parallel import launch
@@ -127,6 +128,22 @@ def test_warns_of_restarts_on_a_shared_store(monkeypatch: pytest.MonkeyPatch, ca
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
         launch._warn_of_shared_store()
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text
+
+
+def test_warns_of_a_torchrun_that_kills_early(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    with caplog.at_level(logging.WARNING):
+        for version in ("2.12.0", "2.13.0+cpu"):
+            monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+            launch._warn_of_short_shutdown(0)
+        assert caplog.text == ""
+        monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+        launch._warn_of_short_shutdown(1)
+        assert caplog.text == ""
+        launch._warn_of_short_shutdown(0)
+    assert "kills ranks 30 s after a signal" in caplog.text
 
 
 def test_the_shortened_timeout_counts_for_every_group_but_those_that_state_their_own() -> None:
