@@ -50,7 +50,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "
         prepare_config(model, rebuilt, folder)
         if packing == "bitnet":
             bitnet.save(model, ternary, folder)
-            reloaded, difference, notes = bitnet.check(folder, model, ternary, expected)
+            reloaded, difference, limit, notes = bitnet.check(folder, model, ternary, expected)
             packed = {f"{name}.weight" for name in ternary}
             unpacked = {name: weight for name, weight in staged.items() if name not in packed}
             _check_weights(reloaded, unpacked, {n: m for n, m in masked.items() if n not in packed})
@@ -58,9 +58,9 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "
             with quiet_transformers():
                 model.save_pretrained(folder, safe_serialization=True)
             reloaded = reload(folder)
-            difference, notes = check_same(sample_logits(reloaded), expected, "the reloaded export"), ()
+            difference, limit = check_same(sample_logits(reloaded), expected, "the reloaded export"), allowed(expected)
+            notes = ()
             _check_weights(reloaded, staged, masked)
-        limit = allowed(expected) if packing == "none" else None
         write_summary(folder, rebuilt, format="bitnet" if packing == "bitnet" else "huggingface", difference=difference)
         num_bytes = folder_bytes(folder)
     return ExportReport(

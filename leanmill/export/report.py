@@ -14,10 +14,10 @@ class ExportReport:
     format: str
     """`huggingface`, `bitnet` or `peft`."""
     max_difference: float
-    """Largest absolute difference of any logit to the trained model, on random and packed rows."""
-    tolerance: float | None
-    """What `max_difference` was allowed to be; None where the format quantises activations, whose
-    layers are compared one by one instead."""
+    """Largest absolute difference of any logit to the trained model, on random and packed rows; for
+    `bitnet` both with the inputs of packed layers rounded to 8 bits."""
+    tolerance: float
+    """What `max_difference` was allowed to be."""
     num_parameters: int
     """Of the exported model or adapter."""
     num_bytes: int
@@ -27,10 +27,10 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        limit = "" if self.tolerance is None else f" (allowed {self.tolerance:.0e})"
         lines = [
             f"{self.format}: {self.num_parameters:,} parameters in {self.num_bytes / 2**20:.1f} MiB",
-            f"largest logit difference to the trained model {self.max_difference:.2e}{limit}",
+            f"largest logit difference to the trained model{' on 8-bit inputs' if self.format == 'bitnet' else ''} "
+            f"{self.max_difference:.2e} (allowed {self.tolerance:.0e})",
         ]
         if self.sparsity:
             zeros = list(self.sparsity.values())
