@@ -124,11 +124,12 @@ def same_device(weight: Tensor, **others: Tensor | None) -> None:
 
 
 def scalar_like(value: float | Tensor | None, weight: Tensor) -> Tensor | None:
-    """A (1,) fp32 tensor on the weight's device; None for None and for a plain 0."""
+    """A (1,) tensor on the weight's device, fp32 (fp64 for fp64) if made of a number; None for None and for a plain 0."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"decay has shape {tuple(value.shape)}; use a number or a tensor of one element")
         return value.reshape(1)
     if value is None or value == 0:
         return None
-    return torch.full((1,), value, dtype=torch.float32, device=weight.device)
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return torch.full((1,), value, dtype=exact, device=weight.device)

@@ -105,7 +105,7 @@ def project(weight: Tensor, num_kept: int, group_size: int, transposable: bool) 
 def decayed_grad(
     grad: Tensor, weight: Tensor, decay: Tensor, num_kept: int, group_size: int, transposable: bool
 ) -> Tensor:
-    """Return g + decay * (1 - M) * W (Zhou et al. 2021, eq. 9), computed in fp32 and rounded once.
+    """Return g + decay * (1 - M) * W (Zhou et al. 2021, eq. 9), computed in fp32 (fp64 for fp64), rounded once.
 
     Where the mask keeps, that is g itself, whatever W is.
     """

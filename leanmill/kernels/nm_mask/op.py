@@ -56,7 +56,7 @@ def nm_project(
 
         dL/dW = g + decay * (1 - M) * W
 
-    (SR-STE, Zhou et al. 2021, arXiv:2102.04010, eq. 9), in fp32 and rounded once. Backward
+    (SR-STE, Zhou et al. 2021, arXiv:2102.04010, eq. 9), in fp32 (fp64 for fp64) and rounded once. Backward
     recomputes the mask from the weight, so no more than a reference to the weight is kept, and not
     even that without `decay`.
 

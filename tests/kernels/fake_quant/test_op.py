@@ -159,6 +159,14 @@ def test_decay_may_be_a_tensor_that_a_schedule_writes():
     torch.testing.assert_close(grads[0][~mask], 1 + 0.5 * weight[~mask])
 
 
+def test_decay_of_fp64_weights_is_computed_in_fp64():
+    weight = torch.randn(2, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    out = project_quantise(weight, torch.ones(1, device=DEVICE), num_kept=2, group_size=4, num_bits=4, decay=0.1)
+    out.backward(torch.zeros_like(out))
+    pruned = ~nm_mask_by_sort(weight.detach(), 2, 4)
+    torch.testing.assert_close(weight.grad, torch.where(pruned, 0.1 * weight.detach(), 0.0), rtol=1e-15, atol=0)
+
+
 def test_frozen_weights_and_frozen_scales():
     weight, scale, offset, grad = draw((4, 16), (4, 2), torch.float32, True)
     for wants in ((True, False, False), (False, True, False), (False, False, True), (False, True, True)):

@@ -152,6 +152,15 @@ def test_sr_ste_gradient_is_the_papers(dtype, num_kept, group_size, transposable
     same(weight.grad, naive.decayed_grad(upstream, weight.detach(), decay.detach(), num_kept, group_size, transposable))
 
 
+@pytest.mark.parametrize("transposable", [False, True])
+def test_decay_of_fp64_weights_is_computed_in_fp64(transposable):
+    weight = drawn((8, 12), torch.float64).requires_grad_()
+    decay = torch.tensor([0.1], dtype=torch.float64, device=DEVICE)
+    nm_project(weight, decay=decay, transposable=transposable).backward(torch.zeros_like(weight))
+    pruned = ~nm_mask(weight, transposable=transposable)
+    torch.testing.assert_close(weight.grad, torch.where(pruned, 0.1 * weight.detach(), 0.0), rtol=1e-15, atol=0)
+
+
 def test_the_gradient_of_a_kept_infinity_is_clean():
     weight = torch.tensor([[float("inf"), 1.0, 2.0, float("nan")]], device=DEVICE, requires_grad=True)
     nm_project(weight, 2, 4, decay=torch.ones(1, device=DEVICE)).backward(torch.zeros(1, 4, device=DEVICE))
