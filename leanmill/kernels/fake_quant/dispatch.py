@@ -124,7 +124,7 @@ def same_device(weight: Tensor, **others: Tensor | None) -> None:
 
 
 def scalar_like(value: float | Tensor | None, weight: Tensor) -> Tensor | None:
-    """A (1,) tensor on the weight's device, fp32 (fp64 for fp64) if made of a number; None for None and for a plain 0."""
+    """A (1,) tensor on the weight's device; a number in fp32 (fp64 for fp64). None for None and for a plain 0."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"decay has shape {tuple(value.shape)}; use a number or a tensor of one element")
