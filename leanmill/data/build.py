@@ -11,8 +11,9 @@ from leanmill.data.documents import Documents, StreamingDocuments, open_document
 from leanmill.data.encoding import Document, Encoder, num_chars
 from leanmill.data.evaluation import EvalDomain, eval_domain
 from leanmill.data.identity import data_identity
-from leanmill.data.sources import MapSource, Source, StreamSource
+from leanmill.data.sources import MapSource, Source
 from leanmill.data.store import token_store
+from leanmill.data.stream_source import StreamSource
 from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
 from leanmill.data.train_data import TrainData
 

@@ -22,6 +22,8 @@ from leanmill.data.tally import NO_MESSAGES, NO_TEXT, Tally
 
 
 _TEXT_DOCUMENT_CHARS = 16_384
+_MOST_ROWS_READ_AGAIN = 1_000_000
+"""So that a message never holds a run up for more than seconds."""
 
 
 def open_hf(config: HfDataset, task: Literal["pretrain", "sft"]) -> HfDocuments:
@@ -90,17 +92,21 @@ class HfDocuments:
         return self._rows_of(self._files.of_split(split, self._config))
 
     def locate(self, number: int, split: str) -> str:
-        """Name the row with `number` (from 1) of a split for a person; reads up to it again."""
+        """Name the row with `number` (from 1) of a split for a person; reads up to it again to find its file."""
         if self._files is None:
             return f"row {number:,} of {self._config.path} ({split})"
-        *before, last = self._files.of_split(split, self._config)
+        what = "part" if self._files.format == "text" else "row"
+        files = self._files.of_split(split, self._config)
+        if number > _MOST_ROWS_READ_AGAIN and len(files) > 1:
+            return f"{what} {number:,} of {self._config.path}, counted over its {len(files):,} files"
+        *before, last = files
         for file in before:
             num_rows = sum(1 for _ in islice(self._rows_of([file]), number))
             if num_rows >= number:
                 last = file
                 break
             number -= num_rows
-        return f"row {number:,} of {last}"
+        return f"{what} {number:,} of {last}"
 
     def _rows_of(self, files: list[str]) -> Any:
         import datasets
