@@ -12,9 +12,11 @@ from torch import nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
-from leanmill.data.agreement import check_ranks_agree
+from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
+from leanmill.data.evaluation import EvalDomain
 from leanmill.data.tokenizer import tokenizer_fingerprint
+from leanmill.data.train_data import TrainData
 from leanmill.models.build import build_on_meta
 from leanmill.models.counting import num_parameters
 from leanmill.models.flops import flops_per_token
@@ -89,7 +91,7 @@ class _Run:
 
     def go(self) -> RunResult:
         recipe, ranks = self.recipe, self.ranks
-        tokenizer = build_tokenizer(recipe.data, seed=recipe.seed)
+        tokenizer = on_every_rank(lambda: build_tokenizer(recipe.data, seed=recipe.seed))
         # Before the data, which may take long to tokenise.
         model = build_on_meta(
             recipe.model,
@@ -98,8 +100,7 @@ class _Run:
             device_type=ranks.device.type,
             packed=recipe.data.document_mask,
         )
-        self.domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
-        self.data = build_train_data(recipe.data, tokenizer, seed=recipe.seed)
+        self.domains, self.data = on_every_rank(lambda: self._read_data(tokenizer))
         check_ranks_agree(self.data.identity, self.domains)
         model_bytes = sum(4 * p.numel() for p in model.parameters())
         self.engine, why = build_engine(
@@ -138,6 +139,11 @@ class _Run:
             notes=(why, prepared.conversion, *self._data_notes(num_steps), *self._resume_note(state)),
         )
         return self._train(loop, info)
+
+    def _read_data(self, tokenizer: Any) -> tuple[list[EvalDomain], TrainData]:
+        recipe = self.recipe
+        domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
+        return domains, build_train_data(recipe.data, tokenizer, seed=recipe.seed)
 
     def _train(self, loop: Loop, info: RunInfo) -> RunResult:
         for observer in self.observers:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from leanmill.core.errors import ConfigError
-from leanmill.data.agreement import check_ranks_agree
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.config import TokenizerConfig
 from tests.data.samples import hf_config, write_texts
@@ -96,6 +96,35 @@ def _ask_with_own_tokenizer(folders):
     # The group is usable afterwards: nobody is left inside a collective.
     dist.all_reduce(torch.ones(1))
     return str(caught.value)
+
+
+def _fail(failing, kind):
+    def build():
+        if dist.get_rank() in failing:
+            raise kind("no text; give some")
+        return "built"
+
+    with pytest.raises(kind) as caught:
+        on_every_rank(build)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [ConfigError, RunError])
+def test_a_failure_on_some_ranks_is_one_on_all(kind):
+    (first, second, third) = run_ranks(_fail, 3, [1, 2], kind)
+    assert first == second == third
+    assert first.startswith("ranks 1, 2 of 3 (on ")
+    assert first.endswith("): no text; give some")
+
+
+def test_a_failure_on_all_ranks_names_none():
+    assert run_ranks(_fail, 2, [0, 1], ConfigError) == ["no text; give some"] * 2
+
+
+def test_what_every_rank_builds_is_returned():
+    assert run_ranks(lambda: on_every_rank(dist.get_rank), 2) == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        on_every_rank(lambda: 1 // 0)
 
 
 def test_one_process_has_nobody_to_differ_from(tokenizer, tmp_path):

@@ -1,5 +1,7 @@
 """A run and its data: what is said at its start, and what may not change before a resume."""
 
+import re
+
 import pytest
 import torch.distributed as dist
 
@@ -49,6 +51,16 @@ def _start_on_own_disk(folders):
     except ConfigError as error:
         return str(error)
     return "trained"
+
+
+def test_a_file_that_one_machine_lacks_ends_all_ranks_with_one_line(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    write_texts(folders[0] / "a.jsonl", 40)
+    messages = run_ranks(_start_on_own_disk, 2, folders, timeout_seconds=60)
+    assert messages[0] == messages[1]
+    assert re.match(r"rank 1 of 2 \(on \S+\): data\.source\.path: no file or folder '.*b/a\.jsonl'; ", messages[0])
 
 
 def test_ranks_with_other_files_do_not_start(tmp_path):
