@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "codes.h"
+#include "dtypes.h"
 
 typedef float v8f __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t v8i __attribute__((vector_size(32), aligned(4), may_alias));
@@ -290,15 +291,23 @@ int multiply_panels(const uint8_t *packed, const float *scales, const float *zer
     return 0;
 }
 
-/* The whole weight as floats. Nonzero if there is no memory. */
-int dequantise_rows(const uint8_t *packed, const float *scales, const float *zeros, float *weight, int64_t first,
+/* Rows `first` to `last - 1` of the weight, rounded to bf16. Nonzero if there is no memory. */
+int dequantise_rows(const uint8_t *packed, const float *scales, const float *zeros, bf16_t *weight, int64_t first,
                     int64_t last, int64_t num_bytes, int64_t num_codes, int64_t num_groups, int encoding) {
     packed_weight w = {packed, scales, zeros, num_bytes, num_codes, num_groups};
     uint8_t *codes = malloc((size_t)num_codes + 8);
-    if (!codes) return 1;
-    decode_table table;
-    fill_table(&table, encoding);
-    dequantise(&w, encoding, &table, codes, weight + first * num_codes, first, last);
+    float *buffer = malloc((size_t)num_codes * sizeof(float));
+    if (codes && buffer) {
+        decode_table table;
+        fill_table(&table, encoding);
+        for (int64_t row = first; row < last; row++) {
+            dequantise(&w, encoding, &table, codes, buffer, row, row + 1);
+            bf16_t *restrict to = weight + row * num_codes;
+            for (int64_t k = 0; k < num_codes; k++) store_bf16(to + k, buffer[k]);
+        }
+    }
+    int failed = !codes || !buffer;
     free(codes);
-    return 0;
+    free(buffer);
+    return failed;
 }

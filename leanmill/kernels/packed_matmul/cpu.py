@@ -23,6 +23,10 @@ from leanmill.kernels.packing.encoding import TERNARY, codes_per_byte
 
 MOST_DOT_TOKENS = 4
 """More tokens than this are faster as matmuls of unpacked blocks."""
+MOST_BLOCK_TOKENS = 16
+"""More tokens than this in bf16 are faster on the processor's own bf16 products, where it has them."""
+_MOST_UNPACKED = 1 << 22
+"""Weights in bf16 that are held unpacked at once: few products, and a bound on memory."""
 _LANES = 8
 """Tokens a vector in a panel."""
 _VECTOR = 16
@@ -100,13 +104,38 @@ def _blocks(native: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor, zero
     return out[:, :num_tokens].t().contiguous()
 
 
-def dequantise(
-    native: ctypes.CDLL, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int, num_codes: int
+def rounded_matmul(
+    native: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int
 ) -> Tensor:
-    """Return the whole weight [out, in] fp32; all but `packed` are contiguous fp32."""
+    """Return x @ W^T [tokens, out] in bf16 by torch's product, W rounded to bf16.
+
+    Args:
+        native: What `library` returned.
+        x: bf16 [tokens, in].
+        packed: uint8 [out, bytes], contiguous.
+        scales: fp32 [out, groups], contiguous.
+        zero_points: Like `scales`.
+        number: The encoding's.
+    """
     zeros = zero_points + 1 if number == TERNARY else zero_points
-    weight = scales.new_empty((packed.shape[0], num_codes))
-    sizes = _sizes(packed.shape[1], num_codes, scales.shape[-1])
+    num_rows, num_codes = packed.shape[0], x.shape[1]
+    most_rows = max(1, _MOST_UNPACKED // num_codes)
+    weight = x.new_empty((min(most_rows, num_rows), num_codes))
+    out = x.new_empty((x.shape[0], num_rows))
+    for start in range(0, num_rows, most_rows):
+        part = slice(start, min(start + most_rows, num_rows))
+        rows = weight[: part.stop - start]
+        _unpack_rows(native, rows, packed[part], scales[part], zeros[part], number)
+        if most_rows >= num_rows:
+            return torch.mm(x, rows.t(), out=out)
+        out[:, part] = torch.mm(x, rows.t())
+    return out
+
+
+def _unpack_rows(
+    native: ctypes.CDLL, weight: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, number: int
+) -> None:
+    sizes = _sizes(packed.shape[1], weight.shape[1], scales.shape[1])
     arguments = [pointer(tensor) for tensor in (packed, scales, zeros, weight)]
     failures: list[int] = []
 
@@ -114,9 +143,8 @@ def dequantise(
         if native.dequantise_rows(*arguments, *_sizes(first, last), *sizes, ctypes.c_int(number)):
             failures.append(first)
 
-    threads.parallel_for(work, packed.shape[0], num_codes)
-    _refuse(failures, num_codes)
-    return weight
+    threads.parallel_for(work, *weight.shape)
+    _refuse(failures, weight.shape[1])
 
 
 def _refuse(failures: list[int], num_codes: int) -> None:

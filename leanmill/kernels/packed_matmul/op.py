@@ -8,6 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
+from leanmill.kernels.native.processor import multiplies_natively
 from leanmill.kernels.packed_matmul import cpu, naive
 from leanmill.kernels.packing.encoding import TERNARY, Encoding, number_of, packed_length
 from leanmill.kernels.sharded import is_dtensor
@@ -30,7 +31,9 @@ def packed_matmul(
     """Return x @ W^T for a weight W[o, i] = (code[o, i] - zero[o, g]) * scale[o, g] held packed.
 
     For evaluation: not differentiable. Group g covers in / groups neighbours along `in`. Products and
-    sums are fp32 (fp64 for fp64) and rounded once to the dtype of `x`; W itself is never rounded to it.
+    sums are fp32 (fp64 for fp64) and rounded once to the dtype of `x`. W itself is rounded to it where
+    many tokens run on instructions for products in a 16-bit type, as in a linear of that type, and
+    otherwise not.
 
     With `int8_activations` (ternary only, BitNet b1.58, arXiv:2402.17764) every token is first rounded
     to int8, a = round(x * 127 / max|x|) clipped to -128 .. 127 with max|x| at least 1e-5; the products
@@ -113,8 +116,10 @@ def _packed_matmul(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tenso
     native = cpu.library() if x.device.type == "cpu" and x.dtype != torch.float64 else None
     if native is not None:
         log_once("packed_matmul", "C")
-        dense = [tensor.contiguous() for tensor in (x.float(), packed, scales, zero_points)]
-        return cpu.packed_matmul(native, dense[0], dense[1], dense[2], dense[3], number).to(x.dtype)
+        weight = [tensor.contiguous() for tensor in (packed, scales, zero_points)]
+        if x.dtype == torch.bfloat16 and x.shape[0] > cpu.MOST_BLOCK_TOKENS and multiplies_natively(x.dtype):
+            return cpu.rounded_matmul(native, x, weight[0], weight[1], weight[2], number)
+        return cpu.packed_matmul(native, x.float().contiguous(), weight[0], weight[1], weight[2], number).to(x.dtype)
     if x.is_cuda and x.dtype != torch.float64:
         from leanmill.kernels.packed_matmul import kernel
 

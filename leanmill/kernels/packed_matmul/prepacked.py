@@ -2,7 +2,7 @@
 
 Torch multiplies bf16 with int4 (`_weight_int4pack_mm_for_cpu`) and int8 (`_weight_int8pack_mm`) weights laid
 out its own way, so a weight is converted once and kept. Its kernels decode the weight anew for every 4
-tokens: they win for few tokens, the blocks of `cpu.py` for many.
+tokens: they win for few tokens, the paths of `cpu.py` for many.
 """
 
 from __future__ import annotations
@@ -108,6 +108,11 @@ def prepacked_matmul(x: Tensor, weight: PrepackedWeight) -> Tensor:
         ValueError: Another shape, dtype or device, or a DTensor.
     """
     num_codes = weight.packed.shape[1] * codes_per_byte(weight.num_bits)
+    # For one token the dispatch of an operator of ours would take as long as torch's kernel.
+    if type(x) is Tensor and x.dtype == torch.bfloat16 and x.dim() == 2 and not torch.compiler.is_compiling():
+        is_plain = x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
+        if is_plain and x.shape[1] == num_codes and 0 < x.shape[0] <= MOST_TORCH_TOKENS:
+            return _by_torch(x, weight.layout, weight.layout_scales, weight.num_bits)
     if is_dtensor(x):
         raise ValueError("DTensors are not multiplied packed; gather them first: tensor.full_tensor()")
     if x.dtype not in DTYPES or x.dim() == 0 or x.shape[-1] != num_codes or x.device.type != "cpu":
@@ -137,6 +142,10 @@ def _prepacked_matmul(
     if x.numel() == 0 or not runs_on_torch(x.dtype, x.shape[0]):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return torch.ops.leanmill.packed_matmul(x, packed, scales.to(wide), zero_points.to(wide), num_bits)
+    return _by_torch(x, layout, layout_scales, num_bits)
+
+
+def _by_torch(x: Tensor, layout: Tensor, layout_scales: Tensor, num_bits: int) -> Tensor:
     log_once("prepacked_matmul", f"torch's int{num_bits} kernel")
     if num_bits == 8:
         return torch._weight_int8pack_mm(_aligned(x), _aligned(layout), layout_scales)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmill.kernels.packed_matmul import cpu, naive
+from leanmill.kernels.packed_matmul import cpu, naive, op
 from leanmill.kernels.packed_matmul.op import packed_matmul
 from leanmill.kernels.packing.op import pack
 
@@ -56,6 +56,22 @@ def test_dtypes_strides_and_forms_of_scales(dtype):
     torch.testing.assert_close(found, expected.to(dtype), rtol=1e-2 if dtype != torch.float64 else 1e-7, atol=1e-2)
     one = packed_matmul(x, packed, torch.tensor(0.25), 4)
     assert torch.equal(one, packed_matmul(x, packed, torch.full((6, 1), 0.25), 4))
+
+
+@pytest.mark.parametrize("most_unpacked", [1, 600, 1 << 22])
+@pytest.mark.parametrize("encoding", [1, 2, 4, 8, "ternary"])
+def test_many_tokens_in_bf16_multiply_the_weight_rounded_to_it(encoding, most_unpacked, monkeypatch):
+    monkeypatch.setattr(cpu, "_MOST_UNPACKED", most_unpacked)
+    monkeypatch.setattr(op, "multiplies_natively", lambda dtype: True)
+    codes = random_codes(encoding, 19, 120)
+    scales, zeros = torch.rand(19, 3) / 8, torch.rand(19, 3)
+    x = torch.randn(23, 120).bfloat16()
+    size = 120 // 3
+    wide = (codes - zeros.repeat_interleave(size, 1)) * scales.repeat_interleave(size, 1)
+    found = packed_matmul(x, pack(codes, encoding), scales, encoding, zero_points=zeros)
+    expected = x.double() @ wide.bfloat16().double().t()
+    allowed = expected.abs() * 2**-7 + (x.double().abs() @ wide.double().abs().t()) * 1e-5
+    assert ((found.double() - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 18])
