@@ -1,22 +1,19 @@
-"""Transforms, packed weights and the staged linear against what they replace."""
+"""Transforms and packed weights against what they replace."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
-from kernel_case import Case, MemoryCase
+from kernel_case import Case
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.core.site import recomputed
 from leanmill.kernels.hadamard.naive import hadamard_matrix
 from leanmill.kernels.hadamard.op import hadamard
 from leanmill.kernels.packed_matmul.op import packed_matmul
 from leanmill.kernels.packed_matmul.prepacked import PrepackedWeight, prepack, prepacked_matmul
 from leanmill.kernels.packing.op import pack, unpack
-from leanmill.kernels.staged_linear.op import staged_linear
 
 
 SIZE = 4096
@@ -24,8 +21,8 @@ GROUP = 128
 TOKENS = (1, 16, 256)
 
 
-def cases() -> list[Case | MemoryCase]:
-    return [_hadamard_case(), *_packed_cases(), *_prepacked_cases(), *_staged_cases()]
+def cases() -> list[Case]:
+    return [_hadamard_case(), *_packed_cases(), *_prepacked_cases()]
 
 
 def _hadamard_case() -> Case:
@@ -77,61 +74,3 @@ def _prepacked_cases() -> list[Case]:
             kernel = f"torch's int{num_bits} kernel"
             found.append(Case(f"{name}_by_torch", ours, theirs, kernel, 1.1, conditions, rounds=9))
     return found
-
-
-def _stage(weight: Tensor, scale: Tensor) -> Tensor:
-    quantised = torch.round(torch.clamp(weight / scale, -1, 1)) * scale
-    return quantised + (weight - weight.detach())
-
-
-def _staged_cases() -> list[Case | MemoryCase]:
-    weight = torch.randn(2048, 2048, requires_grad=True)
-    scale = torch.tensor([0.7], requires_grad=True)
-    x = torch.randn(512, 2048, requires_grad=True)
-
-    def ours() -> Tensor:
-        return staged_linear(x, weight, None, _stage, scale)
-
-    def peer() -> Tensor:
-        return recomputed(lambda rows: F.linear(rows, _stage(weight, scale)), x)
-
-    given = (x, weight, scale)
-    return [
-        Case(
-            "staged_linear",
-            lambda: _step(ours, given),
-            lambda: _step(peer, given),
-            "checkpointed linear",
-            1.05,
-            "2048 x 2048, 512 tokens, fp32, forward and backward",
-        ),
-        MemoryCase(
-            "staged_linear_kept_for_backward",
-            lambda: _kept_bytes(ours, given),
-            lambda: weight.numel() * weight.element_size(),
-            "the weight",
-            0.05,
-            "2048 x 2048, saved tensors beyond the arguments",
-        ),
-    ]
-
-
-def _step(function: Callable[[], Tensor], given: tuple[Tensor, ...]) -> None:
-    for tensor in given:
-        tensor.grad = None
-    function().sum().backward()
-
-
-def _kept_bytes(function: Callable[[], Tensor], given: tuple[Tensor, ...]) -> int:
-    own = {tensor.untyped_storage().data_ptr() for tensor in given}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        function()
-    return sum(kept.values())

@@ -1,1 +1,0 @@
-"""A linear layer whose staged weight is recomputed in backward instead of kept."""
