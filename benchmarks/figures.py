@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "perf"))
+
+from options import DEFAULTS  # noqa: E402
+
+
 HEAD = """# Figures
 
-Measured with `make bench`; each number is a ratio taken side by side in one run, or a whole-process time, with the
-machine's conditions beside it. The raw results are in `benchmarks/results/`. Targets are what the project set itself;
-a missed one is shown as missed.
+Each number is a ratio taken side by side in one run, or a whole-process time. `make bench` runs every benchmark in
+`benchmarks/perf` in the precision that the processor computes natively (`--precision` takes the other) and writes this
+page; `benchmarks/results/` has what was measured, and [Conditions](#conditions) what it was measured under, repetitions
+included. Targets are what the project set itself; a missed one is shown as missed.
+
+Memory kept for backward is that of the technique less that of the dense model, over the fp32 weights: below 0 the
+technique keeps less. Under autocast a dense linear layer keeps a bf16 copy of its weight, together 0.41 of this model's
+fp32 weights, and each block one bf16 activation more (4,096 tokens x 320), together 0.44; a staged layer makes both
+again.
 
 """
 
@@ -89,6 +101,17 @@ def write_kernels() -> None:
     (ROOT / "docs" / "kernels" / "figures.md").write_text(text, encoding="utf-8")
 
 
+def repetitions(path: Path) -> str:
+    """How often a result was measured, and how often `make bench` does where that is another number."""
+    figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    options = DEFAULTS.get(path.stem.removesuffix("_fp32").removesuffix("_bf16"), {})
+    said = ""
+    for name, usual in options.items():
+        other = "" if figures[name] == usual else f" (`make bench`: {usual})"
+        said += f", {figures[name]} {name.replace('_', ' ')}{other}"
+    return said
+
+
 def conditions() -> list[str]:
     """One line a result: date, processor, versions, load."""
     lines = []
@@ -98,7 +121,8 @@ def conditions() -> list[str]:
             versions = ", ".join(f"{name} {version}" for name, version in under["versions"].items() if version)
             lines.append(
                 f"- `{path.stem}`: {under['date']}, {under['processor']}, {under['num_cores']} cores, "
-                f"{under['torch_threads']} threads, load {under['load_average_at_start']:.1f} at start; {versions}"
+                f"{under['torch_threads']} threads, load {under['load_average_at_start']:.1f} at start"
+                f"{repetitions(path)}; {versions}"
             )
     return lines
 

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 from common import conditions, make_loop, recipe_15m, stepper, write_result
+from options import DEFAULTS
 
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
@@ -35,8 +36,13 @@ def stalls(loop: Loop, *, asynchronous: bool, saves: int, steps_between: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--steps-between", type=int, default=4, help="a write is done before the next save")
+    parser.add_argument("--saves", type=int, default=DEFAULTS["checkpoint_stall"]["saves"])
+    parser.add_argument(
+        "--steps-between",
+        type=int,
+        default=DEFAULTS["checkpoint_stall"]["steps_between"],
+        help="a write is done before the next save",
+    )
     arguments = parser.parse_args()
     measured_under = conditions()
     loop = make_loop(recipe_15m())

@@ -21,6 +21,7 @@ from common import (
     tokenizer_and_data,
     write_result,
 )
+from options import DEFAULTS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -109,7 +110,7 @@ def beside_trainer(recipe: Recipe, ours: Callable[[], None], num_steps: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=DEFAULTS["step_time"]["rounds"])
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     arguments = parser.parse_args()
     rounds = arguments.rounds

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from common import autocast, conditions, interleaved, make_loop, ratio, recipe_15m, stepper, write_result
+from options import DEFAULTS
 
 from leanmill.trainer.loop import Loop
 
@@ -33,7 +34,7 @@ def kept_bytes(loop: Loop) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=DEFAULTS["techniques"]["rounds"])
     parser.add_argument("--warmup", type=int, default=2, help="uncounted steps; 0 where a step takes minutes")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     arguments = parser.parse_args()

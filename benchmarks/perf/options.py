@@ -1,0 +1,7 @@
+"""How often each benchmark repeats: what `make bench` does, and what a result is held against. Imports nothing."""
+
+DEFAULTS: dict[str, dict[str, int]] = {
+    "step_time": {"rounds": 12},
+    "techniques": {"rounds": 12},
+    "checkpoint_stall": {"saves": 5, "steps_between": 4},
+}
