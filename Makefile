@@ -6,6 +6,8 @@ READY := $(VENV)/.ready
 # Override anything of the recipe: make train ARGS="train.total_tokens=200000"
 ARGS ?=
 NPROC ?= 2
+# Threads of one process: its share of the cores. torchrun takes one where nothing is said, and says so in a banner.
+OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(NPROC) ? cores / $(NPROC) : 1)))
 # The ranks of a test share the cores, so each stays on one thread.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_JOBS ?= 2
@@ -22,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 train: $(READY)
-	$(BIN)/torchrun --nproc-per-node $(NPROC) launch/train.py --config recipes/quickstart.yaml $(ARGS)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --nproc-per-node $(NPROC) launch/train.py --config recipes/quickstart.yaml $(ARGS)
 
 test: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup

@@ -67,6 +67,15 @@ def test_make_train_starts_the_command_the_readme_shows():
     assert "torchrun --nproc-per-node 2 launch/train.py --config recipes/quickstart.yaml" in recipe_line
 
 
+@pytest.mark.parametrize(("given", "processes", "threads"), [(None, 1, None), (None, 10_000, 1), ("3", 2, 3)])
+def test_make_train_gives_each_process_its_share_of_the_cores(given, processes, threads):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {} if given is None else {"OMP_NUM_THREADS": given}
+    command = ["make", "-n", "train", f"NPROC={processes}"]
+    line = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment).stdout
+    assert f"OMP_NUM_THREADS={threads or len(os.sched_getaffinity(0))} " in line
+
+
 @pytest.mark.timeout(400)
 @pytest.mark.xdist_group("end_to_end")
 @pytest.mark.parametrize("command", _matching("torchrun "))
