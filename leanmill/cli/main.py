@@ -102,23 +102,25 @@ def guarded(action: Callable[[], int], *, debug: bool) -> int:
             import traceback
 
             print(redact(traceback.format_exc()), end="", file=sys.stderr)
-        _tell([redact(line) for line in _lines(error)])
+        _tell(error, [redact(line) for line in _lines(error)])
         return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_RUN
 
 
-def _tell(lines: Sequence[str]) -> None:
-    """Print `lines` on stderr, on one of the ranks that have them."""
+def _tell(error: Exception, lines: Sequence[str]) -> None:
+    """Print the `lines` of `error` on stderr, on one of the ranks that have them."""
     from leanmill.parallel import shared_errors
 
     rank = os.environ.get("RANK", "0")
     message = "\n".join(f"{'' if rank == '0' else f'[rank {rank}] '}error: {line}" for line in lines)
     key = "\n".join(lines)
-    if not message or not shared_errors.is_mine_to_tell(key):
+    if shared_errors.is_told_by_its_cause(error):
+        shared_errors.leave_when_told(cause_is_elsewhere=True)
+    elif not message or not shared_errors.is_mine_to_tell(key):
         shared_errors.leave_when_told()
-        return
-    print(message, file=sys.stderr, flush=True)
-    shared_errors.write_error_file(message)
-    shared_errors.linger(key)
+    else:
+        print(message, file=sys.stderr, flush=True)
+        shared_errors.write_error_file(message)
+        shared_errors.linger(key)
 
 
 _OS_REMEDIES = {

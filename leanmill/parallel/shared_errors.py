@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from leanmill.core.errors import RunError
+
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -25,7 +27,30 @@ LINGER_SECONDS = 1.0
 """How long the teller waits for others to hear: it may be the host of the store."""
 TOLD_SECONDS = 5.0
 """How long a rank with nothing to say waits for torchrun to end it."""
+CAUSE_SECONDS = 2.0
+"""How long a rank that lost another waits for that one to tell why."""
 _POLL_SECONDS = 0.01
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error")
+
+
+class LostRankError(RunError):
+    """Another rank ended or hangs, which this one saw as a failed collective."""
+
+
+def lost_rank(error: BaseException) -> LostRankError | None:
+    """Return what a failed collective means to a user, or None where `error` is something else."""
+    if not isinstance(error, RuntimeError) or isinstance(error, RunError):
+        return None
+    for reason in _LOST_PEER:
+        if reason in str(error):
+            return LostRankError(
+                f"another rank ended or hangs ({reason}); see its own error, or its machine's log, for why, then start "
+                f"again: the run continues from its newest checkpoint"
+            )
+    return None
+
+
+_TOLD = "error/told"
 
 
 class _Ranks:
@@ -70,9 +95,21 @@ def linger(message: str) -> None:
         return
     store, key, others = _ranks.store, _key(message), _ranks.world_size - 1
     try:
+        store.set(_TOLD, "yes")
         _comes_true(lambda: store.add(f"{key}/heard", 0) >= others, LINGER_SECONDS)
     except RuntimeError:
         return
+
+
+def is_told_by_its_cause(error: BaseException) -> bool:
+    """Whether `error` only follows from another rank's, which that one has told."""
+    if _ranks is None or not isinstance(error, LostRankError):
+        return False
+    store = _ranks.store
+    try:
+        return _comes_true(lambda: store.check([_TOLD]), CAUSE_SECONDS)
+    except RuntimeError:
+        return False
 
 
 def write_error_file(message: str) -> None:
@@ -88,14 +125,16 @@ def write_error_file(message: str) -> None:
         return  # The message was printed; this is a copy of it.
 
 
-def leave_when_told(seconds: float = TOLD_SECONDS) -> None:
+def leave_when_told(*, cause_is_elsewhere: bool = False, seconds: float = TOLD_SECONDS) -> None:
     """Wait for the SIGTERM that torchrun sends once another rank has failed, and exit with 0 on it.
 
     So torchrun's summary shows the rank that told the error and no other. Returns after `seconds`
     without it, or at once where torchrun is not the parent; the caller then exits with its own code.
-    The first rank of each machine does not wait: its code is how the machine's torchrun learns.
+    The first rank of each machine does not wait: its code is how the machine's torchrun learns; but
+    it does where the failure is another rank's.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if "TORCHELASTIC_RUN_ID" not in os.environ or (is_first and not cause_is_elsewhere):
         return
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     time.sleep(seconds)

@@ -26,6 +26,7 @@ from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.precision import resolve_precision
+from leanmill.parallel.shared_errors import lost_rank
 from leanmill.recipe.io import resolved_yaml
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
@@ -72,6 +73,11 @@ def run(recipe: Recipe) -> RunResult:
     signals = StopSignals(limit_seconds=recipe.cluster.interrupt_seconds)
     try:
         return _Run(recipe, ranks, signals).go()
+    except RuntimeError as error:
+        lost = lost_rank(error)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
         finish()
         signals.release()
@@ -161,7 +167,8 @@ class _Run:
             raise
         except BaseException as error:
             self.manager.drain()
-            self._end("failed", f"{type(error).__name__}: {error}")
+            told = lost_rank(error) or error
+            self._end("failed", f"{type(told).__name__}: {told}")
             raise
         status = "stopped" if stop else "finished"
         self._end(status)

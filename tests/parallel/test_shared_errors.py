@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from leanmill.core.errors import RunError
 from leanmill.parallel import shared_errors
-from leanmill.parallel.shared_errors import is_mine_to_tell, leave_when_told, linger, write_error_file
+from leanmill.parallel.shared_errors import is_mine_to_tell, leave_when_told, linger, lost_rank, write_error_file
 
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,28 @@ def test_without_ranks_or_with_a_dead_store_it_is_told(monkeypatch: pytest.Monke
     linger("x")
 
 
+GLOO = "[.../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:2468: Connection reset by peer. GLHF!"
+
+
+def test_a_failed_collective_says_that_a_rank_is_lost() -> None:
+    lost = lost_rank(RuntimeError(GLOO))
+    assert "another rank ended or hangs (Connection reset by peer)" in str(lost)
+    assert lost_rank(RuntimeError("shapes differ")) is None
+    assert lost_rank(RunError(GLOO)) is None, "somebody has explained it already"
+
+
+def test_what_follows_from_an_error_is_not_told_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, lost = dist.HashStore(), lost_rank(RuntimeError(GLOO))
+    assert lost is not None
+    monkeypatch.setattr(shared_errors, "CAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(shared_errors, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(shared_errors, "_ranks", shared_errors._Ranks(store, 1, 2))
+    assert not shared_errors.is_told_by_its_cause(lost), "nobody has told anything: killed, perhaps"
+    linger("disk full")
+    assert shared_errors.is_told_by_its_cause(lost)
+    assert not shared_errors.is_told_by_its_cause(RunError("of its own"))
+
+
 def test_torchrun_reads_the_error_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -90,7 +113,7 @@ def test_a_silent_rank_leaves_with_0_when_torchrun_tells_it(environment: dict[st
         "import os; from leanmill.parallel.shared_errors import leave_when_told\n"
         "import signal, threading\n"
         "threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "leave_when_told(20); os._exit(2)"
+        "leave_when_told(seconds=20); os._exit(2)"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "x", **environment}
     assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == code
@@ -101,6 +124,6 @@ def test_a_silent_rank_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_RANK", "1")
     before = signal.getsignal(signal.SIGTERM)
     try:
-        leave_when_told(0.01)
+        leave_when_told(seconds=0.01)
     finally:
         signal.signal(signal.SIGTERM, before)
