@@ -1,25 +1,36 @@
-"""Write docs/reference/figures.md from benchmarks/results, so that the page says what was measured."""
+"""Write the pages of figures from benchmarks/results, so that they say what was measured, a column a processor."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "benchmarks" / "perf"))
 
 from options import DEFAULTS  # noqa: E402
 
 
+KINDS = {
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512_bf16": "AVX-512 with bf16",
+    "amx": "AVX-512 with AMX",
+}
+"""Kinds of processor that have a folder of results, by name; others are named like their folder."""
 HEAD = """# Figures
 
 Each number is a ratio taken side by side in one run, or a whole-process time. `make bench` runs every benchmark in
 `benchmarks/perf` in the precision that the processor computes natively (`--precision` takes the other) and writes this
-page; `benchmarks/results/` has what was measured, and [Conditions](#conditions) what it was measured under, repetitions
-included. Targets are what the project set itself; a missed one is shown as missed.
+page; `benchmarks/results/` has what was measured, a folder a kind of processor, and the conditions below say what it
+was measured under, repetitions included. Columns come from different machines: only numbers of one column compare.
+Targets are what the project set itself; a missed one is bold.
 
 Memory kept for backward is that of the technique less that of the dense model, over the fp32 weights: below 0 the
 technique keeps less. Under autocast a dense linear layer keeps a bf16 copy of its weight, together 0.41 of this model's
@@ -29,110 +40,148 @@ again.
 """
 
 
-def load(name: str) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Figure:
+    """One number with the target it should stay at or below."""
+
+    what: str
+    value: float
+    target: float
+    unit: str = ""
+
+    @property
+    def cell(self) -> str:
+        """The number, bold where it misses its target."""
+        text = f"{self.value:.3g}{self.unit}"
+        return text if self.value <= self.target else f"**{text}**"
+
+
+def kinds() -> list[str]:
+    """Kinds of processor with results, from the oldest instructions to the newest."""
+    found = {path.name for path in RESULTS.iterdir() if any(path.glob("*.json"))}
+    return [*(kind for kind in KINDS if kind in found), *sorted(found - set(KINDS))]
+
+
+def load(kind: str, name: str) -> dict[str, Any] | None:
     """One benchmark's result, None where it has not been run."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path = RESULTS / kind / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def row(what: str, value: float, target: float, unit: str = "") -> str:
-    """A line of the table; smaller is better."""
-    verdict = "met" if value <= target else "**missed**"
-    return f"| {what} | {value:.3g}{unit} | <= {target:g}{unit} | {verdict} |"
-
-
-def rows() -> list[str]:
+def figures(kind: str) -> Iterator[Figure]:
     """Every figure with a target, of the results that exist."""
-    found: list[str] = []
     for precision in ("fp32", "bf16"):
-        if result := load(f"step_time_{precision}"):
-            figures = result["figures"]
-            found.append(
-                row(
-                    f"step time over a bare PyTorch loop, 15M Llama, {precision}",
-                    figures["leanmill_over_bare_loop"],
-                    1.03,
-                )
-            )
-            over_trainer = figures["leanmill_over_transformers_trainer"]
-            found.append(row(f"step time over transformers' Trainer, {precision}", over_trainer, 1.00))
-        if result := load(f"techniques_{precision}"):
+        if result := load(kind, f"step_time_{precision}"):
+            found, bare = result["figures"], f"step time over a bare PyTorch loop, 15M Llama, {precision}"
+            yield Figure(bare, found["leanmill_over_bare_loop"], 1.03)
+            over_trainer = found["leanmill_over_transformers_trainer"]
+            yield Figure(f"step time over transformers' Trainer, {precision}", over_trainer, 1.00)
+        if result := load(kind, f"techniques_{precision}"):
             for name in ("nm_sparsity_2_4", "ternary"):
-                figures = result["figures"]
-                found.append(row(f"`{name}` step time over dense, {precision}", figures[f"{name}_over_dense"], 1.15))
-                kept = figures[f"{name}_kept_for_backward_over_weights"]
-                found.append(row(f"`{name}` memory kept for backward over the weights, {precision}", kept, 0.1))
-    if result := load("command_line"):
-        found.append(row("`leanmill --help`", result["figures"]["help_seconds_median"], 0.6, " s"))
-        found.append(row("`leanmill check`", result["figures"]["check_seconds_median"], 1.5, " s"))
-    if result := load("checkpoint_stall"):
+                found = result["figures"]
+                yield Figure(f"`{name}` step time over dense, {precision}", found[f"{name}_over_dense"], 1.15)
+                kept = found[f"{name}_kept_for_backward_over_weights"]
+                yield Figure(f"`{name}` memory kept for backward over the weights, {precision}", kept, 0.1)
+    if result := load(kind, "command_line"):
+        yield Figure("`leanmill --help`", result["figures"]["help_seconds_median"], 0.6, " s")
+        yield Figure("`leanmill check`", result["figures"]["check_seconds_median"], 1.5, " s")
+    if result := load(kind, "checkpoint_stall"):
         stall = result["figures"]["asynchronous_stall_over_synchronous"]
-        found.append(row("stall of an asynchronous save over a synchronous one", stall, 0.1))
-    if result := load("plan_memory"):
-        for name, figures in result["figures"].items():
-            found.append(row(f"`plan` memory off the measured, {name}", abs(figures["ratio"] - 1), 0.1))
-    if result := load("quickstart"):
+        yield Figure("stall of an asynchronous save over a synchronous one", stall, 0.1)
+    if result := load(kind, "plan_memory"):
+        for name, found in result["figures"].items():
+            yield Figure(f"`plan` memory off the measured, {name}", abs(found["ratio"] - 1), 0.1)
+    if result := load(kind, "quickstart"):
         for domain, share in result["figures"]["share_of_order0"].items():
-            found.append(row(f"quick start, bits per byte over an order-0 byte model, {domain}", share, 0.45))
-    return found
+            yield Figure(f"quick start, bits per byte over an order-0 byte model, {domain}", share, 0.45)
 
 
-def kernel_rows() -> list[str]:
-    """Every measured kernel against its peer."""
-    found: list[str] = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("kernels_*.json")):
-        for name, figures in json.loads(path.read_text(encoding="utf-8"))["figures"].items():
-            if "ours_ms" in figures:
-                ours, peer = f"{figures['ours_ms']:.3g} ms", f"{figures['peer_ms']:.3g} ms"
-            else:
-                ours, peer = f"{figures['ours_mib']:.3g} MiB", f"{figures['peer_mib']:.3g} MiB"
-            verdict = "met" if figures["ratio"] <= figures["limit"] else "**missed**"
-            found.append(
-                f"| {name} | {figures['conditions']} | {ours} | {figures['peer']}: {peer} | "
-                f"{figures['ratio']:.3g} | <= {figures['limit']:g} | {verdict} |"
-            )
-    return found
+def table(lead: list[str], rows: dict[tuple[str, ...], dict[str, str]]) -> list[str]:
+    """A markdown table of the leading cells of each row and a cell a kind of processor."""
+    heads = [*lead, *(KINDS.get(kind, kind) for kind in kinds())]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for first, cells in rows.items():
+        lines.append(f"| {' | '.join([*first, *(cells.get(kind, '') for kind in kinds())])} |")
+    return lines
 
 
-def write_kernels() -> None:
-    """Write the table that the kernels page includes."""
-    head = ["| operation | conditions | ours | peer | ratio | target | |", "|---|---|---|---|---|---|---|"]
-    text = "\n".join([*head, *kernel_rows()]) + "\n"
-    (ROOT / "docs" / "kernels" / "figures.md").write_text(text, encoding="utf-8")
+def figure_table() -> list[str]:
+    """The table of all but the kernels."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for kind in kinds():
+        for figure in figures(kind):
+            rows.setdefault((figure.what, f"<= {figure.target:g}{figure.unit}"), {})[kind] = figure.cell
+    return table(["what", "target"], rows)
+
+
+def kernel_cell(found: dict[str, Any]) -> str:
+    """Ratio, both times or sizes, and the ratio to the compiled definition."""
+    unit = "ms" if "ours_ms" in found else "MiB"
+    ratio = f"{found['ratio']:.3g}" if found["ratio"] <= found["limit"] else f"**{found['ratio']:.3g}**"
+    text = f"{ratio} ({found[f'ours_{unit.lower()}']:.3g} / {found[f'peer_{unit.lower()}']:.3g} {unit})"
+    return f"{text}; {found['ratio_to_compiled']:.3g}" if "ratio_to_compiled" in found else text
+
+
+def kernel_table() -> list[str]:
+    """Every measured kernel against its peers."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    measured = {
+        kind: {
+            name: found
+            for path in sorted((RESULTS / kind).glob("kernels_*.json"))
+            for name, found in json.loads(path.read_text(encoding="utf-8"))["figures"].items()
+        }
+        for kind in kinds()
+    }
+    # Conditions, peer and target as the newest kind has them.
+    described = {name: found for by_name in measured.values() for name, found in by_name.items()}
+    for name, last in described.items():
+        lead = (name, last["conditions"], last["peer"], f"<= {last['limit']:g}")
+        rows[lead] = {
+            kind: kernel_cell(by_name[name] | {"limit": last["limit"]})
+            for kind, by_name in measured.items()
+            if name in by_name
+        }
+    return table(["operation", "conditions", "peer", "target"], rows)
 
 
 def repetitions(path: Path) -> str:
     """How often a result was measured, and how often `make bench` does where that is another number."""
-    figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    found = json.loads(path.read_text(encoding="utf-8"))["figures"]
     options = DEFAULTS.get(path.stem.removesuffix("_fp32").removesuffix("_bf16"), {})
     said = ""
     for name, usual in options.items():
-        other = "" if figures[name] == usual else f" (`make bench`: {usual})"
-        said += f", {figures[name]} {name.replace('_', ' ')}{other}"
+        other = "" if found[name] == usual else f" (`make bench`: {usual})"
+        said += f", {found[name]} {name.replace('_', ' ')}{other}"
     return said
 
 
-def conditions() -> list[str]:
-    """One line a result: date, processor, versions, load."""
+def conditions(kind: str) -> list[str]:
+    """One line a result: date, processor, versions, load and command."""
     lines = []
-    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        under = json.loads(path.read_text(encoding="utf-8")).get("conditions")
-        if under:
+    for path in sorted((RESULTS / kind).glob("*.json")):
+        if under := json.loads(path.read_text(encoding="utf-8")).get("conditions"):
             versions = ", ".join(f"{name} {version}" for name, version in under["versions"].items() if version)
-            lines.append(
-                f"- `{path.stem}`: {under['date']}, {under['processor']}, {under['num_cores']} cores, "
-                f"{under['torch_threads']} threads, load {under['load_average_at_start']:.1f} at start"
-                f"{repetitions(path)}; {versions}"
-            )
+            parts = [
+                under["date"],
+                f"{under['processor']}, {under['num_cores']} cores, {under['torch_threads']} threads",
+                f"load {under['load_average_at_start']:.1f} at start{repetitions(path)}; {versions}",
+            ]
+            if "command" in under:
+                flags = " ".join(under["processor_flags"])
+                parts.append(f"`{flags}`, torch uses {under['torch_cpu_capability']}; `{under['command']}`")
+            lines.append(f"- `{path.stem}`: {', '.join(parts)}")
     return lines
 
 
 def main() -> None:
-    """Write the page."""
-    table = ["| what | measured | target | |", "|---|---|---|---|", *rows()]
-    text = HEAD + "\n".join(table) + "\n\n## Conditions\n\n" + "\n".join(conditions()) + "\n"
+    """Write both pages."""
+    text = HEAD + "\n".join(figure_table()) + "\n"
+    for kind in kinds():
+        text += f"\n## Conditions, {KINDS.get(kind, kind)}\n\n" + "\n".join(conditions(kind)) + "\n"
     (ROOT / "docs" / "reference" / "figures.md").write_text(text, encoding="utf-8")
-    write_kernels()
+    kernels = "\n".join(kernel_table()) + "\n"
+    (ROOT / "docs" / "kernels" / "figures.md").write_text(kernels, encoding="utf-8")
     print(text)
 
 

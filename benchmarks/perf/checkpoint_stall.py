@@ -6,7 +6,8 @@ import argparse
 import statistics
 from pathlib import Path
 
-from common import conditions, make_loop, recipe_15m, stepper, write_result
+from common import make_loop, recipe_15m, stepper
+from machine import conditions, write_result
 from options import DEFAULTS
 
 from leanmill.checkpoint.config import CheckpointConfig

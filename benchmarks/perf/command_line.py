@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import conditions, write_result
+from machine import conditions, write_result
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,18 +1,12 @@
-"""What the performance benchmarks share: one model, its data, conditions, and where results go."""
+"""What the benchmarks of training steps share: one model, its data, and timing in turn."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +21,6 @@ from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import prepare, with_precision
 
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 LLAMA_15M = {
     "model_type": "llama",
     "hidden_size": 320,
@@ -129,39 +122,3 @@ def interleaved(steps: Mapping[str, Callable[[], None]], *, rounds: int, warmup:
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> float:
     """Median over rounds of the pairwise ratio name / base."""
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-
-
-def conditions() -> dict[str, Any]:
-    """Versions, processor, threads, load and date of a measurement."""
-    packages = ("torch", "transformers", "deepspeed", "peft", "torchao")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "processor": _processor(),
-        "num_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_at_start": os.getloadavg()[0],
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def write_result(name: str, figures: Mapping[str, Any], measured_under: Mapping[str, Any]) -> None:
-    """Print and store one benchmark's figures with their conditions."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"figures": dict(figures), "conditions": dict(measured_under)}, indent=2) + "\n")
-    print(f"{name}: {json.dumps(dict(figures), indent=2)}\n-> {path}")

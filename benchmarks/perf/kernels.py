@@ -1,7 +1,7 @@
 """Kernels against their peers on the CPU: ratios of time and of memory, side by side in one run.
 
-Each group of kernels lists its cases in `kernels_<group>.py`. A time case alternates ours and the
-peer's call by call; its figure is the median of the pairwise ratios.
+Each group of kernels lists its cases in `kernels_<group>.py`. A time case alternates calls of ours,
+of the peer and of the naive definition under torch.compile; its figures are medians of pairwise ratios.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from common import conditions, write_result
+import torch
 from kernel_case import Case, MemoryCase
+from machine import conditions, write_result
 
 
 GROUPS = ("nm_mask", "fake_quant", "packing", "experts", "losses")
@@ -31,18 +32,27 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 def measure_time(case: Case) -> dict[str, Any]:
     """Run a time case."""
+    calls = [case.ours, case.peer, *([] if case.definition is None else [case.definition])]
+    # Recompiles count by code, and several cases compile the same function.
+    torch.compiler.reset()
+    for call in calls[2:]:
+        call()
     started = time.perf_counter()
     # The first large outputs of a process wait for the system to gather huge pages, on some virtual machines long.
     while time.perf_counter() - started < WARMUP_SECONDS:
-        case.ours()
-        case.peer()
+        for call in calls:
+            call()
     gc.collect()
-    pairs = [(seconds_of(case.ours), seconds_of(case.peer)) for _ in range(case.rounds)]
-    return {
-        "ratio": statistics.median(ours / peer for ours, peer in pairs),
-        "ours_ms": 1e3 * statistics.median(ours for ours, _ in pairs),
-        "peer_ms": 1e3 * statistics.median(peer for _, peer in pairs),
+    rounds = [[seconds_of(call) for call in calls] for _ in range(case.rounds)]
+    found = {
+        "ratio": statistics.median(ours / peer for ours, peer, *_ in rounds),
+        "ours_ms": 1e3 * statistics.median(ours for ours, *_ in rounds),
+        "peer_ms": 1e3 * statistics.median(peer for _, peer, *_ in rounds),
     }
+    if case.definition is not None:
+        found["ratio_to_compiled"] = statistics.median(ours / compiled for ours, _, compiled in rounds)
+        found["compiled_ms"] = 1e3 * statistics.median(compiled for *_, compiled in rounds)
+    return found
 
 
 def measure_memory(case: MemoryCase) -> dict[str, Any]:

@@ -6,14 +6,19 @@ import functools
 from collections.abc import Callable
 
 import torch
-from kernel_case import Case
+from kernel_case import Case, compiled
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from leanmill.core.experts import IMPLEMENTATION, _use_our_compute
-from leanmill.kernels.moe_permute.op import moe_permute, moe_unpermute
+from leanmill.kernels.grouped_gemm import naive as grouped
+from leanmill.kernels.moe_permute import naive as permute
+from leanmill.kernels.moe_permute.op import moe_permute, moe_unpermute, sort_by_expert
 from leanmill.kernels.native.processor import multiplies_natively
+from leanmill.kernels.swiglu import naive as gate
+from leanmill.kernels.swiglu.op import swiglu
+from leanmill.kernels.topk_router import naive as router
 from leanmill.kernels.topk_router.op import topk_router
 
 
@@ -43,9 +48,23 @@ def experts_module(implementation: str, dtype: torch.dtype) -> nn.Module:
     return module
 
 
+def experts_by_definition() -> Callable[..., Tensor]:
+    """The block made of the naive definitions, compiled."""
+
+    def block(x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, positions: Tensor, offsets: Tensor) -> Tensor:
+        hidden = gate.swiglu(grouped.grouped_gemm(x, gate_up, offsets, gather_index=positions))
+        return grouped.grouped_gemm(hidden, down, offsets, scatter_index=positions, scatter_weights=weights)
+
+    return compiled(block)
+
+
+DEFINITION = "definition"
+"""In place of an implementation's name: the block made of the naive definitions, compiled."""
+
+
 def block_step(implementation: str, dtype: torch.dtype) -> Callable[[], object]:
     """Forward and backward of the block: gradients of tokens, combine weights and both weights."""
-    module = experts_module(implementation, dtype)
+    module = experts_module("eager" if implementation == DEFINITION else implementation, dtype)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(NUM_TOKENS, HIDDEN, generator=generator).to(dtype).requires_grad_()
     probabilities = torch.randn(NUM_TOKENS, NUM_EXPERTS, generator=generator).softmax(-1)
@@ -53,10 +72,16 @@ def block_step(implementation: str, dtype: torch.dtype) -> Callable[[], object]:
     weights = (values / values.sum(-1, keepdim=True)).to(dtype).requires_grad_()
     upstream = torch.randn(NUM_TOKENS, HIDDEN, generator=generator).to(dtype)
 
+    run = functools.partial(module, x, index, weights)
+    if implementation == DEFINITION:
+        _, positions, counts = sort_by_expert(index, NUM_EXPERTS)
+        operands = (x, weights, module.gate_up_proj, module.down_proj, positions, counts.cumsum(0))
+        run = functools.partial(experts_by_definition(), *operands)
+
     def step() -> Tensor:
         module.zero_grad(set_to_none=True)
         x.grad = weights.grad = None
-        out = module(x, index, weights)
+        out = run()
         out.backward(upstream)
         return out
 
@@ -86,6 +111,8 @@ def block_case(dtype: torch.dtype) -> Case:
         conditions=f"forward + backward, {NUM_TOKENS} tokens, hidden {HIDDEN}, {NUM_EXPERTS} experts, top-{TOP_K}, "
         f"width {WIDTH}, parameters and activations {dtype}",
         rounds=3 if is_slow else 15,
+        # Emulated, a call takes over ten seconds and its compilation many minutes.
+        definition=None if is_slow else block_step(DEFINITION, dtype),
     )
 
 
@@ -105,6 +132,18 @@ def router_by_kernel(logits: Tensor) -> Tensor:
     return routed.weights.square().sum() + routed.z_loss + (routed.mean_probability * routed.counts).sum()
 
 
+def router_by_definition() -> Callable[[Tensor], Tensor]:
+    """The same through the naive definition, compiled."""
+    define = compiled(router.topk_router)
+
+    def call(logits: Tensor) -> Tensor:
+        options = {"is_sigmoid": False, "normalise": True, "scaling": 1.0}
+        weights, _, counts, z_loss, mean_probability = define(logits, None, TOP_K, **options)
+        return weights.square().sum() + z_loss + (mean_probability * counts).sum()
+
+    return call
+
+
 def forward_backward(function: Callable[[Tensor], Tensor], *shape: int) -> None:
     """One forward and backward of a scalar function of fresh inputs' shape."""
     torch.autograd.grad(function(_input(*shape)), _input(*shape))
@@ -118,6 +157,7 @@ def _input(*shape: int) -> Tensor:
 def router_case() -> Case:
     """The router with its side losses."""
     shape = (16_384, NUM_EXPERTS)
+    definition = router_by_definition()
     return Case(
         name="topk_router_float32",
         ours=lambda: forward_backward(router_by_kernel, *shape),
@@ -125,6 +165,7 @@ def router_case() -> Case:
         peer_name="softmax, topk, logsumexp, bincount of torch",
         limit=1.0,
         conditions=f"forward + backward with counts, z-loss and mean probabilities, logits {shape}, top-{TOP_K}",
+        definition=lambda: forward_backward(definition, *shape),
     )
 
 
@@ -141,7 +182,11 @@ def permute_case() -> Case:
         rows = x[order // TOP_K]
         return torch.zeros_like(x).index_add(0, order // TOP_K, rows).sum()
 
-    shape = (NUM_TOKENS, HIDDEN)
+    def by_definition(x: Tensor) -> Tensor:
+        _, positions, _ = permute.sort_by_expert(index, NUM_EXPERTS)
+        return permute.combine(permute.spread(x, positions), positions).sum()
+
+    shape, definition = (NUM_TOKENS, HIDDEN), compiled(by_definition)
     return Case(
         name="moe_permute_unpermute_float32",
         ours=lambda: forward_backward(by_kernel, *shape),
@@ -149,9 +194,29 @@ def permute_case() -> Case:
         peer_name="argsort, indexing and index_add of torch",
         limit=1.0,
         conditions=f"forward + backward, tokens {shape}, {NUM_EXPERTS} experts, top-{TOP_K}",
+        definition=lambda: forward_backward(definition, *shape),
+    )
+
+
+def gate_case() -> Case:
+    """The gate of an expert's two halves."""
+
+    def by_torch(gate_up: Tensor) -> Tensor:
+        half, up = gate_up.chunk(2, dim=-1)
+        return (nn.functional.silu(half) * up).sum()
+
+    shape, definition = (NUM_TOKENS * TOP_K, 2 * WIDTH), compiled(gate.swiglu)
+    return Case(
+        name="swiglu_float32",
+        ours=lambda: forward_backward(lambda gate_up: swiglu(gate_up).sum(), *shape),
+        peer=lambda: forward_backward(by_torch, *shape),
+        peer_name="chunk, silu, multiply of torch",
+        limit=1.0,
+        conditions=f"forward + backward, gate and up {shape}",
+        definition=lambda: forward_backward(lambda gate_up: definition(gate_up).sum(), *shape),
     )
 
 
 def cases() -> list[Case]:
     """All figures of this group."""
-    return [block_case(torch.float32), block_case(torch.bfloat16), router_case(), permute_case()]
+    return [block_case(torch.float32), block_case(torch.bfloat16), router_case(), permute_case(), gate_case()]

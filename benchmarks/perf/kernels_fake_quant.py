@@ -7,15 +7,18 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from kernel_case import Case, MemoryCase
+from kernel_case import Case, MemoryCase, compiled
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.kernels.fake_quant.activations import quantise_activations
+from leanmill.kernels.fake_quant import naive
+from leanmill.kernels.fake_quant.activations import SMALLEST, quantise_activations
+from leanmill.kernels.fake_quant.grid import make_grid
 from leanmill.kernels.fake_quant.op import fake_quant, initial_scale, project_quantise
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
 from leanmill.kernels.nm_mask.op import nm_project
+from leanmill.kernels.ternary import naive as ternary_naive
 from leanmill.kernels.ternary.op import ternary
 
 
@@ -41,6 +44,20 @@ def backward(function: Callable[[], Tensor], grad: Tensor, *leaves: Tensor) -> C
 
     def call() -> object:
         return torch.autograd.grad(function(), leaves, grad)
+
+    return call
+
+
+def definition(weight: Tensor, grad: Tensor, scale: Tensor, *mask: int) -> Callable[[], object]:
+    """Forward and gradients of the naive definition in int4, compiled."""
+    forward, gradients, grid = compiled(naive.forward), compiled(naive.gradients), make_grid(4, "signed")
+    weight, scale = weight.detach(), scale.detach()
+    factor = (weight.numel() / scale.numel() * grid.high) ** -0.5
+
+    def call() -> object:
+        return forward(weight, scale, None, grid, *mask), gradients(
+            grad, weight, scale, None, grid, factor, False, *mask
+        )
 
     return call
 
@@ -77,6 +94,7 @@ def lsq_case(dtype: torch.dtype, group: int | None) -> Case:
         limit=0.7,
         conditions=f"{SIZE} x {SIZE}, forward and backward to weight and scale",
         rounds=9,
+        definition=definition(weight, grad, scale),
     )
 
 
@@ -119,13 +137,14 @@ def projection_case() -> Case:
         limit=1.0,
         conditions=f"{SIZE} x {SIZE}, scale a row, forward and backward to weight and scale",
         rounds=9,
+        definition=definition(weight, grad, scale, 2, 4),
     )
 
 
 def ternary_case() -> Case:
     """BitNet's weights against its published formula."""
     weight, _ = weight_and_grad(torch.float32)
-    weight = weight.detach()
+    weight, define = weight.detach(), compiled(ternary_naive.ternarise)
 
     def formula() -> Tensor:
         scale = 1.0 / weight.abs().mean().clamp(min=1e-5)
@@ -138,6 +157,7 @@ def ternary_case() -> Case:
         peer_name="the formula of BitNet b1.58 in torch",
         limit=0.7,
         conditions=f"{SIZE} x {SIZE}, one scale, forward",
+        definition=lambda: define(weight, "absmean", (-2, -1)),
     )
 
 
@@ -149,6 +169,11 @@ def activations_case() -> Case:
         scale = 127.0 / tokens.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5)
         return (tokens * scale).round().clamp(-128, 127) / scale
 
+    def rounded(tokens: Tensor) -> Tensor:
+        codes, steps = naive.activations(tokens, SMALLEST)
+        return (codes * steps).to(tokens.dtype)
+
+    define = compiled(rounded)
     return Case(
         name="quantise_activations, float32",
         ours=lambda: quantise_activations(tokens),
@@ -156,6 +181,7 @@ def activations_case() -> Case:
         peer_name="the formula of BitNet b1.58 in torch",
         limit=0.7,
         conditions=f"{SIZE} tokens x {SIZE}, forward",
+        definition=lambda: define(tokens),
     )
 
 

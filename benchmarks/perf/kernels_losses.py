@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kernel_case import Case, MemoryCase
+from kernel_case import Case, MemoryCase, compiled
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.kernels.linear_cross_entropy import naive as definition
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.kernels.linear_kl.op import TeacherHead, linear_kl
 
@@ -47,6 +48,16 @@ class CrossEntropy:
         """Forward and backward from logits."""
         hidden, weight, labels = self.operands
         F.cross_entropy(F.linear(hidden, weight).float(), labels).backward()
+
+    def defined(self) -> Callable[[], None]:
+        """Forward and backward of the naive definition, compiled."""
+        losses, form = compiled(definition.token_losses), definition.Form()
+
+        def call() -> None:
+            hidden, weight, labels = self.operands
+            losses(hidden, weight, None, labels, form, -100).mean().backward()
+
+        return call
 
     def raw_peak(self, call: Callable[[], None]) -> int:
         """Bytes that the process held at the peak of a call: inputs, gradients and what comes between."""
@@ -112,6 +123,7 @@ def cases() -> list[Case | MemoryCase]:
             naive,
             1.1,
             "fp32, 4,096 tokens x 8,192 vocabulary, hidden 320, forward + backward",
+            definition=small.defined(),
         ),
         Case("linear_cross_entropy time, large vocabulary", large.ours, large.peer, naive, 1.1, at_large, rounds=3),
         MemoryCase(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kernel_case import Case
+from kernel_case import Case, compiled
 from torch import Tensor
 
 from leanmill.kernels.nm_mask import naive
@@ -40,7 +40,7 @@ class _SrSteByTopk(torch.autograd.Function):
 def copy_case(dtype: torch.dtype, transposable: bool = False, limit: float = 3.0) -> Case:
     """`nm_project` against a copy into memory that is there already; ours allocates its output."""
     weight = torch.randn(SHAPE).to(dtype)
-    target = torch.empty_like(weight)
+    target, define = torch.empty_like(weight), compiled(naive.project)
     name = f"nm_project {'transposable ' if transposable else ''}2:4 {dtype}".replace("torch.", "")
     return Case(
         name,
@@ -49,12 +49,13 @@ def copy_case(dtype: torch.dtype, transposable: bool = False, limit: float = 3.0
         "target.copy_(weight)",
         limit,
         f"{list(SHAPE)} {dtype}; ours includes allocating its output, the copy's target is allocated before",
+        definition=lambda: define(weight, 2, 4, transposable),
     )
 
 
 def topk_case() -> Case:
     """`nm_project` against top-k."""
-    weight = torch.randn(SHAPE)
+    weight, define = torch.randn(SHAPE), compiled(naive.project)
     return Case(
         "nm_project 2:4 over top-k",
         lambda: nm_project(weight),
@@ -63,6 +64,7 @@ def topk_case() -> Case:
         0.2,
         f"{list(SHAPE)} float32, forward",
         rounds=7,
+        definition=lambda: define(weight, 2, 4, False),
     )
 
 
@@ -70,6 +72,12 @@ def training_case() -> Case:
     """Forward and backward of SR-STE against tensor code."""
     weight = torch.randn(SHAPE, requires_grad=True)
     grad, decay = torch.randn(SHAPE), torch.tensor([2e-4])
+    project, decayed = compiled(naive.project), compiled(naive.decayed_grad)
+
+    def definition() -> None:
+        project(weight.detach(), 2, 4, False)
+        decayed(grad, weight.detach(), decay, 2, 4, False)
+
     return Case(
         "nm_project 2:4 SR-STE forward and backward over top-k",
         lambda: torch.autograd.grad(nm_project(weight, decay=decay), weight, grad),
@@ -78,12 +86,13 @@ def training_case() -> Case:
         0.2,
         f"{list(SHAPE)} float32, forward and backward",
         rounds=7,
+        definition=definition,
     )
 
 
 def transposable_case() -> Case:
     """Transposable masks against their definition in tensor code."""
-    weight = torch.randn(1024, 4096)
+    weight, define = torch.randn(1024, 4096), compiled(naive.project)
     return Case(
         "nm_project transposable 2:4 over tensor code",
         lambda: nm_project(weight, transposable=True),
@@ -92,6 +101,7 @@ def transposable_case() -> Case:
         0.2,
         "[1024, 4096] float32, forward",
         rounds=5,
+        definition=lambda: define(weight, 2, 4, True),
     )
 
 

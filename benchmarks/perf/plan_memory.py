@@ -39,7 +39,7 @@ def main() -> None:
     if arguments.worker:
         measure(arguments.worker, arguments.precision, arguments.out)
         return
-    from common import conditions, write_result
+    from machine import conditions, write_result
 
     measured_under = conditions()
     figures: dict[str, Any] = {}

@@ -10,17 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import (
-    autocast,
-    conditions,
-    interleaved,
-    make_loop,
-    ratio,
-    recipe_15m,
-    stepper,
-    tokenizer_and_data,
-    write_result,
-)
+from common import autocast, interleaved, make_loop, ratio, recipe_15m, stepper, tokenizer_and_data
+from machine import conditions, write_result
 from options import DEFAULTS
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM

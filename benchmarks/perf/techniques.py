@@ -7,7 +7,8 @@ import statistics
 from typing import Any
 
 import torch
-from common import autocast, conditions, interleaved, make_loop, ratio, recipe_15m, stepper, write_result
+from common import autocast, interleaved, make_loop, ratio, recipe_15m, stepper
+from machine import conditions, write_result
 from options import DEFAULTS
 
 from leanmill.trainer.loop import Loop

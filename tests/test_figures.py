@@ -1,0 +1,57 @@
+"""The pages of figures are made of results, a column a kind of processor."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def load(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER / "perf"))
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    return load(FOLDER / "figures.py", monkeypatch)
+
+
+def test_the_pages_are_those_of_the_results(figures, capsys, tmp_path, monkeypatch):
+    committed = {name: (figures.ROOT / "docs" / name / "figures.md").read_text() for name in ("kernels", "reference")}
+    for name in committed:
+        (tmp_path / "docs" / name).mkdir(parents=True)
+    monkeypatch.setattr(figures, "ROOT", tmp_path)
+    figures.main()
+    for name, text in committed.items():
+        assert (tmp_path / "docs" / name / "figures.md").read_text() == text, "run python benchmarks/figures.py"
+
+
+def test_a_second_kind_is_a_second_column_with_its_conditions(figures, tmp_path, monkeypatch):
+    machine = load(FOLDER / "perf" / "machine.py", monkeypatch)
+    monkeypatch.setattr(machine, "RESULTS", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    kernel = {"ratio": 0.5, "ours_ms": 1.0, "peer_ms": 2.0, "limit": 0.6, "peer": "torch", "conditions": "small"}
+    for kind, ratio in (("amx", 0.7), ("avx2", 0.5)):
+        monkeypatch.setattr(machine, "kind", lambda kind=kind: kind)
+        compiled = {"ratio_to_compiled": 0.25, "compiled_ms": 4.0} if kind == "amx" else {}
+        machine.write_result("kernels_some", {"some": kernel | compiled | {"ratio": ratio}}, machine.conditions())
+    assert figures.kinds() == ["avx2", "amx"]
+    head, _, row = figures.kernel_table()
+    assert head == "| operation | conditions | peer | target | AVX2 | AVX-512 with AMX |"
+    assert row == "| some | small | torch | <= 0.6 | 0.5 (1 / 2 ms) | **0.7** (1 / 2 ms); 0.25 |"
+    (line,) = figures.conditions("amx")
+    under = json.loads((tmp_path / "amx" / "kernels_some.json").read_text())["conditions"]
+    for key in ("date", "processor", "torch_cpu_capability", "command"):
+        assert under[key] in line
+    assert f"`{' '.join(under['processor_flags'])}`" in line
+    assert f"torch {under['versions']['torch']}" in line
