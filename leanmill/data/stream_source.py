@@ -17,7 +17,7 @@ from leanmill.data.encoding import Document, Encoded, Encoder
 from leanmill.data.packing import permutation, plan_row
 from leanmill.data.sources import Row, check_length, keeps_documents_whole, render_row
 from leanmill.data.store import encode_rows
-from leanmill.data.tally import FAR_ANSWER, NO_ANSWER, Tally
+from leanmill.data.tally import FAR_ANSWER, MANY_PASSES, NO_ANSWER, Tally, many_passes
 from leanmill.parallel.collectives import is_first_rank
 
 
@@ -160,6 +160,7 @@ class StreamSource:
             self._warn(stream)
             if not num_usable and state is None:
                 raise stream.tally.nothing_left(self.name, self._documents.column)
+            self._end_pass(epoch + 1, stream.tally)
             epoch, block, state = epoch + 1, 0, None
 
     def _encode(
@@ -174,6 +175,13 @@ class StreamSource:
             else:
                 stream.tally.drop(FAR_ANSWER if encoded.is_target.any() else NO_ANSWER, rows[index])
         return found
+
+    def _end_pass(self, number: int, tally: Tally) -> None:
+        """Say what only a whole pass could tell."""
+        if number == 1 and is_first_rank():
+            log.info("first pass over %r is done: %s", self.name, tally.describe())
+        if number == MANY_PASSES and is_first_rank():
+            log.warning("%s", many_passes(self.name, f"more than {number}"))
 
     def _warn(self, stream: DocumentStream) -> None:
         """Say once for each reason that rows are left out; how many there are only the end of the stream tells."""

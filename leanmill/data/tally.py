@@ -9,6 +9,10 @@ from typing import Any
 from leanmill.core.errors import ConfigError
 
 
+MANY_PASSES = 40
+"""Past about 40 passes over the same text more of them gain nothing (Muennighoff et al. 2023,
+"Scaling Data-Constrained Language Models", arXiv:2305.16264)."""
+
 NO_TEXT = "without text"
 NO_MESSAGES = "without messages"
 NO_ANSWER = "without an assistant turn"
@@ -93,3 +97,11 @@ class Tally:
             f"data.source: nothing of {name!r} can be used ({self.describe()}; the first is {d.where}); "
             f"{_REMEDIES[why].format(column=column)}"
         )
+
+
+def many_passes(name: str, passes: str) -> str:
+    """Warn of text that is repeated more than `MANY_PASSES` times."""
+    return (
+        f"{name!r} is trained for {passes} passes, and past some {MANY_PASSES} a model only learns it by heart; add "
+        f"text, shorten the run (train.total_tokens), or lower its weight"
+    )

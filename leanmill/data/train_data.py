@@ -13,11 +13,9 @@ from leanmill.core.errors import ConfigError
 from leanmill.data.identity import Identity
 from leanmill.data.mixture import MixtureSchedule
 from leanmill.data.sources import Row, Source
+from leanmill.data.tally import MANY_PASSES, many_passes
 
 
-MANY_PASSES = 40
-"""Past about 40 passes over the same text more of them gain nothing (Muennighoff et al. 2023,
-"Scaling Data-Constrained Language Models", arXiv:2305.16264)."""
 _FIELDS = ("input_ids", "labels", "position_ids")
 
 
@@ -118,10 +116,7 @@ class TrainData:
         found = [line for source in self._sources for line in source.warnings()]
         for source, _, passes in self._passes(num_rows):
             if passes is not None and passes > MANY_PASSES:
-                found.append(
-                    f"{source.name!r} is trained for {passes:,.0f} passes, and past some {MANY_PASSES} a model only "
-                    f"learns it by heart; add text, shorten the run (train.total_tokens), or lower its weight"
-                )
+                found.append(many_passes(source.name, f"{passes:,.0f}"))
         return found
 
     def _passes(self, num_rows: int) -> list[tuple[Source, float, float | None]]:

@@ -132,6 +132,8 @@ def _data(data: DataConfig) -> list[str]:
     what = "whole text, packed into rows" if data.task == "pretrain" else "chats, loss on the answers only"
     mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
     tokenizer = data.tokenizer.path or f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
+    if data.tokenizer.trust_remote_code:
+        tokenizer += ", running Python code that comes with it"
     return [
         " + ".join(_source(source) for source in sources),
         f"{what} of {data.sequence_length:,} tokens; {mask}; longer documents: {data.long_document_rule}",

@@ -6,9 +6,10 @@ import pytest
 import torch.distributed as dist
 
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.data import corpus
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
-from leanmill.data.config import TokenizerConfig
+from leanmill.data.config import DataConfig, LocalCorpus, TokenizerConfig
 from tests.data.samples import hf_config, write_texts
 from tests.distributed import run_ranks
 
@@ -30,8 +31,10 @@ def _ask(folders, source, tokenizer_of):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two equal folders and one with other text of as many rows."""
+def folders(tmp_path_factory, tokenizer):
+    """Two equal folders and one with other text."""
+    import datasets  # noqa: F401 (here and `tokenizer` above: imported once rather than by every rank)
+
     found = [tmp_path_factory.mktemp(name) for name in ("a", "a_copy", "b")]
     for folder, first in zip(found, (40, 40, 41), strict=True):
         write_texts(folder / "a.jsonl", first)
@@ -96,6 +99,37 @@ def _ask_with_own_tokenizer(folders):
     # The group is usable afterwards: nobody is left inside a collective.
     dist.all_reduce(torch.ones(1))
     return str(caught.value)
+
+
+def _read_installation(roots):
+    """Each rank has the packages of its own machine."""
+    root = roots[dist.get_rank()]
+    corpus._installation = lambda: (f"{root}/lib", [f"{root}/packages"])
+    source = LocalCorpus(domains={"python": 1.0}, validation_fraction=0.3)
+    config = DataConfig(
+        source=source, tokenizer=TokenizerConfig(vocab_size=300), sequence_length=32, cache_dir=f"{root}/cache"
+    )
+    tokenizer = build_tokenizer(config)
+    try:
+        check_ranks_agree(build_train_data(config, tokenizer, seed=0).identity, [])
+    except ConfigError as error:
+        return str(error), len(tokenizer)
+    return "", len(tokenizer)
+
+
+def test_other_packages_under_the_local_corpus(tmp_path):
+    for machine, package in (("one", "alpha"), ("two", "beta")):
+        for folder in ("lib", f"packages/{package}"):
+            (tmp_path / machine / folder).mkdir(parents=True)
+        for n in range(40):
+            (tmp_path / machine / "lib" / f"m{n}.py").write_text(f"def same_{n}(first, second): return first * {n}\n")
+            text = f"class {package.title()}{n}: {package}_{n} = '{package} {package} number {n}'\n"
+            (tmp_path / machine / "packages" / package / f"m{n}.py").write_text(text)
+    (first, size), (second, other_size) = run_ranks(_read_installation, 2, [tmp_path / "one", tmp_path / "two"])
+    assert size == other_size == 300
+    assert first == second
+    assert "rank 1 of 2 " in first
+    assert "text of 'python', tokenizer differ; give every machine the same files, recipe and packages" in first
 
 
 def _fail(failing, kind):

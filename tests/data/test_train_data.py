@@ -324,6 +324,16 @@ def test_a_stream_says_once_what_it_leaves_out(tokenizer, tmp_path, caplog):
     assert data.warnings(10**9) == []
 
 
+def test_a_stream_says_when_it_repeats_itself_too_often(tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO", logger="leanmill")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "mill " * 20}])
+    data = build_train_data(hf_config(path, tmp_path, source={"streaming": True}), tokenizer, seed=0)
+    data.next_rows(60)
+    first, warning = (record.message for record in caplog.records)
+    assert first == "first pass over 'data' is done: rows: 1 read"
+    assert warning.startswith("'data' is trained for more than 40 passes")
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_conversation_that_the_template_refuses_is_named(tokenizer, tmp_path, streaming):
     strange = [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]
