@@ -15,6 +15,7 @@ import torch
 
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.cli.main import main
+from leanmill.trainer.run_lock import RunLock
 from tests.processes import children_of, is_running
 
 
@@ -183,7 +184,13 @@ def test_commands_over_one_run(tmp_path, cache, capsys):
     assert (run_dir / "report.html").stat().st_size > 10_000
     newest = run_dir / "checkpoints/step-00000004"
     capsys.readouterr()
-    assert main(["eval", "--checkpoint", str(newest), "--json"]) == 0
+    lock = RunLock(run_dir)
+    lock.acquire()  # as if it were still running: a second run is refused, reading goes on
+    assert main(["train", str(recipe)]) == 2
+    refusal = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in refusal] == ["error"]
+    assert f"in use: process {os.getpid()}" in refusal[0]
+    assert main(["eval", "--checkpoint", str(run_dir), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     recorded = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in recorded if record["kind"] == "eval"][-1]["domains"]["all"]
@@ -194,6 +201,8 @@ def test_commands_over_one_run(tmp_path, cache, capsys):
         assert main(["export", "--checkpoint", str(newest), "--to", "hf", "--packing", packing, "--out", str(out)]) == 0
         assert (out / "config.json").is_file()
     assert main(["report", str(run_dir)]) == 0
+    lock.release()
+    assert not (run_dir / "run.lock").exists()
 
 
 @pytest.mark.xdist_group("end_to_end")

@@ -13,7 +13,7 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -79,12 +79,21 @@ class CheckpointManager:
         overlap: The caller promises to call `finish_copies` before anything writes trained
             parameters or optimizer state after a `save`. Then those are copied beside the next
             forward and backward passes instead of while `save` runs.
+        before_write: Called on rank 0 before a save writes anything; a RunError from it ends the save.
     """
 
-    def __init__(self, run_dir: str | Path, config: CheckpointConfig, *, overlap: bool = False) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: CheckpointConfig,
+        *,
+        overlap: bool = False,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.config = config
         self.overlap = overlap
+        self.before_write = before_write
         self.group = SaveGroup()
         self._snapshots = Snapshots(self.group.rank)
         self._thread: threading.Thread | None = None
@@ -285,6 +294,7 @@ class CheckpointManager:
             self._error = error
 
     def _write(self, job: _Job) -> None:
+        self.group.on_first_rank(self.before_write)
         folder = step_folder(self.root, job.step).with_suffix(WRITING)
         try:
             self.group.on_first_rank(lambda: begin(folder))

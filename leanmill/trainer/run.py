@@ -35,6 +35,7 @@ from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
+from leanmill.trainer.run_lock import RunLock, exclusive
 from leanmill.trainer.stop import Stop, StopSignals
 
 
@@ -72,7 +73,8 @@ def run(recipe: Recipe) -> RunResult:
     ranks = init_processes(recipe.device, recipe.cluster)
     signals = StopSignals(limit_seconds=recipe.cluster.interrupt_seconds)
     try:
-        return _Run(recipe, ranks, signals).go()
+        with exclusive(_run_dir(recipe), ranks.rank) as lock:
+            return _Run(recipe, ranks, signals, lock).go()
     except RuntimeError as error:
         lost = lost_rank(error)
         if lost is None:
@@ -86,11 +88,11 @@ def run(recipe: Recipe) -> RunResult:
 class _Run:
     """The objects of one run, built in order."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, signals: StopSignals) -> None:
-        self.signals = signals
+    def __init__(self, recipe: Recipe, ranks: Ranks, signals: StopSignals, lock: RunLock) -> None:
+        self.signals, self.lock = signals, lock
         # The resolved precision goes into what is saved: a resumed run computes like its beginning.
         self.recipe, self.ranks = with_precision(recipe, ranks.device.type), ranks
-        self.run_dir = Path(recipe.run_dir.format(name=recipe.name))
+        self.run_dir = _run_dir(recipe)
         self.scores: dict[str, DomainScore] = {}
         torch.manual_seed(recipe.seed)
         torch.use_deterministic_algorithms(recipe.train.deterministic)
@@ -125,7 +127,7 @@ class _Run:
             num_micro_batches=num_micro_batches,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         )
-        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True)
+        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.saved = saved_part(recipe, model, prepared.techniques.freeze_base)
         state = self._resume()
         self._write_recipe(tokenizer)
@@ -257,6 +259,10 @@ class _Run:
         record = EvalRecord(step=step, tokens=self.data.position_tokens, domains=self.scores)
         for observer in self.observers:
             observer.on_eval(record)
+
+
+def _run_dir(recipe: Recipe) -> Path:
+    return Path(recipe.run_dir.format(name=recipe.name))
 
 
 def saved_part(recipe: Recipe, model: nn.Module, freeze_base: bool) -> dict[str, Any]:
