@@ -51,9 +51,10 @@ class HfDocuments:
         self.note, self.warnings = self._describe_files()
         # Whatever a new field means, it makes another cache; these do not change which documents there are.
         settings = config.model_dump(exclude={"name", "path", "weight", "streaming", "shuffle_buffer"})
-        self.key = fingerprint([settings, task, self._content_key()])
-        # Without times, which a copy to another machine changes.
-        self.stream_key = self.key if self._files is None else fingerprint(self._files.sizes())
+        content = self._content_key()
+        self.key = fingerprint([settings, task, content])
+        # Without times, which a copy to another machine changes; settings are compared one by one.
+        self.stream_key = fingerprint(content if self._files is None else self._files.sizes())
 
     def train(self) -> HfStream:
         """See `Documents`."""
@@ -101,12 +102,18 @@ class HfDocuments:
             return f"{what} {number:,} of {self._config.path}, counted over its {len(files):,} files"
         *before, last = files
         for file in before:
-            num_rows = sum(1 for _ in islice(self._rows_of([file]), number))
+            num_rows = self._count_rows(file, number)
             if num_rows >= number:
                 last = file
                 break
             number -= num_rows
         return f"{what} {number:,} of {last}"
+
+    def _count_rows(self, file: str, at_most: int) -> int:
+        try:
+            return sum(1 for _ in islice(self._rows_of([file]), at_most))
+        except ConfigError:  # an empty file cannot be opened alone
+            return 0
 
     def _rows_of(self, files: list[str]) -> Any:
         import datasets

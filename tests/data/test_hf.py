@@ -107,6 +107,7 @@ def test_a_missing_column_names_the_columns(tmp_path, streaming):
 def test_a_row_is_named_within_its_file(tmp_path):
     for name, count in (("a", 3), ("b", 4), ("c", 2)):
         write_texts(tmp_path / f"{name}.jsonl", count)
+    (tmp_path / "aa.jsonl").write_text("")
     documents = opened(tmp_path)
     names = [documents.locate(number, "train") for number in (3, 4, 7, 9)]
     assert names == [f"row {n} of {tmp_path}/{name}.jsonl" for n, name in ((3, "a"), (1, "b"), (4, "b"), (2, "c"))]

@@ -6,6 +6,7 @@ import pytest
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_train_data
+from leanmill.data.cache import fingerprint
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
 from leanmill.data.identity import HARMLESS, data_identity
 from tests.data.samples import hf_config, write_texts
@@ -147,6 +148,7 @@ def test_a_hub_stream_does_not_resume_with_another_shuffle_buffer(monkeypatch, t
         return build_train_data(hf_config("owner/name", tmp_path, source=source), tokenizer, seed=0)
 
     saved = build(5)
+    assert saved.state_dict()["identity"]["content"]["text of 'data'"] == fingerprint(["owner/name", "h"])
     saved.next_rows(2)
     build(5).load_state_dict(saved.state_dict())
     with pytest.raises(ConfigError, match=r"data\.source\.shuffle_buffer=5 to go on"):
