@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.quiet import ignore_warning
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.core.sites import clean_name, iter_sites
 from leanmill.core.stage import Slot, Stage
@@ -72,6 +73,8 @@ def export_adapter(checkpoint_dir: Path, out_dir: Path) -> ExportReport:
         name = str((out_dir / "base").resolve()) if needs_base else str(rebuilt.recipe.model.path)
         _write(folder, adapters, model, name, None if needs_base else rebuilt.recipe.model.revision)
         base = reload(folder / "base") if needs_base else _load_base(rebuilt)
+        # PEFT asks a model for a property by the name it had before.
+        ignore_warning("`is_gradient_checkpointing` is deprecated", FutureWarning)
         reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
         difference = check_same(sample_logits(reloaded), expected, "the reloaded adapter")
         write_summary(folder, rebuilt, format="peft", difference=difference)

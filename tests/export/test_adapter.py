@@ -53,6 +53,13 @@ def test_merging_either_way_gives_one_model(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(by_peft), logits(load_frozen(str(merged.path))), rtol=1e-4, atol=1e-5)
 
 
+def test_an_export_shows_no_warning_of_a_library(base: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    _, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [BRANCH], path=base)
+    recwarn.clear()
+    export_adapter(checkpoint, tmp_path / "out")
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_targets_are_short_where_that_says_the_same(base: Path, tmp_path: Path) -> None:
     found = []
     for index, targets in enumerate((["q_proj", "mlp.*"], ["layers.1.self_attn.q_proj"])):
