@@ -77,6 +77,18 @@ static void write_block(void *out, const void *block, size_t bytes, int is_strea
     memcpy((char *)out + done, (const char *)block + done, bytes - done);
 }
 
+/* A vector of 32 bytes, or of 16 without AVX2, past the caches where it may. */
+static inline void store_vector(void *out, const void *vector, int is_streamed) {
+#ifdef __AVX2__
+    const __m256i loaded = _mm256_loadu_si256((const __m256i *)vector);
+    if (is_streamed) _mm256_stream_si256((__m256i *)out, loaded);
+    else _mm256_storeu_si256((__m256i *)out, loaded);
+#else
+    (void)is_streamed;
+    memcpy(out, vector, 16);
+#endif
+}
+
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
 #define NAME(function) JOIN(function, SUFFIX)
@@ -215,6 +227,37 @@ ALWAYS_INLINE void NAME(keep_lanes)(const BITS *restrict weight, BITS *restrict 
     memcpy(keep + at, &vector, (size_t)(count - at) * sizeof(BITS));
 }
 
+/* Kept entries of groups within a vector, the others zero: what `keep_groups` and `emit` do, without a buffer. */
+ALWAYS_INLINE void NAME(project_lanes)(const BITS *restrict weight, BITS *restrict out, int64_t count, int num_kept,
+                                       const int size, int is_streamed) {
+    NAME(lanes) vector;
+    int64_t at = 0;
+    is_streamed &= (uintptr_t)out % sizeof vector == 0;
+    for (; at + NAME(STEP) <= count; at += NAME(STEP)) {
+        memcpy(&vector, weight + at, sizeof vector);
+        vector &= NAME(keep_vector)(vector, num_kept, size);
+        store_vector(out + at, &vector, is_streamed);
+    }
+    BITS last[NAME(STEP)] = {0};
+    memcpy(last, weight + at, (size_t)(count - at) * sizeof(BITS));
+    memcpy(&vector, last, sizeof vector);
+    vector &= NAME(keep_vector)(vector, num_kept, size);
+    memcpy(out + at, &vector, (size_t)(count - at) * sizeof(BITS));
+}
+
+/* Whether `project_lanes` covers the size and has written `num_groups` groups. */
+static int NAME(project_groups)(const BITS *weight, BITS *out, int64_t num_groups, int num_kept, int size,
+                                int is_streamed) {
+    if (size > NAME(STEP)) return 0;
+    const int64_t count = num_groups * size;
+    switch (size) {
+    case 2: NAME(project_lanes)(weight, out, count, num_kept, 2, is_streamed); return 1;
+    case 4: NAME(project_lanes)(weight, out, count, num_kept, 4, is_streamed); return 1;
+    case 8: NAME(project_lanes)(weight, out, count, num_kept, 8, is_streamed); return 1;
+    default: return 0;
+    }
+}
+
 /* keep[i] of `num_groups` groups. */
 static void NAME(keep_groups)(const BITS *weight, BITS *keep, int num_groups, int num_kept, int size) {
     switch (size) {
@@ -253,6 +296,9 @@ static void NAME(emit)(int what, int is_streamed, const BITS *restrict weight, B
 
 void NAME(nm_groups)(int what, int is_streamed, const BITS *weight, const ELEMENT *grad, void *out, int64_t first, int64_t last,
                      int num_kept, int size, float decay) {
+    if (what == PROJECT && NAME(project_groups)(weight + first * size, (BITS *)out + first * size, last - first, num_kept,
+                                                size, is_streamed))
+        return;
     BITS keep[BLOCK];
     const int per_block = BLOCK / size;
     for (int64_t group = first; group < last; group += per_block) {
