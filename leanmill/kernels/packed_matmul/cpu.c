@@ -186,24 +186,40 @@ static void dequantise(const packed_weight *w, int encoding, const decode_table 
 #define BUFFERED_ROWS 24 /* unpacked at a time: stay in second-level cache */
 #define DEPTH 256        /* of a multiplication: what is read of tokens stays in first-level cache */
 
-/* sums[ROWS][VECTORS] += weight[ROWS rows, depth] times tokens[depth, 8 * VECTORS]. */
-ALWAYS void multiply_tile(const float *weight, int64_t stride, const float *tokens, int64_t depth, const int ROWS,
-                          const int VECTORS, float *out, int64_t out_stride) {
-    v8f sum[TILE_ROWS][2] = {0};
-    for (int64_t k = 0; k < depth; k++)
-        for (int r = 0; r < ROWS; r++) {
-            float one = weight[r * stride + k];
-            v8f value = {one, one, one, one, one, one, one, one};
-            for (int v = 0; v < VECTORS; v++)
-                sum[r][v] = fma8(value, *(const v8f *)(tokens + (k * VECTORS + v) * 8), sum[r][v]);
-        }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) *(v8f *)(out + r * out_stride + 8 * v) += sum[r][v];
-}
+/* sums[ROWS][VECTORS] += weight[ROWS rows, depth] times tokens[depth, LANES * VECTORS]. */
+#define DEFINE_TILE(NAME, VEC, LANES, FMA)                                                                        \
+    ALWAYS void NAME(const float *weight, int64_t stride, const float *tokens, int64_t depth, const int ROWS,     \
+                     const int VECTORS, float *out, int64_t out_stride) {                                         \
+        VEC sum[TILE_ROWS][2] = {0};                                                                              \
+        for (int64_t k = 0; k < depth; k++)                                                                       \
+            for (int r = 0; r < ROWS; r++) {                                                                      \
+                VEC value = weight[r * stride + k] - (VEC){0};                                                    \
+                for (int v = 0; v < VECTORS; v++)                                                                 \
+                    sum[r][v] = FMA(value, *(const VEC *)(tokens + (k * VECTORS + v) * LANES), sum[r][v]);        \
+            }                                                                                                     \
+        for (int r = 0; r < ROWS; r++)                                                                            \
+            for (int v = 0; v < VECTORS; v++) *(VEC *)(out + r * out_stride + LANES * v) += sum[r][v];            \
+    }
+DEFINE_TILE(multiply_tile, v8f, 8, fma8)
+#ifdef __AVX512F__
+typedef float v16f __attribute__((vector_size(64), aligned(4), may_alias));
+ALWAYS v16f fma16(v16f a, v16f b, v16f c) { return (v16f)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+DEFINE_TILE(multiply_wide_tile, v16f, 16, fma16)
+#define WIDEST 4
+#define MULTIPLY_WIDE(ROWS) \
+    else if (vectors == 4) multiply_wide_tile(weight, stride, tokens, depth, ROWS, 2, out, out_stride);
+#else
+#define WIDEST 2
+#define MULTIPLY_WIDE(ROWS)
+#endif
+
+/* The most vectors of 8 tokens that a panel may hold. */
+int most_vectors(void) { return WIDEST; }
 
 #define MULTIPLY(ROWS)                                                                            \
     case ROWS:                                                                                    \
         if (vectors == 2) multiply_tile(weight, stride, tokens, depth, ROWS, 2, out, out_stride); \
+        MULTIPLY_WIDE(ROWS)                                                                       \
         else multiply_tile(weight, stride, tokens, depth, ROWS, 1, out, out_stride);              \
         break;
 

@@ -79,7 +79,8 @@ def _dots(native: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor, zeros:
 def _blocks(native: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor, number: int) -> Tensor:
     num_rows, num_bytes = packed.shape
     num_tokens, num_codes = x.shape
-    vectors = 1 if num_tokens <= _LANES else 2
+    # Wider panels read more tokens for nothing, and pay from 64 on.
+    vectors = min(native.most_vectors(), 1 if num_tokens <= _LANES else 2 if num_tokens < 8 * _LANES else 4)
     width = vectors * _LANES
     panels = scales.new_empty((-(-num_tokens // width), num_codes, width))
     make = native.make_panels_of_int8 if x.dtype == torch.int8 else native.make_panels
