@@ -63,6 +63,7 @@ class StopSignals:
             if name in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(name) == signal.SIG_IGN:
                 continue
             self._previous[name] = signal.signal(name, self._receive)
+        _active.append(self)
         self._main = threading.get_ident()
         self._watcher = threading.Thread(target=self._watch, name="stop-signals", daemon=True)
         self._watcher.start()
@@ -71,11 +72,16 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _active.remove(self)
+        self.put_back()
+        if kind is not KeyboardInterrupt:
+            self.release()
+
+    def put_back(self) -> None:
+        """Leave signals to whoever had them before."""
         for name, handler in self._previous.items():
             signal.signal(name, handler)
         signal.set_wakeup_fd(self._previous_fd)
-        if kind is not KeyboardInterrupt:
-            self.release()
 
     def release(self) -> None:
         """End the thread: after a KeyboardInterrupt left the block, the process ends unless this is called."""
@@ -93,6 +99,8 @@ class StopSignals:
 
     def _watch(self) -> None:
         level, deadline, quitting = Stop.NOT_ASKED, float("inf"), False
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
         while True:
             remaining = deadline - time.monotonic()
             if remaining <= 0 and quitting:
@@ -104,7 +112,7 @@ class StopSignals:
                 deadline = float("inf")
                 signal.pthread_kill(self._main, signal.SIGINT)
                 continue
-            ready, _, _ = select.select([self._reader], [], [], min(remaining, 3600.0))
+            ready = poll.poll(1000 * min(remaining, 3600.0))
             for number in os.read(self._reader, 64) if ready else b"":
                 if number == 0:
                     return
@@ -121,7 +129,21 @@ class StopSignals:
 
     def _announce(self, name: str, level: Stop) -> None:
         limit = f", for {self._limit_seconds:g} s at most; again to quit at once" if level is Stop.INTERRUPTED else ""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            limit += " (a signalled torchrun kills after its --shutdown-timeout, 30 s by default)"
         log.info("%s: stopping after this step and its checkpoint%s", name, limit)
+
+
+_active: list[StopSignals] = []
+
+
+def _forget_in_child() -> None:
+    # A forked worker shares the pipe: Ctrl-C reaches the whole foreground group, and would count twice.
+    for signals in _active:
+        signals.put_back()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _next(level: Stop, number: int) -> tuple[Stop, bool]:

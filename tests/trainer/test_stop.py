@@ -124,6 +124,27 @@ def test_a_caller_that_catches_the_interrupt_lives_on(monkeypatch: pytest.Monkey
     assert left == []
 
 
+def test_ctrl_c_in_a_forked_worker_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terminal sends it to the whole group."""
+    monkeypatch.setattr(stop, "GRACE_SECONDS", 0.1)
+    left: list[int] = []
+    with StopSignals(limit_seconds=60, leave=left.append) as signals:
+        child = os.fork()
+        if child == 0:
+            try:
+                send(signal.SIGINT)
+                time.sleep(10)
+            except KeyboardInterrupt:
+                os._exit(42)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+        assert signals.level is Stop.NOT_ASKED
+        send(signal.SIGINT)
+        time.sleep(0.4)
+    assert signals.level is Stop.INTERRUPTED
+    assert left == []
+
+
 @pytest.mark.parametrize(("deferred", "step"), [(False, 3), (True, 4)])
 def test_ranks_learn_of_it_in_the_same_step(deferred: bool, step: int) -> None:
     def body() -> list[Stop]:
