@@ -35,6 +35,8 @@ class Stage(nn.Module):
     - State that training changes is a Parameter of at least 1 dim (FSDP2 refuses 0-dim ones); a
       fixed mask is a frozen bool Parameter, so it is sharded with the weight; values that a step
       rule schedules are non-persistent fp32 buffers of shape (1,).
+    - A stage may be called many times in a step: by micro-batches, chunks of a loss, recomputation. What
+      its backward adds of its own accord (a decay) is to be used up by the first one and filled by a step rule.
     - Keep nothing weight-sized alive after `forward`: the site recomputes it in backward.
     """
 

@@ -48,6 +48,7 @@ def nm_project(
     group_size: int = 4,
     *,
     decay: Tensor | None = None,
+    spend_decay: bool = False,
     transposable: bool = False,
 ) -> Tensor:
     """Return `weight` with 0.0 for all entries that `nm_mask` prunes, in one pass.
@@ -65,7 +66,10 @@ def nm_project(
         num_kept: Entries kept of each group, N of "N:M".
         group_size: Neighbours along the last dim in a group, M of "N:M"; at most 64.
         decay: Strength of the decay of pruned entries, a floating tensor of one element on the
-            weight's device, so that a schedule may change it without a new graph. It gets no gradient.
+            weight's device, so that a schedule may change it without a new graph. It gets no gradient, and
+            backward reads it as it then is.
+        spend_decay: Set `decay` to zero once a backward has added it: however many projections share it
+            and however often each is called, it counts once until it is filled again.
         transposable: The mask is that of `nm_mask(..., transposable=True)`.
 
     Returns:
@@ -80,7 +84,7 @@ def nm_project(
         check_decay(decay, weight)
         decay = decay.detach()
     return on_local_rows(
-        lambda local: _nm_project(local, decay, num_kept, group_size, transposable),
+        lambda local: _nm_project(local, decay, num_kept, group_size, transposable, spend_decay),
         weight,
         num_row_dims=1 + transposable,
     )
@@ -179,12 +183,16 @@ def _(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Ten
 
 
 @torch.library.custom_op("leanmill::nm_project", mutates_args=())
-def _nm_project(weight: Tensor, decay: Tensor | None, num_kept: int, group_size: int, transposable: bool) -> Tensor:
+def _nm_project(
+    weight: Tensor, decay: Tensor | None, num_kept: int, group_size: int, transposable: bool, spend_decay: bool
+) -> Tensor:
     return _path("nm_project", weight).project(weight, num_kept, group_size, transposable)  # type: ignore[no-any-return]
 
 
 @_nm_project.register_fake
-def _(weight: Tensor, decay: Tensor | None, num_kept: int, group_size: int, transposable: bool) -> Tensor:
+def _(
+    weight: Tensor, decay: Tensor | None, num_kept: int, group_size: int, transposable: bool, spend_decay: bool
+) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -224,18 +232,19 @@ def _(values: Tensor, indices: Tensor, num_kept: int, group_size: int) -> Tensor
 
 
 def _save_for_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, decay, *ctx.pattern = inputs
-    ctx.has_decay = decay is not None
-    if ctx.has_decay:
-        ctx.save_for_backward(weight, decay)
+    weight, ctx.decay, *ctx.pattern, ctx.spends_decay = inputs
+    if ctx.decay is not None:
+        ctx.save_for_backward(weight)
 
 
-def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    if ctx.has_decay:
-        # Read once: under checkpointing each read is a recomputation.
-        weight, decay = ctx.saved_tensors
-        grad = _nm_decayed_grad(grad, weight, decay, *ctx.pattern)
-    return grad, None, None, None, None
+def _project_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    if ctx.decay is not None:
+        # Not among the saved tensors: those must not change, and backward wants today's value.
+        (weight,) = ctx.saved_tensors
+        grad = _nm_decayed_grad(grad, weight, ctx.decay, *ctx.pattern)
+        if ctx.spends_decay:
+            ctx.decay.zero_()
+    return grad, None, None, None, None, None
 
 
 def _save_for_compress(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

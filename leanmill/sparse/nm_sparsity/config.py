@@ -52,6 +52,8 @@ class NMSparsity(TechniqueConfig):
         Raises:
             ConfigError: `group_size` does not divide the last dim of a target.
         """
+        import torch
+
         from leanmill.sparse.nm_sparsity.stage import DecayOncePerStep, NMSparsityStage
 
         selected = sites.select(self.targets, self.exclude)
@@ -65,7 +67,9 @@ class NMSparsity(TechniqueConfig):
                 )
         is_decaying = self.gradient == "sr_ste" and self.decay > 0
         for site in selected:
-            # A weight tied to n others gets the decay from each of their backwards.
+            weight = site.raw_weight
+            # A weight tied to n others gets the decay from each of their stages.
             decay = self.decay / (1 + len(sites.tied_to(site))) if is_decaying else 0.0
-            site.put(NMSparsityStage(self.num_kept, self.group_size, decay, device=site.raw_weight.device))
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            site.put(NMSparsityStage(self.num_kept, self.group_size, decay, device=weight.device, dtype=dtype))
         return Installation(step_rules=(DecayOncePerStep(sites.model),) if is_decaying else ())

@@ -20,37 +20,45 @@ class NMSparsityStage(Stage):
         num_kept: Entries kept of each group.
         group_size: Neighbours along the last dim in a group.
         decay: SR-STE's lambda of one optimizer step; 0 is plain straight-through.
-        device: Where the schedule buffer lives.
+        device: Where the buffer lives.
+        dtype: Of the buffer; fp64 for fp64 weights.
     """
 
     slot: ClassVar[Slot] = Slot.MASK
     technique: ClassVar[str] = "nm_sparsity"
-    decay_share: Tensor
-    """(1,) fp32: share of `decay` that one backward pass adds."""
+    decay_left: Tensor
+    """(1,), at least fp32: decay that the step's backward passes have still to add."""
 
     def __init__(
-        self, num_kept: int, group_size: int, decay: float = 0.0, *, device: torch.device | None = None
+        self,
+        num_kept: int,
+        group_size: int,
+        decay: float = 0.0,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.num_kept, self.group_size, self.decay = num_kept, group_size, decay
-        self.register_buffer("decay_share", torch.ones(1, device=device), persistent=False)
+        self.register_buffer("decay_left", torch.full((1,), decay, dtype=dtype, device=device), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        decay = self.decay * self.decay_share if self.decay else None
-        return nm_project(weight, self.num_kept, self.group_size, decay=decay)
+        decay = self.decay_left if self.decay else None
+        return nm_project(weight, self.num_kept, self.group_size, decay=decay, spend_decay=True)
 
     def reset_parameters(self) -> None:
-        self.decay_share.fill_(1.0)
+        self.decay_left.fill_(self.decay)
 
     def extra_repr(self) -> str:
         return f"num_kept={self.num_kept}, group_size={self.group_size}, decay={self.decay}"
 
 
 class DecayOncePerStep(StepRule):
-    """Makes the decay of all micro-batches of a step add up to one.
+    """Lets every stage add its decay once in a step.
 
-    Gradients of micro-batches are summed, so each adds 1 / num_micro_batches of the decay. Gradients
-    of ranks are averaged, and every rank adds the same decay, so ranks need no factor.
+    The first backward that reaches a stage takes all of it, so it does not matter how many there are: one
+    a micro-batch, a chunk of the loss, or a use of a block. Gradients of micro-batches are summed; those
+    of ranks are averaged, and every rank adds the same decay.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,4 +68,4 @@ class DecayOncePerStep(StepRule):
         for _, site in iter_sites(self.model):
             stage = site.stage(Slot.MASK)
             if isinstance(stage, NMSparsityStage):
-                stage.decay_share.fill_(1.0 / context.num_micro_batches)
+                stage.decay_left.fill_(stage.decay)

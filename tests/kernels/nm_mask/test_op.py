@@ -177,6 +177,17 @@ def test_backward_takes_gradients_of_any_stride():
     same(weight.grad, naive.decayed_grad(torch.ones_like(weight), weight.detach(), decay, 2, 4, False))
 
 
+def test_decay_may_be_spent_by_the_first_backward():
+    weight = torch.randn(12, 8, device=DEVICE, requires_grad=True)
+    decay = torch.tensor([0.5], device=DEVICE)
+    for out in [nm_project(weight, decay=decay, spend_decay=True) for _ in range(3)]:
+        out.backward(torch.ones_like(weight))
+    assert decay.item() == 0
+    decay.fill_(0.5)
+    expected = 2 + naive.decayed_grad(torch.ones_like(weight), weight.detach(), decay, 2, 4, False)
+    torch.testing.assert_close(weight.grad, expected)
+
+
 def test_nothing_but_references_is_kept_for_backward():
     weight = torch.randn(64, 64, device=DEVICE, requires_grad=True)
     kept = []
@@ -221,9 +232,9 @@ def test_ops_are_registered_well(dtype):
     values, indices = nm_compress(weight.detach())
     for function, arguments in (
         (op._nm_mask, (weight, 2, 4, False)),
-        (op._nm_project, (weight, None, 2, 4, False)),
-        (op._nm_project, (weight.detach().t().contiguous().t(), decay, 2, 4, True)),
-        (op._nm_project, (weight, decay, 2, 4, True)),
+        (op._nm_project, (weight, None, 2, 4, False, False)),
+        (op._nm_project, (weight.detach().t().contiguous().t(), decay, 2, 4, True, False)),
+        (op._nm_project, (weight, decay, 2, 4, True, False)),
         (op._nm_decayed_grad, (values.new_ones(8, 12), weight.detach(), decay, 2, 4, False)),
         (op._nm_compress, (weight, 2, 4)),
         (op._nm_expand, (values.requires_grad_(), indices, 2, 4)),
