@@ -46,8 +46,9 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 
 EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity_tied": TECHNIQUES["nm_sparsity"] | {"targets": ["*_proj", "embed_tokens", "lm_head"]},
+    "distill_reverse": TECHNIQUES["distill"] | {"divergence": "reverse_kl", "weight": 0.25},
 }
-"""Variants that combine with nothing else."""
+"""Variants that combine with nothing of `TECHNIQUES`."""
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -58,7 +59,10 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
         if TECHNIQUES[a]["type"] != TECHNIQUES[b]["type"]
     },
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
+    # Two terms need logits, so the masked head is called once a chunk.
+    "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
 }
+CHUNK_TOKENS = 24
 
 BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "nm_sparsity": ("nm_sparsity",),
@@ -118,7 +122,12 @@ def recipe_of(
             "optimizer": {"type": "adamw", "lr": 1e-2, "eps": 1e-3},
             "schedule": {"type": "constant", "warmup_steps": 0},
             "batch": {"tokens_per_step": tokens, "tokens_per_micro_batch": tokens // (2 * world_size)},
-            "train": {"steps": NUM_STEPS, "precision": precision, "max_grad_norm": 0.5},
+            "train": {
+                "steps": NUM_STEPS,
+                "precision": precision,
+                "max_grad_norm": 0.5,
+                "logits_chunk_tokens": CHUNK_TOKENS if "distill_reverse" in names else "auto",
+            },
         }
     )
 

@@ -138,7 +138,7 @@ def plan(
     weights = list(_weights(model))
     engine, why = _engine(recipe, world_size, per_node, 4 * num_total, rank_memory_gib)
 
-    teacher = _teacher_sizes(recipe)
+    teachers = _teacher_sizes(recipe)
 
     def memory_of(case: Case) -> Memory:
         changed, config = case.recipe, model.config
@@ -152,7 +152,7 @@ def plan(
         )
         memory.add("transient", "activations", activation_bytes(changed, config))
         memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
-        memory.add("held", "teacher", _teacher_bytes(teacher, case))
+        memory.add("held", "teacher", _teacher_bytes(teachers, case))
         return memory
 
     asked = Case(recipe=recipe, engine=engine, world_size=world_size)
@@ -289,19 +289,19 @@ def _label(engine: EngineConfig) -> str:
 
 
 def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
-    """Elements of a distillation teacher, and those of its blocks; 0 without one."""
-    path = next((t.teacher for t in recipe.techniques if hasattr(t, "teacher")), None)
-    if path is None:
-        return 0, 0
-    if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
-        raise ConfigError(f"teacher {path!r} does not exist; correct the path")
-    teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
-    blocks = sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
-    return sum(p.numel() for p in teacher.parameters()), blocks
+    """Elements of the distillation teachers, each once, and those of their blocks; 0 without any."""
+    whole = in_blocks = 0
+    for path in dict.fromkeys(t.teacher for t in recipe.techniques if hasattr(t, "teacher")):
+        if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
+            raise ConfigError(f"teacher {path!r} does not exist; correct the path")
+        teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+        whole += sum(p.numel() for p in teacher.parameters())
+        in_blocks += sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
+    return whole, in_blocks
 
 
 def _teacher_bytes(sizes: tuple[int, int], case: Case) -> float:
-    """Bytes of a teacher on one rank; whole but for FSDP, which shards its blocks."""
+    """Bytes of the teachers on one rank; whole but for FSDP, which shards its blocks."""
     whole, blocks = sizes
     size = 2 if case.recipe.train.precision == "bf16" else 4
     if not isinstance(case.engine, FsdpEngine):

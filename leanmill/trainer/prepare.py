@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ def prepare(
         tokenizer_fingerprint: Digest of the tokenizer, for techniques that compare vocabularies.
     """
 
+    @cache  # terms may share a teacher
     def load_frozen_model(path: str) -> nn.Module:
         return engine.prepare_frozen(load_frozen(path, trust_remote_code=recipe.model.trust_remote_code))
 

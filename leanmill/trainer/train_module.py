@@ -6,6 +6,7 @@ gathered, so logits can be made for a chunk of tokens at a time.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -54,12 +55,13 @@ class TrainModule(nn.Module):
         self.model = model
         # A tuple, not a ModuleList: a teacher inside a term is not a part of the student.
         self.loss_terms = tuple(loss_terms)
+        self.term_names = distinct_names(loss_terms)
         self.cross_entropy_weight = cross_entropy_weight
         self.chunk_tokens = chunk_tokens
         self._may_fuse = True
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return fp32 sums over tokens with a label: `cross_entropy`, one entry a term, and `total`.
+        """Return fp32 sums over tokens with a label: `cross_entropy`, one entry a term (`term_names`), and `total`.
 
         Args:
             batch: See `leanmill.core.technique.Batch`.
@@ -78,7 +80,7 @@ class TrainModule(nn.Module):
             sums = self._chunked_sums(batch, labels, terms, extras, chunk)
         weights = [self.cross_entropy_weight, *(term.weight for term in terms)]
         # Only `total` is differentiated; the others are there to be read.
-        names = ["cross_entropy", *(term.name for term in terms)]
+        names = ["cross_entropy", *(self.term_names if terms else ())]
         losses = dict(zip(names, sums.detach(), strict=True))
         losses["total"] = sum((w * value for w, value in zip(weights, sums, strict=True)), sums.new_zeros(()))
         return losses
@@ -132,7 +134,7 @@ class TrainModule(nn.Module):
         self, labels: Tensor, term: HeadLossTerm, extras: Mapping[str, Tensor], losses: dict[str, Tensor]
     ) -> HeadLoss:
         def loss(*head: Any) -> Tensor:
-            total, losses["cross_entropy"], losses[term.name] = (
+            total, losses["cross_entropy"], losses[self.term_names[0]] = (
                 value.float()
                 for value in term.with_cross_entropy(
                     head,
@@ -193,6 +195,18 @@ class TrainModule(nn.Module):
         cross_entropy = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
         others = [term(logits, labels, extra) for term, extra in zip(terms, extras, strict=True)]
         return torch.stack([cross_entropy, *others])
+
+
+def distinct_names(terms: Sequence[LossTerm]) -> tuple[str, ...]:
+    """Names that losses go by, in the order of the terms: the second `distill` is `distill_2`."""
+    names: list[str] = []
+    taken = {"cross_entropy", "total"}
+    for term in terms:
+        numbered = (f"{term.name}_{number}" for number in itertools.count(2))
+        name = next(n for n in itertools.chain((term.name,), numbered) if n not in taken)
+        taken.add(name)
+        names.append(name)
+    return tuple(names)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

@@ -73,6 +73,20 @@ def test_total_is_the_weighted_sum_and_cross_entropy_counts_labels_only():
     torch.testing.assert_close(losses["total"], 0.5 * losses["cross_entropy"] + 0.25 * losses["squared"])
 
 
+class Named(SquaredLogits):
+    def __init__(self, name, weight):
+        self.name, self.weight = name, weight
+
+
+def test_terms_of_one_name_all_count_under_names_of_their_own():
+    terms = [Named(name, weight) for name, weight in (("a", 1.0), ("a", 2.0), ("a_2", 3.0), ("total", 4.0))]
+    losses = TrainModule(_model(), terms, 0.0)(_batch())
+    names = ["a", "a_2", "a_2_2", "total_2"]
+    assert list(losses) == ["cross_entropy", *names, "total"]
+    weighted = sum(term.weight * losses[name] for term, name in zip(terms, names, strict=True))
+    torch.testing.assert_close(losses["total"], weighted)
+
+
 def test_terms_are_for_training_only():
     losses = TrainModule(_model(), [SquaredLogits()]).eval()(_batch())
     assert losses.keys() == {"cross_entropy", "total"}
