@@ -41,7 +41,7 @@ def test_of_many_processes_one_builds_and_all_read(tmp_path):
 def test_a_killed_build_leaves_nothing_that_counts(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=_slow_build, args=(tmp_path, tmp_path / "log"))
     process.start()
-    while not (tmp_path / "log").exists():
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
