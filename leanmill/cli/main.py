@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import io
 import os
 import re
 import sys
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 (the run failed), 2 (the recipe or the arguments are wrong), 130 (interrupted).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name in letters that the terminal has not
     args = parse_args(argv)
     module = importlib.import_module(f"leanmill.cli.{args.verb}_command")
     return guarded(lambda: module.run(args), debug=args.debug)

@@ -88,12 +88,22 @@ class Sites:
         for pattern in exclude:
             taken -= self._matching("exclude", pattern)
         if not taken:
-            raise ConfigError(
-                f"targets {list(targets or ['*'])} less exclude {list(exclude)} leave no weight of the "
-                f"{len(self.candidates)} in the model; loosen `exclude`"
-            )
+            raise ConfigError(self._nothing_taken(targets, exclude))
         self._check_ties(taken)
         return [self._site(self.candidates[name]) for name in self.candidates if name in taken]
+
+    def _nothing_taken(self, targets: Sequence[str] | None, exclude: Sequence[str]) -> str:
+        if targets is not None and not targets:
+            return "targets=[] takes no weight; remove it to take all, or give patterns such as 'q_proj'"
+        if exclude:
+            return (
+                f"targets {list(targets or ['*'])} less exclude {list(exclude)} leave no weight of the "
+                f"{len(self.candidates)} in the model; remove patterns from `exclude`"
+            )
+        return (
+            "this model family has no linear or expert weights, which is what a technique takes unless told; "
+            "choose another model.config.model_type, e.g. llama, or name other weights in `targets`"
+        )
 
     def tied_to(self, site: Site) -> list[str]:
         """Names of the other candidates that share `site`'s parameter."""

@@ -18,7 +18,7 @@ import torch
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
 from leanmill.core.secrets import shown
-from leanmill.models.pretrained import one_line
+from leanmill.models.pretrained import one_line, quiet_transformers
 
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -71,7 +71,8 @@ def mapped_config(mapping: Mapping[str, Any] | None, vocab_size: int | None) -> 
     _check_sizes(values, config_class.attribute_map)
     given = copy.deepcopy(values)  # transformers writes into nested mappings
     try:
-        hf_config = config_class(**values)
+        with quiet_transformers():  # it warns of tokens that are refused below
+            hf_config = config_class(**values)
     except Exception as error:
         raise ConfigError(_refusal(error, given)) from error
     _check_built(hf_config)
@@ -147,7 +148,9 @@ def _check_keys(values: Mapping[str, Any], config_class: Any, path: str) -> None
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
+    if path.endswith("dtype"):
+        yield path, value
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{path}.{key}")
     elif isinstance(value, list | tuple):
@@ -160,11 +163,13 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _check_value(path: str, value: Any) -> None:
     """Refuse numbers that are wrong whatever the family."""
     key = path.rpartition(".")[2]
-    if key == "return_dict" and value is False:
-        raise ConfigError(f"{path}=False changes what a model returns to the trainer; remove it")
+    if key == "return_dict" and value is not True:
+        raise ConfigError(f"{path}={shown(key, value)} changes what a model returns to the trainer; remove it")
+    if key in ("dtype", "torch_dtype") and value is not None and not _is_dtype(value):
+        raise ConfigError(f"{path}={shown(key, value)} is no dtype; remove it, since train.precision decides")
     share, positive = _SHARE.search(key), _POSITIVE.search(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        if (share or positive) and value is not None:
+        if positive or (share and value is not None):
             raise ConfigError(f"{path}={shown(key, value)} is not allowed; give a number")
         return
     if isinstance(value, float) and not math.isfinite(value):
@@ -175,6 +180,10 @@ def _check_value(path: str, value: Any) -> None:
         raise ConfigError(f"{path}={value} is not allowed; give a share from 0 to below 1")
     if positive and value <= 0:
         raise ConfigError(f"{path}={value} is not allowed; give a number above 0")
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)
 
 
 def _check_sizes(values: Mapping[str, Any], attribute_map: Mapping[str, str]) -> None:

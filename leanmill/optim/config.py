@@ -99,10 +99,10 @@ class ScheduleConfig(Config):
         if not 0 < self.min_factor <= self.constant_factor:
             raise ValueError(
                 f"schedule.min_factor={self.min_factor}: the anneal of `infinite` is exponential from "
-                f"constant_factor={self.constant_factor}, so min_factor must be above 0 and at most that"
+                f"constant_factor={self.constant_factor}, so set min_factor above 0 and at most that"
             )
         if self.cooldown_fraction + self.decay_fraction > 1:
             raise ValueError(
                 f"schedule.cooldown_fraction={self.cooldown_fraction} and decay_fraction={self.decay_fraction} "
-                f"add up to more than the run; their sum must be at most 1"
+                f"add up to more than the run; give two that add up to at most 1"
             )

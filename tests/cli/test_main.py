@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,13 @@ def test_usage_errors_exit_2(args, capsys):
 def test_python_m_leanmill_is_the_command():
     done = subprocess.run([sys.executable, "-m", "leanmill", "methods"], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in TECHNIQUES)
+
+
+def test_a_terminal_without_the_letters_of_a_name_shows_their_codes():
+    args = [sys.executable, "-m", "leanmill", "check", QUICKSTART, "name=ü", "model.path=org/name", "model.config=null"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(args, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert r"recipe '\xfc' is valid" in done.stdout
 
 
 def test_methods_lists_every_technique_with_paper_and_home(call):

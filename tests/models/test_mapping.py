@@ -48,6 +48,11 @@ def build(family, **changes):
         ({"attention_dropout": 7}, "attention_dropout=7 is not allowed; give a share"),
         ({"pad_token_id": 999}, "pad_token_id=999 is no token of vocab_size=97"),
         ({"eos_token_id": [1, 99]}, "eos_token_id=99 is no token"),
+        ({"rope_theta": None}, "rope_theta=None is not allowed; give a number"),
+        ({"dtype": "foo"}, "dtype='foo' is no dtype; remove it"),
+        ({"dtype": [[1]]}, "is no dtype; remove it"),
+        ({"torch_dtype": 3}, "torch_dtype=3 is no dtype; remove it"),
+        ({"return_dict": 0}, "return_dict=0 changes what a model returns"),
         ({"return_dict": False}, "return_dict=False changes what a model returns"),
     ],
 )
