@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from leanmill.core.errors import EXIT_INTERRUPTED
 from leanmill.core.redact import redact
@@ -33,12 +33,24 @@ def train(path: str, overrides: Sequence[str]) -> int:
     _log_from_rank_0()
     from leanmill.trainer.run import run as run_recipe
 
-    result = run_recipe(recipe)
+    try:
+        result = run_recipe(recipe)
+    except KeyboardInterrupt:
+        _quit()
     if result.rank == 0:
         # The path of the report was printed by the progress observer, just above.
         skipped = f", {result.num_skipped} of them skipped as non-finite" if result.num_skipped else ""
         print(f"{result.status} after {result.step} steps{skipped}; results in {result.run_dir.resolve()}", flush=True)
     return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+def _quit() -> NoReturn:
+    """Leave at once: the interpreter's own exit waits for a thread that may be writing a checkpoint."""
+    if os.environ.get("RANK", "0") == "0":
+        print("error: interrupted", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _load(path: str, overrides: Sequence[str]) -> Recipe:

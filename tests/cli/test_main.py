@@ -141,6 +141,25 @@ def test_exit_codes(monkeypatch, call, raised, code, line):
     assert call("methods") == (code, "", line + "\n")
 
 
+def test_a_checkpoint_being_written_does_not_hold_up_the_second_ctrl_c(monkeypatch, call, capsys):
+    """Nothing after `os._exit` runs, so neither does the interpreter's wait for the thread that writes."""
+
+    class Left(BaseException):
+        pass
+
+    def interrupt(recipe):
+        raise KeyboardInterrupt
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr("leanmill.trainer.run.run", interrupt)
+    monkeypatch.setattr("os._exit", leave)
+    with pytest.raises(Left, match="130"):
+        call("train", QUICKSTART)
+    assert capsys.readouterr().err.endswith("error: interrupted\n")
+
+
 def test_other_ranks_say_who_they_are(monkeypatch, call):
     def fail(args):
         raise RunError("full disk")
