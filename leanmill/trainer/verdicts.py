@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import leanmill
-from leanmill.data.cache import cache_root, fingerprint
+from leanmill.data.cache import fingerprint
+from leanmill.kernels.native.user_cache import user_cache
 from leanmill.recipe.root import Recipe
 
 
@@ -49,7 +50,7 @@ def _path(recipe: Recipe) -> Path | None:
     if recipe.model.path is not None:
         return None  # a checkpoint's files may change under its name
     what = [recipe.model_dump(mode="json", include=_ASKED), _code(), platform.node()]
-    return cache_root(recipe.data.cache_dir) / "checked" / fingerprint(what)
+    return user_cache() / "checked" / fingerprint(what)
 
 
 def _code() -> list[str]:

@@ -40,6 +40,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes name folders of their own, and what an earlier run remembers of models is no test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("leanmill.trainer.verdicts.user_cache", lambda: tmp_path / "cache")
+
+
 def check(mutant: Mutant, files: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Check one recipe; return what is wrong with how it was refused, and `passed` where it was not."""
     path = files / "recipe.yaml"

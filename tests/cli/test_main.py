@@ -277,9 +277,9 @@ def test_fast_verbs_import_nothing_heavy(args, forbidden):
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "sparse_finetune"])
-def test_a_check_imports_torch_once_a_model(call, tmp_path, recipe):
+def test_a_check_imports_torch_once_a_model(call, tmp_path, monkeypatch, recipe):
+    monkeypatch.setenv("HOME", str(tmp_path))
     args = ["check", str(ROOT / "recipes" / f"{recipe}.yaml"), "techniques.0.type=nm_sparsity"]
-    args += [f"data.cache_dir={tmp_path}", "run_dir=runs/{name}"]
     assert call(*args)[0] == 0  # is remembered, or the model is not here to be built
     again = [*args, "train.steps=3", "train.total_tokens=null", "optimizer.lr=1e-5"]
     assert call(*again)[0] == 0

@@ -12,10 +12,10 @@ from tests.models.families import tiny_config
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300}  # its layers are no nn.Linear
 
 
-def recipe(cache_dir="cache", **changes):
+def recipe(**changes):
     sections = {
         "model": {"config": tiny_config("llama", vocab_size=300)},
-        "data": {"sequence_length": 32, "tokenizer": {"vocab_size": 300}, "cache_dir": str(cache_dir)},
+        "data": {"sequence_length": 32, "tokenizer": {"vocab_size": 300}},
         "batch": {"tokens_per_micro_batch": 64, "tokens_per_step": 64},
         "train": {"steps": 1},
         "device": "cpu",
@@ -56,30 +56,36 @@ def test_what_would_not_start_is_refused(changes, message):
         try_model(recipe(**changes))
 
 
-def test_a_verdict_is_of_this_model_and_this_code(tmp_path, monkeypatch):
-    first = recipe(tmp_path)
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "user_cache", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def test_a_verdict_is_of_this_model_and_this_code(cache, monkeypatch):
+    first = recipe()
     assert not verdicts.is_known_good(first)
     verdicts.remember(first)
     assert verdicts.is_known_good(first)
-    assert verdicts.is_known_good(recipe(tmp_path, train={"steps": 9}, name="other"))
-    assert not verdicts.is_known_good(recipe(tmp_path, techniques=[{"type": "ternary"}]))
+    assert verdicts.is_known_good(recipe(train={"steps": 9}, name="other"))
+    assert not verdicts.is_known_good(recipe(techniques=[{"type": "ternary"}]))
     monkeypatch.setattr(verdicts, "_version", lambda name: "another")
     assert not verdicts.is_known_good(first)
 
 
-def test_a_changed_file_of_the_package_is_another_code(tmp_path, monkeypatch):
+def test_a_changed_file_of_the_package_is_another_code(cache, tmp_path, monkeypatch):
     (tmp_path / "__init__.py").write_text("")
     monkeypatch.setattr("leanmill.__file__", str(tmp_path / "__init__.py"))
-    verdicts.remember(recipe(tmp_path))
-    assert verdicts.is_known_good(recipe(tmp_path))
+    verdicts.remember(recipe())
+    assert verdicts.is_known_good(recipe())
     os.utime(tmp_path / "__init__.py", ns=(0, 0))
-    assert not verdicts.is_known_good(recipe(tmp_path))
+    assert not verdicts.is_known_good(recipe())
 
 
-def test_a_cache_that_cannot_be_written_and_a_checkpoint_are_not_remembered(tmp_path):
-    (tmp_path / "file").write_text("")
-    verdicts.remember(recipe(tmp_path / "file"))
-    assert not verdicts.is_known_good(recipe(tmp_path / "file"))
-    checkpoint = recipe(tmp_path, model={"path": str(tmp_path)})
+def test_a_cache_that_cannot_be_written_and_a_checkpoint_are_not_remembered(cache, tmp_path):
+    checkpoint = recipe(model={"path": str(tmp_path)})
     verdicts.remember(checkpoint)
     assert not verdicts.is_known_good(checkpoint)
+    cache.write_text("a file in the way")
+    verdicts.remember(recipe())
+    assert not verdicts.is_known_good(recipe())
