@@ -222,3 +222,36 @@ def test_a_non_finite_step_changes_nothing_and_stops(tmp_path, cache, capsys):
     records = [json.loads(line) for line in (tmp_path / "skipping/metrics.jsonl").read_text().splitlines()]
     assert [record for record in records if record["kind"] == "step"][-1]["skipped_steps"] >= 3
     assert (tmp_path / "skipping/checkpoints/step-00000004/manifest.json").is_file()
+
+
+@pytest.mark.xdist_group("end_to_end")
+def test_a_resume_says_what_changed_and_refuses_what_was_not_accepted(tmp_path, cache, capsys):
+    recipe, run_dir = write_recipe(tmp_path, cache, "single", 2), tmp_path / "run"
+    length = ["train.steps=null", "train.total_tokens=2048"]
+    assert main(["train", str(recipe), "techniques=[]"]) == 0
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["train", str(recipe), *length, "optimizer.lr=1e-4"]) == 2
+    refusal = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(refusal) == 1
+    assert "techniques.nm_sparsity not set -> {" in refusal[0]
+    assert "techniques.ternary not set -> {" in refusal[0]
+    assert "optimizer.lr 0.001 -> 0.0001" in refusal[0]
+    assert "train.steps" not in refusal[0]
+    accept = "checkpoint.accept_changes=[techniques.nm_sparsity,techniques.ternary,optimizer.lr]"
+    assert f"'{accept}'" in refusal[0]
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+    # 2 steps of 512 tokens are done; what is left of 2048 is one step of 1024.
+    wider = ["batch.tokens_per_step=1024", accept.replace("]", ",batch]")]
+    assert main(["train", str(recipe), *length, "optimizer.lr=1e-4", "log.report=false", *wider]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    for change in ("train.total_tokens null -> 2048", "log.report True -> False", "batch.tokens_per_step 512 -> 1024"):
+        assert change in said
+    notes = [json.loads(line).get("notes") for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert any("optimizer.lr 0.001 -> 0.0001" in note for group in notes if group for note in group)
+    state = json.loads((run_dir / "checkpoints/step-00000003/train_state.json").read_text())
+    assert (state["step"], state["num_steps"], state["tokens"]) == (3, 3, 2048)
+    assert (run_dir / "recipe.1.yaml").read_bytes() == before[run_dir / "recipe.yaml"]
+    assert "ternary" in (run_dir / "recipe.yaml").read_text()
+    # Accepted changes are the run's recipe now.
+    assert main(["train", str(recipe), *length, "optimizer.lr=1e-4", "log.report=false", wider[0]]) == 0

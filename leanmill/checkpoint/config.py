@@ -21,3 +21,6 @@ class CheckpointConfig(Config):
     resume: str = "auto"
     """`auto` continues from the newest complete checkpoint of `run_dir` where there is one, `never`
     refuses a run_dir that has one, a path loads that checkpoint."""
+    accept_changes: list[str] = Field(default_factory=list)
+    """Keys of the recipe, or sections, that may differ from the checkpoint a run resumes although they
+    change what is trained, e.g. `[optimizer.lr, techniques.ternary]`. Such changes are refused otherwise."""

@@ -60,9 +60,18 @@ def derive_steps(recipe: Sections, data_size: int) -> tuple[int, int]:
     return batch.tokens_per_step // share, num_steps(recipe)
 
 
-def num_steps(recipe: Sections) -> int:
-    """Optimizer steps of the run."""
-    return recipe.train.steps or math.ceil((recipe.train.total_tokens or 0) / recipe.batch.tokens_per_step)
+def num_steps(recipe: Sections, *, step: int = 0, tokens: int = 0) -> int:
+    """Optimizer steps of the run.
+
+    Args:
+        recipe: The recipe.
+        step: Steps that a resumed run has done, perhaps with another `batch.tokens_per_step`.
+        tokens: Tokens it has consumed in them; a length in tokens counts what is left of it.
+    """
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    left = max(0, (recipe.train.total_tokens or 0) - tokens)
+    return step + math.ceil(left / recipe.batch.tokens_per_step)
 
 
 def _names(recipe: Sections) -> Iterator[str]:

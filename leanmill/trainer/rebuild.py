@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from leanmill.models.pretrained import local_folder
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
 from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import num_steps
 from leanmill.trainer.prepare import install_techniques
 
 
@@ -54,7 +54,8 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     recipe = Recipe.model_validate(read_document(checkpoint_dir, "recipe.json"))
     if partial and recipe.model.path is not None:
         _check_base(recipe, manifest.base)
-    step = int(read_document(checkpoint_dir, "train_state.json").get("step", 0))
+    state = read_document(checkpoint_dir, "train_state.json")
+    step = int(state.get("step", 0))
     stored = read_full_state(checkpoint_dir)
     tokenizer_dir = checkpoint_dir.parent.parent / "tokenizer"
     model = _build(recipe, stored, tokenizer_dir)
@@ -65,7 +66,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     else:
         draw(model, seed=recipe.seed)
     _load(model, stored, checkpoint_dir, partial)
-    _replay_schedules(techniques.step_rules, recipe, step)
+    _replay_schedules(techniques.step_rules, step, int(state.get("num_steps", 0)) or num_steps(recipe))
     return Rebuilt(
         model=model.eval(),
         recipe=recipe,
@@ -124,9 +125,8 @@ def _load(model: nn.Module, stored: dict[str, Tensor], folder: Path, partial: bo
         assign(live[name], value)
 
 
-def _replay_schedules(rules: list[StepRule], recipe: Recipe, step: int) -> None:
+def _replay_schedules(rules: list[StepRule], step: int, steps: int) -> None:
     """Put scheduled values where they stood in the last step done; they are in no checkpoint."""
-    steps = recipe.train.steps or math.ceil((recipe.train.total_tokens or 0) / recipe.batch.tokens_per_step)
     for rule in rules:
         rule.begin_step(StepContext(step=max(0, step - 1), num_steps=max(steps, step), num_micro_batches=1))
 

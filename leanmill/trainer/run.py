@@ -12,6 +12,7 @@ from torch import nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
+from leanmill.checkpoint.reading import read_document
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.evaluation import EvalDomain
@@ -27,14 +28,16 @@ from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_time
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
-from leanmill.recipe.io import resolved_yaml
+from leanmill.recipe.changes import changes, check_accepted
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
+from leanmill.recipe.rules import num_steps as steps_of_run
 from leanmill.report.loggers.build import build_observers
 from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
+from leanmill.trainer.recipe_file import write_recipe
 from leanmill.trainer.run_lock import RunLock, exclusive
 from leanmill.trainer.stop import Stop, StopSignals
 
@@ -117,7 +120,7 @@ class _Run:
             precision=resolve_precision(recipe.train.precision, ranks.device.type),
             model_bytes=model_bytes,
         )
-        num_micro_batches, num_steps = derive_steps(recipe, self.engine.data_size)
+        num_micro_batches, _ = derive_steps(recipe, self.engine.data_size)
         flops = flops_per_token(model, recipe.data.sequence_length)
         num_total, _ = num_parameters(model)
         prepared = prepare(
@@ -130,6 +133,7 @@ class _Run:
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.saved = saved_part(recipe, model, prepared.techniques.freeze_base)
         state = self._resume()
+        num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
         self._write_recipe(tokenizer)
         self.observers = build_observers(recipe, self.run_dir, ranks.rank)
         loop = self._loop(prepared, num_steps, num_micro_batches, state)
@@ -211,8 +215,7 @@ class _Run:
 
     def _write_recipe(self, tokenizer: Any) -> None:
         if self.ranks.rank == 0:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "recipe.yaml").write_text(resolved_yaml(self.recipe), encoding="utf-8")
+            write_recipe(self.run_dir, self.recipe)
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
         barrier()
 
@@ -220,7 +223,9 @@ class _Run:
         path = self.manager.find(self.recipe.checkpoint.resume)
         if path is None:
             return {}
-        # First, since other data may be why the model has another vocabulary.
+        self.changes = changes(read_document(path, "recipe.json"), self.recipe)
+        check_accepted(self.changes, self.recipe.checkpoint.accept_changes, str(path))
+        # Before the model, since other data may be why the model has another vocabulary.
         self.data.identity.check(self.manager.train_state(path)["data"]["identity"])
         state = self.manager.load(path, self.engine, **self.saved)
         self.data.load_state_dict(state["data"])
@@ -233,11 +238,15 @@ class _Run:
         return [self.data.describe(num_rows), *warnings]
 
     def _resume_note(self, state: dict[str, Any]) -> list[str]:
-        return [f"resumed {self.resumed_from} at step {state['step']}"] if state else []
+        if not state:
+            return []
+        changed = [f"changed since: {'; '.join(map(str, self.changes))}"] if self.changes else []
+        return [f"resumed {self.resumed_from} at step {state['step']}", *changed]
 
     def _save(self, step: int) -> None:
         state = {
             "step": step,
+            "num_steps": self.loop.num_steps,
             "tokens": self.data.position_tokens,
             "data": self.data.state_dict(),
             "seed": self.recipe.seed,
