@@ -29,6 +29,16 @@ class _OptimizerBase(Config):
     lookahead: LookaheadConfig | None = None
     """Wrap in Lookahead."""
 
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        # A step multiplies weights by 1 - lr * weight_decay.
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(
+                f"optimizer.lr={self.lr:g} x weight_decay={self.weight_decay:g} is at least 1, so every step would "
+                f"wipe the weights out; set optimizer.weight_decay below {1 / self.lr:g}"
+            )
+        return self
+
 
 class AdamW(_OptimizerBase):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused where torch has it."""

@@ -155,6 +155,10 @@ def test_bad_overrides(load, override, message):
         ("optimizer.LR=1", ["unknown key optimizer.LR; did you mean 'lr'?"]),
         ("optimizer.weight-decay=1", ["did you mean 'weight_decay'?"]),
         ("optimizer.betas=[1, 0.9]", ["optimizer.betas.0=1 is not allowed; give a value less than 1"]),
+        (
+            "optimizer={type: lion, lr: 0.1, weight_decay: 10}",
+            ["lr=0.1 x weight_decay=10", "set optimizer.weight_decay below 10"],
+        ),
         ("optimizer.betas=3", ["optimizer.betas=3 is not allowed; give a list"]),
         ("eval=5", ["eval=5 is not allowed; give a mapping of every_steps, tokens_per_domain"]),
         ("engine=[ddp]", ["engine=['ddp'] is not allowed; give a mapping of a type and its keys"]),
