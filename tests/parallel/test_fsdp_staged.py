@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from functools import cache, partialmethod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from leanmill.core.errors import ConfigError
+from leanmill.core.site import LinearSite
+from leanmill.parallel.fsdp import _split_off_staged
 from leanmill.plan.plan import plan
+from leanmill.quant.ternary.stage import TernaryStage
 from leanmill.recipe.root import Recipe
 from tests.contract_cases import (
+    NUM_ROWS,
     NUM_STEPS,
+    SEQUENCE_LENGTH,
     FixedRows,
     exported_weights,
     full_parameters,
@@ -114,3 +122,41 @@ def test_plan_counts_what_is_gathered():
     measured = run_ranks(lambda: trained(wanted, num_steps=0)["gathered"], 2)[0]
     # Rows that pad the last share are counted but belong to no parameter.
     assert plan(wanted, 2).memory.transient["gathered weights"] == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("reduce_dtype", ["fp32", "bf16"])
+def test_gradients_are_reduced_as_asked_and_state_comes_back(reduce_dtype):
+    wanted = recipe({"type": "fsdp", "reduce_dtype": reduce_dtype}, 2, lora=False)
+
+    def on_rank():
+        engine, loop = train(wanted, ranks_here(), num_steps=1)
+        engine.forward_backward([FixedRows().next_rows(2, rank=engine.data_rank, world_size=2)], torch.tensor(9.0))
+        is_bf16 = {name: torch.equal(g, g.bfloat16().float()) for name, g in engine.gradients()}
+        engine.step(torch.tensor(True))
+        states = [
+            {key: value.detach().clone() for key, value in state.items()}
+            for state in (engine.model_state(), engine.optimizer_state())
+        ]
+        ends = []
+        for _ in range(2):
+            engine.load_model_state(states[0])
+            engine.load_optimizer_state(states[1])
+            loop.step, loop.data.position_tokens = 1, NUM_ROWS * SEQUENCE_LENGTH  # type: ignore[attr-defined]
+            loop.train_step()
+            ends.append(full_parameters(engine))
+        assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+        return is_bf16, sorted(states[0])
+
+    is_bf16, keys = run_ranks(on_rank, 2)[0]
+    weights = {name for name in is_bf16 if not name.endswith("norm.weight")}
+    assert {is_bf16[name] for name in weights} == {reduce_dtype == "bf16"}
+    assert keys == sorted(train(recipe({"type": "single"}, 1, lora=False), ranks_here())[0].model_state())
+
+
+def test_a_pytorch_with_one_group_a_module_is_refused():
+    module = nn.ModuleDict({"up": LinearSite.adopt(nn.Linear(8, 8), "up")})
+    module["up"].put(TernaryStage())
+    module._get_fsdp_state = SimpleNamespace  # type: ignore[method-assign, assignment]
+    with pytest.raises(ConfigError, match=r"need.* PyTorch 2\.12 or newer .* train\.precision=fp32") as error:
+        _split_off_staged(module, MixedPrecisionPolicy())
+    assert "\n" not in str(error.value)
