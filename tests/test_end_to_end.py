@@ -208,12 +208,24 @@ def test_commands_over_one_run(tmp_path, cache, capsys):
 @pytest.mark.xdist_group("end_to_end")
 def test_a_non_finite_step_changes_nothing_and_stops(tmp_path, cache, capsys):
     recipe = write_recipe(tmp_path, cache, "single", 4)
-    assert main(["train", str(recipe), "optimizer.lr=1e30", "schedule.warmup_steps=0", "techniques=[]"]) == 1
+    assert (
+        main(
+            [
+                "train",
+                str(recipe),
+                "optimizer.lr=1e30",
+                "optimizer.weight_decay=0",
+                "schedule.warmup_steps=0",
+                "techniques=[]",
+            ]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert "non-finite" in error
     assert "train.non_finite=skip" in error
     skipping = ["train", str(recipe), "train.non_finite=skip", f"run_dir={tmp_path}/skipping"]
-    broken = ["optimizer.lr=1e30", "schedule.warmup_steps=0", "techniques=[]"]
+    broken = ["optimizer.lr=1e30", "optimizer.weight_decay=0", "schedule.warmup_steps=0", "techniques=[]"]
     for _ in range(2):  # the second finds nothing left to train, which makes it no better
         assert main([*skipping, *broken]) == 1
         error = capsys.readouterr().err
