@@ -8,6 +8,8 @@ ARGS ?=
 NPROC ?= 2
 # Threads of one process: its share of the cores. torchrun takes one where nothing is said, and says so in a banner.
 OMP_NUM_THREADS ?= $(shell cores=$$(nproc); echo $$((cores > $(NPROC) ? cores / $(NPROC) : 1)))
+# Some benchmarks only: make bench BENCHMARKS="step_time kernels"
+BENCHMARKS ?=
 # The ranks of a test share the cores, so each stays on one thread.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_JOBS ?= 2
@@ -55,7 +57,7 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY)
-	$(BIN)/python benchmarks/perf/run.py
+	$(BIN)/python benchmarks/perf/run.py $(BENCHMARKS)
 	$(BIN)/python benchmarks/figures.py
 
 clean:

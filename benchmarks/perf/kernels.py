@@ -21,7 +21,7 @@ from machine import conditions, write_result
 
 GROUPS = ("nm_mask", "fake_quant", "packing", "experts", "losses")
 WARMUP_SECONDS = 3.0
-COMPILED_SECONDS = 10.0
+COMPILED_SECONDS = 5.0
 
 
 def seconds_of(call: Callable[[], object]) -> float:

@@ -24,9 +24,3 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
         return True
     capabilities = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and any(capabilities.get(flag, False) for flag in _FLAGS[dtype])
-
-
-@functools.cache
-def has_bf16_tiles() -> bool:
-    """Whether products in bf16 run on a matrix unit (AMX), several times faster than any vector code."""
-    return multiplies_natively(torch.bfloat16) and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
