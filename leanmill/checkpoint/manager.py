@@ -229,6 +229,14 @@ class CheckpointManager:
         found = complete_checkpoints(self.root)
         return found[0][0] if found else None
 
+    def clear_away(self) -> None:
+        """Finish or undo what an earlier run was at when it was killed; a run with nothing left to save does it too.
+
+        Raises:
+            RunError: A folder cannot be renamed or deleted.
+        """
+        self.group.on_first_rank(lambda: settle(self.root))
+
     def load(
         self, path: str | Path, engine: Engine, *, names: Collection[str] | None = None, base: str | None = None
     ) -> dict[str, Any]:

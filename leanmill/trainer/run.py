@@ -133,6 +133,7 @@ class _Run:
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.saved = saved_part(recipe, model, prepared.techniques.freeze_base)
         state = self._resume()
+        self.manager.clear_away()
         num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
         self._write_recipe(tokenizer)
         self.observers = build_observers(recipe, self.run_dir, ranks.rank)

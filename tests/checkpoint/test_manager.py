@@ -462,6 +462,20 @@ def test_kill_at_each_step_of_pruning_leaves_what_was_kept(tmp_path: Path) -> No
     assert not killed
 
 
+def test_what_a_killed_run_left_goes_without_another_save(tmp_path: Path) -> None:
+    manager = _manager(tmp_path, keep_last=8)
+    for step in (1, 2, 3, 4):
+        _save(manager, step)
+    root = manager.root
+    (root / "step-00000001").rename(root / "step-00000001.gone")
+    (root / "step-00000002").rename(root / "step-00000002.old")
+    (root / "step-00000004").rename(root / "step-00000004.tmp")
+    _manager(tmp_path).clear_away()
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000002", "step-00000003"]
+    _manager(tmp_path / "new").clear_away()
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_rename_that_fails_leaves_the_earlier_save_of_the_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
