@@ -16,6 +16,7 @@ import torch
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.cli.main import main
 from leanmill.trainer.run_lock import RunLock
+from tests.kills import fork_train
 from tests.processes import children_of, is_running
 
 
@@ -203,6 +204,20 @@ def test_commands_over_one_run(tmp_path, cache, capsys):
     assert main(["report", str(run_dir)]) == 0
     lock.release()
     assert not (run_dir / "run.lock").exists()
+
+
+@pytest.mark.xdist_group("end_to_end")
+def test_of_two_runs_started_at_once_one_trains(tmp_path, cache):
+    recipe, steps = write_recipe(tmp_path, cache, "single", 20), 20
+    runs = [fork_train(recipe, tmp_path / f"{number}.log") for number in range(2)]
+    codes = [run.wait() for run in runs]
+    assert sorted(codes) == [0, 2], [run.output for run in runs]
+    trained, refused = runs[codes.index(0)], runs[codes.index(2)]
+    line = f"error: run_dir={tmp_path}/run is in use: process {trained.pid} on "
+    assert [text[: len(line)] for text in refused.output.splitlines()] == [line]
+    records = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, steps + 1))
+    assert [record["kind"] for record in records if record["kind"] in ("start", "end")] == ["start", "end"]
 
 
 @pytest.mark.xdist_group("end_to_end")
