@@ -30,7 +30,8 @@ class FsdpEngine(NativeEngine):
     - `bf16` gathers and computes in bf16 and keeps fp32 shares for the optimizer; gradients are
       reduced in `reduce_dtype` and added up in fp32.
     - Weights that carry stages are gathered in fp32: masks and scales come from the values that the
-      optimizer writes and an export reads, not from their rounding.
+      optimizer writes and an export reads, not from their rounding. Before PyTorch 2.12, whose groups
+      share one policy, a model with such weights gathers all in fp32 and computes under autocast.
     - Gradients are reduce-scattered in every micro-batch, so no rank ever holds more than its share
       and one block's full gradient; in a hybrid mesh the all-reduce between replicas waits for the
       last. With `reshard_after_forward: false`, full weights stay in memory anyway, and so do full
@@ -53,14 +54,18 @@ class FsdpEngine(NativeEngine):
         ensure_process_group(ranks)
         self.config = config
         self.mesh = _make_mesh(self.device.type, ranks.world_size, shard_size)
+        self.autocasts = False
+        """Whether everything is gathered in fp32 and autocast gives bf16."""
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        is_staged = any(True for _ in staged_parameters(module))
+        self.autocasts = self.precision == "bf16" and is_staged and not has_groups_of_their_own()
         for block in decoder_blocks(module.model):  # type: ignore[arg-type]
             self._shard(block, reshard_after_forward=self.config.reshard_after_forward)
         # The root's weights are used at the end of forward and at the start of backward: freeing
         # them in between would only gather them twice.
         self._shard(module, reshard_after_forward=False)
-        if self.precision == "bf16":
+        if self._gathers_bf16:
             _return_bf16(module)
         if self.config.cpu_offload and self.device.type != "cpu":
             _give_storage(module, torch.device("cpu"))
@@ -73,12 +78,16 @@ class FsdpEngine(NativeEngine):
         fully_shard(
             module,
             mesh=self.mesh,
-            mp_policy=self._mixed_precision(self.precision),
+            mp_policy=self._mixed_precision("bf16" if self._gathers_bf16 else "fp32"),
             offload_policy=self._offload_policy(),
             reshard_after_forward=reshard_after_forward,
         )
-        if self.precision == "bf16":
+        if self._gathers_bf16:
             _split_off_staged(module, self._mixed_precision("fp32"))
+
+    @property
+    def _gathers_bf16(self) -> bool:
+        return self.precision == "bf16" and not self.autocasts
 
     def _mixed_precision(self, precision: Literal["fp32", "bf16"]) -> MixedPrecisionPolicy:
         reduce_bf16 = self.config.reduce_dtype == "bf16"
@@ -92,6 +101,8 @@ class FsdpEngine(NativeEngine):
         return CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocasts:
+            return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()  # the mixed-precision policy casts at module boundaries instead
 
     @contextmanager
@@ -132,9 +143,6 @@ def _split_off_staged(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
     Args:
         module: What `fully_shard` was just called on.
         policy: Of the second group.
-
-    Raises:
-        ConfigError: This PyTorch has one group a module.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
@@ -142,11 +150,6 @@ def _split_off_staged(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
     if not staged:
         return
     state: Any = module._get_fsdp_state()  # type: ignore[operator]
-    if not hasattr(state, "_fsdp_param_groups"):
-        raise ConfigError(
-            f"engine.type: fsdp in bf16 needs PyTorch 2.12 or newer for techniques on weights, this is "
-            f"{torch.__version__}; update it, or set train.precision=fp32 or engine.type=ddp"
-        )
     groups = []
     for first in state._fsdp_param_groups:
         where = (first.modules, first.mesh_info, first.post_forward_mesh_info, first.device)
@@ -155,6 +158,13 @@ def _split_off_staged(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
         first.fsdp_params = [p for p in first.fsdp_params if id(p.sharded_param) not in staged]
         groups += [group for group in (first, second) if group.fsdp_params]
     state._fsdp_param_groups = groups
+
+
+def has_groups_of_their_own() -> bool:
+    """Whether this PyTorch lets the parameters of one module be gathered by several groups (2.12 and newer)."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    return hasattr(FSDPState(), "_fsdp_param_groups")
 
 
 def _return_bf16(module: nn.Module) -> None:

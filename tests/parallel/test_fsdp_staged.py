@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from functools import cache, partialmethod
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from leanmill.core.errors import ConfigError
-from leanmill.core.site import LinearSite
-from leanmill.parallel.fsdp import _split_off_staged
 from leanmill.plan.plan import plan
-from leanmill.quant.ternary.stage import TernaryStage
 from leanmill.recipe.root import Recipe
 from tests.contract_cases import (
     NUM_ROWS,
@@ -153,10 +147,12 @@ def test_gradients_are_reduced_as_asked_and_state_comes_back(reduce_dtype):
     assert keys == sorted(train(recipe({"type": "single"}, 1, lora=False), ranks_here())[0].model_state())
 
 
-def test_a_pytorch_with_one_group_a_module_is_refused():
-    module = nn.ModuleDict({"up": LinearSite.adopt(nn.Linear(8, 8), "up")})
-    module["up"].put(TernaryStage())
-    module._get_fsdp_state = SimpleNamespace  # type: ignore[method-assign, assignment]
-    with pytest.raises(ConfigError, match=r"need.* PyTorch 2\.12 or newer .* train\.precision=fp32") as error:
-        _split_off_staged(module, MixedPrecisionPolicy())
-    assert "\n" not in str(error.value)
+def test_a_pytorch_with_one_policy_a_module_gathers_all_in_fp32(monkeypatch):
+    monkeypatch.setattr("leanmill.parallel.fsdp.has_groups_of_their_own", lambda: False)
+    got = run_ranks(trained, 2, recipe({"type": "fsdp"}, 2, lora=True))[0]
+    assert got["dtype of a norm"] == torch.float32
+    for name, weight in exported(got["parameters"], True).items():
+        assert torch.equal(got["staged"][name], weight), name
+    start, end = (reference(True, num_steps)["parameters"] for num_steps in (0, NUM_STEPS))
+    for name, value in end.items():
+        assert (got["parameters"][name] - value).norm() <= 0.2 * (value - start[name]).norm(), name
