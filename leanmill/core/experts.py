@@ -8,12 +8,12 @@ grouped matmul whose staged weight is recomputed in backward.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.site import ExpertSite, recomputed
-from leanmill.kernels.grouped_gemm.op import grouped_gemm
+from leanmill.core.operands import recomputed
+from leanmill.core.product import grouped
+from leanmill.core.site import ExpertSite
 from leanmill.kernels.moe_permute.op import sort_by_expert
 from leanmill.kernels.swiglu.op import swiglu
 
@@ -107,22 +107,16 @@ def _is_swiglu(module: nn.Module) -> bool:
 def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor, **routing: Tensor) -> Tensor:
     sites = module._modules.get("sites")
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
-    if site is None or not site.stages:
-        return grouped_linear(rows, getattr(module, parameter_name), offsets, **routing)
-    # Staged in the parameter's dtype, multiplied in that of the rows (see `LinearSite`).
-    return recomputed(lambda x: grouped_linear(x, site().to(x.dtype), offsets, **routing), rows)
+    if site is None or not site.is_staged:
+        return grouped(rows, getattr(module, parameter_name), None, offsets, **routing)
+    assert isinstance(site, ExpertSite)
+    site()  # so that hooks of a sharding engine run
+    operands = site.operands()
 
+    def product(tokens: Tensor, *tensors: Tensor) -> Tensor:
+        bound = operands.bound(tensors)
+        tokens = bound.tokens(tokens)
+        # Staged in the parameter's dtype, multiplied in that of the rows (see `linear`).
+        return grouped(tokens, bound.weight().to(tokens.dtype), bound.backward_weight(), offsets, **routing)
 
-def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, **routing: Tensor) -> Tensor:
-    """Multiply rows sorted by expert with their expert's weight, in autocast's dtype where it is on.
-
-    Args:
-        rows: [N, in], sorted by expert, or tokens with a `gather_index`.
-        weight: [E, out, in].
-        offsets: End row of each expert [E]; experts may have no rows.
-        routing: `gather_index`, `scatter_index` and `scatter_weights` of `grouped_gemm`.
-    """
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(rows.device.type):
-        dtype = torch.get_autocast_dtype(rows.device.type)
-    return grouped_gemm(rows.to(dtype), weight.to(dtype), offsets, **routing)
+    return recomputed(product, rows, *operands.tensors)

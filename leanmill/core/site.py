@@ -8,36 +8,30 @@ what is kept alive between forward and backward does not grow with the weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.stage import Slot, Stage
-
-
-def recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """Run `function` so that nothing it computes from the weights is kept for backward.
-
-    Non-reentrant checkpointing stops recomputing at the last tensor that backward needs; a matmul
-    saves its operands before it runs, so the matmul itself is not repeated.
-    """
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(  # type: ignore[no-any-return]
-        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-    )
+from leanmill.core.operands import Operands, recomputed
+from leanmill.core.product import linear
+from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
 
 
 class Site(ABC):
     """What all sites share. Mixed into the `nn.Module` that stands in the model."""
 
     stages: nn.ModuleDict
+    """Weight stages by slot."""
+    inputs: nn.ModuleDict
+    """Stages of the activations by slot."""
     site_name: str
     """Dotted name of the weight's owner in the plain model, e.g. `model.layers.0.mlp.up_proj`."""
+    takes_inputs: ClassVar[bool] = True
+    """Whether activations enter a matmul here; a table of rows has none."""
 
     @property
     @abstractmethod
@@ -46,7 +40,7 @@ class Site(ABC):
 
     @abstractmethod
     def fold(self) -> nn.Module:
-        """Return a plain module whose weight is `effective_weight()`, free of stages."""
+        """Return a plain module whose weight is `folded_weight()`, free of stages."""
 
     def put(self, stage: Stage) -> None:
         """Give `stage` its slot on this site.
@@ -55,25 +49,80 @@ class Site(ABC):
             ConfigError: The slot is taken; the message names both techniques.
         """
         key = stage.slot.key
-        if key in self.stages:
-            raise ConfigError(
-                f"{self.site_name}: the {stage.slot.name} slot is taken by "
-                f"{self.stages[key].technique!r}, so {stage.technique!r} cannot use it too; "
-                f"remove one of them from `techniques`, or give them different `targets`"
-            )
+        if stage.slot.is_shared:
+            taken = sum(name.split("_")[0] == key for name in self.stages)
+            key = f"{key}_{taken + 1}" if taken else key
+        elif key in self.stages:
+            raise ConfigError(self._taken(stage.slot.name, self.stages[key].technique, stage.technique))
         self.stages[key] = stage
 
+    def put_input(self, stage: InputStage) -> None:
+        """Give `stage` its slot on the activations that enter this site.
+
+        Raises:
+            ConfigError: The slot is taken, or no activations enter a matmul here.
+        """
+        if not self.takes_inputs:
+            raise ConfigError(
+                f"{self.site_name} looks rows up and multiplies no activations, which {stage.technique!r} stages; "
+                f"add {self.site_name!r} to {stage.technique}.exclude"
+            )
+        key = stage.slot.key
+        if key in self.inputs:
+            name = f"{stage.slot.name} slot of the activations"
+            raise ConfigError(self._taken(name, self.inputs[key].technique, stage.technique))
+        self.inputs[key] = stage
+
+    def _taken(self, slot: str, tenant: Any, other: str) -> str:
+        return (
+            f"{self.site_name}: the {slot} slot is taken by {tenant!r}, so {other!r} cannot use it too; "
+            f"remove one of them from `techniques`, or give them different `targets`"
+        )
+
     def stage(self, slot: Slot) -> Stage | None:
-        """Return the tenant of `slot`, if any."""
+        """Return the (first) tenant of `slot`, if any."""
         return self.stages._modules.get(slot.key)  # type: ignore[return-value]
 
+    def take_off(self, slot: Slot) -> None:
+        """Remove every tenant of `slot`."""
+        for key in [key for key in self.stages if key.split("_")[0] == slot.key]:
+            del self.stages[key]
+
+    def weight_stages(self) -> list[Stage]:
+        """Every weight stage, in slot order."""
+        return sorted(self.stages.values(), key=lambda stage: stage.slot)  # type: ignore[arg-type, return-value]
+
+    def input_stages(self) -> list[InputStage]:
+        """Every stage of the activations, in slot order."""
+        return [self.inputs[slot.key] for slot in InputSlot if slot.key in self.inputs]  # type: ignore[misc]
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether anything happens to an operand here."""
+        return bool(self.stages) or bool(self.inputs)
+
+    def stage_parameters(self) -> Iterator[nn.Parameter]:
+        """What the stages of both operands brought."""
+        yield from self.stages.parameters()
+        yield from self.inputs.parameters()
+
     def effective_weight(self) -> Tensor:
-        """Run the stages on the live weight, in slot order; what training uses and export writes."""
+        """Run the stages on the live weight, in slot order: what the matmul of training uses."""
         weight = self.raw_weight
-        for slot in Slot:
-            if slot.key in self.stages:
-                weight = self.stages[slot.key](weight)
+        for stage in self.weight_stages():
+            weight = stage(weight)
         return weight
+
+    def folded_weight(self) -> Tensor:
+        """The weight of a plain layer that computes the same: `effective_weight`, rotated back. What export writes."""
+        weight = self.effective_weight()
+        for stage in reversed(self.weight_stages()):
+            weight = stage.undo(weight)
+        return weight
+
+    def operands(self) -> Operands:
+        """Capture what the staged matmul needs, as of now."""
+        return Operands(self.raw_weight, self.weight_stages(), self.input_stages())
 
 
 class LinearSite(Site, nn.Linear):
@@ -84,7 +133,7 @@ class LinearSite(Site, nn.Linear):
         """Build the site around `module`'s own parameters."""
         site = cls(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         site.weight, site.bias = module.weight, module.bias
-        site.stages, site.site_name = nn.ModuleDict(), name
+        site.stages, site.inputs, site.site_name = nn.ModuleDict(), nn.ModuleDict(), name
         site.train(module.training)
         return site
 
@@ -93,25 +142,29 @@ class LinearSite(Site, nn.Linear):
         return self.weight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear uses)
-        """Apply the staged weight to `input` [..., in]."""
-        if not self.stages:
+        """Apply the staged weight to the staged `input` [..., in]."""
+        if not self.is_staged:
             return F.linear(input, self.weight, self.bias)
-        return recomputed(self._staged_forward, input)
+        operands = self.operands()
 
-    def _staged_forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        # A sharding engine that computes in bf16 hands over what is staged in fp32.
-        return F.linear(input, self.effective_weight().to(input.dtype), self.bias)
+        def product(tokens: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+            bound = operands.bound(tensors)
+            return linear(bound.tokens(tokens), bound.weight(), bound.backward_weight(), bias)
+
+        return recomputed(product, input, self.bias, *operands.tensors)
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        plain.weight = nn.Parameter(self.effective_weight().detach().clone(), self.weight.requires_grad)
+        plain.weight = nn.Parameter(self.folded_weight().detach().clone(), self.weight.requires_grad)
         plain.bias = self.bias
         return plain.train(self.training)
 
 
 class EmbeddingSite(Site, nn.Embedding):
     """An embedding table `[num_embeddings, embedding_dim]` with stages."""
+
+    takes_inputs: ClassVar[bool] = False
 
     @classmethod
     def adopt(cls, module: nn.Embedding, name: str) -> EmbeddingSite:
@@ -123,7 +176,7 @@ class EmbeddingSite(Site, nn.Embedding):
             )
         site = cls(module.num_embeddings, module.embedding_dim, padding_idx=module.padding_idx, device="meta")
         site.weight = module.weight
-        site.stages, site.site_name = nn.ModuleDict(), name
+        site.stages, site.inputs, site.site_name = nn.ModuleDict(), nn.ModuleDict(), name
         site.train(module.training)
         return site
 
@@ -133,10 +186,14 @@ class EmbeddingSite(Site, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Embedding uses)
         """Look `input` [...] int64 up in the staged table."""
-        return recomputed(self._staged_forward, input) if self.stages else self._lookup(input, self.weight)
+        if not self.is_staged:
+            return self._lookup(input, self.weight)
+        operands = self.operands()
 
-    def _staged_forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return self._lookup(input, self.effective_weight())
+        def lookup(ids: Tensor, *tensors: Tensor) -> Tensor:
+            return self._lookup(ids, operands.bound(tensors).weight())
+
+        return recomputed(lookup, input, *operands.tensors)
 
     def _lookup(self, input: Tensor, weight: Tensor) -> Tensor:  # noqa: A002
         return F.embedding(input, weight, self.padding_idx)
@@ -144,7 +201,7 @@ class EmbeddingSite(Site, nn.Embedding):
     @torch.no_grad()
     def fold(self) -> nn.Embedding:
         plain = nn.Embedding(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, device="meta")
-        plain.weight = nn.Parameter(self.effective_weight().detach().clone(), self.weight.requires_grad)
+        plain.weight = nn.Parameter(self.folded_weight().detach().clone(), self.weight.requires_grad)
         return plain.train(self.training)
 
 
@@ -162,21 +219,21 @@ class ExpertSite(Site, nn.Module):
         # parent would be a cycle. deepcopy and pickle follow plain attributes correctly.
         self.__dict__["_owner"] = owner
         self.parameter_name = parameter_name
-        self.stages, self.site_name = nn.ModuleDict(), name
+        self.stages, self.inputs, self.site_name = nn.ModuleDict(), nn.ModuleDict(), name
 
     @property
     def raw_weight(self) -> Tensor:
         return getattr(self.__dict__["_owner"], self.parameter_name)  # type: ignore[no-any-return]
 
     def forward(self) -> Tensor:
-        """Return the staged weight; a call rather than a method so that sharding hooks run."""
-        return self.effective_weight()
+        """Return the raw weight; a call rather than a method so that sharding hooks run."""
+        return self.raw_weight
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
         """Write the staged weight into the owner and take the stages off; return the owner."""
         owner = self.__dict__["_owner"]
-        folded = nn.Parameter(self.effective_weight().detach().clone(), self.raw_weight.requires_grad)
+        folded = nn.Parameter(self.folded_weight().detach().clone(), self.raw_weight.requires_grad)
         setattr(owner, self.parameter_name, folded)
         self.stages = nn.ModuleDict()
         return owner  # type: ignore[no-any-return]

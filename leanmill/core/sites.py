@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from leanmill.core.branches import BASE, branch_modules, is_branched
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
-from leanmill.core.stage import Stage
+from leanmill.core.stage import OperandStage
 
 
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer", "module")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", BASE, "module")
 """Path components that compile, checkpointing, sharding and adapters insert; not part of a name."""
 
 
@@ -57,9 +58,9 @@ def staged_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     Tied weights are yielded once a site.
     """
     for _, site in iter_sites(model):
-        if site.stages:
+        if site.is_staged:
             yield site.raw_weight  # type: ignore[misc]
-            yield from site.stages.parameters()
+            yield from site.stage_parameters()
 
 
 class Sites:
@@ -111,7 +112,7 @@ class Sites:
 
     def report(self) -> str:
         """One line: n of N weights carry stages, by kind, and which are left plain."""
-        staged = {name for name, site in iter_sites(self.model) if site.stages}
+        staged = {name for name, site in iter_sites(self.model) if site.is_staged}
         plain = [name for name in self.candidates if name not in staged]
         kinds = sorted({c.kind for c in self.candidates.values()})
         parts = [
@@ -120,7 +121,7 @@ class Sites:
             for kind in kinds
         ]
         left = f"; left plain: {', '.join(plain[:6])}{' ...' if len(plain) > 6 else ''}" if plain else ""
-        num_branches = sum("base_layer" in module._modules for module in self.model.modules())
+        num_branches = sum(is_branched(module) for module in self.model.modules())
         branches = f"; {num_branches} with an output branch" if num_branches else ""
         return f"converted {', '.join(parts)} weights{branches}{left}"
 
@@ -171,11 +172,10 @@ def _discover(model: nn.Module) -> Iterator[Candidate]:
     added: set[int] = set()
     for path, module in model.named_modules():
         # What stages and adapter branches brought is not a weight of the model.
-        if isinstance(module, Stage):
+        if isinstance(module, OperandStage):
             added.update(id(m) for m in module.modules())
-        elif "base_layer" in module._modules:
-            branches = [child for key, child in module._modules.items() if key != "base_layer" and child is not None]
-            added.update(id(m) for branch in branches for m in branch.modules())
+        elif is_branched(module):
+            added.update(id(m) for m in branch_modules(module))
         if id(module) in added:
             continue
         name = clean_name(path)

@@ -1,7 +1,8 @@
-"""Slots and stages: what may happen to a weight between the optimizer and the matmul, in one order."""
+"""Slots and stages: what may happen to the operands of a matmul, in one order."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
 
@@ -9,23 +10,74 @@ from torch import Tensor, nn
 
 
 class Slot(IntEnum):
-    """The only order of stages, whatever order a recipe lists its techniques in.
+    """The only order of weight stages, whatever order a recipe lists its techniques in.
 
-    Mask before quantiser keeps N:M exact (the other way round, ties break it), and a delta before
-    the mask is merged inside it.
+    A delta before the mask is merged inside it; mask before quantiser keeps N:M exact (the other way
+    round, ties break it); a rotation before both, so that what is masked and rounded is what the
+    matmul sees. Deltas are sums and commute, so several may share their slot; the others hold one.
     """
 
     DELTA = 0
-    MASK = 1
-    QUANT = 2
+    ROTATE = 1
+    MASK = 2
+    QUANT = 3
 
     @property
     def key(self) -> str:
         """Name of the slot inside `site.stages` and in state dicts."""
         return self.name.lower()
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several stages may stand in this slot."""
+        return self is Slot.DELTA
 
-class Stage(nn.Module):
+
+class InputSlot(IntEnum):
+    """The only order of stages on the activations that enter a matmul; each holds one."""
+
+    NORM = 0
+    ROTATE = 1
+    QUANT = 2
+
+    @property
+    def key(self) -> str:
+        """Name of the slot inside `site.inputs` and in state dicts."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """A delta scaling x B A on a weight [..., out, in]."""
+
+    a: Tensor
+    """[..., rank, in]."""
+    b: Tensor
+    """[..., out, rank]."""
+    scaling: float
+
+
+class OperandStage(nn.Module):
+    """What weight and input stages share."""
+
+    technique: ClassVar[str]
+    """Registered name of the technique, for messages."""
+    decayed: ClassVar[tuple[str, ...]] = ()
+    """Names of own parameters that weight decay pulls at, as it does at weights; scales are left alone."""
+
+    def reset_parameters(self) -> None:
+        """Fill own parameters and buffers after they have been materialised from meta.
+
+        Called with the random generator already seeded for this stage, on full (unsharded) tensors.
+        """
+
+
+def is_stage_tensor(name: str) -> bool:
+    """Whether a parameter or buffer of this dotted name belongs to a stage rather than to the plain model."""
+    return ".stages." in name or ".inputs." in name
+
+
+class Stage(OperandStage):
     """One transform of a weight `[..., out, in]`, differentiable, straight-through inside.
 
     Rules for implementers:
@@ -38,18 +90,71 @@ class Stage(nn.Module):
     - A stage may be called many times in a step: by micro-batches, chunks of a loss, recomputation. What
       its backward adds of its own accord (a decay) is to be used up by the first one and filled by a step rule.
     - Keep nothing weight-sized alive after `forward`: the site recomputes it in backward.
+    - `forward` may run on other tensors than the module's own (`torch.func.functional_call`): read
+      state through `self`, keep none of it between calls.
     """
 
     slot: ClassVar[Slot]
-    technique: ClassVar[str]
-    """Registered name of the technique, for messages."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the staged weight, same shape and dtype."""
         raise NotImplementedError
 
-    def reset_parameters(self) -> None:
-        """Fill own parameters and buffers after they have been materialised from meta.
+    def for_backward(self, weight: Tensor) -> Tensor:
+        """Return the weight that the gradient of the input is multiplied with, where it is another.
 
-        Called with the random generator already seeded for this stage, on full (unsharded) tensors.
+        Override it to give the backward matmul a weight of its own; it gets no gradient. Stages that
+        do not override it do in the backward what they do in forward.
         """
+        raise NotImplementedError
+
+    @property
+    def has_backward_weight(self) -> bool:
+        """Whether this stage overrides `for_backward`."""
+        return type(self).for_backward is not Stage.for_backward
+
+    def undo(self, weight: Tensor) -> Tensor:
+        """Return the plain weight of a staged one, for rotations that the input's rotation cancels."""
+        return weight
+
+    def initialise(self, weight: Tensor) -> None:
+        """Fill own parameters from the weight that arrives at this stage, once that is loaded.
+
+        Called after `reset_parameters`, on full fp32 tensors on the CPU, without gradients; a resumed
+        run overwrites the result with what it saved.
+        """
+
+    def pattern(self) -> tuple[int, int] | None:
+        """N and M, where the staged weight keeps at most N of every M neighbours along its last dim."""
+        return None
+
+    def low_rank(self) -> LowRank | None:
+        """The delta that this stage adds, where it is of low rank."""
+        return None
+
+    @property
+    def has_initialiser(self) -> bool:
+        """Whether this stage overrides `initialise`."""
+        return type(self).initialise is not Stage.initialise
+
+
+class InputStage(OperandStage):
+    """One transform of activations `[..., in]`, a token (last dim) at a time.
+
+    The rules are those of `Stage`. Tokens may come in any shape, order and number: expert weights see
+    them before they are sorted by expert.
+    """
+
+    slot: ClassVar[InputSlot]
+    is_cancelled: ClassVar[bool] = False
+    """Whether the weight's `undo` cancels this stage, so that a plain layer computes the same without it."""
+    formats: ClassVar[tuple[str, ...]] = ()
+    """Packings of an export whose layers do to their input what this stage does."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the staged activations, same shape and dtype."""
+        raise NotImplementedError
+
+    def unrounded(self) -> InputStage | None:
+        """Return what is left of this stage with float activations: a rotation that the weight cancels, or None."""
+        return None

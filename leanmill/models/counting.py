@@ -21,7 +21,7 @@ def num_active_parameters(model: nn.Module) -> int:
     """
     from leanmill.core.experts import is_stacked_experts, stacked_parameters
 
-    staged = {id(p) for _, site in iter_sites(model) for p in site.stages.parameters()}
+    staged = {id(p) for _, site in iter_sites(model) for p in site.stage_parameters()}
     total = sum(p.numel() for p in model.parameters() if id(p) not in staged)
     top_k = getattr(model.config, "num_experts_per_tok", None)
     idle = 0

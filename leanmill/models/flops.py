@@ -55,7 +55,7 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
 
 def active_matmul_parameters(model: nn.Module) -> float:
     """Return N: the weights that multiply one token, experts by the share that is used."""
-    skipped = {id(p) for site in model.modules() if isinstance(site, Site) for p in site.stages.parameters()}
+    skipped = {id(p) for site in model.modules() if isinstance(site, Site) for p in site.stage_parameters()}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         skipped |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

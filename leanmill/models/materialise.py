@@ -18,12 +18,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from leanmill.core.branches import branch_modules, is_branched, reset_branch
+from leanmill.core.copies import cpu_copy
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.sites import clean_name
-from leanmill.core.stage import Stage
+from leanmill.core.sites import clean_name, iter_sites
+from leanmill.core.stage import OperandStage
 from leanmill.models.pretrained import load_weights
 from leanmill.parallel.collectives import broadcast_object
-from leanmill.parallel.tensors import assign
+from leanmill.parallel.tensors import assign, full
 
 
 if TYPE_CHECKING:
@@ -43,21 +45,45 @@ def make_materialiser(
     Args:
         config: The model section; a `path` loads that checkpoint, a `config` draws weights.
         seed: Seed of everything drawn.
-        reset_branches: Fills a full-size copy of an adapter layer, in place; None calls PEFT's own
-            `reset_lora_parameters` for each adapter.
+        reset_branches: Fills a full-size copy of an adapter layer, in place; None fills them as PEFT
+            does by default.
     """
 
     def materialise(module: nn.Module) -> None:
         model = _causal_lm(module)
         loaded = _load(config, model) if config.path is not None else frozenset()
-        _Filler(module, model, seed, loaded, reset_branches or _reset_lora).fill()
+        _Filler(module, model, seed, loaded, reset_branches or reset_branch).fill()
+        initialise_stages(model)
 
     return materialise
 
 
+@torch.no_grad()
+def initialise_stages(model: nn.Module) -> None:
+    """Let stages that start from the loaded weight (`Stage.initialise`) see it, one site at a time. A collective.
+
+    A stage is given what the stages before it make of the weight, whole, in fp32, on the CPU.
+    """
+    for _, site in iter_sites(model):
+        stages = site.weight_stages()
+        if not any(stage.has_initialiser for stage in stages):
+            continue
+        weight = full(site.raw_weight.detach()).to("cpu", torch.float32)
+        for stage in stages:
+            own = {name: full(parameter.detach()).cpu() for name, parameter in stage.named_parameters()}
+            twin: Any = cpu_copy(stage, own)
+            if stage.has_initialiser:
+                twin.initialise(weight)
+                for name, parameter in stage.named_parameters():
+                    assign(parameter, twin.get_parameter(name).to(parameter.device))
+            weight = twin(weight)
+
+
 def draw(module: nn.Module, *, seed: int) -> None:
     """Fill a train module or causal LM with random values, whatever its weights will come from."""
-    _Filler(module, _causal_lm(module), seed, frozenset(), _reset_lora).fill()
+    model = _causal_lm(module)
+    _Filler(module, model, seed, frozenset(), reset_branch).fill()
+    initialise_stages(model)
 
 
 def _causal_lm(module: nn.Module) -> nn.Module:
@@ -111,10 +137,10 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of the plain model, leaving out stages and adapter branches."""
     skipped: set[int] = set()
     for path, module in model.named_modules():
-        if isinstance(module, Stage):
+        if isinstance(module, OperandStage):
             skipped.update(id(m) for m in module.modules())
-        elif _is_adapter(module):
-            skipped.update(id(m) for m in _branch_modules(module))
+        elif is_branched(module):
+            skipped.update(id(m) for m in branch_modules(module))
         if id(module) not in skipped:
             yield path, module
 
@@ -158,11 +184,11 @@ class _Filler:
             if id(module) in visited:
                 continue
             name = clean_name(path.removeprefix(prefix))
-            if isinstance(module, Stage):
+            if isinstance(module, OperandStage):
                 visited.update(id(m) for m in module.modules())
                 self._draw(name, list(module.modules()), module, lambda full: full.reset_parameters())
-            elif _is_adapter(module):
-                branches = _branch_modules(module)
+            elif is_branched(module):
+                branches = branch_modules(module)
                 visited.update(id(m) for m in branches)
                 self._draw(f"{name}.branches", [module, *branches], module, self.reset_branches)
             elif module._parameters or module._buffers:
@@ -208,21 +234,6 @@ class _Filler:
         for target, source in tied.items():
             if target in by_name and source in by_name and by_name[target] is not by_name[source]:
                 raise RunError(f"{target} and {source} are tied in the config but came apart while sharding")
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    return callable(getattr(module, "reset_lora_parameters", None)) and "base_layer" in module._modules
-
-
-def _branch_modules(adapter: nn.Module) -> list[nn.Module]:
-    """All modules an adapter layer added: everything below it but its base layer."""
-    children = [child for key, child in adapter._modules.items() if key != "base_layer" and child is not None]
-    return [module for child in children for module in child.modules()]
-
-
-def _reset_lora(layer: Any) -> None:
-    for adapter in (*layer.lora_A, *layer.lora_embedding_A):
-        layer.reset_lora_parameters(adapter, True)
 
 
 def _no_initialiser(module: nn.Module) -> None:

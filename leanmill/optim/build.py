@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from leanmill.optim.config import Adam8bit, AdamW, OptimizerConfig
 
 
 def build_optimizer(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], *, undecayed: Collection[int] = ()
 ) -> torch.optim.Optimizer:
     """Build the optimizer over every trainable parameter, each exactly once.
 
@@ -21,6 +21,7 @@ def build_optimizer(
         config: Which optimizer, with its settings.
         named_parameters: Dotted names and parameters (plain or DTensor); a parameter that is tied
             appears once however often it is named, frozen ones are left out.
+        undecayed: Ids of parameters that get no weight decay whatever their name and shape.
 
     Returns:
         The optimizer with up to two groups (`decay`, `no_decay` in the group's key `name`), each
@@ -29,7 +30,7 @@ def build_optimizer(
     Raises:
         ConfigError: Nothing is trainable, or the optimizer's package is not installed.
     """
-    groups = decay_groups(config, named_parameters)
+    groups = decay_groups(config, named_parameters, undecayed)
     optimizer = _build_inner(config, groups)
     if config.lookahead is None:
         return optimizer
@@ -38,37 +39,35 @@ def build_optimizer(
     return Lookahead(optimizer, config.lookahead.every, config.lookahead.alpha)
 
 
-def decay_groups(config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+def decay_groups(
+    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], undecayed: Collection[int] = ()
+) -> list[dict[str, Any]]:
     """Split trainable parameters into those that weight decay shrinks and those it does not."""
     split: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     seen: set[int] = set()
     for name, parameter in named_parameters:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            split["decay" if decays(name, parameter) else "no_decay"].append(parameter)
+            decay = id(parameter) not in undecayed and decays(name, parameter)
+            split["decay" if decay else "no_decay"].append(parameter)
     if not seen:
         raise ConfigError(
             "no parameter is trainable: the techniques freeze the base model and add nothing to train; "
             "add a technique with parameters (e.g. {type: lora}) or remove the one that freezes"
         )
-    decay = {"decay": config.weight_decay, "no_decay": 0.0}
+    weight_decay = {"decay": config.weight_decay, "no_decay": 0.0}
     return [
-        {"params": params, "name": key, "weight_decay": decay[key], "lr": config.lr, "initial_lr": config.lr}
+        {"params": params, "name": key, "weight_decay": weight_decay[key], "lr": config.lr, "initial_lr": config.lr}
         for key, params in split.items()
         if params
     ]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, embeddings and stacked experts.
-
-    It does not to biases, norms and vectors, nor to learned scales of stages, vectors even as (out, 1).
-    """
+    """Whether weight decay applies: to matrices, embeddings and stacked experts, not to biases, norms and vectors."""
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
     owner, _, leaf = name.rpartition(".")
-    if len(shape) <= 1 or leaf.endswith("bias") or "norm" in owner.rpartition(".")[2].lower():
-        return False
-    return ".stages." not in name or sum(size > 1 for size in shape) > 1
+    return len(shape) > 1 and not leaf.endswith("bias") and "norm" not in owner.rpartition(".")[2].lower()
 
 
 def _build_inner(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from leanmill.core.head import known_head_form
-from leanmill.core.site import LinearSite, recomputed
+from leanmill.core.operands import recomputed
+from leanmill.core.product import compute_dtype
+from leanmill.core.site import LinearSite
 
 
 HeadLoss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -22,7 +23,9 @@ HeadLoss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 
 def is_plain_head(head: nn.Module | None) -> bool:
-    """Whether the head is nothing but a matmul with a weight, staged or not."""
+    """Whether the head is nothing but a matmul with one weight, staged or not."""
+    if isinstance(head, LinearSite) and any(stage.has_backward_weight for stage in head.weight_stages()):
+        return False
     return type(head) in (nn.Linear, LinearSite) and "forward" not in vars(head)
 
 
@@ -88,15 +91,10 @@ def _other_body(module: nn.Module, body: Callable[[Tensor], Tensor]) -> Iterator
 def _operands(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return what the head's matmul would use: flat, staged, and in autocast's dtype."""
     weight: Tensor = head.weight
-    if isinstance(head, LinearSite) and head.stages:
-        weight = recomputed(head.effective_weight)
+    if isinstance(head, LinearSite) and head.is_staged:
+        operands = head.operands()
+        weight = recomputed(lambda *tensors: operands.bound(tensors).weight(), *operands.tensors)
+        hidden = recomputed(lambda rows, *tensors: operands.bound(tensors).tokens(rows), hidden, *operands.tensors)
     bias: Tensor | None = head.bias
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     return hidden.flatten(0, -2).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _compute_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that a matmul of `tensor` runs in under autocast, or its own without."""
-    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(tensor.device.type)
-    return tensor.dtype

@@ -12,6 +12,7 @@ from torch import nn
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.sites import Sites, iter_sites
+from leanmill.core.stage import OperandStage
 from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
@@ -77,7 +78,7 @@ def prepare(
         module,
         Preparation(
             materialise=make_materialiser(recipe.model, seed=recipe.seed, reset_branches=techniques.reset_branch),
-            make_optimizer=lambda live: build_optimizer(recipe.optimizer, trainable(live)),
+            make_optimizer=lambda live: build_optimizer(recipe.optimizer, trainable(live), undecayed=undecayed(live)),
             num_micro_batches=num_micro_batches,
             max_grad_norm=recipe.train.max_grad_norm,
         ),
@@ -108,7 +109,7 @@ def install_techniques(
     installed = InstalledTechniques()
     sites = Sites(model)
     branches: list[Callable[[nn.Module], None]] = []
-    for config in sorted(configs, key=lambda c: c.type):  # type: ignore[attr-defined]
+    for config in sorted(configs, key=lambda c: (c.type, c.model_dump_json())):  # type: ignore[attr-defined]
         part = config.install(sites, context)
         installed.loss_terms.extend(part.loss_terms)
         installed.step_rules.extend(part.step_rules)
@@ -130,8 +131,17 @@ def install_techniques(
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the plain model: all but those that stages brought."""
-    staged = {id(p) for _, site in iter_sites(model) for p in site.stages.parameters()}
+    staged = {id(p) for _, site in iter_sites(model) for p in site.stage_parameters()}
     return [p for p in model.parameters() if id(p) not in staged]
+
+
+def undecayed(module: nn.Module) -> set[int]:
+    """Ids of the parameters of stages that get no weight decay: all but those a stage says are decayed."""
+    found: set[int] = set()
+    for stage in module.modules():
+        if isinstance(stage, OperandStage):
+            found |= {id(p) for name, p in stage.named_parameters() if name not in stage.decayed}
+    return found
 
 
 def trainable(module: nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
-from leanmill.core.site import recomputed
+from leanmill.core.operands import recomputed
 from leanmill.core.technique import Batch, HeadLossTerm, LossTerm
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.trainer.losses import HeadLoss, is_plain_head, loss_in_head, loss_on_body

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.experts import experts_forward, grouped_linear
+from leanmill.core.experts import experts_forward
+from leanmill.core.product import grouped
 from leanmill.core.site import ExpertSite
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.stage import Slot, Stage
@@ -57,12 +58,12 @@ def test_bf16_autocast_is_close_and_finite(family):
 
 @pytest.mark.parametrize(("num_in", "num_out"), [(8, 12), (5, 7), (6, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_grouped_linear_with_empty_experts_and_odd_sizes(num_in, num_out, dtype):
+def test_grouped_product_with_empty_experts_and_odd_sizes(num_in, num_out, dtype):
     counts = [0, 3, 0, 4, 1]
     ends = torch.tensor(counts).cumsum(0).to(torch.int32)
     rows = torch.randn(sum(counts), num_in).to(dtype).requires_grad_()
     weight = torch.randn(len(counts), num_out, num_in).to(dtype).requires_grad_()
-    out = grouped_linear(rows, weight, ends)
+    out = grouped(rows, weight, None, ends)
     experts = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     twin, twin_weight = rows.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     expected = torch.einsum("ni,noi->no", twin, twin_weight[experts])

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.site import EmbeddingSite, LinearSite, recomputed
+from leanmill.core.operands import recomputed
+from leanmill.core.site import EmbeddingSite, LinearSite
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.stage import Slot, Stage
 from tests.core.tiny import install, loss_of, tiny, tokens

@@ -53,10 +53,7 @@ def test_groups_hold_every_trainable_parameter_once() -> None:
     [
         ("model.embed_tokens.weight", (64, 8), True),
         ("model.layers.0.mlp.up_proj.weight", (1, 8), True),
-        ("model.layers.0.mlp.up_proj.stages.quant.scale", (8, 1), False),
-        ("model.layers.0.mlp.up_proj.stages.quant.scale", (1,), False),
         ("model.layers.0.mlp.up_proj.stages.delta.lora_A", (4, 8), True),
-        ("model.layers.0.mlp.experts.stages.quant.scale", (4, 1, 1), False),
         ("model.layers.0.self_attn.k_norm.weight", (2, 8), False),
         ("model.layers.0.input_layernorm.weight", (8,), False),
         ("model.layers.0.self_attn.q_proj.bias", (8,), False),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from leanmill.core.branches import is_branched
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import ExpertSite, LinearSite, Site
 from leanmill.core.technique import Installation
@@ -45,7 +46,7 @@ def branches(config: Lora, selected: Sequence[Site]) -> Installation:
 def _inject(model: nn.Module, config: Lora, names: list[str], init: bool | str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    if any("base_layer" in module._modules for module in model.modules()):
+    if any(is_branched(module) for module in model.modules()):
         raise ConfigError(
             "two techniques wrap layers with output branches, and PEFT would let the second replace the first; "
             "keep one lora with where: branch, and give the other where: weight"

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.stage import Slot, Stage
+from leanmill.core.stage import LowRank, Slot, Stage
 
 
 class LoraStage(Stage):
@@ -22,6 +22,7 @@ class LoraStage(Stage):
 
     slot: ClassVar[Slot] = Slot.DELTA
     technique: ClassVar[str] = "lora"
+    decayed: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def __init__(
         self, weight: Tensor, rank: int, scaling: float, *, init: Literal["kaiming", "gaussian"] = "kaiming"
@@ -51,6 +52,9 @@ class LoraStage(Stage):
             dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
             factors = self.lora_B.to(dtype), self.lora_A.to(dtype)
             return merge(weight.to(dtype), *factors, alpha=self.scaling).to(weight.dtype)
+
+    def low_rank(self) -> LowRank:
+        return LowRank(a=self.lora_A.detach(), b=self.lora_B.detach(), scaling=self.scaling)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -99,47 +97,17 @@ def gather_site(engine: Engine, site: Site, names: Mapping[int, str]) -> tuple[T
         site: A site of `engine.module.model`.
         names: Name of every live parameter by its id.
     """
-    from leanmill.core.stage import Slot
+    from leanmill.core.copies import cpu_copy
 
     def gather(parameter: Tensor) -> Tensor:
         return engine.full_parameter(names[id(parameter)]).detach()
 
     weight = gather(site.raw_weight)
     stages = []
-    for stage in filter(None, (site.stage(slot) for slot in Slot)):
+    for stage in site.weight_stages():
         full = {name: gather(parameter) for name, parameter in stage.named_parameters()}
         stages.append(cast("Stage", cpu_copy(stage, full)))
     return weight, stages
-
-
-def cpu_copy(module: nn.Module, parameters: dict[str, Tensor], prefix: str = "") -> nn.Module:
-    """Copy a module with `parameters` in place of its own, buffers on the CPU and no hooks.
-
-    Hooks are left out because engines hang collectives on them; `copy.deepcopy` would copy shards
-    and hooks alike.
-
-    Args:
-        module: Any module.
-        parameters: Full tensors by their name below `module`.
-        prefix: Of the names, for the recursion.
-    """
-    from torch import nn
-
-    clone = copy.copy(module)
-    for key, value in vars(clone).items():
-        if key.endswith("_hooks") or "_hooks_" in key:
-            clone.__dict__[key] = OrderedDict() if isinstance(value, dict) else value
-    own = module._parameters
-    clone._parameters = {
-        name: None if p is None else nn.Parameter(parameters[prefix + name], requires_grad=False)
-        for name, p in own.items()
-    }
-    clone._buffers = {name: None if b is None else b.detach().cpu() for name, b in module._buffers.items()}
-    clone._modules = {
-        name: None if child is None else cpu_copy(child, parameters, f"{prefix}{name}.")
-        for name, child in module._modules.items()
-    }
-    return clone
 
 
 def weight_statistics(weight: Tensor) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class NMSparsityStage(Stage):
     def reset_parameters(self) -> None:
         self.decay_left.fill_(self.decay)
 
+    def pattern(self) -> tuple[int, int]:
+        return self.num_kept, self.group_size
+
     def extra_repr(self) -> str:
         return f"num_kept={self.num_kept}, group_size={self.group_size}, decay={self.decay}"
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from leanmill.core.copies import cpu_copy
 from leanmill.core.site import LinearSite
 from leanmill.report.loggers.sites import (
     FILE_NAME,
     MAX_LEVELS,
     NUM_BINS,
     SiteStatistics,
-    cpu_copy,
     site_statistics,
     weight_statistics,
 )

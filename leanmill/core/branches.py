@@ -1,0 +1,45 @@
+"""Output branches: what PEFT hangs beside a layer. The one place that knows PEFT's names for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from leanmill.core.stage import LowRank
+
+
+BASE = "base_layer"
+"""Under this name a wrapped layer holds the layer it wraps."""
+
+
+def is_branched(module: nn.Module) -> bool:
+    """Whether `module` wraps a layer with branches."""
+    return BASE in module._modules
+
+
+def branched_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield (path, layer) of every layer that wraps another with branches."""
+    for path, module in model.named_modules():
+        if is_branched(module):
+            yield path, module
+
+
+def branch_modules(layer: nn.Module) -> list[nn.Module]:
+    """All modules below a branched layer but its base."""
+    children = [child for key, child in layer._modules.items() if key != BASE and child is not None]
+    return [module for child in children for module in child.modules()]
+
+
+def reset_branch(layer: Any) -> None:
+    """Fill a layer's branches as PEFT does by default."""
+    for adapter in sorted(layer._get_available_adapters()):
+        layer.reset_lora_parameters(adapter, True)
+
+
+def low_rank_branches(layer: Any) -> Iterator[LowRank]:
+    """Yield the factors of a layer's LoRA branches."""
+    for adapter in layer.lora_A:
+        a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
+        yield LowRank(a=a, b=b, scaling=layer.scaling[adapter])

@@ -1,0 +1,114 @@
+"""What a staged matmul multiplies: captured where forward begins, computed there and once more in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from leanmill.core.stage import InputStage, Stage
+
+
+def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """Run `function` so that nothing it computes from the weights is kept for backward.
+
+    Non-reentrant checkpointing stops recomputing at the last tensor that backward needs; a matmul
+    saves its operands before it runs, so the matmul itself is not repeated.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(  # type: ignore[no-any-return]
+        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
+
+
+class Operands:
+    """The raw weight and the state of every stage of one site, captured where forward began.
+
+    Backward recomputes from these tensors and never reads the modules again, so a context that lends
+    a module other parameters (tensor and expert parallelism, PEFT's `target_parameters`), or a step
+    that has gone on, cannot give it other ones.
+    """
+
+    def __init__(self, weight: Tensor, stages: Sequence[Stage], inputs: Sequence[InputStage]) -> None:
+        self.stages, self.inputs = tuple(stages), tuple(inputs)
+        self._keys: list[list[str]] = []
+        # Not among the tensors that autograd watches: a rule, or a backward, may write them.
+        self._buffers = [dict(stage.named_buffers()) for stage in (*stages, *inputs)]
+        tensors = [weight]
+        for stage in (*stages, *inputs):
+            named = dict(stage.named_parameters())
+            self._keys.append(list(named))
+            tensors += named.values()
+        self.tensors: tuple[Tensor, ...] = tuple(tensors)
+        """The weight, then the parameters of each stage; pass them through `recomputed`."""
+
+    def bound(self, tensors: Sequence[Tensor]) -> Bound:
+        """Return the stages as functions of `tensors`, which stand for `self.tensors`."""
+        weight, *rest = tensors
+        functions: list[Callable[[Tensor], Tensor]] = []
+        backward: list[Callable[[Tensor], Tensor] | None] = []
+        for stage, keys, buffers in zip((*self.stages, *self.inputs), self._keys, self._buffers, strict=True):
+            state, rest = {**buffers, **dict(zip(keys, rest, strict=False))}, rest[len(keys) :]
+            functions.append(_with_state(stage, state, "forward"))
+            other = isinstance(stage, Stage) and stage.has_backward_weight
+            backward.append(_with_state(stage, state, "for_backward") if other else None)
+        return Bound(weight, functions, backward, len(self.stages))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The operands of one matmul, from captured tensors."""
+
+    raw_weight: Tensor
+    _functions: Sequence[Callable[[Tensor], Tensor]]
+    _backward: Sequence[Callable[[Tensor], Tensor] | None]
+    _num_stages: int
+
+    def weight(self) -> Tensor:
+        """The weight of the forward matmul."""
+        weight = self.raw_weight
+        for function in self._functions[: self._num_stages]:
+            weight = function(weight)
+        return weight
+
+    def backward_weight(self) -> Tensor | None:
+        """The weight that the gradient of the input is multiplied with; None where it is the forward's."""
+        if not any(self._backward):
+            return None
+        with torch.no_grad():
+            weight = self.raw_weight
+            for function, other in zip(
+                self._functions[: self._num_stages], self._backward[: self._num_stages], strict=True
+            ):
+                weight = (other or function)(weight)
+        return weight
+
+    def tokens(self, tokens: Tensor) -> Tensor:
+        """The activations that enter the matmul."""
+        for function in self._functions[self._num_stages :]:
+            tokens = function(tokens)
+        return tokens
+
+
+def _with_state(stage: nn.Module, state: dict[str, Tensor], method: str) -> Callable[[Tensor], Tensor]:
+    if method == "forward":
+        return (lambda x: functional_call(stage, state, (x,))) if state else stage  # type: ignore[no-any-return]
+    if not state:
+        return getattr(stage, method)  # type: ignore[no-any-return]
+    return lambda x: functional_call(_Method(stage, method), {f"stage.{k}": v for k, v in state.items()}, (x,))  # type: ignore[no-any-return]
+
+
+class _Method(nn.Module):
+    """Calls another method of a module where `functional_call` calls forward."""
+
+    def __init__(self, stage: nn.Module, method: str) -> None:
+        super().__init__()
+        self.stage, self.method = stage, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.stage, self.method)(x)  # type: ignore[no-any-return]
