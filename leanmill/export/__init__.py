@@ -12,12 +12,16 @@ __all__ = ["ExportReport", "export_adapter", "export_hf"]
 
 
 def export_hf(
-    checkpoint_dir: str | Path, out_dir: str | Path, *, packing: Literal["none", "bitnet"] = "none"
+    checkpoint_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    packing: Literal["none", "bitnet"] = "none",
+    activations: Literal["trained", "float"] = "trained",
 ) -> ExportReport:
     """Write a Hugging Face folder with every technique folded; see `leanmill.export.hf`."""
     from leanmill.export.hf import export_hf as write
 
-    return write(Path(checkpoint_dir), Path(out_dir), packing=packing)
+    return write(Path(checkpoint_dir), Path(out_dir), packing=packing, activations=activations)
 
 
 def export_adapter(checkpoint_dir: str | Path, out_dir: str | Path) -> ExportReport:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.branches import branch_modules, branched_layers, low_rank_branches
 from leanmill.core.errors import ConfigError
+from leanmill.core.folders import folder_bytes, new_folder
 from leanmill.core.quiet import ignore_warning
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.core.sites import clean_name, iter_sites
 from leanmill.core.stage import Slot, Stage
+from leanmill.export.activations import settle_activations
 from leanmill.export.compare import allowed, check_same, reload, sample_logits
-from leanmill.export.folder import folder_bytes, new_folder
-from leanmill.export.folding import adapter_layers, detach_adapters, fold_sites, reshaping_stages
+from leanmill.export.folding import detach_adapters, fold_sites, reshaping_stages
 from leanmill.export.hf import prepare_config, write_summary
 from leanmill.export.report import ExportReport
 from leanmill.models.pretrained import load_weights, quiet_transformers
@@ -62,6 +64,7 @@ def export_adapter(checkpoint_dir: Path, out_dir: Path) -> ExportReport:
     adapters = dict(_adapters(model))
     if not adapters:
         raise ConfigError(f"{checkpoint_dir} holds no adapter; add `lora` to techniques and train, or export --to hf")
+    settle_activations(model, "trained")
     expected = sample_logits(model)
     needs_base = _needs_base(rebuilt)
     _strip(model)
@@ -95,19 +98,20 @@ def export_adapter(checkpoint_dir: Path, out_dir: Path) -> ExportReport:
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, _Factors]]:
     """Yield (plain name, factors) of every adapter, in either form."""
-    for path, layer in adapter_layers(model):
-        for adapter in layer.lora_A:
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            yield clean_name(path), _Factors(a.detach(), b.detach(), layer.scaling[adapter], False)
+    for path, layer in branched_layers(model):
+        for delta in low_rank_branches(layer):
+            yield clean_name(path), _Factors(delta.a, delta.b, delta.scaling, False)
     for name, site in iter_sites(model):
-        stage: Any = site.stage(Slot.DELTA)
-        if stage is not None:
-            yield name, _from_stage(name, site, stage)
+        deltas = [stage for stage in site.weight_stages() if stage.slot is Slot.DELTA]
+        if deltas:
+            yield name, _from_stages(name, site, deltas)
 
 
-def _from_stage(name: str, site: Site, stage: Any) -> _Factors:
-    if not all(hasattr(stage, attribute) for attribute in ("lora_A", "lora_B", "scaling")):
-        raise ConfigError(f"{name}: {stage.technique!r} is no low-rank adapter, so PEFT cannot hold it; export --to hf")
+def _from_stages(name: str, site: Site, stages: Sequence[Stage]) -> _Factors:
+    """Join the deltas of one weight into one adapter, whose rank is the sum of theirs."""
+    others = [stage.technique for stage in stages if stage.low_rank() is None]
+    if others:
+        raise ConfigError(f"{name}: {others[0]!r} is no low-rank adapter, so PEFT cannot hold it; export --to hf")
     if not isinstance(site, (LinearSite, EmbeddingSite)):
         raise ConfigError(
             f"{name}: PEFT's adapter files have no form for stacked experts; export --to hf, which merges it"
@@ -118,17 +122,19 @@ def _from_stage(name: str, site: Site, stage: Any) -> _Factors:
             f"{name}: the adapter lies inside the weight that {' and '.join(after)} reshape, so it means nothing "
             f"beside a base; export --to hf, or train with lora {{where: branch}}"
         )
-    a, b = stage.lora_A.detach(), stage.lora_B.detach()
+    deltas = [delta for stage in stages if (delta := stage.low_rank()) is not None]
+    scaling = deltas[0].scaling
+    a = torch.cat([delta.a for delta in deltas])
+    b = torch.cat([delta.b * (delta.scaling / scaling) for delta in deltas], dim=1)
     if isinstance(site, EmbeddingSite):  # PEFT keeps the transpose of a table
-        return _Factors(b.T.contiguous(), a.T.contiguous(), stage.scaling, True)
-    return _Factors(a, b, stage.scaling, False)
+        return _Factors(b.T.contiguous(), a.T.contiguous(), scaling, True)
+    return _Factors(a, b, scaling, False)
 
 
 def _needs_base(rebuilt: Rebuilt) -> bool:
     """Whether the weights below the adapters are others than `model.path` holds."""
     model = rebuilt.model
-    own = {id(p) for _, layer in adapter_layers(model) for p in layer.parameters()}
-    own -= {id(p) for _, layer in adapter_layers(model) for p in layer.base_layer.parameters()}
+    own = {id(p) for _, layer in branched_layers(model) for m in branch_modules(layer) for p in m.parameters()}
     own |= {id(p) for module in model.modules() if isinstance(module, Stage) for p in module.parameters()}
     is_trained = any(p.requires_grad and id(p) not in own for p in model.parameters())
     is_reshaped = any(reshaping_stages(site) for _, site in iter_sites(model))  # type: ignore[arg-type]
@@ -139,8 +145,7 @@ def _strip(model: Any) -> None:
     """Leave the folded base: no adapters, no stages."""
     detach_adapters(model)
     for _, site in iter_sites(model):
-        if site.stage(Slot.DELTA) is not None:
-            del site.stages[Slot.DELTA.key]
+        site.take_off(Slot.DELTA)
     fold_sites(model)
 
 

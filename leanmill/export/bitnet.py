@@ -3,7 +3,7 @@
 What transformers computes for such a layer, with t the ternary weight in {-1, 0, 1}, s its scale and
 x a row of the input: `q = clamp(round(x * 127 / max|x|), -128, 127)`, then
 `y = (q @ t^T) / ((127 / max|x|) * (1 / s)) + bias`. The weight is exact; the input is quantised to
-8 bits a row, which training did not do unless it quantised activations too. The format has one
+8 bits a row, which training did only with `activation_bits: 8`. The format has one
 scale a weight.
 
 Of transformers' modes, `bitlinear` and offline `autobitlinear` compute this, with equal results;
@@ -109,7 +109,7 @@ def check(
         folder: The export.
         model: The folded model, unpacked.
         ternary: What was packed.
-        expected: Logits of the trained model, its inputs not rounded.
+        expected: Logits of the model as it was trained, for the report.
 
     Returns:
         The reloaded model, its largest logit difference to the reference, what that may be, and notes
@@ -129,8 +129,8 @@ def check(
     agreement = min((found[k].argmax(-1) == expected[k].argmax(-1)).float().mean().item() for k in expected)
     notes = (
         f"{len(ternary)} linear weights packed to 2 bits, compared with inputs rounded to 8 bits, as transformers does",
-        f"training did not round inputs: the largest logit differs by {largest_difference(found, expected):.2e} from "
-        f"the trained model's, {agreement:.1%} of sampled tokens keep their top logit",
+        f"the largest logit differs by {largest_difference(found, expected):.2e} from that of the model as it was "
+        f"trained, {agreement:.1%} of sampled tokens keep their top logit",
     )
     return reloaded, difference, allowed(reference), notes
 

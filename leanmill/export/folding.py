@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.branches import branched_layers
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import ExpertSite, Site
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
-
-
-def adapter_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (path, layer) of every PEFT layer that wraps a base layer."""
-    for path, module in model.named_modules():
-        if callable(getattr(module, "reset_lora_parameters", None)) and "base_layer" in module._modules:
-            yield path, module
 
 
 def reshaping_stages(module: nn.Module) -> list[str]:
@@ -30,9 +23,9 @@ def reshaping_stages(module: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def effective_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the staged weight of every site, by the plain name of its parameter."""
-    return {parameter_name(name, site): site.effective_weight().detach().clone() for name, site in iter_sites(model)}
+def folded_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weight of every site folded, by the plain name of its parameter."""
+    return {parameter_name(name, site): site.folded_weight().detach().clone() for name, site in iter_sites(model)}
 
 
 def parameter_name(name: str, site: Site) -> str:
@@ -47,7 +40,7 @@ def fold(model: Any) -> None:
         ConfigError: An adapter's output is added to a masked or quantised weight, so that no single
             weight of that kind computes the sum.
     """
-    for path, layer in list(adapter_layers(model)):
+    for path, layer in list(branched_layers(model)):
         base = layer.base_layer
         techniques = reshaping_stages(base)
         if techniques:
@@ -66,7 +59,7 @@ def fold(model: Any) -> None:
 
 def detach_adapters(model: Any) -> None:
     """Take adapters off without merging them."""
-    for path, layer in list(adapter_layers(model)):
+    for path, layer in list(branched_layers(model)):
         _replace(model, path, layer.base_layer)
     if hasattr(model, "peft_config"):
         del model.peft_config

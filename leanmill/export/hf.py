@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import RunError
+from leanmill.core.folders import folder_bytes, new_folder
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
 from leanmill.export import bitnet
-from leanmill.export.compare import allowed, check_same, reload, sample_logits
-from leanmill.export.folder import folder_bytes, new_folder
-from leanmill.export.folding import effective_weights, fold, parameter_name
+from leanmill.export.activations import Activations, settle_activations
+from leanmill.export.compare import allowed, check_same, largest_difference, reload, sample_logits
+from leanmill.export.folding import fold, folded_weights, parameter_name
 from leanmill.export.report import ExportReport
 from leanmill.models.pretrained import quiet_transformers
 from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 
-def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "bitnet"] = "none") -> ExportReport:
+def export_hf(
+    checkpoint_dir: Path,
+    out_dir: Path,
+    *,
+    packing: Literal["none", "bitnet"] = "none",
+    activations: Activations = "trained",
+) -> ExportReport:
     """Write config, safetensors, tokenizer and `leanmill.json`, then load them back and compare.
 
     Every stage is folded into its weight (zeros of a mask in place, quantised weights de-quantised)
@@ -33,6 +40,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "
         out_dir: Folder to create.
         packing: `bitnet` packs ternary linear weights to 2 bits in transformers' BitNet format,
             whose linears also quantise their input to 8 bits, see `bitnet.py`.
+        activations: `float` writes a model that trained with rounded activations without the rounding.
 
     Raises:
         ConfigError: The checkpoint or the packing cannot be exported this way.
@@ -40,8 +48,12 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "
     """
     rebuilt = rebuild(checkpoint_dir)
     model = rebuilt.model
+    trained = sample_logits(model)
+    notes = settle_activations(model, activations, packing)
     expected = sample_logits(model)
-    staged = effective_weights(model)
+    if notes:
+        notes += (f"largest logit difference by that: {largest_difference(expected, trained):.2e}",)
+    staged = folded_weights(model)
     masked = _masks(model)
     ternary = bitnet.ternary_weights(model) if packing == "bitnet" else {}
     fold(model)
@@ -50,7 +62,8 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "
         prepare_config(model, rebuilt, folder)
         if packing == "bitnet":
             bitnet.save(model, ternary, folder)
-            reloaded, difference, limit, notes = bitnet.check(folder, model, ternary, expected)
+            reloaded, difference, limit, more = bitnet.check(folder, model, ternary, trained)
+            notes += more
             packed = {f"{name}.weight" for name in ternary}
             unpacked = {name: weight for name, weight in staged.items() if name not in packed}
             _check_weights(reloaded, unpacked, {n: m for n, m in masked.items() if n not in packed})
@@ -59,7 +72,6 @@ def export_hf(checkpoint_dir: Path, out_dir: Path, *, packing: Literal["none", "
                 model.save_pretrained(folder, safe_serialization=True)
             reloaded = reload(folder)
             difference, limit = check_same(sample_logits(reloaded), expected, "the reloaded export"), allowed(expected)
-            notes = ()
             _check_weights(reloaded, staged, masked)
         write_summary(folder, rebuilt, format="bitnet" if packing == "bitnet" else "huggingface", difference=difference)
         num_bytes = folder_bytes(folder)
@@ -117,10 +129,11 @@ def _masks(model: Any) -> dict[str, tuple[int, int] | None]:
     """By parameter name, the N:M of each masked weight; None where its mask has another pattern."""
     masked: dict[str, tuple[int, int] | None] = {}
     for name, site in iter_sites(model):
-        stage: Any = site.stage(Slot.MASK)
+        stage = site.stage(Slot.MASK)
         if stage is not None:
-            is_nm = hasattr(stage, "num_kept") and hasattr(stage, "group_size")
-            masked[parameter_name(name, site)] = (stage.num_kept, stage.group_size) if is_nm else None
+            # Rotated back, what was zero is not.
+            is_rotated = site.stage(Slot.ROTATE) is not None
+            masked[parameter_name(name, site)] = None if is_rotated else stage.pattern()
     return masked
 
 

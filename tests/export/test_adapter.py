@@ -117,12 +117,22 @@ def test_what_peft_cannot_hold(family: str, techniques: list[dict], expected: st
 
 
 def test_a_branch_is_a_peft_layer_before_and_a_linear_after(tmp_path: Path) -> None:
-    from leanmill.export.folding import adapter_layers, fold
+    from leanmill.core.branches import branched_layers
+    from leanmill.export.folding import fold
 
     model = trained_model(recipe_of("qwen3", [BRANCH]))
-    assert len(list(adapter_layers(model))) == 14
+    assert len(list(branched_layers(model))) == 14
     before = logits(model)
     fold(model)
-    assert not list(adapter_layers(model))
+    assert not list(branched_layers(model))
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+def test_two_deltas_of_one_weight_are_one_adapter(base: Path, tmp_path: Path) -> None:
+    second = {**LORA, "rank": 2, "alpha": 1, "targets": ["q_proj"]}
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [LORA, second], path=base)
+    report = export_adapter(checkpoint, tmp_path / "out")
+    assert report.max_difference <= report.tolerance
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert {config["r"], *config["rank_pattern"].values()} == {LORA["rank"], LORA["rank"] + 2}

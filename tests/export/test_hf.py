@@ -225,3 +225,35 @@ def test_a_copy_that_differs_is_not_a_success(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(RunError, match="other logits"):
         export_hf(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+QUEST = {"type": "quest", "weight_bits": 4, "activation_bits": None}
+
+
+@pytest.mark.parametrize(
+    "technique", [QUEST, {"type": "lsq"}, {"type": "int_quant"}, {"type": "bdwp", "group_size": 4}]
+)
+def test_stages_of_every_kind_fold(technique: dict, tmp_path: Path) -> None:
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [technique])
+    report = export_hf(checkpoint, tmp_path / "out")
+    torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_rounded_activations_are_not_dropped_unasked(tmp_path: Path) -> None:
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{**QUEST, "activation_bits": 4}])
+    with pytest.raises(ConfigError, match=r"quest on 14 weights.*--activations float"):
+        export_hf(checkpoint, tmp_path / "out")
+    report = export_hf(checkpoint, tmp_path / "out", activations="float")
+    assert "float activations, as asked" in str(report)
+    for _, site in iter_sites(model):
+        site.put_input(site.inputs.pop("quant").unrounded())
+    torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_bitnet_packing_repeats_the_inputs_of_training(tmp_path: Path) -> None:
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{**TERNARY, "activation_bits": 8}])
+    with pytest.raises(ConfigError, match=r"--packing bitnet.*or --activations float"):
+        export_hf(checkpoint, tmp_path / "none")
+    report = export_hf(checkpoint, tmp_path / "out", packing="bitnet")
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-3, atol=1e-3)
