@@ -1,13 +1,22 @@
-"""The one table of technique names. Values are strings, so listing them imports nothing."""
+"""The one table of technique names. Values are strings, so listing them imports nothing.
+
+Beside Leanmill's own, techniques come from installed packages, through the entry-point group
+`leanmill.techniques` (name = "module:Class"), and from modules that a recipe lists in `plugins`, each of
+which has a table `TECHNIQUES` like the one here.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
+from leanmill.core.passes import PassConfig
 from leanmill.core.technique import TechniqueConfig
 
 
@@ -32,6 +41,26 @@ TECHNIQUES: dict[str, Entry] = {
         "weights in {-s, 0, s}: absmean (BitNet b1.58), TWN or MSE-optimal scale",
         "Ma et al. 2024, arXiv:2402.17764; Li et al. 2016, arXiv:1605.04711",
     ),
+    "int_quant": Entry(
+        "leanmill.quant.int_quant.config:IntQuant",
+        "integer weights and activations of 2 to 8 bits, absmax or MSE scale, straight-through",
+        "Jacob et al. 2018, arXiv:1712.05877",
+    ),
+    "lsq": Entry(
+        "leanmill.quant.lsq.config:Lsq",
+        "weights of 1 to 8 bits with learned step sizes",
+        "Esser et al. 2020, arXiv:1902.08153; Liu et al. 2025, arXiv:2502.02631",
+    ),
+    "quest": Entry(
+        "leanmill.quant.quest.config:Quest",
+        "weights and activations of 1 to 8 bits through a Hadamard transform, trust gradient",
+        "Panferov et al. 2025, arXiv:2502.05003",
+    ),
+    "bdwp": Entry(
+        "leanmill.sparse.bdwp.config:Bdwp",
+        "N:M masks of their own for the forward and the backward matmul",
+        "Fang et al. 2023, arXiv:2309.13015",
+    ),
     "lora": Entry(
         "leanmill.peft_ext.lora.config:Lora",
         "low-rank adapters, inside the weight or as an output branch through PEFT",
@@ -45,19 +74,99 @@ TECHNIQUES: dict[str, Entry] = {
 }
 
 
+PASSES: dict[str, Entry] = {
+    "magnitude": Entry(
+        "leanmill.sparse.magnitude.config:Magnitude",
+        "one-shot: keep the weights of largest magnitude",
+        "Han et al. 2015, arXiv:1506.02626",
+    ),
+    "wanda": Entry(
+        "leanmill.sparse.wanda.config:Wanda",
+        "one-shot: keep the weights of largest magnitude times input norm",
+        "Sun et al. 2023, arXiv:2306.11695",
+    ),
+    "sparsegpt": Entry(
+        "leanmill.sparse.sparsegpt.config:SparseGpt",
+        "one-shot: prune by second-order loss and correct the survivors",
+        "Frantar and Alistarh 2023, arXiv:2301.00774",
+    ),
+    "gptq": Entry(
+        "leanmill.quant.gptq.config:Gptq",
+        "one-shot: round columns in turn and correct the later ones",
+        "Frantar et al. 2022, arXiv:2210.17323",
+    ),
+}
+"""Passes of `leanmill compress`, by name."""
+GROUP = "leanmill.techniques"
+_of_plugins: dict[str, Entry] = {}
+
+
+def known_techniques() -> dict[str, Entry]:
+    """Return every technique: Leanmill's own, then those of installed packages and of loaded plugins.
+
+    Raises:
+        ConfigError: One of the latter takes a name of Leanmill's own.
+    """
+    others = {**_of_packages(), **_of_plugins}
+    for name in others:
+        _check_is_free(name, others[name].target)
+    return {**TECHNIQUES, **others}
+
+
+def load_plugin(module_name: str) -> None:
+    """Import a module and add the techniques of its table `TECHNIQUES`.
+
+    Raises:
+        ConfigError: It cannot be imported, has no such table, or takes a name that is taken.
+    """
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"plugins: {module_name!r} cannot be imported ({type(error).__name__}: {error}); install the package that "
+            f"holds it, or put its folder on PYTHONPATH"
+        ) from error
+    table = getattr(module, "TECHNIQUES", None)
+    if not isinstance(table, Mapping) or not all(isinstance(entry, Entry) for entry in table.values()):
+        raise ConfigError(
+            f"plugins: {module_name!r} has no table of techniques; give it TECHNIQUES = {{'name': "
+            f"Entry('module:Class', 'summary', 'paper')}} with Entry from leanmill.core.registry"
+        )
+    for name, entry in table.items():
+        _check_is_free(name, entry.target)
+        _of_plugins[name] = entry
+
+
+def _check_is_free(name: str, target: str) -> None:
+    if name in TECHNIQUES:
+        raise ConfigError(
+            f"the technique {name!r} of a plugin ({target}) has a name of Leanmill's own; give it another name there"
+        )
+
+
+@functools.cache
+def _of_packages() -> dict[str, Entry]:
+    found = {}
+    for point in importlib.metadata.entry_points(group=GROUP):
+        package = point.dist
+        source = f"from the package {package.name} {package.version}" if package else "from an installed package"
+        found[point.name] = Entry(point.value, source, "see the package")
+    return found
+
+
 def technique_class(name: str) -> type[TechniqueConfig]:
     """Import and return the technique registered under `name`.
 
     Raises:
         ConfigError: No such technique; the message names the nearest known ones.
     """
-    entry = TECHNIQUES.get(name)
+    entry = TECHNIQUES.get(name) or known_techniques().get(name)
     if entry is None:
-        near = near_names(name, TECHNIQUES, count=3, cutoff=0.4)
+        known = known_techniques()
+        near = near_names(name, known, count=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "run `leanmill methods` for the list"
-        raise ConfigError(f"unknown technique type {name!r}; known: {', '.join(TECHNIQUES)}; {hint}")
-    module_name, _, class_name = entry.target.partition(":")
-    return getattr(importlib.import_module(module_name), class_name)  # type: ignore[no-any-return]
+        raise ConfigError(f"unknown technique type {name!r}; known: {', '.join(known)}; {hint}")
+    return _import(entry)  # type: ignore[no-any-return]
 
 
 def _kind(value: Any) -> str:
@@ -74,6 +183,27 @@ def parse_technique(raw: Any) -> TechniqueConfig:
         given = "one without" if isinstance(raw, dict) else _kind(raw)
         raise ConfigError(f"a technique is a mapping with a `type`, got {given}; type e.g. {{type: ternary}}")
     if not isinstance(raw["type"], str):
-        known = ", ".join(TECHNIQUES)
+        known = ", ".join(known_techniques())
         raise ConfigError(f"the `type` of a technique is a name, got {_kind(raw['type'])}; known types: {known}")
     return technique_class(raw["type"]).model_validate(raw)
+
+
+def parse_pass(raw: Any) -> PassConfig:
+    """Turn one entry of a compression recipe's `passes` into its validated configuration."""
+    if isinstance(raw, PassConfig):
+        return raw
+    name = raw.get("type") if isinstance(raw, dict) else None
+    if not isinstance(name, str):
+        raise ConfigError(f"a pass is a mapping with a `type`; type e.g. {{type: wanda}}, known: {', '.join(PASSES)}")
+    entry = PASSES.get(name)
+    if entry is None:
+        near = near_names(name, PASSES, count=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(PASSES)}"
+        raise ConfigError(f"unknown pass {name!r}; {hint}")
+    found: type[PassConfig] = _import(entry)
+    return found.model_validate(raw)
+
+
+def _import(entry: Entry) -> Any:
+    module_name, _, class_name = entry.target.partition(":")
+    return getattr(importlib.import_module(module_name), class_name)

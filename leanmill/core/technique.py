@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from pydantic import Field
+
 from leanmill.core.config import Config
 
 
@@ -151,6 +153,15 @@ class TechniqueConfig(Config):
     def frozen_models(self) -> Mapping[str, str]:
         """Return the models that the technique reads: key of this configuration -> folder or hub name."""
         return {}
+
+
+class WeightTechniqueConfig(TechniqueConfig):
+    """Base of techniques that take weights by pattern."""
+
+    targets: list[str] | None = None
+    """Patterns of weights to take; None takes every linear and expert weight except the head."""
+    exclude: list[str] = Field(default_factory=list)
+    """Patterns of weights to leave out again."""
 
 
 @runtime_checkable

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from leanmill.core.near import near_names
-from leanmill.core.registry import TECHNIQUES, technique_class
+from leanmill.core.registry import known_techniques, technique_class
 from leanmill.core.secrets import is_secret, shown
 from leanmill.recipe.yaml_source import Lines
 
@@ -183,7 +183,7 @@ def _technique(raw: Any, index: str | int) -> type[BaseModel] | None:
         name = raw["techniques"][index]["type"]
     except (KeyError, IndexError, TypeError):
         return None
-    return technique_class(name) if isinstance(name, str) and name in TECHNIQUES else None
+    return technique_class(name) if isinstance(name, str) and name in known_techniques() else None
 
 
 def _below(here: Any, models: list[type[BaseModel]], part: str | int) -> Any:

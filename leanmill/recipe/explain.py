@@ -8,7 +8,7 @@ from pathlib import Path
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
-from leanmill.core.registry import TECHNIQUES
+from leanmill.core.registry import known_techniques
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.root import Recipe
@@ -156,7 +156,7 @@ def _techniques(recipe: Recipe) -> list[str]:
         name = str(getattr(technique, "type", type(technique).__name__))
         options = technique.model_dump(mode="json", exclude={"type"}, exclude_defaults=True)
         given = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
-        lines.append(f"{name} ({given}): {TECHNIQUES[name].summary}")
+        lines.append(f"{name} ({given}): {known_techniques()[name].summary}")
     if len(lines) > 1:
         lines.append("on one weight they apply as delta, then mask, then quantiser, whatever order is listed here")
     return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from leanmill.core.registry import TECHNIQUES, technique_class
+from leanmill.core.registry import known_techniques, technique_class
 from leanmill.recipe.root import Recipe
 
 
@@ -16,7 +16,7 @@ def recipe_schema() -> dict[str, Any]:
     """
     schema = Recipe.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    mapping = {name: f"#/$defs/{_add(name, definitions)}" for name in TECHNIQUES}
+    mapping = {name: f"#/$defs/{_add(name, definitions)}" for name in known_techniques()}
     schema["properties"]["techniques"]["items"] = {
         "oneOf": [{"$ref": reference} for reference in mapping.values()],
         "discriminator": {"propertyName": "type", "mapping": mapping},

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.core.config import Config
-from leanmill.core.registry import parse_technique
+from leanmill.core.registry import load_plugin, parse_technique
 from leanmill.core.technique import TechniqueConfig
 from leanmill.data.config import DataConfig
 from leanmill.models.config import ModelConfig
@@ -108,6 +108,9 @@ class Sections(Config):
     """Folder of everything the run writes; `{name}` is replaced."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is cuda where there is one."""
+    plugins: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Python modules with techniques of your own, imported before the recipe is read on; each has a table
+    `TECHNIQUES`, see *Add a technique*. Packages with the entry point `leanmill.techniques` need no mention."""
     model: ModelConfig
     """The model."""
     data: DataConfig = Field(default_factory=DataConfig)
@@ -134,3 +137,11 @@ class Sections(Config):
     """Logs and report."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     """Process groups."""
+
+    @field_validator("plugins")
+    @classmethod
+    def _load_plugins(cls, names: list[str]) -> list[str]:
+        # Before `techniques` are read, whose names they bring.
+        for name in names:
+            load_plugin(name)
+        return names
