@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Ternary(TechniqueConfig):
     """Weights in {-s, 0, s}, trained straight-through.
 
-    BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764; weights only), ternary weight networks (Li et al.
+    BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764), ternary weight networks (Li et al.
     2016, arXiv:1605.04711) and the least-squares choice of both scale and threshold.
     """
 
@@ -27,6 +27,9 @@ class Ternary(TechniqueConfig):
     mean of what exceeds it. `mse`: s and threshold that minimise the squared error, by sorting."""
     granularity: Literal["tensor", "row"] = "tensor"
     """What shares a scale: a whole weight (each expert of a stacked one), or one output row."""
+    activation_bits: Literal[8] | None = None
+    """8 rounds each token of the input to 8-bit codes by its largest magnitude, as BitNet b1.58 does; None
+    leaves activations alone (Spectra's TriLM)."""
     targets: list[str] | None = None
     """Patterns of weights to take; None takes every linear and expert weight except the head."""
     exclude: list[str] = Field(default_factory=list)
@@ -34,8 +37,10 @@ class Ternary(TechniqueConfig):
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a quantiser stage on every target."""
-        from leanmill.quant.ternary.stage import TernaryStage
+        from leanmill.quant.ternary.stage import Int8Activations, TernaryStage
 
         for site in sites.select(self.targets, self.exclude):
             site.put(TernaryStage(self.scale, self.granularity))
+            if self.activation_bits is not None:
+                site.put_input(Int8Activations())
         return Installation()

@@ -1,4 +1,4 @@
-"""Ternary weights as a stage."""
+"""Ternary weights and 8-bit activations as stages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from leanmill.core.stage import Slot, Stage
+from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
+from leanmill.kernels.fake_quant.activations import quantise_activations
 from leanmill.kernels.ternary.naive import Scale
 from leanmill.kernels.ternary.op import Granularity, ternary
 
@@ -32,3 +33,14 @@ class TernaryStage(Stage):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}, granularity={self.granularity}"
+
+
+class Int8Activations(InputStage):
+    """Round every token [..., in] to 8-bit codes and back, straight-through (BitNet b1.58)."""
+
+    slot: ClassVar[InputSlot] = InputSlot.QUANT
+    technique: ClassVar[str] = "ternary"
+    formats: ClassVar[tuple[str, ...]] = ("bitnet",)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return quantise_activations(tokens)

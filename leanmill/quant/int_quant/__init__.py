@@ -1,0 +1,1 @@
+"""Integer grids with scales from the data."""

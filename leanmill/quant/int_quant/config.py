@@ -1,0 +1,64 @@
+"""Configuration of integer quantisation with scales taken from the values. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.technique import Installation, InstallContext, WeightTechniqueConfig
+
+
+if TYPE_CHECKING:
+    from leanmill.core.sites import Sites
+
+
+class IntQuant(WeightTechniqueConfig):
+    """Weights, and activations if asked, on a symmetric integer grid, trained straight-through.
+
+    The scale is computed from the values at every forward: quantisation-aware training as in Jacob et
+    al. 2018 (arXiv:1712.05877), with signed symmetric codes.
+    """
+
+    type: Literal["int_quant"] = "int_quant"
+    """Name of the technique."""
+    weight_bits: int = Field(default=4, ge=2, le=8)
+    """Bits b of a weight; codes are -(2^(b-1) - 1) to 2^(b-1) - 1."""
+    activation_bits: int | None = Field(default=None, ge=2, le=8)
+    """Bits of an activation, one absmax scale a token; None leaves activations alone."""
+    scale: Literal["absmax", "mse"] = "absmax"
+    """Of weights. `absmax`: the largest magnitude is the outermost code. `mse`: of 40 shares of that
+    scale, from 1 down to 0.22, the one with the least squared error; about 40 times the work."""
+    granularity: Literal["tensor", "row", "group"] = "row"
+    """What shares a scale: a whole weight (each expert of a stacked one), an output row, or
+    `group_size` neighbours of a row."""
+    group_size: int | None = Field(default=None, ge=2)
+    """Neighbours along the last dim that share a scale, for `granularity: group`."""
+
+    @model_validator(mode="after")
+    def _group_size_belongs_to_groups(self) -> IntQuant:
+        if (self.granularity == "group") != (self.group_size is not None):
+            given = "without" if self.group_size is None else f"with granularity {self.granularity} and"
+            raise ConfigError(
+                f"int_quant {given} group_size {self.group_size}; set granularity: group and e.g. group_size: 128 "
+                f"together, or neither"
+            )
+        return self
+
+    def install(self, sites: Sites, context: InstallContext) -> Installation:
+        """Put a quantiser on every target, and one on its input.
+
+        Raises:
+            ConfigError: `group_size` does not divide the last dim of a target.
+        """
+        from leanmill.quant.int_quant.stage import IntActivations, IntWeights
+        from leanmill.quant.scales import check_groups
+
+        selected = sites.select(self.targets, self.exclude)
+        check_groups(selected, self.type, self.group_size)
+        for site in selected:
+            site.put(IntWeights(self.weight_bits, self.scale, self.granularity, self.group_size))
+            if self.activation_bits is not None:
+                site.put_input(IntActivations(self.activation_bits))
+        return Installation()

@@ -1,0 +1,62 @@
+"""Configuration of learned step sizes. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.technique import Installation, InstallContext, WeightTechniqueConfig
+
+
+if TYPE_CHECKING:
+    from leanmill.core.sites import Sites
+
+
+class Lsq(WeightTechniqueConfig):
+    """Weights on an integer grid whose step sizes are trained (LSQ: Esser et al. 2020, arXiv:1902.08153).
+
+    Steps start at 2 mean |w| / sqrt(Qp) of the loaded weights and get no weight decay. With one bit the
+    grid is {-s/2, s/2}; ParetoQ (Liu et al. 2025, arXiv:2502.02631) is `grid: midrise`.
+    """
+
+    type: Literal["lsq"] = "lsq"
+    """Name of the technique."""
+    weight_bits: int = Field(default=4, ge=1, le=8)
+    """Bits b of a weight."""
+    grid: Literal["signed", "symmetric", "midrise"] = "signed"
+    """Codes: `signed` -2^(b-1) to 2^(b-1) - 1 as in the paper, `symmetric` without the lowest, `midrise`
+    the halves between, without zero."""
+    granularity: Literal["tensor", "row", "group"] = "tensor"
+    """What shares a step: a whole weight as in the paper (each expert of a stacked one), an output row,
+    or `group_size` neighbours of a row."""
+    group_size: int | None = Field(default=None, ge=2)
+    """Neighbours along the last dim that share a step, for `granularity: group`."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Lsq:
+        if (self.granularity == "group") != (self.group_size is not None):
+            given = "without" if self.group_size is None else f"with granularity {self.granularity} and"
+            raise ConfigError(
+                f"lsq {given} group_size {self.group_size}; set granularity: group and e.g. group_size: 128 "
+                f"together, or neither"
+            )
+        if self.weight_bits == 1 and self.grid != "midrise":
+            raise ConfigError(f"lsq with weight_bits 1 and grid {self.grid} has no positive code; set grid: midrise")
+        return self
+
+    def install(self, sites: Sites, context: InstallContext) -> Installation:
+        """Put a quantiser with steps of its own on every target.
+
+        Raises:
+            ConfigError: `group_size` does not divide the last dim of a target.
+        """
+        from leanmill.quant.lsq.stage import LsqStage
+        from leanmill.quant.scales import check_groups
+
+        selected = sites.select(self.targets, self.exclude)
+        check_groups(selected, self.type, self.group_size)
+        for site in selected:
+            site.put(LsqStage(site.raw_weight, self.weight_bits, self.grid, self.granularity, self.group_size))
+        return Installation()

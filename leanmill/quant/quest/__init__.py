@@ -1,0 +1,1 @@
+"""QuEST: Hadamard rotation, the Gaussian's best clip, trust gradient."""

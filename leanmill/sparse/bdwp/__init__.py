@@ -1,0 +1,1 @@
+"""Separate N:M masks for the forward and the backward matmul."""
