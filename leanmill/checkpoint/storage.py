@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +154,27 @@ def _header(items: list[WriteItem], file: str) -> tuple[bytes, list[StoredChunk]
         chunks.append(StoredChunk(file, key, tuple(box.offsets), tuple(box.sizes)))
         position = end
     metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets_of)}
+    return _encoded(metadata, entries), chunks
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write whole tensors as one safetensors file, from their own memory; safetensors' own function copies them all."""
+    entries: dict[str, Any] = {}
+    position = 0
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in ordered:
+        end = position + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end],
+        }  # fmt: skip
+        position = end
+    return _stream(path, _encoded({"format": "pt"}, entries), (tensor for _, tensor in ordered))
+
+
+def _encoded(metadata: dict[str, str], entries: dict[str, Any]) -> bytes:
     header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header, chunks
+    return len(header).to_bytes(8, "little") + header
 
 
 def _stream(path: Path, header: bytes, tensors: Any) -> FileRecord:

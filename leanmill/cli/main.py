@@ -23,6 +23,7 @@ _VERBS: dict[str, str] = {
     "methods": "list the techniques",
     "schema": "write the JSON schema of a recipe, for editors",
     "eval": "score a checkpoint on held-out text",
+    "compress": "prune or quantise a model folder in one shot, with calibration text, a block in memory at a time",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
     "report": "rebuild the HTML report of a run",
 }
@@ -182,10 +183,21 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def _compress(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--out", required=True, help="folder to write")
+
+
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
     parser.add_argument("--to", required=True, choices=["hf", "adapter"], help="kind of folder")
     parser.add_argument("--packing", choices=["none", "bitnet"], default="none", help="packing of ternary weights (hf)")
+    parser.add_argument(
+        "--activations",
+        choices=["trained", "float"],
+        default="trained",
+        help="float writes a model that trained with rounded activations without the rounding (hf)",
+    )
     parser.add_argument("--out", required=True, help="folder to write")
 
 
@@ -221,6 +233,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "methods": _nothing,
     "schema": _schema,
     "eval": _eval,
+    "compress": _compress,
     "export": _export,
     "report": _report,
 }

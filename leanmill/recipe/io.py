@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
@@ -23,13 +23,21 @@ _MAX_BYTES = 2**18
 _NUMBER = re.compile(r"[0-9]{1,6}")
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+Root = TypeVar("Root", bound=BaseModel)
+
+
+@overload
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+@overload
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, root: type[Root]) -> Root: ...
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, root: type[BaseModel] = Recipe) -> BaseModel:
     """Read, override and validate a recipe.
 
     Args:
         path: YAML file, UTF-8.
         overrides: `a.b=c` each; the value is YAML, a number in the path indexes a list
             (`techniques.0.group_size=8`), and the index just past a list's end appends.
+        root: What the file describes.
 
     Raises:
         ConfigError: One line for each problem: where, what was given, what is allowed.
@@ -48,25 +56,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(raw, override)
         _forget_lines(lines, override)
-    return validate_recipe(raw, source=str(path), lines=lines)
+    return validate_recipe(raw, source=str(path), lines=lines, root=root)
 
 
-def validate_recipe(raw: dict[str, Any], source: str = "recipe", lines: Lines | None = None) -> Recipe:
+@overload
+def validate_recipe(raw: dict[str, Any], source: str = "recipe", lines: Lines | None = None) -> Recipe: ...
+@overload
+def validate_recipe(
+    raw: dict[str, Any], source: str = "recipe", lines: Lines | None = None, *, root: type[Root]
+) -> Root: ...
+def validate_recipe(
+    raw: dict[str, Any], source: str = "recipe", lines: Lines | None = None, *, root: type[BaseModel] = Recipe
+) -> BaseModel:
     """Validate a mapping, such as a checkpoint's `recipe.json`.
 
     Args:
         raw: The recipe as plain values.
         source: What error lines call it.
         lines: Line number of each path, where it came from a file.
+        root: What the mapping describes.
 
     Raises:
         ConfigError: One line for each problem.
     """
     try:
-        return Recipe.model_validate(raw)
+        return root.model_validate(raw)
     except ValidationError as error:
         # `from None`: the chain would print inputs, and an input may be a credential.
-        raise ConfigError("\n".join(describe(error, Recipe, raw, source, lines or {}))) from None
+        raise ConfigError("\n".join(describe(error, root, raw, source, lines or {}))) from None
 
 
 def resolved_yaml(recipe: Recipe) -> str:

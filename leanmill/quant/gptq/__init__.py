@@ -1,0 +1,1 @@
+"""One-shot quantisation with corrected columns."""

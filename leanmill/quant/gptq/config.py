@@ -1,0 +1,50 @@
+"""GPTQ. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.passes import LayerSolver, PassConfig
+
+
+class Gptq(PassConfig):
+    """Round columns in turn, the later ones making up for each error (Frantar et al. 2022, arXiv:2210.17323).
+
+    Codes are symmetric integers. A group's scale is taken from its weights as they are when it begins,
+    with all corrections; the authors' code takes weights that are stale inside a block of 128.
+    """
+
+    type: Literal["gptq"] = "gptq"
+    """Name of the pass."""
+    weight_bits: int = Field(default=4, ge=2, le=8)
+    """Bits b of a weight; codes are -(2^(b-1) - 1) to 2^(b-1) - 1."""
+    group_size: int | None = Field(default=128, ge=2)
+    """Neighbours in a row that share a scale; None is one scale a row."""
+    scale: Literal["absmax", "mse"] = "absmax"
+    """`absmax`: the largest magnitude is the outermost code. `mse`: of 40 shares of that, from 1 down to
+    0.22, the one with the least squared error."""
+    damping: float = Field(default=0.01, gt=0)
+    """Added to the diagonal of the Hessian, as a share of its mean."""
+    order: Literal["activations", "columns"] = "activations"
+    """`activations` fixes the features of largest square sum first (the authors' act-order) where a row
+    has one scale, and keeps columns in place where it has groups; `columns` goes from left to right."""
+
+    def solver(self) -> LayerSolver:
+        from leanmill.quant.gptq.solver import GptqSolver
+
+        return GptqSolver(self)
+
+    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
+        """Refuse a weight whose rows the groups do not divide.
+
+        Raises:
+            ConfigError: See above.
+        """
+        if self.group_size is not None and shape[1] % self.group_size:
+            raise ConfigError(
+                f"{name}: group_size {self.group_size} does not divide the last dim of its weight {list(shape)}; "
+                f"add {name!r} to exclude, choose a group_size that divides {shape[1]}, or set group_size: null"
+            )

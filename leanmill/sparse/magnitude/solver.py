@@ -1,0 +1,23 @@
+"""Magnitude pruning of one layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leanmill.core.passes import InputStatistics
+from leanmill.sparse.pattern import PruningPass
+
+
+class MagnitudeSolver:
+    """Zeroes the smallest weights; inputs do not matter."""
+
+    needs_gram = False
+
+    def __init__(self, pattern: PruningPass) -> None:
+        self.pattern = pattern
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        self.pattern.check_shape(name, shape)
+
+    def solve(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        return weight * self.pattern.keep(weight.abs(), whole=True)

@@ -1,0 +1,1 @@
+"""One-shot pruning with corrected survivors."""

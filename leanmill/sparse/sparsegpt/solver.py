@@ -1,0 +1,51 @@
+"""SparseGPT on one layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from leanmill.core.errors import RunError
+from leanmill.core.obs import inverse_factor, solve_columns
+from leanmill.core.passes import InputStatistics
+
+
+if TYPE_CHECKING:
+    from leanmill.sparse.sparsegpt.config import SparseGpt
+
+
+class SparseGptSolver:
+    """Zeroes the weights of smallest w^2 / [H^-1]_jj^2 and corrects the rest."""
+
+    needs_gram = True
+
+    def __init__(self, config: SparseGpt) -> None:
+        self.config = config
+
+    def check(self, name: str, shape: tuple[int, int]) -> None:
+        self.config.check_shape(name, shape)
+
+    def solve(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+        assert statistics.gram is not None
+        try:
+            factor = inverse_factor(statistics.gram, self.config.damping)
+        except ValueError as error:
+            raise RunError(str(error)) from None
+        group_size = self.config.group_size or self.config.block_size
+        # A feature that was always 0 is free to prune, and nothing can make up for its weights.
+        weight = torch.where(statistics.square_sum == 0, 0.0, weight)
+        return solve_columns(weight, factor, _Mask(self.config), group_size=group_size)
+
+
+class _Mask:
+    def __init__(self, config: SparseGpt) -> None:
+        self.config = config
+        self.keep = torch.empty(0)
+
+    def start_group(self, columns: Tensor, diagonal: Tensor) -> None:
+        self.keep = self.config.keep((columns / diagonal).square(), whole=True)
+
+    def value(self, column: Tensor, index: int) -> Tensor:
+        return column * self.keep[:, index]

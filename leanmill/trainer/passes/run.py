@@ -1,0 +1,194 @@
+"""One-shot compression from recipe to model folder: what `leanmill compress` calls."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.folders import new_folder
+from leanmill.core.passes import InputStatistics, LayerSolver, PassConfig
+from leanmill.core.sites import matches
+from leanmill.data.build import build_tokenizer, build_train_data
+from leanmill.models.pretrained import local_folder, pretrained_config
+from leanmill.parallel.collectives import barrier, broadcast_object
+from leanmill.parallel.launch import Ranks, finish, init_processes
+from leanmill.parallel.precision import resolve_precision
+from leanmill.recipe.compress import CompressRecipe
+from leanmill.recipe.sections import ClusterConfig
+from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
+from leanmill.trainer.passes.statistics import watched
+from leanmill.trainer.passes.stream import Block, BlockStream
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What one pass did to one layer."""
+
+    name: str
+    technique: str
+    zero_fraction: float
+    """Of the weights written."""
+    output_error: float | None
+    """||(W' - W) X||^2 / ||W X||^2 on the calibration inputs X, where the pass knows their gram matrix."""
+
+
+def compress(recipe: CompressRecipe, out: Path) -> list[LayerReport]:
+    """Run the recipe's passes over its model, one after another, and write the result to `out`.
+
+    Under torchrun every rank calls this; each runs its share of the calibration rows.
+
+    Raises:
+        ConfigError: The model, the data or a pass does not fit.
+        RunError: A layer cannot be solved, or the disk refuses.
+    """
+    ranks = init_processes(recipe.device, ClusterConfig())
+    try:
+        return _run(recipe, out, ranks)
+    finally:
+        finish()
+
+
+def _run(recipe: CompressRecipe, out: Path, ranks: Ranks) -> list[LayerReport]:
+    pretrained_config(recipe.model)  # says what is wrong with the path in one line
+    folder = local_folder(str(recipe.model.path), recipe.model.revision)
+    batches = _calibration(recipe, folder, ranks)
+    dtype = torch.bfloat16 if resolve_precision(recipe.precision, ranks.device.type) == "bf16" else torch.float32
+    reports: list[LayerReport] = []
+    with new_folder(out) if ranks.rank == 0 else nullcontext() as made:
+        place = Path(broadcast_object(str(made)))
+        for number, config in enumerate(recipe.passes, 1):
+            target = place if number == len(recipe.passes) else place / f".pass-{number}"
+            if ranks.rank == 0:
+                target.mkdir(exist_ok=True)
+            model = recipe.model.model_copy(update={"path": str(folder), "revision": None})
+            source = SourceFolder(folder)
+            stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
+            writer = TargetFolder(target) if ranks.rank == 0 else None
+            reports += _Pass(config, stream, writer).run()
+            barrier()
+            folder = target
+        if ranks.rank == 0:
+            for intermediate in place.glob(".pass-*"):
+                shutil.rmtree(intermediate)
+            summary = {"passes": [config.model_dump(mode="json") for config in recipe.passes]}
+            (place / "leanmill.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return reports
+
+
+class _Pass:
+    """One pass over all blocks."""
+
+    def __init__(self, config: PassConfig, stream: BlockStream, writer: TargetFolder | None) -> None:
+        self.config, self.stream, self.writer = config, stream, writer
+        self.technique = str(config.type)  # type: ignore[attr-defined]
+        self.solver: LayerSolver = config.solver()
+        self.targets = self._targets()
+
+    def run(self) -> list[LayerReport]:
+        reports: list[LayerReport] = []
+        for block in self.stream.blocks():
+            log.info("%s: block %d of %d", self.technique, block.index + 1, len(self.stream))
+            reports += self._solve(block)
+            self._write(block)
+            self.stream.advance(block)
+        if self.writer is not None:
+            for name in self.stream.other_names:
+                self.writer.write(self.stream.source.read([name]))
+            self.writer.close(self.stream.source)
+        return reports
+
+    def _targets(self) -> frozenset[str]:
+        """Names of the layers to solve, checked before anything is computed."""
+        shapes = {
+            name: (layer.out_features, layer.in_features)
+            for index in range(len(self.stream))
+            for name, layer in self.stream.linears(index).items()
+        }
+        taken = set(shapes) if self.config.targets is None else self._matching(shapes, "targets", self.config.targets)
+        taken -= self._matching(shapes, "exclude", self.config.exclude)
+        if not taken:
+            raise ConfigError(f"{self.technique}: targets less exclude leave no linear layer; loosen exclude")
+        for name in sorted(taken):
+            self.solver.check(name, shapes[name])
+        return frozenset(taken)
+
+    def _matching(self, shapes: Collection[str], field: str, patterns: Sequence[str]) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            here = {name for name in shapes if matches(pattern, name)}
+            if not here:
+                leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shapes}))
+                raise ConfigError(
+                    f"{self.technique}.{field} pattern {pattern!r} matches no linear layer of a block; "
+                    f"there are {leaves}"
+                )
+            found |= here
+        return found
+
+    @torch.no_grad()
+    def _solve(self, block: Block) -> Iterator[LayerReport]:
+        layers = {name: layer for name, layer in self.stream.linears(block.index).items() if name in self.targets}
+        with watched(layers, with_gram=self.solver.needs_gram) as watches:
+            for _ in self.stream.run(block):
+                pass
+        for name, layer in layers.items():
+            statistics = watches[name].total()
+            weight = layer.weight.float().cpu()
+            solved = self.solver.solve(weight, statistics)
+            if not torch.isfinite(solved).all():
+                raise RunError(f"{name}: {self.technique} gave non-finite weights; look at the calibration data")
+            layer.weight.copy_(solved)
+            yield LayerReport(
+                name=name,
+                technique=self.technique,
+                zero_fraction=(layer.weight == 0).float().mean().item(),
+                output_error=_output_error(weight, layer.weight.float().cpu(), statistics),
+            )
+
+    def _write(self, block: Block) -> None:
+        """Write the block's tensors; what no pass touched as it was stored, bit for bit."""
+        if self.writer is None:
+            return
+        layers = self.stream.linears(block.index)
+        solved = {f"{name}.weight": layers[name].weight.detach() for name in layers if name in self.targets}
+        names = [name for name in self.stream.source.keys if name.startswith(block.prefix)]
+        tensors = self.stream.source.read(name for name in names if name not in solved)
+        dtypes = self.stream.source.dtypes(solved)
+        tensors |= {name: weight.to("cpu", dtypes[name]) for name, weight in solved.items()}
+        self.writer.write(tensors)
+
+
+def _output_error(before: Tensor, after: Tensor, statistics: InputStatistics) -> float | None:
+    if statistics.gram is None:
+        return None
+    change = after - before
+    energy = ((before @ statistics.gram) * before).sum()
+    return float(((change @ statistics.gram) * change).sum() / energy.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _calibration(recipe: CompressRecipe, folder: Path, ranks: Ranks) -> list[dict[str, Tensor]]:
+    data = recipe.data
+    if data.tokenizer.path is None:
+        data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"path": str(folder)})})
+    num_rows, rows_per_batch = recipe.calibration.num_rows, recipe.calibration.rows_per_batch
+    if num_rows % ranks.world_size:
+        raise ConfigError(
+            f"calibration.num_rows={num_rows} does not divide over {ranks.world_size} ranks; set it to "
+            f"{-(-num_rows // ranks.world_size) * ranks.world_size}"
+        )
+    train = build_train_data(data, build_tokenizer(data, seed=recipe.seed), seed=recipe.seed)
+    rows = train.next_rows(num_rows, rank=ranks.rank, world_size=ranks.world_size)
+    chunks = {name: rows[name].split(rows_per_batch) for name in ("input_ids", "position_ids")}
+    return [dict(zip(chunks, parts, strict=True)) for parts in zip(*chunks.values(), strict=True)]

@@ -1,0 +1,190 @@
+"""The blocks of a causal LM one after another, with what flows between them on calibration text."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.errors import ConfigError
+from leanmill.models.build import build_on_meta
+from leanmill.models.config import ModelConfig
+from leanmill.models.materialise import draw
+from leanmill.parallel.blocks import decoder_blocks
+from leanmill.trainer.passes.folder import SourceFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One decoder block with its weights in memory."""
+
+    index: int
+    prefix: str
+    """Of its tensors' names, with the dot."""
+    module: nn.Module
+
+
+class BlockStream:
+    """Runs calibration rows through a model of which one block at a time is in memory.
+
+    Hidden states wait on the CPU between blocks. What a block is called with besides them (masks,
+    rotary embeddings) comes from one pass of the model's own forward over stand-ins for its blocks.
+
+    Args:
+        source: The model's folder.
+        config: Names that folder.
+        batches: Calibration rows, each `input_ids` and `position_ids` [B, S] int64.
+        device: Where blocks compute.
+        dtype: What they compute in.
+
+    Raises:
+        ConfigError: The family stores its weights under other names than its modules have.
+    """
+
+    def __init__(
+        self,
+        source: SourceFolder,
+        config: ModelConfig,
+        batches: Sequence[Mapping[str, Tensor]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.model = build_on_meta(config, packed=False)
+        self._blocks = decoder_blocks(self.model)
+        names = {id(module): name for name, module in self.model.named_modules()}
+        self._prefixes = [f"{names[id(block)]}." for block in self._blocks]
+        self._check_names()
+        self.hidden: list[Tensor] = []
+        """Input of the next block, one [B, S, H] a batch, on the CPU."""
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._start(batches)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def other_names(self) -> list[str]:
+        """Names of the tensors that lie in no block."""
+        return sorted(name for name in self.source.keys if not name.startswith(tuple(self._prefixes)))
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linear layers of a block by their full name; their weights may be on the meta device."""
+        prefix = self._prefixes[index]
+        named = self._blocks[index].named_modules()
+        return {prefix + name: module for name, module in named if isinstance(module, nn.Linear)}
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield each block with its weights; its memory is given back when the next one is asked for."""
+        for index, (module, prefix) in enumerate(zip(self._blocks, self._prefixes, strict=True)):
+            self._load(module, prefix)
+            module.to(self.device, self.dtype).requires_grad_(False)
+            yield Block(index=index, prefix=prefix, module=module)
+            module.to("meta")
+            _give_back()
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        tensors = self.source.read(name for name in self.source.keys if name.startswith(prefix))
+        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+
+    @torch.no_grad()
+    def run(self, block: Block) -> Iterator[Tensor]:
+        """Yield the block's output for each batch."""
+        for hidden, calls in zip(self.hidden, self._calls, strict=True):
+            args, kwargs = _to(calls[block.index], self.device, self.dtype)
+            out = block.module(hidden.to(self.device, self.dtype), *args, **kwargs)
+            yield (out[0] if isinstance(out, tuple) else out).cpu()
+
+    def advance(self, block: Block) -> None:
+        """Make the block's outputs, as its weights are now, the next one's inputs."""
+        for index, out in enumerate(self.run(block)):
+            self.hidden[index] = out
+
+    def _check_names(self) -> None:
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        wanted = {name for name in self.model.state_dict() if name not in tied}
+        lacking = sorted(wanted - self.source.keys)
+        if lacking:
+            family = self.model.config.model_type
+            raise ConfigError(
+                f"{self.source.path} stores weights under other names than the modules of {family} "
+                f"have ({lacking[0]} is not there), so it cannot be streamed a block at a time; passes cover families "
+                f"with plain names, such as Llama, Qwen3 or Gemma"
+            )
+
+    @torch.no_grad()
+    def _start(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Embed the rows and record how each block is called."""
+        recorders = [_Recorder(block) for block in self._blocks]
+        base = copy.copy(self.model.base_model)
+        base._modules = dict(base._modules)
+        lists = {key: child for key, child in base._modules.items() if isinstance(child, nn.ModuleList)}
+        key = next(key for key, child in lists.items() if child[0] is self._blocks[0])
+        base._modules[key] = nn.ModuleList(recorders)
+        _fill(self.model, base, self.source, self.dtype)
+        for batch in batches:
+            base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+            self.hidden.append(recorders[0].hidden)
+            self._calls.append([recorder.take() for recorder in recorders])
+        base.to("meta")
+        _give_back()
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: keeps what it is called with and hands its input on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Models read a block's own settings (its kind of attention) before they call it.
+        self.__dict__["_block"] = block
+        self.hidden = torch.empty(0)
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.hidden, self._call = hidden, (args, kwargs)
+        return hidden
+
+    def take(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the last call's arguments besides the hidden states."""
+        return self._call
+
+
+def _fill(model: nn.Module, base: nn.Module, source: SourceFolder, dtype: torch.dtype) -> None:
+    """Give what is left of `base` storage: weights from the folder, tables of the family's own making."""
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is model.base_model), "")  # type: ignore[attr-defined]
+    names = [f"{prefix}{name}" for name, _ in base.named_parameters()]
+    draw(base, seed=0)
+    tensors = source.read(names)
+    for name, parameter in base.named_parameters():
+        parameter.data = tensors[f"{prefix}{name}"].to(dtype)
+
+
+def _to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Move the tensors in nested arguments."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_to(item, device, dtype) for item in value)
+    return value
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps blocks of a size it has seen freed, in pieces no tensor fits."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

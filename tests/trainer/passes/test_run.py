@@ -1,0 +1,265 @@
+"""Compression of a model folder: what is written, and that one block is in memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from leanmill.cli.main import main
+from leanmill.core.errors import ConfigError
+from leanmill.recipe.compress import CompressRecipe
+from leanmill.trainer.passes.run import compress
+from tests.distributed import run_ranks
+
+
+WANDA = {"type": "wanda", "num_kept": 2, "group_size": 4}
+
+
+def save_model(folder, family="llama", dtype=torch.float32, **changes):
+    raw = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    raw |= {"num_key_value_heads": 1, "max_position_embeddings": 64, "vocab_size": 300, "bos_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **raw | changes)).to(dtype)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.jsonl"
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "while",
+        "rain",
+        "falls",
+        "on",
+        "old",
+        "stones",
+        "and",
+        "nobody",
+        "looks",
+        "up",
+    ]
+    with file.open("w") as out:
+        for number in range(400):
+            line = " ".join(words[(number * step) % len(words)] for step in range(1, 60))
+            out.write(json.dumps({"text": f"{number} {line}"}) + "\n")
+    return file
+
+
+def recipe(folder, text, tmp_path, *passes, **more):
+    return CompressRecipe.model_validate(
+        {
+            "device": "cpu",
+            "precision": "fp32",
+            "model": {"path": str(folder), "attention": more.pop("attention", "sdpa")},
+            "data": {
+                "source": {"type": "hf", "path": str(text)},
+                "sequence_length": 16,
+                "tokenizer": {"vocab_size": 300, "path": None, **more.pop("tokenizer", {})},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "calibration": {"num_rows": 8, "rows_per_batch": 4},
+            "passes": list(passes),
+            **more,
+        }
+    )
+
+
+@pytest.fixture
+def tokenizer(text, tmp_path):
+    """A byte-level tokenizer of 300 tokens, saved where a model's own would be."""
+    from leanmill.data.build import build_tokenizer
+
+    data = recipe("unused", text, tmp_path, WANDA).data
+    return build_tokenizer(data)
+
+
+def inputs_of(model, rows):
+    """Inputs of every linear layer when the rows go through, by name."""
+    seen = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0].detach()))
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        model(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat([x.flatten(0, -2) for x in xs]) for name, xs in seen.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_wanda_equals_the_formula_block_after_block(family, text, tokenizer, tmp_path):
+    """Masks come from inputs that pruned earlier blocks made, as in the paper's code."""
+    model = save_model(tmp_path / "in", family, head_dim=16)
+    tokenizer.save_pretrained(tmp_path / "in")
+    attention = "eager" if family == "gemma2" else "sdpa"
+    config = recipe(tmp_path / "in", text, tmp_path, WANDA, attention=attention)
+    reports = compress(config, tmp_path / "out")
+    assert len(reports) == 21
+    assert all(abs(report.zero_fraction - 0.5) < 1e-6 for report in reports)
+    from leanmill.data.build import build_train_data
+
+    rows = build_train_data(config.data, tokenizer, seed=0).next_rows(8)
+    blocks = len(model.model.layers)
+    for index in range(blocks):
+        seen = inputs_of(model, rows)
+        for name, layer in model.named_modules():
+            if name.startswith(f"model.layers.{index}.") and isinstance(layer, torch.nn.Linear):
+                score = (layer.weight.abs() * seen[name].square().sum(0).sqrt()).detach().reshape(-1, 4)
+                mask = score >= score.topk(2, dim=-1).values[:, 1:]
+                with torch.no_grad():
+                    layer.weight.mul_(mask.view_as(layer.weight))
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for (name, p), q in zip(model.named_parameters(), got.parameters(), strict=True):
+        torch.testing.assert_close(q, p, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"type": "magnitude", "sparsity": 0.5},
+        {"type": "sparsegpt", "num_kept": 2, "group_size": 4},
+        {"type": "gptq", "weight_bits": 3, "group_size": 16},
+    ],
+    ids=lambda config: config["type"],
+)
+def test_what_is_written_loads_and_nothing_else_changes(config, text, tokenizer, tmp_path):
+    before = save_model(tmp_path / "in", dtype=torch.bfloat16, tie_word_embeddings=True)
+    tokenizer.save_pretrained(tmp_path / "in")
+    compress(recipe(tmp_path / "in", text, tmp_path, config), tmp_path / "out")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    old = dict(before.named_parameters())
+    for name, p in after.named_parameters():
+        assert p.dtype == torch.bfloat16
+        is_solved = "_proj" in name
+        assert torch.equal(p, old[name]) is not is_solved, name
+        if is_solved and config["type"] != "gptq":
+            assert (p == 0).float().mean() == pytest.approx(0.5, abs=0.02), name
+        if is_solved and config["type"] == "gptq":
+            assert all(len(group.unique()) <= 7 for group in p.reshape(-1, 16)), name
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert json.loads((tmp_path / "out" / "leanmill.json").read_text())["passes"][0]["type"] == config["type"]
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_passes_run_one_after_another_and_keep_the_mask(text, tokenizer, tmp_path):
+    save_model(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    passes = (WANDA, {"type": "gptq", "weight_bits": 4, "group_size": None, "targets": ["mlp.*"]})
+    compress(recipe(tmp_path / "in", text, tmp_path, *passes), tmp_path / "out")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {path.name.split("-")[0] for path in (tmp_path / "out").iterdir() if path.suffix == ".safetensors"} == {
+        "model"
+    }
+    weight = after.model.layers[1].self_attn.q_proj.weight
+    assert ((weight.reshape(-1, 4) == 0).sum(-1) == 2).all()
+    assert all(len(row.unique()) <= 15 for row in after.model.layers[1].mlp.up_proj.weight)
+
+
+def _two(config, out):
+    compress(config, out)
+    return dist.is_initialized()
+
+
+def test_two_ranks_see_what_one_process_sees(text, tokenizer, tmp_path, monkeypatch):
+    save_model(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    config = recipe(tmp_path / "in", text, tmp_path, {"type": "sparsegpt", "num_kept": 2, "group_size": 4})
+    compress(config, tmp_path / "one")
+    run_ranks(_two, 2, config, tmp_path / "two")
+    one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
+    for (name, p), q in zip(one.named_parameters(), two.named_parameters(), strict=True):
+        assert (p - q[1]).norm() <= 1e-3 * p.norm(), name
+
+
+def test_requests_that_do_not_fit(text, tokenizer, tmp_path):
+    save_model(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    with pytest.raises(ConfigError, match="group_size 64 does not divide"):
+        compress(recipe(tmp_path / "in", text, tmp_path, {"type": "gptq", "group_size": 64}), tmp_path / "out")
+    with pytest.raises(ConfigError, match="matches no linear layer"):
+        compress(recipe(tmp_path / "in", text, tmp_path, WANDA | {"targets": ["nope"]}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    save_model(tmp_path / "moe", "mixtral", num_local_experts=2)
+    tokenizer.save_pretrained(tmp_path / "moe")
+    with pytest.raises(ConfigError, match="other names than the modules of mixtral"):
+        compress(recipe(tmp_path / "moe", text, tmp_path, WANDA), tmp_path / "out")
+    for raw, message in [
+        ({"type": "wandaa"}, "did you mean wanda"),
+        ({"type": "wanda"}, "takes one pattern"),
+        ({"type": "wanda", "num_kept": 4, "group_size": 4}, "prunes nothing"),
+        ("wanda", "mapping with a `type`"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            recipe(tmp_path / "in", text, tmp_path, raw)
+
+
+def test_the_command_line(text, tokenizer, tmp_path, capsys):
+    import yaml
+
+    save_model(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    file = tmp_path / "compress.yaml"
+    file.write_text(yaml.safe_dump(recipe(tmp_path / "in", text, tmp_path, WANDA).model_dump(mode="json")))
+    assert main(["compress", str(file), "--out", str(tmp_path / "out"), "passes.0.num_kept=1"]) == 0
+    assert "75.0% zeros" in capsys.readouterr().out
+    assert main(["compress", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["compress", str(file), "--out", str(tmp_path / "new"), "calibration.num_row=1"]) == 2
+    assert "did you mean 'num_rows'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_few_blocks_are_in_memory(text, tokenizer, tmp_path):
+    """Of a model of 24 blocks, by anonymous memory from where the first block is read on."""
+    sizes = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 24, "num_attention_heads": 12}
+    model = save_model(tmp_path / "in", **sizes)
+    tokenizer.save_pretrained(tmp_path / "in")
+    num_block = sum(p.numel() * 4 for p in model.model.layers[0].parameters())
+    num_bytes = sum(p.numel() * 4 for p in model.parameters())
+    del model
+    config = recipe(tmp_path / "in", text, tmp_path, WANDA).model_dump_json()
+    code = f"""
+import re, threading, time
+from pathlib import Path
+from leanmill.recipe.compress import CompressRecipe
+import leanmill.trainer.passes.run as run
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+peak = before = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+blocks = run.BlockStream.blocks
+def watched(self):
+    global before
+    before = anonymous()
+    threading.Thread(target=watch, daemon=True).start()
+    yield from blocks(self)
+run.BlockStream.blocks = watched
+run.compress(CompressRecipe.model_validate_json({config!r}), Path({str(tmp_path / "out")!r}))
+print(peak - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    used = int(done.stdout.split()[-1])
+    activations = 2 * 8 * 16 * 768 * 4
+    assert used <= 4.5 * num_block + activations, used / num_block
+    assert num_bytes > 4 * used
