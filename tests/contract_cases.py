@@ -42,22 +42,33 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora", "rank": 4, "alpha": 8},
     "lora_branch": {"type": "lora", "rank": 4, "alpha": 8, "where": "branch"},
     "distill": {"type": "distill", "teacher": "TEACHER", "weight": 0.5},
+    "quest": {"type": "quest", "weight_bits": 4, "activation_bits": 4},
+    "bdwp": {"type": "bdwp", "num_kept": 2, "group_size": 4},
 }
+"""One of every slot and kind; all pairs of them are trained."""
 
 EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity_tied": TECHNIQUES["nm_sparsity"] | {"targets": ["*_proj", "embed_tokens", "lm_head"]},
     "distill_reverse": TECHNIQUES["distill"] | {"divergence": "reverse_kl", "weight": 0.25},
+    "ternary_int8": {"type": "ternary", "activation_bits": 8},
+    "int_quant": {"type": "int_quant", "weight_bits": 4, "activation_bits": 8, "granularity": "group", "group_size": 8},
+    "lsq_tensor": {"type": "lsq", "weight_bits": 4},
+    "lsq_row": {"type": "lsq", "weight_bits": 3, "granularity": "row"},
+    "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
+    "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
 }
-"""Variants that combine with nothing of `TECHNIQUES`."""
+"""Variants and further tenants of a slot; each by itself, and in the combinations named below."""
+
+_EXCLUDING = [{"lora", "lora_branch"}, {"nm_sparsity", "bdwp"}, {"ternary", "quest"}]
+"""Pairs that want the same slot."""
 
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
-    **{name: (name,) for name in TECHNIQUES},
-    **{
-        f"{a}+{b}": (a, b)
-        for a, b in itertools.combinations(TECHNIQUES, 2)
-        if TECHNIQUES[a]["type"] != TECHNIQUES[b]["type"]
-    },
+    **{name: (name,) for name in (*TECHNIQUES, *EXTRA_TECHNIQUES)},
+    **{f"{a}+{b}": (a, b) for a, b in itertools.combinations(TECHNIQUES, 2) if {a, b} not in _EXCLUDING},
+    "two_loras": ("lora", "second_lora", "ternary"),
+    "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
+    "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
@@ -69,6 +80,9 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "ternary": ("ternary",),
     "nm_sparsity+ternary+lora": ("nm_sparsity", "ternary", "lora"),
     "tied": ("nm_sparsity_tied",),
+    # Rounded activations turn another order of additions into other codes.
+    "rotated": ("nm_sparsity", "quest_weights"),
+    "lsq_row": ("lsq_row",),
     "distill": ("distill",),
 }
 
@@ -187,7 +201,7 @@ def staged_in_forward(engine: Engine) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     handles = []
     for name, site in iter_sites(engine.module.model):
-        last = list(site.stages.values())[-1]
+        last = site.weight_stages()[-1]
         handles.append(
             last.register_forward_hook(lambda *call, n=name: found.__setitem__(n, call[-1].detach().clone()))
         )

@@ -76,20 +76,30 @@ def test_trained_weights_keep_their_promises(combination, teacher):
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed, "training moved nothing"
     if any(name.startswith("lora") for name in names):
-        assert all("lora_" in name for name in changed), "the base must stay frozen"
+        assert all("lora_" in name or ".stages." in name for name in changed), "the base must stay frozen"
     inputs = torch.randn(3, 5, 32)
     for name, site in iter_sites(engine.module.model):
         weight = site.effective_weight().detach()
+        if "bdwp" in names and "ternary" not in names:
+            assert ((weight.reshape(-1, 4) == 0).sum(-1) == 2).all(), name
         if "nm_sparsity" in names:
             zeros = (weight.reshape(-1, 4) == 0).sum(-1)
             assert (zeros >= 2).all(), name
-            if "ternary" not in names:
+            if not {"ternary", "lsq_row"} & set(names):
                 assert (zeros == 2).all(), name
         if "ternary" in names:
             assert weight.unique().numel() <= 3, name
             torch.testing.assert_close(weight.unique(), -weight.unique().flip(0), rtol=0, atol=0)
+        if "lsq_row" in names:
+            assert all(row.unique().numel() <= 8 for row in weight), name
         if isinstance(site, torch.nn.Linear) and site.in_features == 32:
-            torch.testing.assert_close(site.fold()(inputs), site(inputs), rtol=0, atol=0)
+            exact = not any(stage.undo(weight) is not weight for stage in site.weight_stages())
+            for stage in [stage for stage in site.input_stages() if not stage.is_cancelled]:
+                site.inputs.pop(stage.slot.key)
+                if stage.unrounded() is not None:
+                    site.put_input(stage.unrounded())
+            tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-5}
+            torch.testing.assert_close(site.fold()(inputs), site(inputs), **tolerance)
 
 
 @pytest.mark.xdist_group("contract")
@@ -158,5 +168,7 @@ def test_two_ranks_equal_one_process_in_bf16(engine_name, combination, single_in
     start = full_parameters(_untrained(combination, teacher))
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        # Another order of additions in bf16 changes what three steps move by 1 to 6 %.
-        assert (got[name] - value).norm() <= 0.15 * (value - start[name]).norm(), name
+        # Another order of additions in bf16 changes what three steps move by 1 to 6 %; a step's gradient is
+        # a sum of rounding errors, most of which cancel.
+        share = 0.5 if name.endswith("quant.scale") else 0.15
+        assert (got[name] - value).norm() <= share * (value - start[name]).norm(), name
