@@ -79,6 +79,11 @@ def install(model: nn.Module, *raw: dict[str, Any], teacher: nn.Module | None = 
     return install_techniques([parse_technique(one) for one in raw], model, context(teacher))
 
 
+def term_of(config: Any, offered: InstallContext) -> Any:
+    """The loss term that a technique without stages installs."""
+    return config.install(None, offered).loss_terms[0]
+
+
 def tokens(num_rows: int = 2, length: int = 13, *, seed: int = 1) -> torch.Tensor:
     """Random token ids [num_rows, length]."""
     return torch.randint(VOCAB_SIZE, (num_rows, length), generator=torch.Generator().manual_seed(seed))

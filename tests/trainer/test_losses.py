@@ -12,13 +12,12 @@ from leanmill.core.head import _KNOWN_FAMILIES
 from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.distill.logits.config import Distill
-from leanmill.distill.logits.term import DistillTerm
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import FsdpEngine, SingleEngine
 from leanmill.parallel.deepspeed import DeepSpeedEngine
 from leanmill.trainer.losses import is_plain_head, loss_in_head
 from leanmill.trainer.train_module import TrainModule
-from tests.core.tiny import FAMILIES, context, tiny
+from tests.core.tiny import FAMILIES, context, term_of, tiny
 from tests.distributed import run_ranks
 from tests.parallel import cases
 
@@ -263,12 +262,12 @@ def test_distillation_beside_cross_entropy_is_that_of_logits(divergence, weight,
     model, teacher = tiny(), tiny(seed=9, hidden_size=24)
     config = Distill(teacher="t", divergence=divergence, temperature=2.0, weight=0.3)
     batch = batch_of()
-    whole = TrainModule(model, [DistillTerm(config, context(teacher))], weight)
+    whole = TrainModule(model, [term_of(config, context(teacher))], weight)
     whole._may_fuse = False
     expected = whole(batch)
     expected["total"].backward()
     wanted, rows = gradients(model), head_rows(model)
-    losses = TrainModule(model, [DistillTerm(config, context(teacher))], weight, chunk_tokens=8)(batch)
+    losses = TrainModule(model, [term_of(config, context(teacher))], weight, chunk_tokens=8)(batch)
     losses["total"].backward()
     assert rows == []
     torch.testing.assert_close(losses, expected)
@@ -279,7 +278,7 @@ def test_distillation_beside_cross_entropy_is_that_of_logits(divergence, weight,
 def test_distillation_under_autocast_and_from_a_teacher_with_a_head_of_its_own():
     model, teacher = tiny(), tiny(seed=9)
     batch = batch_of()
-    module = TrainModule(model, [DistillTerm(Distill(teacher="t"), context(teacher))])
+    module = TrainModule(model, [term_of(Distill(teacher="t"), context(teacher))])
     with torch.autocast("cpu", torch.bfloat16):
         fused = module(batch)
         module._may_fuse = False

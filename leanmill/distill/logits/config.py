@@ -36,7 +36,15 @@ class Distill(TechniqueConfig):
         """Add the loss term; the teacher is loaded when training starts."""
         from leanmill.distill.logits.term import DistillTerm
 
-        return Installation(loss_terms=(DistillTerm(self, context),))
+        term = DistillTerm(
+            context,
+            teacher=self.teacher,
+            kind=self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+            weight=self.weight,
+        )
+        return Installation(loss_terms=(term,))
 
     def frozen_models(self) -> Mapping[str, str]:
         """Return the teacher."""

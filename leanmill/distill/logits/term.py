@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +11,41 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import head_extras
 from leanmill.core.technique import Batch, InstallContext
-from leanmill.distill.logits.divergence import KERNEL_KINDS, divergence
+from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, divergence
 from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, linear_kl_and_cross_entropy
 
 
-if TYPE_CHECKING:
-    from leanmill.distill.logits.config import Distill
-
-
 class DistillTerm:
-    """T^2 x divergence between teacher and student, summed over tokens with a label."""
+    """T^2 x divergence between teacher and student, summed over tokens with a label.
+
+    Args:
+        context: Loads the teacher, and knows the student's vocabulary.
+        teacher: Folder or hub name.
+        kind: See `divergence`.
+        beta: Weight of the teacher in the mixture of `js`.
+        temperature: T.
+        weight: Of the loss, beside cross-entropy's.
+    """
 
     name = "distill"
 
-    def __init__(self, config: Distill, context: InstallContext) -> None:
-        self.config, self.weight = config, config.weight
+    def __init__(
+        self,
+        context: InstallContext,
+        *,
+        teacher: str,
+        kind: Kind = "forward_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        weight: float = 1.0,
+    ) -> None:
+        self.teacher_path, self.kind, self.beta, self.temperature, self.weight = (
+            teacher,
+            kind,
+            beta,
+            temperature,
+            weight,
+        )
         self._context = context
         self._teacher: nn.Module | None = None
 
@@ -37,7 +57,7 @@ class DistillTerm:
             ConfigError: Its vocabulary is not the student's.
         """
         if self._teacher is None:
-            teacher = self._context.load_frozen_model(self.config.teacher)
+            teacher = self._context.load_frozen_model(self.teacher_path)
             self._check(teacher)
             self._teacher = teacher
         return self._teacher
@@ -65,9 +85,9 @@ class DistillTerm:
         per_token = divergence(
             logits[..., :vocab_size],
             teacher_logits[..., :vocab_size],
-            kind=self.config.divergence,
-            temperature=self.config.temperature,
-            beta=self.config.beta,
+            kind=self.kind,
+            temperature=self.temperature,
+            beta=self.beta,
         )
         return torch.where(labels != -100, per_token, 0.0).sum()
 
@@ -89,9 +109,9 @@ class DistillTerm:
             teacher=self._teacher_head(extras["teacher_hidden"]),
             divergence_weight=self.weight,
             cross_entropy_weight=cross_entropy_weight,
-            kind=KERNEL_KINDS[self.config.divergence],
-            beta=self.config.beta,
-            temperature=self.config.temperature,
+            kind=KERNEL_KINDS[self.kind],
+            beta=self.beta,
+            temperature=self.temperature,
             chunk_tokens=chunk_tokens,
         )
         return found.total, found.cross_entropy, found.divergence
@@ -109,18 +129,18 @@ class DistillTerm:
         extras = head_extras(teacher.config)
         if extras:
             raise ConfigError(
-                f"teacher {self.config.teacher} changes its logits after the head ({', '.join(extras)}), which "
+                f"teacher {self.teacher_path} changes its logits after the head ({', '.join(extras)}), which "
                 f"distill does not cover; choose a teacher of another family"
             )
         size, student_size = teacher.config.vocab_size, self._context.vocab_size
         if size != student_size and not self._is_padded():
             raise ConfigError(
-                f"teacher {self.config.teacher} has a vocabulary of {size} and the student one of {student_size}, and "
-                f"their tokenizers are not known to agree; set data.tokenizer.path: {self.config.teacher} and "
+                f"teacher {self.teacher_path} has a vocabulary of {size} and the student one of {student_size}, and "
+                f"their tokenizers are not known to agree; set data.tokenizer.path: {self.teacher_path} and "
                 f"model.config.vocab_size: {size}, or choose a teacher with the student's tokenizer"
             )
 
     def _is_padded(self) -> bool:
         """Whether both models share a tokenizer, so that sizes differ by rows no token uses."""
         mine, fingerprint_of = self._context.tokenizer_fingerprint, self._context.fingerprint_of_tokenizer
-        return mine is not None and fingerprint_of is not None and fingerprint_of(self.config.teacher) == mine
+        return mine is not None and fingerprint_of is not None and fingerprint_of(self.teacher_path) == mine

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
@@ -13,12 +13,15 @@ from leanmill.core.site import ExpertSite, LinearSite, Site
 from leanmill.core.technique import Installation
 
 
-if TYPE_CHECKING:
-    from leanmill.peft_ext.lora.config import Lora
-
-
-def branches(config: Lora, selected: Sequence[Site]) -> Installation:
+def branches(
+    selected: Sequence[Site], *, init: Literal["kaiming", "gaussian"], options: Mapping[str, Any]
+) -> Installation:
     """Return an installation that wraps the selected sites once all stages are in place.
+
+    Args:
+        selected: Sites to wrap.
+        init: How A starts.
+        options: Further arguments of PEFT's `LoraConfig`.
 
     Raises:
         ConfigError: A selected site is not a linear layer.
@@ -31,19 +34,19 @@ def branches(config: Lora, selected: Sequence[Site]) -> Installation:
             f"lora with where: branch wraps linear layers only, and {name} ({len(others)} of {len(selected)} targets) "
             f"is not one; add {pattern!r} to lora.exclude, or use where: weight"
         )
-    init: bool | str = True if config.init == "kaiming" else config.init
+    peft_init: bool | str = True if init == "kaiming" else init
 
     def add_branches(model: nn.Module) -> None:
-        _inject(model, config, [site.site_name for site in selected], init)
+        _inject(model, {**options, "init_lora_weights": peft_init}, [site.site_name for site in selected])
 
     def reset_branch(layer: Any) -> None:
         for adapter in layer.lora_A:
-            layer.reset_lora_parameters(adapter, init)
+            layer.reset_lora_parameters(adapter, peft_init)
 
     return Installation(freeze_base=True, add_branches=add_branches, reset_branch=reset_branch)
 
 
-def _inject(model: nn.Module, config: Lora, names: list[str], init: bool | str) -> None:
+def _inject(model: nn.Module, options: Mapping[str, Any], names: list[str]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     if any(is_branched(module) for module in model.modules()):
@@ -52,15 +55,7 @@ def _inject(model: nn.Module, config: Lora, names: list[str], init: bool | str) 
             "keep one lora with where: branch, and give the other where: weight"
         )
     trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-    peft_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
-        lora_dropout=config.dropout,
-        use_rslora=config.use_rslora,
-        init_lora_weights=init,  # type: ignore[arg-type]
-        target_modules=names,
-        task_type="CAUSAL_LM",
-    )
+    peft_config = LoraConfig(**options, target_modules=names, task_type="CAUSAL_LM")
     inject_adapter_in_model(peft_config, model)
     # PEFT freezes all but its own parameters, those of stages included. What freezes is the
     # trainer's business: the base does (`freeze_base`), stages do not.

@@ -70,7 +70,8 @@ class Lora(TechniqueConfig):
         if self.where == "branch":
             from leanmill.peft_ext.lora.branch import branches
 
-            return branches(self, selected)
+            options = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
+            return branches(selected, init=self.init, options={**options, "use_rslora": self.use_rslora})
         from leanmill.peft_ext.lora.stage import LoraStage
 
         for site in selected:

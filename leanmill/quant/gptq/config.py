@@ -6,7 +6,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from leanmill.core.errors import ConfigError
 from leanmill.core.passes import LayerSolver, PassConfig
 
 
@@ -35,16 +34,10 @@ class Gptq(PassConfig):
     def solver(self) -> LayerSolver:
         from leanmill.quant.gptq.solver import GptqSolver
 
-        return GptqSolver(self)
-
-    def check_shape(self, name: str, shape: tuple[int, int]) -> None:
-        """Refuse a weight whose rows the groups do not divide.
-
-        Raises:
-            ConfigError: See above.
-        """
-        if self.group_size is not None and shape[1] % self.group_size:
-            raise ConfigError(
-                f"{name}: group_size {self.group_size} does not divide the last dim of its weight {list(shape)}; "
-                f"add {name!r} to exclude, choose a group_size that divides {shape[1]}, or set group_size: null"
-            )
+        return GptqSolver(
+            num_bits=self.weight_bits,
+            group_size=self.group_size,
+            scale=self.scale,
+            damping=self.damping,
+            by_activations=self.order == "activations",
+        )

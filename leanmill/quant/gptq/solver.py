@@ -2,58 +2,73 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from leanmill.core.errors import RunError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.obs import inverse_factor, solve_columns
 from leanmill.core.passes import InputStatistics
 from leanmill.quant.scales import symmetric_scale
 
 
-if TYPE_CHECKING:
-    from leanmill.quant.gptq.config import Gptq
-
-
 class GptqSolver:
-    """Rounds every column to the grid of its row or group and corrects the columns after it."""
+    """Rounds every column to the grid of its row or group and corrects the columns after it.
+
+    Args:
+        num_bits: 2 to 8.
+        group_size: Neighbours in a row that share a scale; None is the row.
+        scale: See `symmetric_scale`.
+        damping: See `inverse_factor`.
+        by_activations: Fix the features of largest square sum first, where a row has one scale.
+    """
 
     needs_gram = True
 
-    def __init__(self, config: Gptq) -> None:
-        self.config = config
+    def __init__(
+        self,
+        *,
+        num_bits: int,
+        group_size: int | None,
+        scale: Literal["absmax", "mse"],
+        damping: float,
+        by_activations: bool,
+    ) -> None:
+        self.group_size, self.damping = group_size, damping
+        self.by_activations = by_activations and group_size is None
+        self.rule = _Grid(num_bits, scale)
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
-        self.config.check_shape(name, shape)
+        if self.group_size is not None and shape[1] % self.group_size:
+            raise ConfigError(
+                f"{name}: group_size {self.group_size} does not divide the last dim of its weight {list(shape)}; "
+                f"add {name!r} to exclude, choose a group_size that divides {shape[1]}, or set group_size: null"
+            )
 
     def solve(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
         assert statistics.gram is not None
-        config, gram = self.config, statistics.gram
         order = torch.arange(weight.shape[1], device=weight.device)
-        if config.order == "activations" and config.group_size is None:
+        if self.by_activations:
             order = statistics.square_sum.argsort(descending=True, stable=True)
         try:
-            factor = inverse_factor(gram[order][:, order], config.damping)
+            factor = inverse_factor(statistics.gram[order][:, order], self.damping)
         except ValueError as error:
             raise RunError(str(error)) from None
-        rule = _Grid(config)
-        group_size = config.group_size or weight.shape[1]
-        solved = solve_columns(weight[:, order], factor, rule, group_size=group_size)
         out = torch.empty_like(weight)
-        out[:, order] = solved
+        group_size = self.group_size or weight.shape[1]
+        out[:, order] = solve_columns(weight[:, order], factor, self.rule, group_size=group_size)
         return out
 
 
 class _Grid:
-    def __init__(self, config: Gptq) -> None:
-        self.config = config
-        self.largest = 2 ** (config.weight_bits - 1) - 1
+    def __init__(self, num_bits: int, rule: Literal["absmax", "mse"]) -> None:
+        self.num_bits, self.rule = num_bits, rule
+        self.largest = 2 ** (num_bits - 1) - 1
         self.scale = torch.empty(0)
 
     def start_group(self, columns: Tensor, diagonal: Tensor) -> None:
-        self.scale = symmetric_scale(columns, self.config.weight_bits, self.config.scale, "row", None)[:, 0]
+        self.scale = symmetric_scale(columns, self.num_bits, self.rule, "row", None)[:, 0]
 
     def value(self, column: Tensor, index: int) -> Tensor:
         safe = torch.where(self.scale == 0, 1.0, self.scale)

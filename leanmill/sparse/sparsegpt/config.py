@@ -27,4 +27,4 @@ class SparseGpt(PruningPass):
     def solver(self) -> LayerSolver:
         from leanmill.sparse.sparsegpt.solver import SparseGptSolver
 
-        return SparseGptSolver(self)
+        return SparseGptSolver(self, damping=self.damping, block_size=self.block_size)

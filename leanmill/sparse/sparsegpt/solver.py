@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from leanmill.core.errors import RunError
 from leanmill.core.obs import inverse_factor, solve_columns
 from leanmill.core.passes import InputStatistics
-
-
-if TYPE_CHECKING:
-    from leanmill.sparse.sparsegpt.config import SparseGpt
+from leanmill.sparse.pattern import PruningPass
 
 
 class SparseGptSolver:
@@ -21,31 +16,31 @@ class SparseGptSolver:
 
     needs_gram = True
 
-    def __init__(self, config: SparseGpt) -> None:
-        self.config = config
+    def __init__(self, pattern: PruningPass, *, damping: float, block_size: int) -> None:
+        self.pattern, self.damping, self.block_size = pattern, damping, block_size
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
-        self.config.check_shape(name, shape)
+        self.pattern.check_shape(name, shape)
 
     def solve(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
         assert statistics.gram is not None
         try:
-            factor = inverse_factor(statistics.gram, self.config.damping)
+            factor = inverse_factor(statistics.gram, self.damping)
         except ValueError as error:
             raise RunError(str(error)) from None
-        group_size = self.config.group_size or self.config.block_size
+        group_size = self.pattern.group_size or self.block_size
         # A feature that was always 0 is free to prune, and nothing can make up for its weights.
         weight = torch.where(statistics.square_sum == 0, 0.0, weight)
-        return solve_columns(weight, factor, _Mask(self.config), group_size=group_size)
+        return solve_columns(weight, factor, _Mask(self.pattern), group_size=group_size)
 
 
 class _Mask:
-    def __init__(self, config: SparseGpt) -> None:
-        self.config = config
+    def __init__(self, pattern: PruningPass) -> None:
+        self.pattern = pattern
         self.keep = torch.empty(0)
 
     def start_group(self, columns: Tensor, diagonal: Tensor) -> None:
-        self.keep = self.config.keep((columns / diagonal).square(), whole=True)
+        self.keep = self.pattern.keep((columns / diagonal).square(), whole=True)
 
     def value(self, column: Tensor, index: int) -> Tensor:
         return column * self.keep[:, index]

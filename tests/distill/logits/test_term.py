@@ -6,8 +6,7 @@ import torch
 from leanmill.core.errors import ConfigError
 from leanmill.distill.logits.config import Distill
 from leanmill.distill.logits.divergence import divergence
-from leanmill.distill.logits.term import DistillTerm
-from tests.core.tiny import VOCAB_SIZE, context, tiny, tokens
+from tests.core.tiny import VOCAB_SIZE, context, term_of, tiny, tokens
 
 
 def by_hand(student, teacher, kind, temperature, beta):
@@ -58,7 +57,7 @@ def batch_of(ids):
 def test_the_term_is_the_divergence_of_whole_logits_over_tokens_with_a_label(chunk):
     student, teacher = tiny(), tiny(seed=9, hidden_size=24)
     batch = batch_of(tokens())
-    term = DistillTerm(Distill(teacher="t", divergence="js", temperature=2.0, weight=0.3), context(teacher))
+    term = term_of(Distill(teacher="t", divergence="js", temperature=2.0, weight=0.3), context(teacher))
     assert (term.name, term.weight) == ("distill", 0.3)
     extras = {name: value.flatten(0, 1) for name, value in term.prepare(batch).items()}
     assert all(not value.requires_grad and value.shape[-1] == 24 for value in extras.values())
@@ -77,7 +76,7 @@ def test_the_term_is_the_divergence_of_whole_logits_over_tokens_with_a_label(chu
 def test_the_teachers_head_never_sees_the_whole_micro_batch():
     teacher, seen = tiny(seed=9), []
     teacher.get_output_embeddings().register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[:-1].numel()))
-    term = DistillTerm(Distill(teacher="t"), context(teacher))
+    term = term_of(Distill(teacher="t"), context(teacher))
     extras = term.prepare(batch_of(tokens(2, 13)))
     assert seen == [2]
     term(
@@ -91,7 +90,7 @@ def test_the_teachers_head_never_sees_the_whole_micro_batch():
 
 def test_tokens_without_a_label_pass_no_gradient():
     teacher = tiny(seed=9)
-    term = DistillTerm(Distill(teacher="t"), context(teacher))
+    term = term_of(Distill(teacher="t"), context(teacher))
     hidden = torch.randn(3, 32)
     logits = torch.randn(3, VOCAB_SIZE, requires_grad=True)
     value = term(logits, torch.tensor([4, -100, 5]), {"teacher_hidden": hidden})
@@ -116,7 +115,7 @@ def test_the_teacher_is_loaded_once_and_not_at_installation():
 
 def test_documents_do_not_attend_to_each_other_in_the_teacher():
     teacher = tiny(seed=9)
-    term = DistillTerm(Distill(teacher="t"), context(teacher))
+    term = term_of(Distill(teacher="t"), context(teacher))
     ids = tokens(1, 12)
     packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(12).remainder(6)[None]}
     alone = {"input_ids": ids[:, 6:], "labels": ids[:, 6:], "position_ids": torch.arange(6)[None]}
@@ -127,7 +126,7 @@ def test_documents_do_not_attend_to_each_other_in_the_teacher():
 def test_padding_rows_are_cut_when_the_tokenizers_agree():
     teacher = tiny(seed=9, vocab_size=VOCAB_SIZE + 3)
     changes = {"tokenizer_fingerprint": "abc", "fingerprint_of_tokenizer": lambda path: "abc"}
-    term = DistillTerm(Distill(teacher="t"), context(teacher, **changes))
+    term = term_of(Distill(teacher="t"), context(teacher, **changes))
     batch = batch_of(tokens())
     hidden = term.prepare(batch)["teacher_hidden"].flatten(0, 1)
     logits = torch.randn(len(hidden), VOCAB_SIZE)
@@ -138,7 +137,7 @@ def test_padding_rows_are_cut_when_the_tokenizers_agree():
 
 @pytest.mark.parametrize("changes", [{}, {"tokenizer_fingerprint": "a", "fingerprint_of_tokenizer": lambda path: "b"}])
 def test_other_vocabularies_are_refused_with_both_sizes(changes):
-    term = DistillTerm(Distill(teacher="big/one"), context(tiny(vocab_size=70), **changes))
+    term = term_of(Distill(teacher="big/one"), context(tiny(vocab_size=70), **changes))
     with pytest.raises(ConfigError, match=rf"big/one.* 70 .*{VOCAB_SIZE}.*data\.tokenizer\.path") as error:
         term.prepare(batch_of(tokens()))
     assert "\n" not in str(error.value)
@@ -148,4 +147,4 @@ def test_a_teacher_that_caps_its_logits_is_refused():
     teacher = tiny()
     teacher.config.final_logit_softcapping = 30.0
     with pytest.raises(ConfigError, match="final_logit_softcapping"):
-        DistillTerm(Distill(teacher="t"), context(teacher)).prepare(batch_of(tokens()))
+        term_of(Distill(teacher="t"), context(teacher)).prepare(batch_of(tokens()))
