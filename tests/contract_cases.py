@@ -57,15 +57,22 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
 }
-"""Variants and further tenants of a slot; each by itself, and in the combinations named below."""
+"""Variants and further tenants of a slot."""
 
 _EXCLUDING = [{"lora", "lora_branch"}, {"nm_sparsity", "bdwp"}, {"ternary", "quest"}]
 """Pairs that want the same slot."""
+_PAIRS = [pair for pair in itertools.combinations(TECHNIQUES, 2) if set(pair) not in _EXCLUDING]
+_RARE = [{"lora_branch", "quest"}, {"lora_branch", "bdwp"}, {"distill", "quest"}, {"distill", "bdwp"}]
+"""Pairs that share no mechanism which another pair does not have; trained with the slow tests."""
 
+SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
+    **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} in _RARE},
+    **{name: (name,) for name in ("quest_weights", "lsq_tensor", "second_lora", "nm_sparsity_tied")},
+}
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
-    **{name: (name,) for name in (*TECHNIQUES, *EXTRA_TECHNIQUES)},
-    **{f"{a}+{b}": (a, b) for a, b in itertools.combinations(TECHNIQUES, 2) if {a, b} not in _EXCLUDING},
+    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row")},
+    **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
@@ -175,10 +182,12 @@ def full_parameters(engine: Engine) -> dict[str, Tensor]:
     return {name: engine.full_parameter(name) for name in names}
 
 
-def train_combinations(engine: dict[str, Any], teacher: str, ranks: Ranks) -> dict[str, dict[str, Tensor] | str]:
+def train_combinations(
+    engine: dict[str, Any], teacher: str, ranks: Ranks, combinations: dict[str, tuple[str, ...]] = COMBINATIONS
+) -> dict[str, dict[str, Tensor] | str]:
     """Train every combination on this engine; an error becomes its text, so the others still run."""
     results: dict[str, dict[str, Tensor] | str] = {}
-    for key, names in COMBINATIONS.items():
+    for key, names in combinations.items():
         trained, _ = train(recipe_of(names, engine, teacher, ranks.world_size), ranks)
         results[key] = full_parameters(trained)
         trained.close()

@@ -12,6 +12,7 @@ from tests.contract_cases import (
     BF16_COMBINATIONS,
     COMBINATIONS,
     ENGINES,
+    SLOW_COMBINATIONS,
     exported_weights,
     full_parameters,
     recipe_of,
@@ -39,10 +40,10 @@ def single(teacher):
 _trained: dict[str, dict] = {}
 
 
-def _on_two_ranks(engine, teacher):
+def _on_two_ranks(engine, teacher, combinations=COMBINATIONS):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
-    results = train_combinations(engine, teacher, ranks)
+    results = train_combinations(engine, teacher, ranks, combinations)
     return results if rank == 0 else None
 
 
@@ -65,7 +66,23 @@ def test_two_ranks_equal_one_process(engine_name, combination, single, teacher):
         )
 
 
-@pytest.mark.xdist_group("contract")
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_name", ENGINES)
+def test_two_ranks_equal_one_process_for_rare_pairs(engine_name, teacher):
+    single = train_combinations({"type": "single"}, teacher, ONE, SLOW_COMBINATIONS)
+    got = run_ranks(_on_two_ranks, 2, ENGINES[engine_name], teacher, SLOW_COMBINATIONS, timeout_seconds=280)[0]
+    for combination, expected in single.items():
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                got[combination][name].float(),
+                value.float(),
+                rtol=1e-4,
+                atol=2e-5,
+                msg=lambda m, n=f"{combination} {name}": f"{n}: {m}",
+            )
+
+
+@pytest.mark.xdist_group("contract promises")
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_trained_weights_keep_their_promises(combination, teacher):
     names = COMBINATIONS[combination]
@@ -102,7 +119,7 @@ def test_trained_weights_keep_their_promises(combination, teacher):
             torch.testing.assert_close(site.fold()(inputs), site(inputs), **tolerance)
 
 
-@pytest.mark.xdist_group("contract")
+@pytest.mark.xdist_group("contract promises")
 def test_listed_order_does_not_matter(teacher):
     names = COMBINATIONS["all"]
     forward = train(recipe_of(names, {"type": "single"}, teacher, 1), ONE)[0]
@@ -112,7 +129,7 @@ def test_listed_order_does_not_matter(teacher):
         assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.xdist_group("contract")
+@pytest.mark.xdist_group("contract promises")
 def test_off_is_bitwise_the_plain_model(teacher):
     staged = train(recipe_of(("nm_sparsity", "ternary"), {"type": "single"}, teacher, 1), ONE, num_steps=0)[0]
     plain = train(recipe_of((), {"type": "single"}, teacher, 1), ONE, num_steps=0)[0]
@@ -147,7 +164,7 @@ def _untrained(combination, teacher):
     return train(recipe_of(BF16_COMBINATIONS[combination], {"type": "single"}, teacher, 1), ONE, num_steps=0)[0]
 
 
-@pytest.mark.xdist_group("contract")
+@pytest.mark.xdist_group("contract in bf16")
 @pytest.mark.parametrize("combination", BF16_COMBINATIONS)
 @pytest.mark.parametrize("engine_name", ["single", *ENGINES])
 def test_what_trains_in_bf16_is_what_is_exported(engine_name, combination, single_in_bf16, teacher):
@@ -159,7 +176,7 @@ def test_what_trains_in_bf16_is_what_is_exported(engine_name, combination, singl
         assert torch.equal(got["staged"][name], weight), name
 
 
-@pytest.mark.xdist_group("contract")
+@pytest.mark.xdist_group("contract in bf16")
 @pytest.mark.parametrize("combination", BF16_COMBINATIONS)
 @pytest.mark.parametrize("engine_name", ENGINES)
 def test_two_ranks_equal_one_process_in_bf16(engine_name, combination, single_in_bf16, teacher):
