@@ -41,7 +41,7 @@ def test_what_would_start_passes(techniques):
     [
         ({"techniques": [{"type": "lora", "rank": 33}]}, "set rank: 32 or less"),
         ({"techniques": [{"type": "lora", "rank": 33, "targets": ["k_proj"]}]}, "set rank: 16 or less"),
-        ({"techniques": [{"type": "lora"}, {"type": "lora"}]}, "lora"),
+        ({"techniques": [{"type": "ternary"}, {"type": "lsq"}]}, "QUANT"),
         ({"techniques": [{"type": "nm_sparsity", "group_size": 7, "num_kept": 2}]}, "does not divide"),
         ({"techniques": [{"type": "lora", "targets": ["nothing"]}]}, "nothing"),
         ({"techniques": [{"type": "lora", "targets": []}]}, r"targets=\[\] takes no weight"),
