@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from leanmill.core.errors import ConfigError
-from leanmill.core.technique import Installation, InstallContext, WeightTechniqueConfig
+from leanmill.core.technique import Installation, InstallContext
+from leanmill.quant.config import SharedScales
 
 
 if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class IntQuant(WeightTechniqueConfig):
+class IntQuant(SharedScales):
     """Weights, and activations if asked, on a symmetric integer grid, trained straight-through.
 
     The scale is computed from the values at every forward: quantisation-aware training as in Jacob et
@@ -30,21 +30,6 @@ class IntQuant(WeightTechniqueConfig):
     scale: Literal["absmax", "mse"] = "absmax"
     """Of weights. `absmax`: the largest magnitude is the outermost code. `mse`: of 40 shares of that
     scale, from 1 down to 0.22, the one with the least squared error; about 40 times the work."""
-    granularity: Literal["tensor", "row", "group"] = "row"
-    """What shares a scale: a whole weight (each expert of a stacked one), an output row, or
-    `group_size` neighbours of a row."""
-    group_size: int | None = Field(default=None, ge=2)
-    """Neighbours along the last dim that share a scale, for `granularity: group`."""
-
-    @model_validator(mode="after")
-    def _group_size_belongs_to_groups(self) -> IntQuant:
-        if (self.granularity == "group") != (self.group_size is not None):
-            given = "without" if self.group_size is None else f"with granularity {self.granularity} and"
-            raise ConfigError(
-                f"int_quant {given} group_size {self.group_size}; set granularity: group and e.g. group_size: 128 "
-                f"together, or neither"
-            )
-        return self
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a quantiser on every target, and one on its input.

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import Installation, InstallContext, WeightTechniqueConfig
+from leanmill.core.technique import Installation, InstallContext
+from leanmill.quant.config import SharedScales
 
 
 if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class Lsq(WeightTechniqueConfig):
+class Lsq(SharedScales):
     """Weights on an integer grid whose step sizes are trained (LSQ: Esser et al. 2020, arXiv:1902.08153).
 
     Steps start at 2 mean |w| / sqrt(Qp) of the loaded weights and get no weight decay. With one bit the
@@ -31,17 +32,9 @@ class Lsq(WeightTechniqueConfig):
     granularity: Literal["tensor", "row", "group"] = "tensor"
     """What shares a step: a whole weight as in the paper (each expert of a stacked one), an output row,
     or `group_size` neighbours of a row."""
-    group_size: int | None = Field(default=None, ge=2)
-    """Neighbours along the last dim that share a step, for `granularity: group`."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Lsq:
-        if (self.granularity == "group") != (self.group_size is not None):
-            given = "without" if self.group_size is None else f"with granularity {self.granularity} and"
-            raise ConfigError(
-                f"lsq {given} group_size {self.group_size}; set granularity: group and e.g. group_size: 128 "
-                f"together, or neither"
-            )
+    def _one_bit_has_a_grid(self) -> Lsq:
         if self.weight_bits == 1 and self.grid != "midrise":
             raise ConfigError(f"lsq with weight_bits 1 and grid {self.grid} has no positive code; set grid: midrise")
         return self
