@@ -1,5 +1,6 @@
 """One thread a process: ranks and test workers share few cores, and oversubscription is the big cost."""
 
+import logging
 import os
 import signal
 
@@ -32,6 +33,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_log_level():
+    """The command line sets the level at which the project speaks, for the rest of the process."""
+    logger = logging.getLogger("leanmill")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)

@@ -318,8 +318,8 @@ def test_a_stream_says_once_what_it_leaves_out(tokenizer, tmp_path, caplog):
     )
     data = build_train_data(config, tokenizer, seed=0)
     data.next_rows(40)
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
+    # Other tests of the worker may have set the level at which our logger speaks, and other libraries speak too.
+    (record,) = (record for record in caplog.records if record.name.startswith("leanmill") and record.levelno >= 30)
     assert f"without text are left out, the first is row 2 of {tmp_path}/a.jsonl; fill column 'text'" in record.message
     assert data.warnings(10**9) == []
 
@@ -329,7 +329,7 @@ def test_a_stream_says_when_it_repeats_itself_too_often(tokenizer, tmp_path, cap
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "mill " * 20}])
     data = build_train_data(hf_config(path, tmp_path, source={"streaming": True}), tokenizer, seed=0)
     data.next_rows(60)
-    first, warning = (record.message for record in caplog.records)
+    first, warning = (record.message for record in caplog.records if record.name.startswith("leanmill"))
     assert first == "first pass over 'data' is done: rows: 1 read"
     assert warning.startswith("'data' is trained for more than 40 passes")
 
