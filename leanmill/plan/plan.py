@@ -291,7 +291,7 @@ def _label(engine: EngineConfig) -> str:
 def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
     """Elements of the distillation teachers, each once, and those of their blocks; 0 without any."""
     whole = in_blocks = 0
-    for path in dict.fromkeys(t.teacher for t in recipe.techniques if hasattr(t, "teacher")):
+    for path in dict.fromkeys(path for t in recipe.techniques for path in t.frozen_models().values()):
         if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
             raise ConfigError(f"teacher {path!r} does not exist; correct the path")
         teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
