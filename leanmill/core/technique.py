@@ -14,101 +14,14 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from pydantic import Field
 
 from leanmill.core.config import Config
+from leanmill.core.losses import LossTerm
+from leanmill.core.rules import StepRule
 
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from leanmill.core.sites import Sites
-
-Batch = Mapping[str, "Tensor"]
-"""One micro-batch on its device: `input_ids` [B, S] int64, `labels` [B, S] int64 (already shifted:
-`labels[b, t]` is the target of position t, -100 where there is none), `position_ids` [B, S] int64
-(restarting at 0 in each document)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepContext:
-    """What a step rule may know about the optimizer step it runs in."""
-
-    step: int
-    """Index of the optimizer step, from 0."""
-    num_steps: int
-    """Optimizer steps of the whole run."""
-    num_micro_batches: int
-    """Backward passes that this rank adds up in this step."""
-
-
-class LossTerm(Protocol):
-    """A per-token loss added to the training loss.
-
-    The trainer calls `prepare` once a micro-batch, without gradients and outside the model's
-    forward, then the term itself once for each chunk of tokens, so that logits of shape
-    [tokens, vocabulary] never exist as a whole.
-    """
-
-    name: str
-    weight: float
-
-    def prepare(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Return extra tensors [B, S, ...] that the term needs; chunked along with the tokens."""
-        ...
-
-    def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
-        """Return the fp32 sum of the loss over tokens whose label is not -100.
-
-        Args:
-            logits: Student logits [N, V], any float dtype.
-            labels: Targets [N] int64, -100 where ignored.
-            extras: What `prepare` returned, flattened to [N, ...] and cut like the tokens.
-        """
-        ...
-
-
-@runtime_checkable
-class HeadLossTerm(LossTerm, Protocol):
-    """A term that can also be had straight from the head's operands, beside cross-entropy.
-
-    A trainer prefers this where it applies (a plain head, no other terms): no logits of the whole
-    micro-batch exist, and both losses come from the same ones.
-    """
-
-    def with_cross_entropy(
-        self,
-        head: tuple[Tensor, Tensor, Tensor | None],
-        labels: Tensor,
-        extras: Mapping[str, Tensor],
-        *,
-        cross_entropy_weight: float,
-        chunk_tokens: int | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weighted total, which alone carries gradients, cross-entropy, and the term: sums.
-
-        Args:
-            head: Student hidden states [N, H], head weight [V, H] and bias [V].
-            labels: Targets [N] int64, -100 where ignored.
-            extras: What `prepare` returned, flattened to [N, ...].
-            cross_entropy_weight: Weight of cross-entropy in the total, beside the term's own.
-            chunk_tokens: Tokens whose logits may exist at once; None chooses by memory.
-        """
-        ...
-
-
-class StepRule:
-    """Work done exactly once an optimizer step, under no_grad, on every rank.
-
-    Rules write tensors (never Python numbers that a compiled block would specialise on) and walk
-    live modules (never cached parameters, which sharding replaces).
-    """
-
-    def begin_step(self, context: StepContext) -> None:
-        """Run before the first forward of the step: write schedules into buffers."""
-
-    def before_optimizer(self, context: StepContext) -> None:
-        """Run after the last backward and before clipping."""
-
-    def after_optimizer(self, context: StepContext) -> None:
-        """Run after the optimizer has written the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

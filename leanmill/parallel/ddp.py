@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from leanmill.core.technique import Batch
+from leanmill.core.batches import Batch
 from leanmill.parallel.config import DdpEngine as DdpConfig
 from leanmill.parallel.engine import Losses, Preparation
 from leanmill.parallel.launch import Ranks, ensure_process_group

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from leanmill.core.batches import Batch
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.quiet import ignore_warning
-from leanmill.core.technique import Batch
 from leanmill.parallel import config as configs
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, empty_share, share

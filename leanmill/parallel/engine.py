@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.technique import Batch
+from leanmill.core.batches import Batch
 
 
 Losses = dict[str, Tensor]

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.batches import Batch
 from leanmill.core.errors import RunError
-from leanmill.core.technique import Batch
 from leanmill.parallel.engine import Engine, Losses, Preparation
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.naming import state_buffers, state_name, state_parameters

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from leanmill.core.batches import Batch
 from leanmill.core.errors import RunError
-from leanmill.core.technique import Batch, StepContext, StepRule
+from leanmill.core.rules import StepContext, StepRule
 from leanmill.data.build import TrainData
 from leanmill.optim.schedules import lr_factor
 from leanmill.parallel.collectives import sum_over_ranks

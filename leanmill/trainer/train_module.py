@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
+from leanmill.core.losses import HeadLossTerm, LossTerm
 from leanmill.core.operands import recomputed
-from leanmill.core.technique import Batch, HeadLossTerm, LossTerm
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.trainer.losses import HeadLoss, is_plain_head, loss_in_head, loss_on_body
 
@@ -64,7 +65,7 @@ class TrainModule(nn.Module):
         """Return fp32 sums over tokens with a label: `cross_entropy`, one entry a term (`term_names`), and `total`.
 
         Args:
-            batch: See `leanmill.core.technique.Batch`.
+            batch: See `leanmill.core.batches.Batch`.
         """
         terms = self.loss_terms if self.training else ()
         extras = [_flat(term.prepare(batch)) for term in terms]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import head_extras
-from leanmill.core.technique import Batch, InstallContext
+from leanmill.core.technique import InstallContext
 from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, divergence
 from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, linear_kl_and_cross_entropy
 

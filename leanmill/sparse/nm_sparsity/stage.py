@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, Stage
-from leanmill.core.technique import StepContext, StepRule
 from leanmill.kernels.nm_mask.op import nm_project
 
 

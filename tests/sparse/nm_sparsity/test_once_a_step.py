@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from leanmill.core.rules import StepContext
 from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
-from leanmill.core.technique import StepContext
 from leanmill.kernels.nm_mask.naive import nm_mask_by_sort
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.compile import compile_blocks

@@ -1,0 +1,67 @@
+"""Loss terms: what techniques add to the training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from leanmill.core.batches import Batch
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class LossTerm(Protocol):
+    """A per-token loss added to the training loss.
+
+    The trainer calls `prepare` once a micro-batch, without gradients and outside the model's
+    forward, then the term itself once for each chunk of tokens, so that logits of shape
+    [tokens, vocabulary] never exist as a whole.
+    """
+
+    name: str
+    weight: float
+
+    def prepare(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Return extra tensors [B, S, ...] that the term needs; chunked along with the tokens."""
+        ...
+
+    def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        """Return the fp32 sum of the loss over tokens whose label is not -100.
+
+        Args:
+            logits: Student logits [N, V], any float dtype.
+            labels: Targets [N] int64, -100 where ignored.
+            extras: What `prepare` returned, flattened to [N, ...] and cut like the tokens.
+        """
+        ...
+
+
+@runtime_checkable
+class HeadLossTerm(LossTerm, Protocol):
+    """A term that can also be had straight from the head's operands, beside cross-entropy.
+
+    A trainer prefers this where it applies (a plain head, no other terms): no logits of the whole
+    micro-batch exist, and both losses come from the same ones.
+    """
+
+    def with_cross_entropy(
+        self,
+        head: tuple[Tensor, Tensor, Tensor | None],
+        labels: Tensor,
+        extras: Mapping[str, Tensor],
+        *,
+        cross_entropy_weight: float,
+        chunk_tokens: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted total, which alone carries gradients, cross-entropy, and the term: sums.
+
+        Args:
+            head: Student hidden states [N, H], head weight [V, H] and bias [V].
+            labels: Targets [N] int64, -100 where ignored.
+            extras: What `prepare` returned, flattened to [N, ...].
+            cross_entropy_weight: Weight of cross-entropy in the total, beside the term's own.
+            chunk_tokens: Tokens whose logits may exist at once; None chooses by memory.
+        """
+        ...
