@@ -120,7 +120,12 @@ class FixedRows:
         self.position_tokens += num_rows * SEQUENCE_LENGTH
         part = slice(start, start + share)
         positions = torch.arange(SEQUENCE_LENGTH).expand(share, -1)
-        return {"input_ids": self.ids[part], "labels": self.labels[part], "position_ids": positions.contiguous()}
+        return {
+            "input_ids": self.ids[part],
+            "labels": self.labels[part],
+            "position_ids": positions.contiguous(),
+            "row_ids": torch.arange(start, start + share),
+        }
 
 
 def recipe_of(

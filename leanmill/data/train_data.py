@@ -63,7 +63,8 @@ class TrainData:
 
         Returns:
             `input_ids`, `labels` (shifted; -100 where nothing is predicted) and `position_ids`,
-            each [num_rows / world_size, S] int64 on the CPU.
+            each [num_rows / world_size, S] int64 on the CPU, and `row_ids` [num_rows / world_size]
+            int64: the number of each row in the global order.
 
         Raises:
             ConfigError: `num_rows` does not divide.
@@ -74,6 +75,7 @@ class TrainData:
                 f"batch.tokens_per_step a multiple of data.sequence_length x {world_size}"
             )
         share = num_rows // world_size
+        first = self.position_rows + rank * share
         mine: list[Row] = []
         for index in range(num_rows):
             source, number = self._schedule.next()
@@ -81,7 +83,7 @@ class TrainData:
                 mine.append(self._sources[source].row(number))
             else:
                 self._sources[source].skip(number)
-        return stack_rows(mine)
+        return stack_rows(mine) | {"row_ids": torch.arange(first, first + share)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what the data is; JSON-able, the same on every rank."""

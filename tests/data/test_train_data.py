@@ -99,7 +99,8 @@ def test_shapes_types_and_position(folder, tokenizer, kind):
     config = config_of(kind, folder)
     data = build_train_data(config, tokenizer, seed=0)
     batch = data.next_rows(6, rank=1, world_size=2)
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
+    assert set(batch) == {"input_ids", "labels", "position_ids", "row_ids"}
+    assert batch.pop("row_ids").tolist() == [3, 4, 5]
     assert all(t.shape == (3, config.sequence_length) and t.dtype == torch.int64 for t in batch.values())
     assert data.position_tokens == 6 * config.sequence_length
     assert (batch["labels"] != -100).any()
