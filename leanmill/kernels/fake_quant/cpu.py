@@ -45,14 +45,6 @@ def _loaded() -> ctypes.CDLL:
     return functions
 
 
-def is_supported(weight: Tensor, num_scales: int, mask_size: int) -> bool:
-    """Whether the C code covers this weight: its groups of the mask may not cross its scales."""
-    if weight.device.type != "cpu" or weight.dtype not in SUFFIXES or not weight.numel() or not num_scales:
-        return False
-    group_length = weight.numel() // num_scales
-    return (not mask_size or group_length % mask_size == 0) and library() is not None
-
-
 def forward(
     weight: Tensor,
     scale: Tensor,
@@ -63,7 +55,7 @@ def forward(
     *,
     in_threads: bool = True,
 ) -> Tensor:
-    """`naive.forward` for a contiguous CPU weight that `is_supported`."""
+    """`naive.forward` for a contiguous CPU weight."""
     task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
     out = large_empty(weight, *weight.shape)
     function = getattr(_loaded(), f"fake_quant_forward_{SUFFIXES[weight.dtype]}")

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
-
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import Code, choose, implementation
 from leanmill.kernels.fake_quant import cpu, naive
 from leanmill.kernels.fake_quant.grid import Grid
-from leanmill.kernels.native.dtypes import SUFFIXES
 
 
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def log_path(operation: str, path: str) -> None:
-    """Say once a process which code an operation takes."""
-    logger.info("%s runs as %s", operation, path)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def on_gpu(tensor: Tensor) -> bool:
-    """Whether a Triton kernel covers this tensor."""
-    return tensor.device.type == "cuda" and tensor.dtype in SUFFIXES and tensor.numel() > 0 and _has_triton()
+_PACKAGE = __package__
 
 
 def forward(
@@ -45,17 +25,12 @@ def forward(
 ) -> Tensor:
     """`naive.forward`, by the fastest code that covers the weight; see `gradients` for `in_threads`."""
     weight = weight.contiguous()
-    if cpu.is_supported(weight, scale.numel(), group_size):
-        log_path("fake_quant", "C")
-        return cpu.forward(weight, scale, offset, grid, num_kept, group_size, in_threads=in_threads)
-    if _is_for_triton(weight, scale, group_size):
-        from leanmill.kernels.fake_quant import kernel
-
-        log_path("fake_quant", "Triton")
-        with torch.cuda.device(weight.device):
-            return kernel.forward(weight, scale, offset, grid, num_kept, group_size)
-    log_path("fake_quant", "tensor code")
-    return naive.forward(weight, scale, offset, grid, num_kept, group_size).contiguous()
+    arguments = (weight, scale, offset, grid, num_kept, group_size)
+    code = _code(weight, scale, group_size)
+    if code is Code.C:
+        return cpu.forward(*arguments, in_threads=in_threads)
+    with torch.cuda.device_of(weight):
+        return implementation(_PACKAGE, code).forward(*arguments).contiguous()  # type: ignore[no-any-return]
 
 
 def gradients(
@@ -80,9 +55,10 @@ def gradients(
     """
     grad, weight = grad.to(weight.dtype).contiguous(), weight.contiguous()
     arguments = (grad, weight, scale, offset, grid, grad_scale, straight_through, num_kept, group_size, decay)
-    if cpu.is_supported(weight, scale.numel(), group_size):
+    code = _code(weight, scale, group_size)
+    if code is Code.C:
         return cpu.gradients(*arguments, needs_weight, in_threads=in_threads)
-    if _is_for_triton(weight, scale, group_size):
+    if code is Code.TRITON:
         from leanmill.kernels.fake_quant import kernel
 
         with torch.cuda.device(weight.device):
@@ -94,23 +70,20 @@ def gradients(
 def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Tensor, Tensor]:
     """Codes (or values) of contiguous tokens and their steps, by the fastest code that covers them."""
     tokens = tokens.contiguous()
-    if cpu.is_supported(tokens, tokens.shape[:-1].numel(), 0):
-        log_path("quantise_activations", "C")
-        return cpu.activations(tokens, smallest, as_codes=as_codes)
-    if on_gpu(tokens):
-        from leanmill.kernels.fake_quant import kernel
-
-        log_path("quantise_activations", "Triton")
-        with torch.cuda.device(tokens.device):
-            return kernel.activations(tokens, smallest, as_codes=as_codes)
-    log_path("quantise_activations", "tensor code")
+    has_any = tokens.numel() > 0
+    code = choose("quantise_activations", tokens, c=lambda: has_any and cpu.library(), triton=lambda: has_any)
+    if code is not Code.TENSORS:
+        with torch.cuda.device_of(tokens):
+            return implementation(_PACKAGE, code).activations(tokens, smallest, as_codes=as_codes)  # type: ignore[no-any-return]
     codes, steps = naive.activations(tokens, smallest)
     return (codes if as_codes else codes.to(steps.dtype).mul_(steps).to(tokens.dtype)), steps
 
 
-def _is_for_triton(weight: Tensor, scale: Tensor, group_size: int) -> bool:
-    fits = on_gpu(weight) and scale.numel() > 0
-    return fits and (not group_size or weight.numel() // scale.numel() % group_size == 0)
+def _code(weight: Tensor, scale: Tensor, group_size: int) -> Code:
+    """C and Triton take weights whose groups of the mask do not cross their scales."""
+    has_any = weight.numel() > 0 and scale.numel() > 0
+    fits = has_any and (not group_size or weight.numel() // scale.numel() % group_size == 0)
+    return choose("fake_quant", weight, c=lambda: fits and cpu.library(), triton=lambda: fits)
 
 
 def same_device(weight: Tensor, **others: Tensor | None) -> None:

@@ -51,13 +51,9 @@ class _OuterProblem(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None without a C compiler."""
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
-
-
-def is_supported(problem: Problem) -> bool:
-    """Whether `forward` and `backward` cover these operands."""
-    return dtypes.is_plain_cpu(problem.rows, problem.weight) and _library() is not None
 
 
 def forward(problem: Problem) -> Tensor:
@@ -217,9 +213,9 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _run(name: str, dtype: torch.dtype, arguments: ctypes.Structure, num_tasks: int, num_products: int) -> None:
-    library = _library()
-    assert library is not None
-    function = library[f"{name}_{dtypes.SUFFIXES[dtype]}"]
+    functions = library()
+    assert functions is not None
+    function = functions[f"{name}_{dtypes.SUFFIXES[dtype]}"]
     function.restype = ctypes.c_int
     taken, failures = ctypes.c_int64(0), []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import Code, fastest, implementation, log_path
 from leanmill.kernels.grouped_gemm import blocks, cpu, library
 from leanmill.kernels.grouped_gemm.problem import Needed, Problem
 from leanmill.kernels.native.dtypes import SUFFIXES
@@ -123,25 +123,14 @@ def _checked(
 
 def _path(problem: Problem) -> ModuleType:
     """The module that computes this problem."""
-    dtype = problem.rows.dtype
-    if problem.rows.device.type == "cpu":
-        own_is_best = dtype == torch.float32 or not multiplies_natively(dtype)
-        return _said(cpu if own_is_best and cpu.is_supported(problem) else blocks)
-    if problem.rows.device.type == "cuda" and torch.version.hip is None and dtype in SUFFIXES:
-        if library.is_supported(problem):
-            return _said(library)
-        try:
-            from leanmill.kernels.grouped_gemm import kernel
-        except ImportError:
-            return _said(blocks)
-        return _said(kernel)
-    return _said(blocks)
-
-
-@functools.cache
-def _said(module: ModuleType) -> ModuleType:
-    logger.debug("grouped_gemm computes through %s", module.__name__)
-    return module
+    own_is_best = problem.rows.dtype == torch.float32 or not multiplies_natively(problem.rows.dtype)
+    code = fastest(problem.rows, problem.weight, c=lambda: own_is_best and cpu.library())
+    if code is Code.TRITON:
+        found = library if library.is_supported(problem) else implementation(__package__, code)
+    else:
+        found = cpu if code is Code.C else blocks
+    log_path("grouped_gemm", found.__name__.rpartition(".")[2])
+    return found
 
 
 def _problem(

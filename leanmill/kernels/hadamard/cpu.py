@@ -13,15 +13,20 @@ from leanmill.kernels.native import compiler, threads
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
 
 
-def library(x: Tensor) -> ctypes.CDLL | None:
-    """Return the compiled functions if they cover `x`, or None."""
-    if x.device.type != "cpu" or x.dtype not in SUFFIXES:
-        return None
+def library() -> ctypes.CDLL | None:
+    """Return the compiled functions, or None without a C compiler."""
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
-def hadamard(native: ctypes.CDLL, x: Tensor, mask: Tensor | None, out: Tensor, block_size: int) -> None:
+def _loaded() -> ctypes.CDLL:
+    functions = library()
+    assert functions is not None
+    return functions
+
+
+def hadamard(x: Tensor, mask: Tensor | None, out: Tensor, block_size: int) -> None:
     """Write the transform of contiguous `x` [..., n], zeroed where `mask` is false, to `out`, maybe `x`."""
+    native = _loaded()
     length = x.shape[-1]
     function = getattr(native, f"hadamard_{SUFFIXES[x.dtype]}")
     mask_pointer = None if mask is None else pointer(mask)
@@ -33,8 +38,9 @@ def hadamard(native: ctypes.CDLL, x: Tensor, mask: Tensor | None, out: Tensor, b
     threads.parallel_for(work, x.numel() // length, length)
 
 
-def quest_quantise(native: ctypes.CDLL, x: Tensor, num_levels: int, block_size: int) -> tuple[Tensor, Tensor]:
+def quest_quantise(x: Tensor, num_levels: int, block_size: int) -> tuple[Tensor, Tensor]:
     """Return the quantised transform of contiguous `x` [..., n] and its bool trust mask."""
+    native = _loaded()
     length = x.shape[-1]
     quantised, mask = torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
     function = getattr(native, f"quest_{SUFFIXES[x.dtype]}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import Code, choose, implementation
 from leanmill.kernels.hadamard import cpu, naive
 from leanmill.kernels.sharded import on_local_rows
 
@@ -129,40 +129,28 @@ def _masked_hadamard(x: Tensor, mask: Tensor, block_size: int) -> Tensor:
 
 
 def _transformed(x: Tensor, mask: Tensor | None, out: Tensor, block_size: int) -> Tensor:
-    native = cpu.library(x)
     if x.numel() == 0:
         return out
-    if native is not None:
-        _log_once("hadamard", "C")
-        cpu.hadamard(native, x, mask, out, block_size)
-    elif x.is_cuda and x.dtype != torch.float64:
-        from leanmill.kernels.hadamard import kernel
-
-        _log_once("hadamard", "Triton")
-        kernel.hadamard(x, mask, out, block_size)
-    else:
-        _log_once("hadamard", "tensor code")
-        out.copy_(naive.hadamard(x if mask is None else torch.where(mask, x, 0), block_size))
+    code = choose("hadamard", x, c=cpu.library)
+    if code is Code.TENSORS:
+        return out.copy_(naive.hadamard(x if mask is None else torch.where(mask, x, 0), block_size))
+    implementation(__package__, code).hadamard(x, mask, out, block_size)
     return out
 
 
 @torch.library.custom_op("leanmill::quest_quantise", mutates_args=())
 def _quest_quantise(x: Tensor, num_levels: int, block_size: int) -> tuple[Tensor, Tensor]:
     x = _dense(x)
-    native = cpu.library(x)
     if x.numel() == 0:
         return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
-    if native is not None:
-        _log_once("quest_quantise", "C")
-        return cpu.quest_quantise(native, x, num_levels, block_size)
-    if x.is_cuda and x.dtype != torch.float64:
+
+    def fits_a_kernel() -> bool:
         from leanmill.kernels.hadamard import kernel
 
-        if x.shape[-1] <= kernel.LARGEST_ROW:
-            _log_once("quest_quantise", "Triton")
-            return kernel.quest_quantise(x, num_levels, block_size)
-    _log_once("quest_quantise", "tensor code")
-    return naive.quest_quantise(x, num_levels, block_size)
+        return x.shape[-1] <= kernel.LARGEST_ROW
+
+    code = choose("quest_quantise", x, c=cpu.library, triton=fits_a_kernel)
+    return implementation(__package__, code).quest_quantise(x, num_levels, block_size)  # type: ignore[no-any-return]
 
 
 def _fake_like(x: Tensor) -> Tensor:
@@ -215,8 +203,3 @@ def _masked_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 torch.library.register_autograd("leanmill::hadamard", _hadamard_backward, setup_context=_keep_block_size)
 torch.library.register_autograd("leanmill::quest_quantise", _quest_backward, setup_context=_keep_mask)
 torch.library.register_autograd("leanmill::masked_hadamard", _masked_backward, setup_context=_keep_mask_and_block_size)
-
-
-@functools.cache
-def _log_once(operation: str, path: str) -> None:
-    logger.debug("%s runs as %s", operation, path)

@@ -15,9 +15,9 @@ from leanmill.kernels.native import compiler, dtypes, threads
 _SOURCE = Path(__file__).with_name("cpu.c")
 
 
-def is_supported(raw: Tensor) -> bool:
-    """Whether `cross_entropy_` below covers these logits, and there is a C compiler."""
-    return dtypes.is_plain_cpu(raw) and raw.is_contiguous() and compiler.load_library(_SOURCE) is not None
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None without a C compiler."""
+    return compiler.load_library(_SOURCE)
 
 
 def cross_entropy_(

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from leanmill.kernels.linear_cross_entropy import chunks, cpu, liger, naive
+from leanmill.kernels.dispatch import choose, implementation, log_path
+from leanmill.kernels.linear_cross_entropy import chunks, cpu, liger
 from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.naive import Form
 from leanmill.kernels.sharded import TokenLayout, is_dtensor, mean_over_kept
@@ -118,7 +119,7 @@ def _total(
     is_tracing = torch.compiler.is_compiling()
     # A rank may hold no tokens, with which Liger divides by zero.
     if liger.covers(rows.device.type, rows.dtype, form, chunk_tokens, is_tracing=is_tracing) and len(rows):
-        _say("Liger")
+        log_path("linear_cross_entropy", "Liger")
         return liger.summed(rows, weight, bias, targets, ignore_index)
     settings = (form.scale, form.softcap, form.z_loss, form.label_smoothing, ignore_index, chunk_tokens or 0)
     track = torch.is_grad_enabled()
@@ -353,18 +354,4 @@ def _run_rows(
 
 
 def _row_function(hidden: Tensor) -> Any:
-    if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
-        from leanmill.kernels.linear_cross_entropy import kernel
-
-        _say("Triton")
-        return kernel.cross_entropy_
-    if cpu.is_supported(hidden.new_empty(0)):
-        _say("C")
-        return cpu.cross_entropy_
-    _say("tensor code")
-    return naive.cross_entropy_
-
-
-@functools.cache
-def _say(path: str) -> None:
-    log.info("linear_cross_entropy: loss and gradient of logits by %s", path)
+    return implementation(__package__, choose("linear_cross_entropy", hidden, c=cpu.library)).cross_entropy_

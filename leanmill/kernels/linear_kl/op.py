@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import Code, choose
 from leanmill.kernels.linear_cross_entropy import chunks
 from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.op import check_range
@@ -441,15 +441,8 @@ def _run(
 
 
 def _row_function(hidden: Tensor) -> Any:
-    if hidden.device.type == "cuda" and hidden.dtype != torch.float64:
-        from leanmill.kernels.linear_kl import kernel
+    if choose("linear_kl", hidden, c=None) is Code.TENSORS:
+        return rows.divergence_
+    from leanmill.kernels.linear_kl import kernel
 
-        _say("Triton")
-        return kernel.divergence_
-    _say("tensor code")
-    return rows.divergence_
-
-
-@functools.cache
-def _say(path: str) -> None:
-    log.info("linear_kl: divergence and gradient of logits by %s", path)
+    return kernel.divergence_

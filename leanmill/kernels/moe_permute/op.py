@@ -7,20 +7,15 @@ expert stay in the order of their tokens. `positions[t, k]` is the sorted row of
 
 from __future__ import annotations
 
-import functools
-import logging
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import choose, implementation
 from leanmill.kernels.moe_permute import cpu, naive
-from leanmill.kernels.native.dtypes import SUFFIXES
 from leanmill.kernels.sharded import is_dtensor
-
-
-logger = logging.getLogger(__name__)
 
 
 class Permuted(NamedTuple):
@@ -121,24 +116,8 @@ def _check_tokens(name: str, tokens: Tensor, index: Tensor) -> None:
 
 
 def _path(*tensors: Tensor) -> ModuleType:
-    """The module that computes for these tensors: C, Triton or plain tensor code."""
-    floating = [t for t in tensors if t.is_floating_point()]
-    covered = all(t.dtype in SUFFIXES for t in floating)
-    if covered and tensors[0].device.type == "cpu" and cpu.library() is not None:
-        return _said(cpu)
-    if covered and tensors[0].device.type == "cuda" and torch.version.hip is None:
-        try:
-            from leanmill.kernels.moe_permute import kernel
-        except ImportError:
-            return _said(naive)
-        return _said(kernel)
-    return _said(naive)
-
-
-@functools.cache
-def _said(module: ModuleType) -> ModuleType:
-    logger.debug("moe_permute computes through %s", module.__name__)
-    return module
+    """The module that computes for these tensors."""
+    return implementation(__package__, choose("moe_permute", *tensors, c=cpu.library))
 
 
 @torch.library.custom_op("leanmill::sort_by_expert", mutates_args=())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanmill.kernels.native import compiler, threads
-from leanmill.kernels.native.dtypes import SUFFIXES, is_plain_cpu, pointer
+from leanmill.kernels.native.dtypes import SUFFIXES, pointer
 from leanmill.kernels.native.large_pages import large_empty
 from leanmill.kernels.nm_mask.naive import index_bits, packed_width
 
@@ -22,9 +22,9 @@ _STREAMED_FROM_BYTES = 2**25
 """Outputs this large do not stay in the caches of a core's neighbourhood anyway."""
 
 
-def is_supported(weight: Tensor) -> bool:
-    """Whether the functions below take tensors like `weight`."""
-    return is_plain_cpu(weight) and _library() is not None
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None without a C compiler."""
+    return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
 def nm_mask(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Tensor:
@@ -110,11 +110,7 @@ def _run_rows(
     threads.parallel_for(work, num_rows, num_groups * group_size)
 
 
-def _library() -> ctypes.CDLL | None:
-    return compiler.load_library(Path(__file__).with_name("cpu.c"))
-
-
 def _function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:
-    function = getattr(_library(), f"nm_{name}_{SUFFIXES[dtype]}")
+    function = getattr(library(), f"nm_{name}_{SUFFIXES[dtype]}")
     function.restype = None
     return function  # type: ignore[no-any-return]

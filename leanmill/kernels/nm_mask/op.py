@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import choose, implementation
 from leanmill.kernels.nm_mask import cpu, naive
 from leanmill.kernels.nm_mask.checks import check_compressed, check_decay, check_plain, check_weight
 from leanmill.kernels.sharded import on_local_rows
-
-
-logger = logging.getLogger(__name__)
-_ON_CUDA = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def nm_mask(weight: Tensor, num_kept: int = 2, group_size: int = 4, *, transposable: bool = False) -> Tensor:
@@ -153,23 +148,9 @@ def to_semi_structured(weight: Tensor) -> Tensor:
         ) from error
 
 
-@functools.cache
-def _say_once(op: str, path: str) -> None:
-    logger.info("%s runs as %s", op, path)
-
-
 def _path(op: str, tensor: Tensor) -> Any:
     """Return the module whose functions do `op` on this tensor's device and dtype."""
-    if tensor.device.type == "cuda" and tensor.dtype in _ON_CUDA:
-        from leanmill.kernels.nm_mask import kernel
-
-        _say_once(op, "a Triton kernel")
-        return kernel
-    if cpu.is_supported(tensor):
-        _say_once(op, "C")
-        return cpu
-    _say_once(op, f"tensor code for {tensor.dtype} on {tensor.device.type}")
-    return naive
+    return implementation(__package__, choose(op, tensor, c=cpu.library))
 
 
 @torch.library.custom_op("leanmill::nm_mask", mutates_args=())

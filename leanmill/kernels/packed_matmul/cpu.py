@@ -40,6 +40,12 @@ def library() -> ctypes.CDLL | None:
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
+def _loaded() -> ctypes.CDLL:
+    functions = library()
+    assert functions is not None
+    return functions
+
+
 def _sizes(*values: int) -> list[ctypes.c_int64]:
     return [ctypes.c_int64(value) for value in values]
 
@@ -50,10 +56,9 @@ def _planes(x: Tensor, per_byte: int) -> Tensor:
     return F.pad(padded, (0, -padded.shape[-1] % _VECTOR)).contiguous()
 
 
-def packed_matmul(
-    native: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int
-) -> Tensor:
+def packed_matmul(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int) -> Tensor:
     """Return x @ W^T [tokens, out] in fp32 for x [tokens, in], all contiguous and but for `packed` fp32."""
+    native = _loaded()
     # C counts ternary codes from 0.
     zeros = zero_points + 1 if number == TERNARY else zero_points
     group_size = x.shape[-1] // scales.shape[-1]
@@ -105,19 +110,17 @@ def _blocks(native: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor, zero
     return out[:, :num_tokens].t().contiguous()
 
 
-def rounded_matmul(
-    native: ctypes.CDLL, x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int
-) -> Tensor:
+def rounded_matmul(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int) -> Tensor:
     """Return x @ W^T [tokens, out] in bf16 by torch's product, W rounded to bf16.
 
     Args:
-        native: What `library` returned.
         x: bf16 [tokens, in].
         packed: uint8 [out, bytes], contiguous.
         scales: fp32 [out, groups], contiguous.
         zero_points: Like `scales`.
         number: The encoding's.
     """
+    native = _loaded()
     zeros = zero_points + 1 if number == TERNARY else zero_points
     num_rows, num_codes = packed.shape[0], x.shape[1]
     most_rows = max(1, _MOST_UNPACKED // num_codes)
@@ -153,8 +156,9 @@ def _refuse(failures: list[int], num_codes: int) -> None:
         raise MemoryError(f"no memory for a few rows of {num_codes} codes")
 
 
-def quantise_tokens(native: ctypes.CDLL, x: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return `naive.quantise_tokens` of contiguous fp32 [tokens, in]."""
+    native = _loaded()
     codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty((x.shape[0], 1))
     arguments = [pointer(tensor) for tensor in (x, codes, scales)]
     smallest = ctypes.c_float(SMALLEST_ABSMAX)
@@ -165,8 +169,9 @@ def quantise_tokens(native: ctypes.CDLL, x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def ternary_int8_matmul(native: ctypes.CDLL, codes: Tensor, packed: Tensor) -> Tensor:
+def ternary_int8_matmul(codes: Tensor, packed: Tensor) -> Tensor:
     """Return the exact int32 products [tokens, out] of int8 [tokens, in] and ternary rows."""
+    native = _loaded()
     num_codes = codes.shape[-1]
     if codes.shape[0] > MOST_DOT_TOKENS and 128 * num_codes < _LARGEST_EXACT_SUM:
         ones = torch.ones((packed.shape[0], 1))

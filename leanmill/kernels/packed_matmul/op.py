@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import Code, choose, implementation
 from leanmill.kernels.native.processor import multiplies_natively
 from leanmill.kernels.packed_matmul import cpu, naive
 from leanmill.kernels.packing.encoding import TERNARY, Encoding, number_of, packed_length
@@ -113,27 +113,25 @@ def per_row(values: Tensor, packed: Tensor, num_codes: int, name: str) -> Tensor
 def _packed_matmul(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int) -> Tensor:
     if x.numel() == 0 or packed.shape[0] == 0:
         return x.new_zeros((x.shape[0], packed.shape[0]))
-    native = cpu.library() if x.device.type == "cpu" and x.dtype != torch.float64 else None
-    if native is not None:
-        log_once("packed_matmul", "C")
-        weight = [tensor.contiguous() for tensor in (packed, scales, zero_points)]
-        if x.dtype == torch.bfloat16 and x.shape[0] > cpu.MOST_BLOCK_TOKENS and multiplies_natively(x.dtype):
-            return cpu.rounded_matmul(native, x, weight[0], weight[1], weight[2], number)
-        return cpu.packed_matmul(native, x.float().contiguous(), weight[0], weight[1], weight[2], number).to(x.dtype)
-    if x.is_cuda and x.dtype != torch.float64:
+
+    def fits_a_kernel() -> bool:
         from leanmill.kernels.packed_matmul import kernel
 
-        if kernel.is_supported(x.shape[-1], scales.shape[-1], number):
-            log_once("packed_matmul", "Triton")
-            return kernel.packed_matmul(x, packed, scales, zero_points, number)
-    log_once("packed_matmul", "tensor code")
-    return naive.packed_matmul(x, packed, scales, zero_points, number)
+        return kernel.is_supported(x.shape[-1], scales.shape[-1], number)
+
+    code = choose("packed_matmul", x, c=cpu.library, triton=fits_a_kernel)
+    if code is not Code.C:
+        return implementation(__package__, code).packed_matmul(x, packed, scales, zero_points, number)  # type: ignore[no-any-return]
+    weight = [tensor.contiguous() for tensor in (packed, scales, zero_points)]
+    if x.dtype == torch.bfloat16 and x.shape[0] > cpu.MOST_BLOCK_TOKENS and multiplies_natively(x.dtype):
+        return cpu.rounded_matmul(x, weight[0], weight[1], weight[2], number)
+    return cpu.packed_matmul(x.float().contiguous(), weight[0], weight[1], weight[2], number).to(x.dtype)
 
 
 @torch.library.custom_op("leanmill::quantise_tokens", mutates_args=())
 def _quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    native = cpu.library() if x.device.type == "cpu" and x.dtype != torch.float64 and x.numel() else None
-    return naive.quantise_tokens(x) if native is None else cpu.quantise_tokens(native, x.float().contiguous())
+    is_in_c = x.numel() and choose("quantise_tokens", x, c=cpu.library, triton=lambda: False) is Code.C
+    return cpu.quantise_tokens(x.float().contiguous()) if is_in_c else naive.quantise_tokens(x)
 
 
 @_quantise_tokens.register_fake
@@ -145,17 +143,8 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 def _ternary_int8_matmul(codes: Tensor, packed: Tensor) -> Tensor:
     if codes.numel() == 0 or packed.shape[0] == 0:
         return codes.new_zeros((codes.shape[0], packed.shape[0]), dtype=torch.int32)
-    native = cpu.library() if codes.device.type == "cpu" else None
-    if native is not None:
-        log_once("ternary_int8_matmul", "C")
-        return cpu.ternary_int8_matmul(native, codes.contiguous(), packed.contiguous())
-    if codes.is_cuda:
-        from leanmill.kernels.packed_matmul import kernel
-
-        log_once("ternary_int8_matmul", "Triton")
-        return kernel.ternary_int8_matmul(codes, packed)
-    log_once("ternary_int8_matmul", "tensor code")
-    return naive.ternary_int8_matmul(codes, packed)
+    code = choose("ternary_int8_matmul", codes, c=cpu.library)
+    return implementation(__package__, code).ternary_int8_matmul(codes.contiguous(), packed.contiguous())  # type: ignore[no-any-return]
 
 
 @_packed_matmul.register_fake
@@ -166,9 +155,3 @@ def _(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: in
 @_ternary_int8_matmul.register_fake
 def _(codes: Tensor, packed: Tensor) -> Tensor:
     return codes.new_empty((codes.shape[0], packed.shape[0]), dtype=torch.int32)
-
-
-@functools.cache
-def log_once(operation: str, path: str) -> None:
-    """Log which path an operation took, the first time it takes it."""
-    logger.debug("%s runs as %s", operation, path)

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanmill.kernels.packed_matmul.op import DTYPES, MIDDLE, log_once, per_row
+from leanmill.kernels.dispatch import log_path
+from leanmill.kernels.packed_matmul.op import DTYPES, MIDDLE, per_row
 from leanmill.kernels.packing.encoding import codes_per_byte
 from leanmill.kernels.packing.op import unpack
 from leanmill.kernels.sharded import is_dtensor
@@ -146,7 +147,7 @@ def _prepacked_matmul(
 
 
 def _by_torch(x: Tensor, layout: Tensor, layout_scales: Tensor, num_bits: int) -> Tensor:
-    log_once("prepacked_matmul", f"torch's int{num_bits} kernel")
+    log_path("prepacked_matmul", f"torch's int{num_bits} kernel")
     if num_bits == 8:
         return torch._weight_int8pack_mm(_aligned(x), _aligned(layout), layout_scales)
     group_size = x.shape[-1] // layout_scales.shape[0]

@@ -18,8 +18,15 @@ def library() -> ctypes.CDLL | None:
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
-def pack(native: ctypes.CDLL, codes: Tensor, number: int) -> Tensor | None:
+def _loaded() -> ctypes.CDLL:
+    functions = library()
+    assert functions is not None
+    return functions
+
+
+def pack(codes: Tensor, number: int) -> Tensor | None:
     """Return the packed bytes of uint8 or int8 codes [..., n], or None if one is out of range."""
+    native = _loaded()
     codes = codes.contiguous()
     num_codes = codes.shape[-1]
     packed = codes.new_empty((*codes.shape[:-1], packed_length(num_codes, number)), dtype=torch.uint8)
@@ -35,8 +42,9 @@ def pack(native: ctypes.CDLL, codes: Tensor, number: int) -> Tensor | None:
     return None if found_bad else packed
 
 
-def unpack(native: ctypes.CDLL, packed: Tensor, number: int, num_codes: int) -> Tensor:
+def unpack(packed: Tensor, number: int, num_codes: int) -> Tensor:
     """Return codes [..., num_codes] of uint8 `packed`."""
+    native = _loaded()
     packed = packed.contiguous()
     codes = packed.new_empty((*packed.shape[:-1], num_codes), dtype=code_dtype(number))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import Code, choose, implementation
 from leanmill.kernels.packing import cpu, naive
 from leanmill.kernels.packing.encoding import (
     TERNARY,
@@ -80,11 +80,10 @@ def unpack(packed: Tensor, encoding: Encoding, num_codes: int) -> Tensor:
 
 @torch.library.custom_op("leanmill::pack", mutates_args=())
 def _pack(codes: Tensor, number: int) -> Tensor:
-    native = cpu.library() if codes.device.type == "cpu" and codes.element_size() == 1 else None
-    if native is not None:
-        packed = None if _is_ambiguous(codes, number) else cpu.pack(native, codes, number)
+    code = choose("pack", codes, c=cpu.library, triton=lambda: codes.numel() > 0)
+    if code is Code.C and codes.element_size() == 1 and not _is_ambiguous(codes, number):
+        packed = cpu.pack(codes, number)
         if packed is not None:
-            _log_once("pack", "C")
             return packed
     lowest, largest = code_range(number)
     if codes.numel() and not lowest <= int(codes.min()) <= int(codes.max()) <= largest:
@@ -92,12 +91,10 @@ def _pack(codes: Tensor, number: int) -> Tensor:
             f"codes {tuple(codes.shape)} run from {int(codes.min())} to {int(codes.max())}; an encoding of "
             f"{'base 3' if number == TERNARY else f'{number} bits'} takes {lowest} to {largest}"
         )
-    if codes.is_cuda and codes.numel():
+    if code is Code.TRITON:
         from leanmill.kernels.packing import kernel
 
-        _log_once("pack", "Triton")
         return kernel.pack(codes.to(torch.int8 if number == TERNARY else torch.uint8), number)
-    _log_once("pack", "tensor code")
     return naive.pack(codes, number)
 
 
@@ -113,24 +110,10 @@ def _(codes: Tensor, number: int) -> Tensor:
 
 @torch.library.custom_op("leanmill::unpack", mutates_args=())
 def _unpack(packed: Tensor, number: int, num_codes: int) -> Tensor:
-    native = cpu.library() if packed.device.type == "cpu" else None
-    if native is not None:
-        _log_once("unpack", "C")
-        return cpu.unpack(native, packed, number, num_codes)
-    if packed.is_cuda and packed.numel():
-        from leanmill.kernels.packing import kernel
-
-        _log_once("unpack", "Triton")
-        return kernel.unpack(packed, number, num_codes)
-    _log_once("unpack", "tensor code")
-    return naive.unpack(packed, number, num_codes)
+    code = choose("unpack", packed, c=cpu.library, triton=lambda: packed.numel() > 0)
+    return implementation(__package__, code).unpack(packed, number, num_codes)  # type: ignore[no-any-return]
 
 
 @_unpack.register_fake
 def _(packed: Tensor, number: int, num_codes: int) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], num_codes), dtype=code_dtype(number))
-
-
-@functools.cache
-def _log_once(operation: str, path: str) -> None:
-    logger.debug("%s runs as %s", operation, path)

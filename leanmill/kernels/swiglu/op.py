@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leanmill.kernels.native.dtypes import SUFFIXES
+from leanmill.kernels.dispatch import choose, implementation
 from leanmill.kernels.sharded import TokenLayout, is_dtensor
-from leanmill.kernels.swiglu import cpu, naive
-
-
-logger = logging.getLogger(__name__)
+from leanmill.kernels.swiglu import cpu
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -41,22 +36,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _path(gate_up: Tensor) -> ModuleType:
-    covered = gate_up.dtype in SUFFIXES
-    if covered and gate_up.device.type == "cpu" and cpu.library() is not None:
-        return _said(cpu)
-    if covered and gate_up.device.type == "cuda" and torch.version.hip is None:
-        try:
-            from leanmill.kernels.swiglu import kernel
-        except ImportError:
-            return _said(naive)
-        return _said(kernel)
-    return _said(naive)
-
-
-@functools.cache
-def _said(module: ModuleType) -> ModuleType:
-    logger.debug("swiglu computes through %s", module.__name__)
-    return module
+    """The module that computes for these tensors."""
+    return implementation(__package__, choose("swiglu", gate_up, c=cpu.library))
 
 
 @torch.library.custom_op("leanmill::swiglu", mutates_args=())

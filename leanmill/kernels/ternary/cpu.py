@@ -39,11 +39,6 @@ def _loaded() -> ctypes.CDLL:
     return functions
 
 
-def is_supported(weight: Tensor) -> bool:
-    """Whether the C code covers this weight."""
-    return weight.device.type == "cpu" and weight.dtype in SUFFIXES and weight.numel() > 0 and library() is not None
-
-
 def magnitude_sums(weight: Tensor, group_length: int, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sum (fp64) and number (int64) of |w| above `threshold` [groups], all without one, in every group [groups]."""
     task = _task(group_length, threshold=threshold)

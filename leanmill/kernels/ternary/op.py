@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from leanmill.kernels.fake_quant.dispatch import log_path, on_gpu
+from leanmill.kernels.dispatch import Code, choose, implementation
 from leanmill.kernels.fake_quant.grid import check_float
 from leanmill.kernels.sharded import is_dtensor, on_local_rows
 from leanmill.kernels.ternary import cpu, naive
@@ -105,16 +105,8 @@ def _is_whole(weight: Tensor, num_dims: int) -> bool:
 
 
 def _fast(weight: Tensor, operation: str) -> ModuleType | None:
-    if cpu.is_supported(weight):
-        log_path(operation, "C")
-        return cpu
-    if on_gpu(weight):
-        from leanmill.kernels.ternary import kernel
-
-        log_path(operation, "Triton")
-        return kernel
-    log_path(operation, "tensor code")
-    return None
+    code = choose(operation, weight, c=cpu.library)
+    return None if code is Code.TENSORS else implementation(__package__, code)
 
 
 @torch.library.custom_op("leanmill::ternary", mutates_args=())

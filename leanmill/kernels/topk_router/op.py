@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from leanmill.kernels.dispatch import choose, implementation
 from leanmill.kernels.native.dtypes import SUFFIXES
 from leanmill.kernels.sharded import TokenLayout, is_dtensor
-from leanmill.kernels.topk_router import cpu, naive
-
-
-logger = logging.getLogger(__name__)
+from leanmill.kernels.topk_router import cpu
 
 
 class Routed(NamedTuple):
@@ -111,22 +107,8 @@ def _check(logits: Tensor, top_k: int, score: str, bias: Tensor | None) -> None:
 
 
 def _path(logits: Tensor) -> ModuleType:
-    covered = logits.dtype in SUFFIXES
-    if covered and logits.device.type == "cpu" and cpu.library() is not None:
-        return _said(cpu)
-    if covered and logits.device.type == "cuda" and torch.version.hip is None:
-        try:
-            from leanmill.kernels.topk_router import kernel
-        except ImportError:
-            return _said(naive)
-        return _said(kernel)
-    return _said(naive)
-
-
-@functools.cache
-def _said(module: ModuleType) -> ModuleType:
-    logger.debug("topk_router computes through %s", module.__name__)
-    return module
+    """The module that computes for these tensors."""
+    return implementation(__package__, choose("topk_router", logits, c=cpu.library))
 
 
 @torch.library.custom_op("leanmill::topk_router", mutates_args=())

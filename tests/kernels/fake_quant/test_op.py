@@ -1,7 +1,5 @@
 """Fake quantisation through its entry: every path against the definition, and what surrounds it."""
 
-import logging
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -238,14 +236,6 @@ def test_opcheck():
 def test_without_a_compiler_tensor_code_runs(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
     check(*draw((5, 12), (5, 3), torch.bfloat16, True), 4, "signed", (2, 4), 0.1)
-
-
-def test_the_path_is_said_once(caplog):
-    dispatch.log_path.cache_clear()
-    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
-        for _ in range(2):
-            fake_quant(torch.randn(2, 4), torch.ones(1), num_bits=4)
-    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(

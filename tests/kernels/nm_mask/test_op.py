@@ -1,7 +1,5 @@
 """The N:M operations as callers see them: every path against the definitions, gradients, refusals."""
 
-import logging
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,10 +32,7 @@ def same(got, expected):
 def test_c_is_compiled_here():
     # Without it the tests below would compare tensor code with itself.
     if DEVICE.type == "cpu":
-        assert cpu.is_supported(torch.randn(4))
-        assert cpu.is_supported(torch.nn.Parameter(torch.randn(4)))
-    assert not cpu.is_supported(torch.randn(4, dtype=torch.float64))
-    assert not cpu.is_supported(torch.empty(4, device="meta"))
+        assert cpu.library() is not None
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "special"])
@@ -271,18 +266,6 @@ def test_meta_weights_keep_their_shape():
     weight = torch.empty(4, 8, device="meta")
     assert nm_mask(weight).shape == nm_project(weight).shape == (4, 8)
     assert nm_mask(weight).dtype == torch.bool
-
-
-def test_the_path_is_said_once(caplog):
-    op._say_once.cache_clear()
-    with caplog.at_level(logging.INFO, logger="leanmill"):
-        for _ in range(3):
-            nm_mask(torch.randn(4))
-            nm_mask(torch.randn(4).double())
-    assert [record.getMessage() for record in caplog.records] == [
-        "nm_mask runs as C",
-        "nm_mask runs as tensor code for torch.float64 on cpu",
-    ]
 
 
 def test_without_a_compiler_tensor_code_runs(monkeypatch):
