@@ -38,6 +38,8 @@ class InstallContext:
     fingerprint_of_tokenizer: Callable[[str], str | None] | None = None
     """Digest of the tokenizer in a folder or hub repository, comparable with the above; None where
     there is none."""
+    seed: int | None = None
+    """Seed of the run, for what is drawn in training (`leanmill.core.noise`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,7 +133,7 @@ def plan(
     )
     num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
     flops = flops_per_token(model, recipe.data.sequence_length)
-    context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size)
+    context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size, seed=recipe.seed)
     install_techniques(recipe.techniques, model, context)
     weights = list(_weights(model))
     engine, why = _engine(recipe, world_size, per_node, 4 * num_total, rank_memory_gib)

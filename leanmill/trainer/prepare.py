@@ -68,6 +68,7 @@ def prepare(
         vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
         tokenizer_fingerprint=tokenizer_fingerprint,
         fingerprint_of_tokenizer=fingerprint_of,
+        seed=recipe.seed,
     )
     techniques, module = assemble(recipe, model, context)
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"

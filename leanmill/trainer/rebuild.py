@@ -60,7 +60,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     stored = read_full_state(checkpoint_dir)
     tokenizer_dir = checkpoint_dir.parent.parent / "tokenizer"
     model = _build(recipe, stored, tokenizer_dir)
-    context = InstallContext(load_frozen_model=_no_teacher, vocab_size=model.config.vocab_size)
+    context = InstallContext(load_frozen_model=_no_teacher, vocab_size=model.config.vocab_size, seed=recipe.seed)
     techniques = install_techniques(recipe.techniques, model, context)
     if partial:
         make_materialiser(recipe.model, seed=recipe.seed)(model)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 
 import numpy as np
 import torch
 
-
-def derive_seed(*parts: int | str) -> int:
-    """Hash `parts` to a seed in [0, 2^63); neighbouring inputs give unrelated seeds."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from leanmill.core.noise import derive_seed
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -34,7 +34,7 @@ def try_model(recipe: Recipe) -> None:
         device_type="cuda" if uses_cuda else "cpu",
         packed=recipe.data.document_mask,
     )
-    context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size)
+    context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size, seed=recipe.seed)
     _, module = assemble(recipe, model, context)
     build_optimizer(recipe.optimizer, trainable(module))
 
