@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
+from leanmill.core.errors import ConfigError
 from leanmill.core.losses import LossTerm
+from leanmill.core.parameters import ParamRule, ParamSettings
 from leanmill.core.rules import StepRule
 
 
@@ -48,8 +50,10 @@ class Installation:
 
     loss_terms: Sequence[LossTerm] = ()
     step_rules: Sequence[StepRule] = ()
+    param_rules: Sequence[ParamRule] = ()
+    """Learning rate, decay and whether to train, by parameter."""
     freeze_base: bool = False
-    """Train only the parameters that stages and branches added."""
+    """Train only the parameters that stages and branches added, and what a rule says is trained."""
     add_branches: Callable[[nn.Module], None] | None = None
     """Called with the model after every technique has put its stages: wraps sites with output
     branches (adapters). Wrapping last keeps the result independent of the listed order."""
@@ -68,6 +72,36 @@ class TechniqueConfig(Config):
     def frozen_models(self) -> Mapping[str, str]:
         """Return the models that the technique reads: key of this configuration -> folder or hub name."""
         return {}
+
+    def own_settings(self) -> ParamSettings:
+        """Return how the parameters that this technique brings are trained."""
+        return ParamSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_parameters_of_its_own(cls, raw: Any) -> Any:
+        for key in ("lr_factor", "weight_decay"):
+            if isinstance(raw, dict) and key in raw and key not in cls.model_fields:
+                name = raw.get("type")
+                raise ConfigError(
+                    f"{name}.{key}: {name} brings no parameters that are trained, so there is nothing to set it for; "
+                    f"remove it, or set optimizer.{key.removesuffix('_factor')} for the whole model"
+                )
+        return raw
+
+
+class TrainedTechniqueConfig(TechniqueConfig):
+    """Mixed into techniques that bring parameters which the optimizer trains."""
+
+    lr_factor: float | None = Field(default=None, gt=0)
+    """Learning rate of the technique's own parameters as a multiple of `optimizer.lr`; None is 1."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Weight decay of the technique's own parameters; None leaves scales alone and gives adapters
+    `optimizer.weight_decay`."""
+
+    def own_settings(self) -> ParamSettings:
+        """Return what the two keys say."""
+        return ParamSettings(lr_factor=self.lr_factor, weight_decay=self.weight_decay)
 
 
 class WeightTechniqueConfig(TechniqueConfig):
@@ -96,5 +130,6 @@ class InstalledTechniques:
 
     loss_terms: list[LossTerm] = field(default_factory=list)
     step_rules: list[StepRule] = field(default_factory=list)
+    param_rules: list[ParamRule] = field(default_factory=list)
     freeze_base: bool = False
     reset_branch: Callable[[nn.Module], None] | None = None

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.parameters import PLAIN, ParamSettings
 from leanmill.optim.config import Adam8bit, AdamW, OptimizerConfig
 
 
 def build_optimizer(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], *, undecayed: Collection[int] = ()
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    undecayed: Collection[int] = (),
+    settings: Callable[[str], ParamSettings] = lambda name: PLAIN,
 ) -> torch.optim.Optimizer:
     """Build the optimizer over every trainable parameter, each exactly once.
 
@@ -22,15 +27,18 @@ def build_optimizer(
         named_parameters: Dotted names and parameters (plain or DTensor); a parameter that is tied
             appears once however often it is named, frozen ones are left out.
         undecayed: Ids of parameters that get no weight decay whatever their name and shape.
+        settings: By dotted name, what is to be otherwise than `config` says; a weight decay given
+            there holds for parameters that get none by default too.
 
     Returns:
-        The optimizer with up to two groups (`decay`, `no_decay` in the group's key `name`), each
-        with `initial_lr`, the peak that a schedule's factor multiplies.
+        The optimizer with a group for each combination of settings (`decay` or `no_decay` in the
+        group's key `name`, and what differs from `config`), each with `initial_lr`, the peak that a
+        schedule's factor multiplies. Groups at `config.lr` come first.
 
     Raises:
         ConfigError: Nothing is trainable, or the optimizer's package is not installed.
     """
-    groups = decay_groups(config, named_parameters, undecayed)
+    groups = parameter_groups(config, named_parameters, undecayed, settings)
     optimizer = _build_inner(config, groups)
     if config.lookahead is None:
         return optimizer
@@ -39,28 +47,49 @@ def build_optimizer(
     return Lookahead(optimizer, config.lookahead.every, config.lookahead.alpha)
 
 
-def decay_groups(
-    config: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]], undecayed: Collection[int] = ()
+def parameter_groups(
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    undecayed: Collection[int] = (),
+    settings: Callable[[str], ParamSettings] = lambda name: PLAIN,
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters into those that weight decay shrinks and those it does not."""
-    split: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    """Split trainable parameters by weight decay and by what rules say of them."""
+    members: dict[tuple[bool, ParamSettings], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name, parameter in named_parameters:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
-            decay = id(parameter) not in undecayed and decays(name, parameter)
-            split["decay" if decay else "no_decay"].append(parameter)
+            said = settings(name)
+            decay = said.weight_decay is None and id(parameter) not in undecayed and decays(name, parameter)
+            members.setdefault((decay, said), []).append(parameter)
     if not seen:
         raise ConfigError(
             "no parameter is trainable: the techniques freeze the base model and add nothing to train; "
             "add a technique with parameters (e.g. {type: lora}) or remove the one that freezes"
         )
-    weight_decay = {"decay": config.weight_decay, "no_decay": 0.0}
-    return [
-        {"params": params, "name": key, "weight_decay": weight_decay[key], "lr": config.lr, "initial_lr": config.lr}
-        for key, params in split.items()
-        if params
-    ]
+    # What is logged as the learning rate is the first group's.
+    order = sorted(members, key=lambda key: (key[1].lr_factor is not None, _group_name(*key)))
+    return [_group(config, *key, members[key]) for key in order]
+
+
+def _group(config: OptimizerConfig, decay: bool, said: ParamSettings, params: list[nn.Parameter]) -> dict[str, Any]:
+    lr = config.lr * (1.0 if said.lr_factor is None else said.lr_factor)
+    weight_decay = said.weight_decay if said.weight_decay is not None else config.weight_decay if decay else 0.0
+    group: dict[str, Any] = {"params": params, "name": _group_name(decay, said), "weight_decay": weight_decay}
+    group |= {"lr": lr, "initial_lr": lr}
+    return group if said.betas is None else group | {"betas": said.betas}
+
+
+def _group_name(decay: bool, said: ParamSettings) -> str:
+    """Name a group by its settings alone, so that it is called the same in every run of a recipe."""
+    parts = ["decay" if decay else "no_decay"]
+    if said.weight_decay is not None:
+        parts = [f"weight_decay {said.weight_decay:g}"]
+    if said.lr_factor is not None:
+        parts.append(f"lr x {said.lr_factor:g}")
+    if said.betas is not None:
+        parts.append(f"betas {said.betas[0]:g} {said.betas[1]:g}")
+    return ", ".join(parts)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.parameters import PLAIN
 from leanmill.core.secrets import find_secrets, shown
 from leanmill.data.config import LocalCorpus, Mixture
 
@@ -30,6 +31,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _context(recipe)
     yield from _data(recipe)
     yield from _losses(recipe)
+    yield from _rates(recipe)
     yield from _secrets(recipe)
 
 
@@ -146,6 +148,20 @@ def _data(recipe: Sections) -> Iterator[str]:
 def _losses(recipe: Sections) -> Iterator[str]:
     if recipe.train.cross_entropy_weight == 0 and not recipe.techniques:
         yield "train.cross_entropy_weight=0 without techniques leaves no loss; set it to 1, or add e.g. {type: distill}"
+
+
+def _rates(recipe: Sections) -> Iterator[str]:
+    # A step multiplies weights by 1 - lr * weight_decay.
+    for technique in recipe.techniques:
+        said, optimizer = technique.own_settings(), recipe.optimizer
+        lr = optimizer.lr * (said.lr_factor or 1.0)
+        decay = optimizer.weight_decay if said.weight_decay is None else said.weight_decay
+        if said != PLAIN and lr * decay >= 1:
+            kind: str = technique.type  # type: ignore[attr-defined]
+            yield (
+                f"{kind}: optimizer.lr={optimizer.lr:g} x lr_factor={said.lr_factor or 1.0:g} x weight_decay={decay:g} "
+                f"is at least 1, so every step would wipe its parameters out; set {kind}.weight_decay below {1 / lr:g}"
+            )
 
 
 def _secrets(recipe: Sections) -> Iterator[str]:

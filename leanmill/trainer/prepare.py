@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.sites import Sites, iter_sites
+from leanmill.core.parameters import PLAIN, ParamRule, apply_trainable, settings_by_name
+from leanmill.core.sites import Sites, clean_name, iter_sites
 from leanmill.core.stage import OperandStage
-from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
+from leanmill.core.technique import Installation, InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.compile import compile_blocks
@@ -79,12 +81,23 @@ def prepare(
         module,
         Preparation(
             materialise=make_materialiser(recipe.model, seed=recipe.seed, reset_branches=techniques.reset_branch),
-            make_optimizer=lambda live: build_optimizer(recipe.optimizer, trainable(live), undecayed=undecayed(live)),
+            make_optimizer=lambda live: _optimizer(recipe, live, techniques.param_rules),
             num_micro_batches=num_micro_batches,
             max_grad_norm=recipe.train.max_grad_norm,
         ),
     )
     return Prepared(techniques=techniques, conversion=conversion, num_trainable=num_trainable)
+
+
+def _optimizer(recipe: Recipe, module: nn.Module, rules: Sequence[ParamRule]) -> torch.optim.Optimizer:
+    named = trainable(module)
+    settings = settings_by_name(rules, [clean_name(name) for name, _ in named])
+    return build_optimizer(
+        recipe.optimizer,
+        named,
+        undecayed=undecayed(module),
+        settings=lambda name: settings.get(clean_name(name), PLAIN),
+    )
 
 
 def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple[InstalledTechniques, TrainModule]:
@@ -112,25 +125,43 @@ def install_techniques(
     """
     installed = InstalledTechniques()
     sites = Sites(model)
-    branches: list[Callable[[nn.Module], None]] = []
+    branches: list[tuple[TechniqueConfig, Callable[[nn.Module], None]]] = []
     for config in sorted(configs, key=lambda c: c.type):  # type: ignore[attr-defined]
-        part = config.install(sites, context)
-        installed.loss_terms.extend(part.loss_terms)
-        installed.step_rules.extend(part.step_rules)
-        installed.freeze_base |= part.freeze_base
+        with _own_parameters(config, model, installed.param_rules):
+            part = config.install(sites, context)
+        _add(installed, part)
         if part.add_branches is not None:
-            branches.append(part.add_branches)
+            branches.append((config, part.add_branches))
             installed.reset_branch = part.reset_branch
     base = {id(parameter) for parameter in _base_parameters(model)}
-    for add_branches in branches:
-        add_branches(model)
-    if installed.freeze_base:
-        for parameter in model.parameters():
-            if id(parameter) in base:
-                parameter.requires_grad_(False)
+    for config, add_branches in branches:
+        with _own_parameters(config, model, installed.param_rules):
+            add_branches(model)
+    named = [(clean_name(path), parameter) for path, parameter in model.named_parameters()]
+    apply_trainable(installed.param_rules, named, base if installed.freeze_base else ())
+    settings_by_name(installed.param_rules, [name for name, _ in named])  # raises where rules differ
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the techniques leave nothing to train; remove one that freezes, or give `lora` targets")
     return installed
+
+
+def _add(installed: InstalledTechniques, part: Installation) -> None:
+    installed.loss_terms.extend(part.loss_terms)
+    installed.step_rules.extend(part.step_rules)
+    installed.param_rules.extend(part.param_rules)
+    installed.freeze_base |= part.freeze_base
+
+
+@contextmanager
+def _own_parameters(config: TechniqueConfig, model: nn.Module, rules: list[ParamRule]) -> Iterator[None]:
+    """Give the parameters that come up inside the context the settings of the technique's own."""
+    settings = config.own_settings()
+    before = {id(parameter) for parameter in model.parameters()}
+    yield
+    if settings != PLAIN:
+        names = {clean_name(path) for path, p in model.named_parameters() if id(p) not in before}
+        kind: str = config.type  # type: ignore[attr-defined]
+        rules.append(ParamRule(technique=kind, match=names.__contains__, settings=settings))
 
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:

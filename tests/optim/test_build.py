@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.parameters import PLAIN, ParamSettings
 from leanmill.optim.build import build_optimizer, decays
 from leanmill.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig, OptimizerConfig
 from tests.distributed import run_ranks
@@ -132,3 +133,27 @@ def test_adamw8bit_is_built_where_torchao_is_installed() -> None:
     optimizer = build_optimizer(Adam8bit(lr=0.1), [("up.weight", nn.Parameter(torch.ones(64, 64)))])
     assert type(optimizer).__name__ == "AdamW8bit"
     assert optimizer.param_groups[0]["initial_lr"] == 0.1
+
+
+def test_settings_make_groups_of_their_own() -> None:
+    model = _Model()
+    said = {
+        "up.weight": ParamSettings(lr_factor=10.0),
+        "up.bias": ParamSettings(lr_factor=10.0, weight_decay=0.2),
+        "experts.down_proj": ParamSettings(lr_factor=10.0, weight_decay=0.2),
+        "q_norm": ParamSettings(betas=(0.5, 0.75)),
+    }
+    config = AdamW(lr=0.5, weight_decay=0.3)
+    optimizer = build_optimizer(config, model.named_parameters(), settings=lambda name: said.get(name, PLAIN))
+    assert _names(model, optimizer) == {
+        "decay": ["embed.weight"],
+        "decay, betas 0.5 0.75": ["q_norm"],
+        "no_decay": ["experts.down_proj_bias", "input_layernorm.bias", "input_layernorm.weight"],
+        "decay, lr x 10": ["up.weight"],
+        "weight_decay 0.2, lr x 10": ["experts.down_proj", "up.bias"],
+    }
+    groups = [(g["initial_lr"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups]
+    assert groups == [
+        (0.5, 0.3, (0.9, 0.95)), (0.5, 0.3, (0.5, 0.75)), (0.5, 0.0, (0.9, 0.95)),
+        (5.0, 0.3, (0.9, 0.95)), (5.0, 0.2, (0.9, 0.95)),
+    ]  # fmt: skip

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from leanmill.core.registry import parse_technique
 from leanmill.models.build import build_on_meta
 from leanmill.models.counting import num_parameters
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.launch import Ranks
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import prepare
 from tests.contract_cases import ENGINES, recipe_of
 from tests.distributed import run_ranks
@@ -27,3 +29,39 @@ def _counts(engine):
 def test_trainable_parameters_are_counted_whole_under_sharding(engine):
     for whole, num_trainable in run_ranks(_counts, 2, ENGINES[engine]):
         assert num_trainable == whole > 0
+
+
+@pytest.mark.parametrize("where", ["weight", "branch"])
+def test_a_technique_sets_rate_and_decay_of_the_parameters_it_brought(where):
+    recipe = recipe_of(("lora", "lsq_row", "second_lora"), {"type": "single"}, "", 1).model_dump()
+    first, lsq, second = recipe["techniques"]
+    first |= {"where": where, "lr_factor": 4.0}
+    lsq |= {"weight_decay": 0.05}
+    model = build_on_meta(Recipe.model_validate(recipe).model)
+    ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    engine, _ = build_engine(Recipe.model_validate(recipe).engine, ranks=ranks, precision="fp32", model_bytes=0)
+    prepare(Recipe.model_validate(recipe), model, engine, num_micro_batches=2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {g["name"]: [names[id(p)] for p in g["params"]] for g in engine.param_groups}
+    assert groups.keys() == {"decay", "decay, lr x 4", "weight_decay 0.05"}
+    assert len(groups["decay, lr x 4"]) == 2 * 14
+    assert len(groups["decay"]) == 2 * 4
+    assert all("lora_" in name for name in groups["decay"] + groups["decay, lr x 4"])
+    assert not set(groups["decay"]) & set(groups["decay, lr x 4"])
+    assert all(name.endswith("stages.quant.scale") for name in groups["weight_decay 0.05"])
+    assert len(groups["weight_decay 0.05"]) == 14
+
+
+@pytest.mark.parametrize("key", ["lr_factor", "weight_decay"])
+def test_a_technique_without_parameters_has_no_rate_of_its_own(key):
+    with pytest.raises(ValueError, match=rf"ternary\.{key}: ternary brings no parameters.*optimizer\."):
+        parse_technique({"type": "ternary", key: 0.5})
+
+
+def test_a_decay_that_wipes_a_techniques_parameters_out_is_refused():
+    recipe = recipe_of(("lora",), {"type": "single"}, "", 1).model_dump()
+    recipe["techniques"][0]["lr_factor"] = 1e4
+    with pytest.raises(
+        ValueError, match=r"lora: optimizer\.lr=0\.01 x lr_factor=10000 x weight_decay=0\.1 is at least 1"
+    ):
+        Recipe.model_validate(recipe)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
+from leanmill.core.technique import Installation, InstallContext, TrainedTechniqueConfig
 
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class Lora(TechniqueConfig):
+class Lora(TrainedTechniqueConfig):
     """Freeze the model and train low-rank adapters (Hu et al. 2021, arXiv:2106.09685)."""
 
     type: Literal["lora"] = "lora"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import Installation, InstallContext
+from leanmill.core.technique import Installation, InstallContext, TrainedTechniqueConfig
 from leanmill.quant.config import SharedScales
 
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class Lsq(SharedScales):
+class Lsq(TrainedTechniqueConfig, SharedScales):
     """Weights on an integer grid whose step sizes are trained (LSQ: Esser et al. 2020, arXiv:1902.08153).
 
     Steps start at 2 mean |w| / sqrt(Qp) of the loaded weights and get no weight decay. With one bit the
