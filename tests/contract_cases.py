@@ -54,6 +54,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "int_quant": {"type": "int_quant", "weight_bits": 4, "activation_bits": 8, "granularity": "group", "group_size": 8},
     "lsq_tensor": {"type": "lsq", "weight_bits": 4},
     "lsq_row": {"type": "lsq", "weight_bits": 3, "granularity": "row"},
+    "lsq_tied": {"type": "lsq", "granularity": "row", "targets": ["*_proj", "embed_tokens", "lm_head"]},
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
 }
@@ -71,7 +72,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
-    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row")},
+    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row", "lsq_tied")},
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),

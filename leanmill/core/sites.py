@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -13,7 +13,7 @@ from leanmill.core.branches import BASE, branch_modules, is_branched
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
-from leanmill.core.stage import OperandStage
+from leanmill.core.stage import OperandStage, Stage
 
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", BASE, "module")
@@ -92,6 +92,25 @@ class Sites:
             raise ConfigError(self._nothing_taken(targets, exclude))
         self._check_ties(taken)
         return [self._site(self.candidates[name]) for name in self.candidates if name in taken]
+
+    def put(self, selected: Sequence[Site], make: Callable[[Site], Stage]) -> None:
+        """Give every selected site a stage of its own; sites that share a parameter share one.
+
+        What a stage learns then stays one for both uses of a tied weight, and their export stays tied.
+
+        Args:
+            selected: What `select` returned.
+            make: Builds the stage of a site, on the device of its weight.
+
+        Raises:
+            ConfigError: A slot is taken.
+        """
+        made: dict[int, Stage] = {}
+        for site in selected:
+            key = id(site.raw_weight)
+            if key not in made:
+                made[key] = make(site)
+            site.put(made[key])
 
     def _nothing_taken(self, targets: Sequence[str] | None, exclude: Sequence[str]) -> str:
         if targets is not None and not targets:

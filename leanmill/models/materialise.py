@@ -62,17 +62,21 @@ def make_materialiser(
 def initialise_stages(model: nn.Module) -> None:
     """Let stages that start from the loaded weight (`Stage.initialise`) see it, one site at a time. A collective.
 
-    A stage is given what the stages before it make of the weight, whole, in fp32, on the CPU.
+    A stage is given what the stages before it make of the weight, whole, in fp32, on the CPU. One that
+    tied weights share sees it once.
     """
+    done: set[int] = set()
     for _, site in iter_sites(model):
         stages = site.weight_stages()
-        if not any(stage.has_initialiser for stage in stages):
+        waiting = {id(stage) for stage in stages if stage.has_initialiser} - done
+        if not waiting:
             continue
+        done |= waiting
         weight = full(site.raw_weight.detach()).to("cpu", torch.float32)
         for stage in stages:
             own = {name: full(parameter.detach()).cpu() for name, parameter in stage.named_parameters()}
             twin: Any = cpu_copy(stage, own)
-            if stage.has_initialiser:
+            if id(stage) in waiting:
                 twin.initialise(weight)
                 for name, parameter in stage.named_parameters():
                     assign(parameter, twin.get_parameter(name).to(parameter.device))

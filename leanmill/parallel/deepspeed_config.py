@@ -75,10 +75,12 @@ def derive_config(
         persist_below: See `PERSIST_BELOW`.
     """
     sizes = [_num_elements(p) for p in module.parameters()]
+    # DeepSpeed aligns what it gathers to pairs of elements and refuses an odd bucket.
+    bucket_size = 2 * -(-max(1, min(BUCKET_ELEMENTS, sum(sizes))) // 2)
     zero: dict[str, Any] = {
         "stage": config.stage,
-        "reduce_bucket_size": max(1, min(BUCKET_ELEMENTS, sum(sizes))),
-        "allgather_bucket_size": max(1, min(BUCKET_ELEMENTS, sum(sizes))),
+        "reduce_bucket_size": bucket_size,
+        "allgather_bucket_size": bucket_size,
         # Patches torch.nn.functional.linear for the whole process otherwise.
         "memory_efficient_linear": False,
         # Modules to gather whole are named by the engine, by capability instead of class.

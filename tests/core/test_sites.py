@@ -6,7 +6,7 @@ import torch
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite, ExpertSite, LinearSite
 from leanmill.core.sites import Sites, clean_name, iter_sites, matches
-from tests.core.tiny import FAMILIES, MIXTURES, install, tiny, tokens
+from tests.core.tiny import FAMILIES, MIXTURES, install, loss_of, tiny, tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,6 +86,34 @@ def test_tied_weights_come_together_or_not_at_all():
     install(model, {"type": "ternary", "targets": ["embed_tokens", "lm_head"]})
     assert torch.equal(both[0].effective_weight(), both[1].effective_weight())
     assert len(list(model.parameters())) == len(list(tiny(tie_word_embeddings=True).parameters()))
+
+
+def test_tied_weights_share_a_stage():
+    model = tiny(tie_word_embeddings=True)
+    install(model, {"type": "lsq", "granularity": "row", "targets": ["embed_tokens", "lm_head", "q_proj"]})
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = table.stages["quant"]
+    assert head.stages["quant"] is shared
+    queries = [layer.self_attn.q_proj.stages["quant"] for layer in model.model.layers]
+    assert queries[0] is not queries[1]
+    scales = [name for name, _ in model.named_parameters() if name.endswith("quant.scale")]
+    assert scales == ["model.embed_tokens.stages.quant.scale"] + [
+        f"model.layers.{i}.self_attn.q_proj.stages.quant.scale" for i in range(2)
+    ]
+    loss_of(model, tokens()).backward()
+    both = shared.scale.grad.clone()
+    parts = []
+    for other in (table, head):
+        shared.scale.grad = None
+        staged = other.effective_weight().detach()
+        own = other.stages
+        other.stages = torch.nn.ModuleDict()
+        plain = other.weight
+        other.weight = torch.nn.Parameter(staged)
+        loss_of(model, tokens()).backward()
+        parts.append(shared.scale.grad.clone())
+        other.stages, other.weight = own, plain
+    torch.testing.assert_close(both, sum(parts), rtol=1e-4, atol=1e-8)
 
 
 def test_report_counts():

@@ -74,8 +74,9 @@ def test_every_technique(techniques: list[dict], tmp_path: Path) -> None:
     assert "largest logit difference" in str(report)
 
 
-def test_tied_weights_stay_tied(tmp_path: Path) -> None:
-    technique = {**TERNARY, "targets": ["*_proj", "embed_tokens", "lm_head"]}
+@pytest.mark.parametrize("technique", [TERNARY, {"type": "lsq", "granularity": "row"}], ids=["ternary", "lsq"])
+def test_tied_weights_stay_tied(technique: dict, tmp_path: Path) -> None:
+    technique = {**technique, "targets": ["*_proj", "embed_tokens", "lm_head"]}
     model, checkpoint = checkpoint_of(tmp_path / "run", "llama", [technique])
     report = export_hf(checkpoint, tmp_path / "out")
     reloaded = plain(report.path)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import Sites
 from leanmill.core.stage import Slot, Stage
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
-from leanmill.models.materialise import make_materialiser
+from leanmill.models.materialise import initialise_stages, make_materialiser
 from tests.distributed import run_ranks
 from tests.models.families import FAMILIES, tiny_config
 
@@ -230,3 +231,26 @@ def test_an_incomplete_or_misshapen_checkpoint_names_the_weights(tmp_path) -> No
     save_file(weights | {name: torch.zeros(47, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=f"other shapes .*{name}"):
         make_materialiser(from_path, seed=0)(build_on_meta(from_path))
+
+
+def test_a_stage_that_tied_weights_share_starts_from_the_weight_once() -> None:
+    class Counting(Stage):
+        slot: ClassVar[Slot] = Slot.MASK
+        technique: ClassVar[str] = "counting"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = nn.Parameter(torch.zeros(1))
+
+        def initialise(self, weight: torch.Tensor) -> None:
+            self.seen.data += 1
+
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config("llama")))
+    sites = Sites(model)
+    sites.put(sites.select(["embed_tokens", "lm_head", "q_proj"]), lambda site: Counting())
+    initialise_stages(model)
+    seen = [p.item() for name, p in model.named_parameters() if name.endswith("seen")]
+    assert seen == [1.0, 1.0, 1.0]

@@ -51,3 +51,15 @@ def test_swapped_gradients_are_read_at_the_start_of_a_buffer(tmp_path: Path) -> 
         config, nn.Linear(3, 5), device=torch.device("cpu"), precision="fp32", num_micro_batches=1, max_grad_norm=None
     )
     assert settings["zero_optimization"]["sub_group_size"] == 1
+
+
+def test_a_model_with_an_odd_number_of_elements_gets_an_even_bucket() -> None:
+    settings = derive_config(
+        configs.DeepSpeedEngine.model_validate({"stage": 1}),
+        nn.Linear(3, 1, bias=False),
+        device=torch.device("cpu"),
+        precision="fp32",
+        num_micro_batches=1,
+        max_grad_norm=None,
+    )
+    assert settings["zero_optimization"]["allgather_bucket_size"] == 4

@@ -50,6 +50,8 @@ class Lsq(TrainedTechniqueConfig, SharedScales):
 
         selected = sites.select(self.targets, self.exclude)
         check_groups(selected, self.type, self.group_size)
-        for site in selected:
-            site.put(LsqStage(site.raw_weight, self.weight_bits, self.grid, self.granularity, self.group_size))
+        sites.put(
+            selected,
+            lambda site: LsqStage(site.raw_weight, self.weight_bits, self.grid, self.granularity, self.group_size),
+        )
         return Installation()

@@ -11,6 +11,7 @@ from leanmill.core.technique import Installation, InstallContext, TechniqueConfi
 
 
 if TYPE_CHECKING:
+    from leanmill.core.site import Site
     from leanmill.core.sites import Sites
 
 
@@ -65,11 +66,12 @@ class NMSparsity(TechniqueConfig):
                     f"{list(weight.shape)}; add {site.site_name!r} to nm_sparsity.exclude or choose a "
                     f"group_size that divides {weight.shape[-1]}"
                 )
-        is_decaying = self.gradient == "sr_ste" and self.decay > 0
-        for site in selected:
+        decay = self.decay if self.gradient == "sr_ste" else 0.0
+
+        def stage(site: Site) -> NMSparsityStage:
             weight = site.raw_weight
-            # A weight tied to n others gets the decay from each of their stages.
-            decay = self.decay / (1 + len(sites.tied_to(site))) if is_decaying else 0.0
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            site.put(NMSparsityStage(self.num_kept, self.group_size, decay, device=weight.device, dtype=dtype))
-        return Installation(step_rules=(DecayOncePerStep(sites.model),) if is_decaying else ())
+            return NMSparsityStage(self.num_kept, self.group_size, decay, device=weight.device, dtype=dtype)
+
+        sites.put(selected, stage)
+        return Installation(step_rules=(DecayOncePerStep(sites.model),) if decay > 0 else ())
