@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,22 @@ from torch import Tensor
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Return the element-wise sum of `tensor` over all ranks; the argument is left as it is."""
-    return _reduced(tensor, dist.ReduceOp.SUM)
+    return reduced(tensor, "sum")
 
 
 def max_over_ranks(tensor: Tensor) -> Tensor:
     """Return the element-wise maximum of `tensor` over all ranks; the argument is left as it is."""
-    return _reduced(tensor, dist.ReduceOp.MAX)
+    return reduced(tensor, "max")
+
+
+def reduced(tensor: Tensor, op: Literal["sum", "max", "min"], group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return `tensor` reduced element-wise over the ranks of `group` (all of them); the argument is left as it is."""
+    if not _is_distributed():
+        return tensor.clone()
+    device = _collective_device() if tensor.device.type == "cpu" else tensor.device
+    result = tensor.detach().to(device, copy=True)
+    dist.all_reduce(result, op=getattr(dist.ReduceOp, op.upper()), group=group)
+    return result.to(tensor.device)
 
 
 def begin_max_over_ranks(tensor: Tensor) -> Callable[[], Tensor]:
@@ -94,15 +104,6 @@ def barrier() -> None:
         token = torch.zeros(1, device=_collective_device())
         dist.all_reduce(token)
         token.item()
-
-
-def _reduced(tensor: Tensor, operation: Any) -> Tensor:
-    if not _is_distributed():
-        return tensor.clone()
-    device = _collective_device() if tensor.device.type == "cpu" else tensor.device
-    result = tensor.detach().to(device, copy=True)
-    dist.all_reduce(result, op=operation)
-    return result.to(tensor.device)
 
 
 def _is_distributed() -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from leanmill.core.batches import Batch
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.quiet import ignore_warning
+from leanmill.core.views import Views
 from leanmill.parallel import config as configs
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, empty_share, share
@@ -27,6 +28,7 @@ from leanmill.parallel.engine import Engine, Losses, Preparation
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.single import freeze
 from leanmill.parallel.tensors import full
+from leanmill.parallel.views_zero import ZeroViews
 
 
 class DeepSpeedEngine(Engine):
@@ -145,6 +147,7 @@ class DeepSpeedEngine(Engine):
             self._engine.backward(losses["total"] * scale, scale_wrt_gas=False)
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        self._zero.has_gradients = True
         return sums
 
     @torch.no_grad()
@@ -160,6 +163,7 @@ class DeepSpeedEngine(Engine):
         return torch.as_tensor(self._zero.global_norm(), dtype=torch.float32, device=self.device).reshape(())
 
     def step(self, skip: Tensor) -> None:
+        self._zero.forget_gradients()
         # Reading the flag waits for the device; DeepSpeed's own step does so for its norm anyway.
         if bool(skip):
             self._zero.drop_gradients()
@@ -179,6 +183,10 @@ class DeepSpeedEngine(Engine):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._zero.base.param_groups
+
+    @property
+    def views(self) -> Views:
+        return ZeroViews(self._model, self._zero)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained():

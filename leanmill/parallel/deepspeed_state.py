@@ -64,6 +64,10 @@ class ZeroState:
 
     def __init__(self, optimizer: Any, stage: int) -> None:
         self.optimizer, self.stage = optimizer, stage
+        self.has_gradients = False
+        """Whether a backward is complete and no step has used it up."""
+        self.written_gradients: dict[int, Tensor] = {}
+        """By DeepSpeed's id of a parameter: pieces of gradients that were handed out to be written."""
 
     @property
     def base(self) -> torch.optim.Optimizer:
@@ -175,6 +179,11 @@ class ZeroState:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
+    def forget_gradients(self) -> None:
+        """Hand out no more pieces of gradients: the step uses them up."""
+        self.has_gradients = False
+        self.written_gradients = {}
+
     def drop_gradients(self) -> None:
         """Forget this step's gradients, the way DeepSpeed does after an fp16 overflow."""
         optimizer = self.optimizer
@@ -201,6 +210,11 @@ class ZeroState:
         """Return the gradient norm over all ranks (stages 1 to 3), as `step` will compute it again."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
+        noted = getattr(self.optimizer, "norm_for_param_grads", {})
+        for index, gradient in self.written_gradients.items():
+            # With optimizer offload, norms were taken as the gradients arrived.
+            if index in noted:
+                noted[index] = gradient.double().norm()
         if self.stage == 3:
             return combine_grad_norm_groups(self.optimizer._get_norm_groups())
         return self.optimizer.scaled_global_norm()

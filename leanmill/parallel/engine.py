@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
+from leanmill.core.views import Views
 
 
 Losses = dict[str, Tensor]
@@ -88,9 +89,14 @@ class Engine(ABC):
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups, whose `lr` a schedule writes before `step`."""
 
+    @property
+    @abstractmethod
+    def views(self) -> Views:
+        """This rank's pieces of weights, gradients and optimizer state, for step rules."""
+
     @abstractmethod
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, full gradient) between backward and step, for tests and step rules."""
+        """Yield (name, full gradient) between backward and step, for tests: it gathers them. Rules use `views`."""
 
     @abstractmethod
     def full_parameter(self, name: str) -> Tensor:

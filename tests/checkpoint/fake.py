@@ -36,7 +36,7 @@ class FakeEngine(Engine):
         raise NotImplementedError
 
     prepare = forward_backward = clip = step = evaluate = gradients = full_parameter = prepare_frozen = close = _unused
-    param_groups = property(_unused)  # type: ignore[assignment]
+    param_groups = views = property(_unused)  # type: ignore[assignment]
 
 
 def odd_tensors(seed: int = 0) -> dict[str, Tensor]:
