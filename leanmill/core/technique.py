@@ -73,6 +73,10 @@ class TechniqueConfig(Config):
         """Return the models that the technique reads: key of this configuration -> folder or hub name."""
         return {}
 
+    def reads_optimizer_state(self) -> bool:
+        """Whether its step rules read or write optimizer state or masters by element, see `core.views`."""
+        return False
+
     def own_settings(self) -> ParamSettings:
         """Return how the parameters that this technique brings are trained."""
         return ParamSettings()

@@ -32,6 +32,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _data(recipe)
     yield from _losses(recipe)
     yield from _rates(recipe)
+    yield from _views(recipe)
     yield from _secrets(recipe)
 
 
@@ -161,6 +162,25 @@ def _rates(recipe: Sections) -> Iterator[str]:
             yield (
                 f"{kind}: optimizer.lr={optimizer.lr:g} x lr_factor={said.lr_factor or 1.0:g} x weight_decay={decay:g} "
                 f"is at least 1, so every step would wipe its parameters out; set {kind}.weight_decay below {1 / lr:g}"
+            )
+
+
+def _views(recipe: Sections) -> Iterator[str]:
+    names = [config.type for config in recipe.techniques if config.reads_optimizer_state()]  # type: ignore[attr-defined]
+    if not names:
+        return
+    if recipe.optimizer.type == "adamw8bit":
+        yield (
+            f"{names[0]} writes optimizer state element by element, and optimizer.type=adamw8bit keeps it in rounded "
+            f"blocks; set optimizer.type=adamw or lion"
+        )
+    offloads = ("offload_optimizer", "offload_parameters") if recipe.engine.type == "deepspeed" else ()
+    for field in offloads:
+        offload = getattr(recipe.engine, field)
+        if offload is not None and offload.device == "nvme":
+            yield (
+                f"{names[0]} reads weights and optimizer state in every step, and engine.{field}.device=nvme keeps "
+                f"them on disk; set engine.{field}.device=cpu"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,8 @@ class StepRecord:
     """Device memory peak on CUDA, resident set on CPU; maximum over ranks."""
     skipped_steps: int
     """Optimizer steps skipped so far for non-finite values."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What step rules report, as `rule/metric`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from leanmill.core.batches import Batch
 from leanmill.core.errors import RunError
-from leanmill.core.rules import StepContext, StepRule
+from leanmill.core.rules import StepContext, StepRule, metrics_of
 from leanmill.data.build import TrainData
 from leanmill.optim.schedules import lr_factor
 from leanmill.parallel.collectives import sum_over_ranks
@@ -94,7 +94,9 @@ class Loop:
         recipe, engine = self.recipe, self.engine
         seed_step(recipe.seed, self.step, engine.data_rank)
         micro_batches, num_valid = self._next_batch()
-        context = StepContext(step=self.step, num_steps=self.num_steps, num_micro_batches=len(micro_batches))
+        context = StepContext(
+            step=self.step, num_steps=self.num_steps, num_micro_batches=len(micro_batches), views=engine.views
+        )
         for rule in self.step_rules:
             rule.begin_step(context)
         factor = lr_factor(recipe.schedule, self.step, self.num_steps)
@@ -107,9 +109,9 @@ class Loop:
             rule.before_optimizer(context)
         norm = engine.clip(recipe.train.max_grad_norm)
         skip = ~torch.isfinite(norm)
-        engine.step(skip)
+        engine.step(skip | any(rule.replaces_optimizer(context) for rule in self.step_rules))
         for rule in self.step_rules:
-            rule.after_optimizer(context)
+            rule.after_optimizer(replace(context, skipped=skip))
         self.meter.update(losses, num_valid, norm, skip, step=self.step + 1)
         if recipe.train.non_finite == "stop" and self._reads_at_once and skip:
             self._raise_non_finite(self.step + 1)
@@ -137,7 +139,11 @@ class Loop:
         tokens_per_step = self.recipe.batch.tokens_per_step
         skipped_before, first_skipped = self.num_skipped, self.meter.first_skipped_step
         record = self.meter.record(
-            step=self.step, tokens=self.data.position_tokens, lr=group["lr"], tokens_per_step=tokens_per_step
+            step=self.step,
+            tokens=self.data.position_tokens,
+            lr=group["lr"],
+            tokens_per_step=tokens_per_step,
+            metrics=metrics_of(self.step_rules),
         )
         self.num_skipped = record.skipped_steps
         for observer in self.observers:

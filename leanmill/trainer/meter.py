@@ -60,7 +60,9 @@ class Meter:
         """Steps skipped since the start of the run."""
         return int(self._num_skipped.item())
 
-    def record(self, *, step: int, tokens: int, lr: float, tokens_per_step: int) -> StepRecord:
+    def record(
+        self, *, step: int, tokens: int, lr: float, tokens_per_step: int, metrics: Mapping[str, float]
+    ) -> StepRecord:
         """Reduce over ranks, return the record and start anew. A collective."""
         names = list(self._losses)
         sums = sum_over_ranks(torch.stack([self._losses[name].float() for name in names]))
@@ -78,6 +80,7 @@ class Meter:
             tokens_per_second=tokens_per_step / seconds,
             peak_memory_bytes=int(peak.item()),
             skipped_steps=self.num_skipped,
+            metrics=metrics,
         )
         self._reset()
         return record

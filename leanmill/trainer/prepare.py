@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.parameters import PLAIN, ParamRule, apply_trainable, settings_by_name
+from leanmill.core.rules import load_state
 from leanmill.core.sites import Sites, clean_name, iter_sites
 from leanmill.core.stage import OperandStage
 from leanmill.core.technique import Installation, InstallContext, InstalledTechniques, TechniqueConfig
@@ -50,6 +52,7 @@ def prepare(
     *,
     num_micro_batches: int,
     tokenizer_fingerprint: str | None = None,
+    rule_states: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Prepared:
     """Bring a model on the meta device to trainable: sites, techniques, recompute, compile, shard, fill.
 
@@ -59,6 +62,7 @@ def prepare(
         engine: The engine, not yet prepared; afterwards it owns the module and the optimizer.
         num_micro_batches: Backward passes of a step on this rank.
         tokenizer_fingerprint: Digest of the tokenizer, for techniques that compare vocabularies.
+        rule_states: What step rules saved in the checkpoint that a resumed run goes on from.
     """
 
     @cache  # terms may share a teacher
@@ -73,6 +77,7 @@ def prepare(
         seed=recipe.seed,
     )
     techniques, module = assemble(recipe, model, context)
+    load_state(techniques.step_rules, rule_states or {})
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
     if recipe.train.compile:
         compile_blocks(model)
@@ -142,6 +147,8 @@ def install_techniques(
     settings_by_name(installed.param_rules, [name for name, _ in named])  # raises where rules differ
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the techniques leave nothing to train; remove one that freezes, or give `lora` targets")
+    for rule in installed.step_rules:
+        rule.check()
     return installed
 
 

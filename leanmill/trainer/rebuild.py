@@ -12,7 +12,7 @@ from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manifest import read_manifest, verify
 from leanmill.checkpoint.reading import read_document, read_full_state
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.rules import StepContext, StepRule
+from leanmill.core.rules import StepContext, StepRule, load_state
 from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext
 from leanmill.models.build import build_on_meta
@@ -62,6 +62,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     model = _build(recipe, stored, tokenizer_dir)
     context = InstallContext(load_frozen_model=_no_teacher, vocab_size=model.config.vocab_size, seed=recipe.seed)
     techniques = install_techniques(recipe.techniques, model, context)
+    load_state(techniques.step_rules, state.get("rules", {}))
     if partial:
         make_materialiser(recipe.model, seed=recipe.seed)(model)
     else:

@@ -13,6 +13,7 @@ from torch import nn
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import read_document
+from leanmill.core.rules import state_of
 from leanmill.core.stage import is_stage_tensor
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
@@ -122,6 +123,8 @@ class _Run:
             model_bytes=model_bytes,
         )
         num_micro_batches, _ = derive_steps(recipe, self.engine.data_size)
+        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
+        state = self._find()
         flops = flops_per_token(model, recipe.data.sequence_length)
         num_total, _ = num_parameters(model)
         prepared = prepare(
@@ -130,10 +133,12 @@ class _Run:
             self.engine,
             num_micro_batches=num_micro_batches,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            rule_states=state.get("rules", {}),
         )
-        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.saved = saved_part(recipe, model, prepared.techniques.freeze_base)
-        state = self._resume()
+        if state:
+            self.manager.load(self.resumed_from, self.engine, **self.saved)
+            self.data.load_state_dict(state["data"])
         self.manager.clear_away()
         num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
         self._write_recipe(tokenizer)
@@ -221,16 +226,16 @@ class _Run:
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
         barrier()
 
-    def _resume(self) -> dict[str, Any]:
+    def _find(self) -> dict[str, Any]:
+        """Find what to resume and return its `train_state`, which decides how the model is prepared."""
         path = self.manager.find(self.recipe.checkpoint.resume)
         if path is None:
             return {}
         self.changes = changes(read_document(path, "recipe.json"), self.recipe)
         check_accepted(self.changes, self.recipe.checkpoint.accept_changes, str(path))
+        state = self.manager.train_state(path)
         # Before the model, since other data may be why the model has another vocabulary.
-        self.data.identity.check(self.manager.train_state(path)["data"]["identity"])
-        state = self.manager.load(path, self.engine, **self.saved)
-        self.data.load_state_dict(state["data"])
+        self.data.identity.check(state["data"]["identity"])
         self.resumed_from = path
         return state
 
@@ -254,6 +259,7 @@ class _Run:
             "seed": self.recipe.seed,
             "world_size": self.ranks.world_size,
             "num_skipped": self.loop.meter.num_skipped,
+            "rules": state_of(self.loop.step_rules),
         }
         score = self.scores["all"].loss if self.scores_step == step and self.scores else None
         recipe = self.recipe.model_dump(mode="json")

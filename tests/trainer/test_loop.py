@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from leanmill.core.errors import RunError
+from leanmill.core.rules import StepContext, StepRule
 from leanmill.recipe.root import Recipe
+from leanmill.report.observer import Observer, StepRecord
 from leanmill.trainer import loop as loop_module
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.stop import Agreement, Stop
@@ -20,10 +22,11 @@ from tests.distributed import run_ranks
 class IdleEngine:
     """Takes no step; the gradient norm of the steps in `bad` is NaN."""
 
-    device, data_rank, data_size = torch.device("cpu"), 0, 1
+    device, data_rank, data_size, views = torch.device("cpu"), 0, 1, None
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         self.bad, self.steps = bad, 0
+        self.skips: list[bool] = []
         self.param_groups = [{"lr": 1.0, "initial_lr": 1.0}]
 
     def forward_backward(self, micro_batches: Any, num_valid: Tensor) -> dict[str, Tensor]:
@@ -34,7 +37,7 @@ class IdleEngine:
         return torch.tensor(float("nan") if self.steps in self.bad else 1.0)
 
     def step(self, skip: Tensor) -> None:
-        pass
+        self.skips.append(bool(skip))
 
 
 class Rows:
@@ -48,7 +51,7 @@ class Run:
     """A loop of 10 steps; a signal comes during `moment`, such as "step 3" or "save 4"."""
 
     def __init__(
-        self, moment: str = "", *, bad: tuple[int, ...] = (), level: Stop = Stop.STOPPED, **train: Any
+        self, moment: str = "", *, bad: tuple[int, ...] = (), level: Stop = Stop.STOPPED, rules: Any = (), **train: Any
     ) -> None:
         self.events: list[str] = []
         self.moment, self.level, self.asked = moment, level, Stop.NOT_ASKED
@@ -71,7 +74,7 @@ class Run:
             recipe=recipe,
             engine=engine,
             data=Rows(),
-            step_rules=(),
+            step_rules=rules,
             observers=(),
             num_steps=10,
             num_micro_batches=1,
@@ -122,6 +125,42 @@ def test_after_a_signal_no_step_is_begun(moment: str, tail: list[str], level: St
 @pytest.mark.parametrize("moment", ["eval 10", "save 10"])
 def test_a_run_that_is_done_has_finished(moment: str) -> None:
     assert Run(moment).go() is Stop.NOT_ASKED
+
+
+class Third(StepRule):
+    """Takes the optimizer's place in every third step."""
+
+    name = "third"
+
+    def __init__(self) -> None:
+        self.skipped: list[bool] = []
+
+    def replaces_optimizer(self, context: StepContext) -> bool:
+        return context.step % 3 == 2
+
+    def after_optimizer(self, context: StepContext) -> None:
+        assert context.skipped is not None
+        self.skipped.append(bool(context.skipped))
+
+    def metrics(self) -> dict[str, float]:
+        return {"calls": float(len(self.skipped))}
+
+
+def test_rules_replace_steps_and_know_which_were_skipped() -> None:
+    records: list[Any] = []
+
+    class Records(Observer):
+        def on_step(self, record: StepRecord) -> None:
+            records.append(record)
+
+    rule = Third()
+    run = Run(rules=[rule], bad=(2, 6), non_finite="skip")
+    run.loop.observers = [Records()]
+    run.go()
+    assert run.loop.engine.skips == [step in (2, 3, 6, 9) for step in range(1, 11)]  # type: ignore[attr-defined]
+    assert rule.skipped == [step in (2, 6) for step in range(1, 11)]
+    assert run.loop.num_skipped == 2, "a replaced step is not a skipped one"
+    assert records[-1].metrics == {"third/calls": 10.0}
 
 
 def test_a_signal_to_one_rank_stops_all_in_the_same_step() -> None:

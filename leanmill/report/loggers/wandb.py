@@ -70,6 +70,7 @@ class WandbLog(Observer):
                 "speed/tokens_per_second": record.tokens_per_second,
                 "speed/step_seconds": record.step_seconds,
                 "memory/peak_gib": record.peak_memory_bytes / 2**30,
+                **{f"rules/{name}": value for name, value in record.metrics.items()},
             },
         )
 

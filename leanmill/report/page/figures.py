@@ -25,6 +25,7 @@ def groups(run: RunData) -> list[Group]:
         Group("Learning", [_training_loss(run, events), _validation_loss(run), _bits_per_byte(run)]),
         Group("Optimisation", [_learning_rate(run), _gradient_norm(run, events)]),
         Group("Speed and memory", _speed(run, events)),
+        *([Group("Step rules", rules)] if (rules := _rules(run)) else []),
     ]
 
 
@@ -120,6 +121,17 @@ def _speed(run: RunData, events: Sequence[tuple[str, int]]) -> list[Chart]:
             series=[Series(label="utilisation", points=utilisation, color=1)], events=events,
         ))  # fmt: skip
     return charts
+
+
+def _rules(run: RunData) -> list[Chart]:
+    """One chart a metric that step rules report."""
+    return [
+        Chart(
+            id=f"rule-{index}", title=name.replace("/", ": ").replace("_", " "), unit="at the step logged",
+            series=[Series(label=name, points=points(run.steps, "metrics", name), color=index + 1)], format=number,
+        )
+        for index, name in enumerate(keys(run.steps, "metrics"))
+    ]  # fmt: skip
 
 
 def _last_step(run: RunData) -> float:

@@ -64,6 +64,8 @@ class DecayOncePerStep(StepRule):
     of ranks are averaged, and every rank adds the same decay.
     """
 
+    name = "nm_sparsity"
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
