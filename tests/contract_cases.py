@@ -76,6 +76,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
+    "lora_in_steps": ("lora", "lsq_row"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
     # Two terms need logits, so the masked head is called once a chunk.

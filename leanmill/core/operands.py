@@ -47,6 +47,19 @@ class Operands:
         self.tensors: tuple[Tensor, ...] = tuple(tensors)
         """The weight, then the parameters of each stage; pass them through `recomputed`."""
 
+    @property
+    def has_product(self) -> bool:
+        """Whether the matmul has a leaner way than through the staged weight (`Stage.product`)."""
+        first, *rest = self.stages or (None,)
+        if first is None or not first.has_product or self.inputs or len(rest) > 1:
+            return False
+        return not rest or rest[0].learned_grid() is not None
+
+    def product(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply by that way. It is not computed again in backward, so stages give their state as it is now."""
+        first, *rest = self.stages
+        return first.product(tokens, self.tensors[0], bias, rest[0].learned_grid() if rest else None)
+
     def bound(self, tensors: Sequence[Tensor]) -> Bound:
         """Return the stages as functions of `tensors`, which stand for `self.tensors`."""
         weight, *rest = tensors

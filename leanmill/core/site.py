@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.operands import Operands, recomputed
-from leanmill.core.product import linear
+from leanmill.core.product import compute_dtype, linear
 from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
 
 
@@ -146,6 +146,8 @@ class LinearSite(Site, nn.Linear):
         if not self.is_staged:
             return F.linear(input, self.weight, self.bias)
         operands = self.operands()
+        if operands.has_product:
+            return operands.product(input.to(compute_dtype(input)), self.bias)
 
         def product(tokens: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
             bound = operands.bound(tensors)

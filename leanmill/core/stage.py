@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from leanmill.kernels.fake_quant.grid import Kind
+
 
 class Slot(IntEnum):
     """The only order of weight stages, whatever order a recipe lists its techniques in.
@@ -55,6 +57,16 @@ class LowRank:
     b: Tensor
     """[..., out, rank]."""
     scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedGrid:
+    """Steps that a stage rounds to with LSQ's gradients, as `leanmill.kernels.fake_quant` has it."""
+
+    scale: Tensor
+    """Shaped as that operation takes it."""
+    num_bits: int
+    kind: Kind
 
 
 class OperandStage(nn.Module):
@@ -131,6 +143,32 @@ class Stage(OperandStage):
     def low_rank(self) -> LowRank | None:
         """The delta that this stage adds, where it is of low rank."""
         return None
+
+    def learned_grid(self) -> LearnedGrid | None:
+        """The grid that this stage rounds to, where that is all it does; differentiable."""
+        return None
+
+    def product(self, tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: LearnedGrid | None) -> Tensor:
+        """Multiply tokens with the staged weight in a leaner way than through that weight.
+
+        Override it where there is one. It is used where this stage is the only one of a linear layer, or
+        is followed by one with a `learned_grid` alone, and nothing happens to the activations.
+
+        Args:
+            tokens: [..., in], in the dtype of the matmul.
+            weight: [out, in], what arrives at this stage.
+            bias: [out] or None.
+            grid: Of the stage that follows, if one does.
+
+        Returns:
+            [..., out]. Nothing weight-sized but what it was given may be kept for backward.
+        """
+        raise NotImplementedError
+
+    @property
+    def has_product(self) -> bool:
+        """Whether this stage overrides `product`."""
+        return type(self).product is not Stage.product
 
     @property
     def has_initialiser(self) -> bool:

@@ -151,13 +151,15 @@ def test_fold_gives_a_plain_module_with_the_same_output(recipe):
     ids = tokens()
     with torch.no_grad():
         expected = model(ids).logits
+    leeway = 0.0  # but a leaner product than through the merged weight adds up in another order
     for _, site in list(iter_sites(model)):
         weight = site.effective_weight().detach()
         folded = site.fold()
         if isinstance(site, LinearSite):
             x = torch.randn(3, site.in_features)
             assert type(folded) is nn.Linear
-            assert torch.equal(folded(x), site(x))
+            leeway = max(leeway, 1e-3 if site.operands().has_product else 0.0)
+            torch.testing.assert_close(folded(x), site(x), rtol=leeway / 100, atol=leeway / 100)
             assert torch.equal(folded.weight, weight)
             with torch.no_grad():
                 site.weight.copy_(weight)
@@ -168,7 +170,7 @@ def test_fold_gives_a_plain_module_with_the_same_output(recipe):
         else:
             assert not site.stages
             assert torch.equal(site.raw_weight, weight)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=leeway, atol=leeway)
 
 
 def test_copies_and_pickles_are_independent_and_equal():

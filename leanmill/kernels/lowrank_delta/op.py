@@ -237,11 +237,15 @@ def _lowrank_delta_linear(
 ) -> Tensor:
     with naive.as_given(weight):
         merged = _merged((weight, a, b, core, scale, offset), (scaling, num_bits, grid, straight_through, grad_scale))
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    out = None
     with naive.as_given(weight):
         for matrix, rows in merged.blocks():
-            out[:, rows] = x @ merged.staged(merged.merged(matrix, rows), matrix, rows).to(x.dtype).T
-    return out
+            part = x @ merged.staged(merged.merged(matrix, rows), matrix, rows).to(x.dtype).T
+            if part.shape[-1] == weight.shape[0]:
+                return part
+            out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
+            out[:, rows] = part
+    return x.new_empty(x.shape[0], 0) if out is None else out
 
 
 @_lowrank_delta_linear.register_fake
@@ -297,18 +301,22 @@ def _contract_given(merged: Merged, found: Gradients, grad: Tensor) -> None:
 
 def _contract_outer(merged: Merged, found: Gradients, grad: Tensor, x: Tensor, needs_x: bool) -> Tensor | None:
     """From the gradient of x W'^T, whose product with x is formed a block of rows at a time."""
-    to_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if needs_x else None
+    to_x = None
     for matrix, rows in merged.blocks():
         values = merged.merged(matrix, rows)
         part = grad[:, rows]
-        if to_x is not None:
-            staged = merged.staged(values, matrix, rows).to(x.dtype)
-            if to_x.dtype == x.dtype:
-                to_x.addmm_(part, staged)
-            else:
-                to_x += part @ staged
+        if needs_x:
+            to_x = _plus(to_x, part, merged.staged(values, matrix, rows).to(x.dtype))
         merged.contract(found, (part.T @ x).to(values.dtype), values, matrix, rows)
-    return to_x
+    return torch.zeros_like(x) if needs_x and to_x is None else to_x
+
+
+def _plus(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Return total + left @ right, summed over several blocks in fp32 at least."""
+    if total is None:
+        return left @ right
+    exact = total.to(torch.promote_types(left.dtype, torch.float32))
+    return exact.addmm_(left, right) if exact.dtype == left.dtype else exact.add_(left @ right)
 
 
 def _as_outputs(

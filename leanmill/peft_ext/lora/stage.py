@@ -6,8 +6,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
-from leanmill.core.stage import LowRank, Slot, Stage
+from leanmill.core.operands import recomputed
+from leanmill.core.product import linear
+from leanmill.core.stage import LearnedGrid, LowRank, Slot, Stage
+from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
 
 
 class LoraStage(Stage):
@@ -46,12 +50,20 @@ class LoraStage(Stage):
         self.lora_B.zero_()
 
     def forward(self, weight: Tensor) -> Tensor:
-        # Autocast would round the product to bf16, and the exported weight would not be the trained one.
-        with torch.autocast(weight.device.type, enabled=False):
-            merge = torch.addmm if weight.dim() == 2 else torch.baddbmm
-            dtype = torch.promote_types(weight.dtype, self.lora_A.dtype)
-            factors = self.lora_B.to(dtype), self.lora_A.to(dtype)
-            return merge(weight.to(dtype), *factors, alpha=self.scaling).to(weight.dtype)
+        # In fp32 whatever autocast says: the weight that is exported is the one that was trained.
+        return lowrank_delta(weight, self.lora_A, self.lora_B, self.scaling)
+
+    def product(self, tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: LearnedGrid | None) -> Tensor:
+        if grid is None:
+            # Two thin matmuls instead of a merged weight, and no weight-sized gradient to contract.
+            base = recomputed(lambda rows, w, b: linear(rows, w, None, b), tokens, weight, bias)
+            factors = self.lora_A.to(tokens.dtype), self.lora_B.to(tokens.dtype)
+            return base + self.scaling * F.linear(F.linear(tokens, factors[0]), factors[1])
+        return lowrank_delta_linear(
+            tokens, weight, self.lora_A, self.lora_B, self.scaling,
+            bias=None if bias is None else bias.to(tokens.dtype),
+            scale=grid.scale, num_bits=grid.num_bits, grid=grid.kind,
+        )  # fmt: skip
 
     def low_rank(self) -> LowRank:
         return LowRank(a=self.lora_A.detach(), b=self.lora_B.detach(), scaling=self.scaling)

@@ -5,12 +5,17 @@ import math
 import pydantic
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.site import LinearSite
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.stage import Slot
 from leanmill.peft_ext.lora.config import Lora
 from leanmill.peft_ext.lora.stage import LoraStage
+from leanmill.quant.lsq.stage import LsqStage
+from leanmill.sparse.nm_sparsity.stage import NMSparsityStage
 from tests.core.tiny import context, install, loss_of, tiny, tokens
 
 
@@ -203,3 +208,61 @@ def test_dropout_needs_a_branch():
     filled(model)
     assert not torch.equal(model.train()(ids).logits, model(ids).logits)
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["plain", "learned grid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 24), (1, 24), (0, 24)])
+def test_the_lean_product_is_that_of_the_merged_weight(grid, dtype, shape):
+    torch.manual_seed(0)
+    site = LinearSite.adopt(nn.Linear(24, 17), "layer")
+    site.put(LoraStage(site.weight, 3, 2.0))
+    nn.init.normal_(site.stages["delta"].lora_B, std=0.1)
+    if grid:
+        site.put(LsqStage(site.weight, 4, granularity="row"))
+        site.stages["quant"].initialise(site.weight)
+    tokens = torch.randn(shape, dtype=dtype, requires_grad=True)
+    direction = torch.randn(*shape[:-1], 17, dtype=dtype)
+    wanted = (tokens, *site.parameters())
+    assert site.operands().has_product
+
+    found = site(tokens) if dtype == torch.float32 else run_in_bf16(site, tokens)
+    lean = torch.autograd.grad(found, wanted, direction)
+    merged = F.linear(tokens.float(), site.effective_weight(), site.bias)
+    exact = torch.autograd.grad(merged, wanted, direction.float())
+
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 6e-2}
+    torch.testing.assert_close(found.float(), merged, **tolerance)
+    for one, other in zip(lean, exact, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), **tolerance)
+
+
+def run_in_bf16(site, tokens):
+    with torch.autocast("cpu", torch.bfloat16):
+        return site(tokens)
+
+
+@pytest.mark.parametrize("grid", [False, True], ids=["plain", "learned grid"])
+def test_the_lean_product_keeps_nothing_as_large_as_the_weight(grid):
+    site = LinearSite.adopt(nn.Linear(256, 256, bias=False), "layer")
+    site.weight.requires_grad_(False)
+    site.put(LoraStage(site.weight, 2, 2.0))
+    if grid:
+        site.put(LsqStage(site.weight, 4))
+    kept = []
+
+    def keep(tensor):
+        if tensor.numel() >= site.weight.numel() and tensor.data_ptr() != site.weight.data_ptr():
+            kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        site(torch.randn(4, 256, requires_grad=True))
+    assert not kept
+
+
+def test_a_mask_between_delta_and_grid_takes_the_merged_weight():
+    site = LinearSite.adopt(nn.Linear(24, 17), "layer")
+    for stage in (LoraStage(site.weight, 3, 2.0), NMSparsityStage(2, 4), LsqStage(site.weight, 4)):
+        site.put(stage)
+    assert not site.operands().has_product
