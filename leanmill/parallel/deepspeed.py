@@ -172,10 +172,10 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Losses:
+    def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
         self.module.eval()
         try:
-            losses: Losses = self._engine(batch)
+            losses: Losses = self._engine(batch, per_token=True) if per_token else self._engine(batch)
         finally:
             self.module.train()
         return {name: value.detach() for name, value in losses.items()}

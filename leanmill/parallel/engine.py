@@ -36,8 +36,9 @@ class Preparation:
 class Engine(ABC):
     """Owns the module, its sharding, the optimizer and the order of forward, backward and step.
 
-    The module is a *train module*: `module(batch) -> Losses`, un-normalised sums over tokens; its
-    attribute `model` is the causal LM. Every method is called by all ranks together.
+    The module is a *train module*: `module(batch) -> Losses`, un-normalised sums over tokens, or those of
+    each token with `per_token=True`; its attribute `model` is the causal LM. Every method is called by
+    all ranks together.
     """
 
     name: str
@@ -81,8 +82,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, batch: Batch) -> Losses:
-        """Forward without gradients, module in eval mode around the call; this rank's sums."""
+    def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
+        """Forward without gradients, module in eval mode around the call; this rank's sums.
+
+        With `per_token` what the train module gives when it is called with that: `cross_entropy` [B, S].
+        """
 
     @property
     @abstractmethod

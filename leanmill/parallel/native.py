@@ -106,12 +106,12 @@ class NativeEngine(Engine):
         optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Losses:
+    def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
         was_training = self.module.training
         self.module.eval()
         try:
             with self._autocast():
-                return self.module(batch)  # type: ignore[no-any-return]
+                return self.module(batch, per_token=True) if per_token else self.module(batch)  # type: ignore[no-any-return]
         finally:
             self.module.train(was_training)
             self._settle()

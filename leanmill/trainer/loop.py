@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from leanmill.core.batches import Batch
+from leanmill.core.batches import Batch, BatchRule
 from leanmill.core.errors import RunError
 from leanmill.core.rules import StepContext, StepRule, metrics_of
 from leanmill.data.build import TrainData
@@ -20,6 +20,7 @@ from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer
 from leanmill.trainer.meter import Meter
 from leanmill.trainer.rng import seed_step
+from leanmill.trainer.scoring import Scores
 from leanmill.trainer.skipping import WINDOW_STEPS, SkipWatch, stuck
 from leanmill.trainer.stop import Stop, agreement_for
 
@@ -47,6 +48,9 @@ class Loop:
     """Steps done so far."""
     num_skipped: int = 0
     meter: Meter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._scores = Scores(self.engine)
 
     def start(self) -> None:
         """Start the clock; `run` does it too."""
@@ -93,12 +97,12 @@ class Loop:
         """Do one optimizer step on the next batch."""
         recipe, engine = self.recipe, self.engine
         seed_step(recipe.seed, self.step, engine.data_rank)
-        micro_batches, num_valid = self._next_batch()
         context = StepContext(
-            step=self.step, num_steps=self.num_steps, num_micro_batches=len(micro_batches), views=engine.views
+            step=self.step, num_steps=self.num_steps, num_micro_batches=self.num_micro_batches, views=engine.views
         )
         for rule in self.step_rules:
             rule.begin_step(context)
+        micro_batches, num_valid = self._next_batch(context)
         factor = lr_factor(recipe.schedule, self.step, self.num_steps)
         for group in engine.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -121,18 +125,21 @@ class Loop:
         """Whether a tensor's value costs no waiting; on CUDA it is read when a record is due."""
         return self.engine.device.type == "cpu"
 
-    def _next_batch(self) -> tuple[list[Batch], Tensor]:
-        """This rank's micro-batches and the global number of targets."""
+    def _next_batch(self, context: StepContext) -> tuple[Sequence[Batch], Tensor]:
+        """This rank's micro-batches, as batch rules leave them, and the global number of their targets."""
         engine, recipe = self.engine, self.recipe
         num_rows = recipe.batch.tokens_per_step // recipe.data.sequence_length
         rows = self.data.next_rows(num_rows, rank=engine.data_rank, world_size=engine.data_size)
-        num_valid = sum_over_ranks((rows["labels"] != -100).sum().float().to(engine.device))
         on_device = {name: value.to(engine.device, non_blocking=True) for name, value in rows.items()}
         chunks = {name: value.chunk(self.num_micro_batches) for name, value in on_device.items()}
-        micro_batches: list[Batch] = [
+        micro_batches: Sequence[Batch] = [
             {name: chunks[name][index] for name in chunks} for index in range(self.num_micro_batches)
         ]
-        return micro_batches, num_valid.clamp(min=1)
+        for rule in self.step_rules:
+            if isinstance(rule, BatchRule):
+                micro_batches = rule.change_batches(micro_batches, context, self._scores)
+        targets = [(batch["labels"] != -100).sum() for batch in micro_batches]
+        return micro_batches, sum_over_ranks(torch.stack(targets).sum().float()).clamp(min=1)
 
     def _log(self) -> None:
         group = self.engine.param_groups[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leanmill.core.batches import Batch
 from leanmill.core.head import known_head_form
 from leanmill.core.operands import recomputed
 from leanmill.core.product import compute_dtype
@@ -20,6 +21,13 @@ from leanmill.core.site import LinearSite
 
 HeadLoss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """Given hidden states [N, H], the head's weight [V, H] and its bias: a scalar."""
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Return the arguments of a causal LM for a micro-batch."""
+    # No attention mask: transformers derives the block-diagonal causal mask from positions that
+    # restart at each document.
+    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
 
 
 def is_plain_head(head: nn.Module | None) -> bool:

@@ -21,7 +21,8 @@ from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.losses import HeadLossTerm, LossTerm
 from leanmill.core.operands import recomputed
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
-from leanmill.trainer.losses import HeadLoss, is_plain_head, loss_in_head, loss_on_body
+from leanmill.trainer.losses import HeadLoss, is_plain_head, loss_in_head, loss_on_body, model_inputs
+from leanmill.trainer.scoring import TokenLosses
 
 
 log = logging.getLogger(__name__)
@@ -60,13 +61,17 @@ class TrainModule(nn.Module):
         self.cross_entropy_weight = cross_entropy_weight
         self.chunk_tokens = chunk_tokens
         self._may_fuse = True
+        self._score = TokenLosses(model, self._fused_chunk)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, *, per_token: bool = False) -> dict[str, Tensor]:
         """Return fp32 sums over tokens with a label: `cross_entropy`, one entry a term (`term_names`), and `total`.
 
         Args:
             batch: See `leanmill.core.batches.Batch`.
+            per_token: Return `cross_entropy` of each token instead, [B, S], alone and unweighted.
         """
+        if per_token:
+            return {"cross_entropy": self._score(batch)}
         terms = self.loss_terms if self.training else ()
         extras = [_flat(term.prepare(batch)) for term in terms]
         labels = batch["labels"].reshape(-1)
@@ -75,7 +80,7 @@ class TrainModule(nn.Module):
             return fused
         chunk = self._chunk_size(labels.numel())
         if chunk >= labels.numel():
-            logits = self.model(**_inputs(batch)).logits
+            logits = self.model(**model_inputs(batch)).logits
             sums = self._sums(logits.flatten(0, 1), labels, terms, extras)
         else:
             sums = self._chunked_sums(batch, labels, terms, extras, chunk)
@@ -102,11 +107,11 @@ class TrainModule(nn.Module):
         else:
             return None
         if form is not None:
-            return losses | {"total": loss_on_body(model, _inputs(batch), loss)}
+            return losses | {"total": loss_on_body(model, model_inputs(batch), loss)}
         if head_extras(model.config):
             self._may_fuse = False
             return None
-        total = loss_in_head(model, _inputs(batch), labels.numel(), loss)
+        total = loss_in_head(model, model_inputs(batch), labels.numel(), loss)
         if total is None:
             # Once: what a family does does not change from batch to batch.
             self._may_fuse = False
@@ -174,7 +179,7 @@ class TrainModule(nn.Module):
                 "this model family scales or caps its logits after the head, which chunked losses would "
                 "leave out; remove train.logits_chunk_tokens"
             )
-        hidden = self.model.base_model(**_inputs(batch)).last_hidden_state.flatten(0, 1)  # type: ignore[operator, union-attr]
+        hidden = self.model.base_model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)  # type: ignore[operator, union-attr]
         head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
         sums = hidden.new_zeros(1 + len(terms), dtype=torch.float32)
         for start in range(0, labels.numel(), chunk):
@@ -208,12 +213,6 @@ def distinct_names(terms: Sequence[LossTerm]) -> tuple[str, ...]:
         taken.add(name)
         names.append(name)
     return tuple(names)
-
-
-def _inputs(batch: Batch) -> dict[str, Any]:
-    # No attention mask: transformers derives the block-diagonal causal mask from positions that
-    # restart at each document.
-    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
 
 
 def _flat(extras: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanmill.core.batches import Batch, BatchRule, Score
 from leanmill.core.errors import RunError
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.recipe.root import Recipe
@@ -161,6 +163,40 @@ def test_rules_replace_steps_and_know_which_were_skipped() -> None:
     assert rule.skipped == [step in (2, 6) for step in range(1, 11)]
     assert run.loop.num_skipped == 2, "a replaced step is not a skipped one"
     assert records[-1].metrics == {"third/calls": 10.0}
+
+
+class Halved(BatchRule):
+    """Takes out the labels of the second half of every row."""
+
+    name = "halved"
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def begin_step(self, context: StepContext) -> None:
+        self.events.append(f"begin {context.step}")
+
+    def change_batches(self, batches: Sequence[Batch], context: StepContext, score: Score) -> Sequence[Batch]:
+        self.events.append(f"change {context.step}")
+        keeps = torch.arange(64) < 32
+        return [{**batch, "labels": torch.where(keeps, batch["labels"], -100)} for batch in batches]
+
+
+def test_batch_rules_come_after_schedules_and_before_targets_are_counted() -> None:
+    rule = Halved()
+    run = Run(rules=[rule])
+    counted: list[float] = []
+    train = run.loop.engine.forward_backward
+
+    def forward_backward(micro_batches: Sequence[Batch], num_valid: Tensor) -> dict[str, Tensor]:
+        counted.append(float(num_valid))
+        assert sum(int((batch["labels"] != -100).sum()) for batch in micro_batches) == num_valid
+        return train(micro_batches, num_valid)
+
+    run.loop.engine.forward_backward = forward_backward  # type: ignore[method-assign]
+    run.go()
+    assert counted == [32.0] * 10
+    assert rule.events == [f"{what} {step}" for step in range(10) for what in ("begin", "change")]
 
 
 def test_a_signal_to_one_rank_stops_all_in_the_same_step() -> None:

@@ -1,0 +1,93 @@
+"""Cross-entropy of every token under a causal LM, for rules that choose what to train on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from leanmill.core.batches import Batch
+from leanmill.core.head import HeadForm, head_extras, known_head_form
+from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
+from leanmill.parallel.engine import Engine
+from leanmill.trainer.losses import is_plain_head, loss_in_head, loss_on_body, model_inputs
+
+
+class TokenLosses:
+    """Scores micro-batches with one model, without gradients.
+
+    A plain head never holds all logits (`linear_cross_entropy`); adapters around the head, and
+    families that treat logits in ways of their own, hold those of the micro-batch.
+
+    Args:
+        model: A causal LM. It is called as a whole, so that a sharding engine gathers what it must.
+        chunk_tokens: Tokens whose logits a plain head may hold at once; None chooses by memory.
+    """
+
+    def __init__(self, model: nn.Module, chunk_tokens: int | None = None) -> None:
+        self._model, self._chunk_tokens = model, chunk_tokens
+        self._may_fuse = True
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the losses [B, S], fp32, 0 where there is no label."""
+        losses = self._in_head(batch) if self._may_fuse else None
+        if losses is None:
+            # What a family does to its logits does not change from batch to batch.
+            self._may_fuse = False
+            losses = self._from_logits(batch)
+        return losses.view_as(batch["labels"])
+
+    def _in_head(self, batch: Batch) -> Tensor | None:
+        """Return the losses [N] computed in the head's place, or None where that is not known to be the same."""
+        config, form = self._model.config, known_head_form(self._model.config)
+        if not is_plain_head(self._model.get_output_embeddings()) or (form is None and head_extras(config)):  # type: ignore[operator]
+            return None
+        labels, found = batch["labels"].reshape(-1), []
+
+        def losses(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            its_form = form or HeadForm()
+            found.append(
+                linear_cross_entropy(
+                    hidden,
+                    weight,
+                    labels,
+                    bias,
+                    reduction="none",
+                    logit_scale=its_form.scale,
+                    softcap=its_form.softcap,
+                    chunk_tokens=self._chunk_tokens,
+                )
+            )
+            return hidden.new_zeros(())
+
+        if form is not None:
+            loss_on_body(self._model, model_inputs(batch), losses)
+        elif loss_in_head(self._model, model_inputs(batch), labels.numel(), losses) is None:
+            return None
+        return found[0].float()
+
+    def _from_logits(self, batch: Batch) -> Tensor:
+        logits: Tensor = self._model(**model_inputs(batch)).logits
+        # Row by row: their fp32 copy would be larger than they are.
+        rows = [
+            F.cross_entropy(row.float(), labels, ignore_index=-100, reduction="none")
+            for row, labels in zip(logits, batch["labels"], strict=True)
+        ]
+        return torch.stack(rows)
+
+
+class Scores:
+    """What a batch rule is offered as `Score`: the engine's model in training, or a frozen one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._frozen: dict[nn.Module, TokenLosses] = {}
+
+    def __call__(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """See `Score`."""
+        if model is None:
+            return self._engine.evaluate(batch, per_token=True)["cross_entropy"]
+        if model not in self._frozen:
+            self._frozen[model] = TokenLosses(model)
+        return self._frozen[model](batch)
