@@ -55,6 +55,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "lsq_tensor": {"type": "lsq", "weight_bits": 4},
     "lsq_row": {"type": "lsq", "weight_bits": 3, "granularity": "row"},
     "lsq_tied": {"type": "lsq", "granularity": "row", "targets": ["*_proj", "embed_tokens", "lm_head"]},
+    "rho1": {"type": "rho1", "reference": "TEACHER", "kept_share": 0.5, "warmup_share": 0.2},
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
 }
@@ -72,13 +73,14 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
-    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row", "lsq_tied")},
+    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row", "lsq_tied", "rho1")},
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
     "lora_in_steps": ("lora", "lsq_row"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
+    "chosen tokens": ("rho1", "distill", "lora", "quest"),
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
 }

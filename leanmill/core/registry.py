@@ -71,6 +71,11 @@ TECHNIQUES: dict[str, Entry] = {
         "match a frozen teacher's next-token distribution",
         "Hinton et al. 2015, arXiv:1503.02531",
     ),
+    "rho1": Entry(
+        "leanmill.distill.rho1.config:Rho1",
+        "train on the tokens whose loss exceeds a reference model's most",
+        "Lin et al. 2024, arXiv:2404.07965",
+    ),
 }
 
 

@@ -289,11 +289,11 @@ def _label(engine: EngineConfig) -> str:
 
 
 def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
-    """Elements of the distillation teachers, each once, and those of their blocks; 0 without any."""
+    """Elements of the frozen models that techniques read, each once, and those of their blocks; 0 without any."""
     whole = in_blocks = 0
-    for path in dict.fromkeys(path for t in recipe.techniques for path in t.frozen_models().values()):
+    for path, key in {path: key for t in recipe.techniques for key, path in t.frozen_models().items()}.items():
         if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
-            raise ConfigError(f"teacher {path!r} does not exist; correct the path")
+            raise ConfigError(f"{key} {path!r} does not exist; correct the path")
         teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
         whole += sum(p.numel() for p in teacher.parameters())
         in_blocks += sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())

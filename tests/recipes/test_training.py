@@ -88,8 +88,8 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     else:
         overrides += ["data.source.max_bytes=200000", "data.source.validation_fraction=0.2"]
         overrides.append(f"data.tokenizer.vocab_size={VOCAB_SIZE}")
-    teachers = [i for i, technique in enumerate(recipe.techniques) if technique.type == "distill"]
-    return overrides + [f"techniques.{i}.teacher={files / 'model'}" for i in teachers]
+    frozen = [f"{i}.{key}" for i, technique in enumerate(recipe.techniques) for key in technique.frozen_models()]
+    return overrides + [f"techniques.{key}={files / 'model'}" for key in frozen]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

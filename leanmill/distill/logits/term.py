@@ -13,6 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.head import head_extras
 from leanmill.core.technique import InstallContext
 from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, divergence
+from leanmill.distill.vocabulary import check_vocabulary
 from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, linear_kl_and_cross_entropy
 
 
@@ -133,15 +134,4 @@ class DistillTerm:
                 f"teacher {self.teacher_path} changes its logits after the head ({', '.join(extras)}), which "
                 f"distill does not cover; choose a teacher of another family"
             )
-        size, student_size = teacher.config.vocab_size, self._context.vocab_size
-        if size != student_size and not self._is_padded():
-            raise ConfigError(
-                f"teacher {self.teacher_path} has a vocabulary of {size} and the student one of {student_size}, and "
-                f"their tokenizers are not known to agree; set data.tokenizer.path: {self.teacher_path} and "
-                f"model.config.vocab_size: {size}, or choose a teacher with the student's tokenizer"
-            )
-
-    def _is_padded(self) -> bool:
-        """Whether both models share a tokenizer, so that sizes differ by rows no token uses."""
-        mine, fingerprint_of = self._context.tokenizer_fingerprint, self._context.fingerprint_of_tokenizer
-        return mine is not None and fingerprint_of is not None and fingerprint_of(self.teacher_path) == mine
+        check_vocabulary(self._context, self.teacher_path, teacher.config.vocab_size, role="teacher")
