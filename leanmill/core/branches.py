@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from leanmill.core.stage import LowRank
+from leanmill.core.stage import LowRank, TechniqueModule
 
 
 BASE = "base_layer"
@@ -30,6 +30,18 @@ def branch_modules(layer: nn.Module) -> list[nn.Module]:
     """All modules below a branched layer but its base."""
     children = [child for key, child in layer._modules.items() if key != BASE and child is not None]
     return [module for child in children for module in child.modules()]
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) of the plain model's own modules, leaving out what techniques and adapters added."""
+    added: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, TechniqueModule):
+            added.update(id(m) for m in module.modules())
+        elif is_branched(module):
+            added.update(id(m) for m in branch_modules(module))
+        if id(module) not in added:
+            yield path, module
 
 
 def reset_branch(layer: Any) -> None:

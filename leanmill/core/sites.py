@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from leanmill.core.branches import BASE, branch_modules, is_branched
+from leanmill.core.branches import BASE, is_branched, plain_modules
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
+from leanmill.core.places import Kind, Place, find_modules
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
-from leanmill.core.stage import OperandStage, Stage
+from leanmill.core.stage import Stage
 
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", BASE, "module")
@@ -129,6 +130,20 @@ class Sites:
         """Names of the other candidates that share `site`'s parameter."""
         return [n for n in self._tie_groups().get(id(site.raw_weight), []) if n != site.site_name]
 
+    def modules(self, kind: Kind) -> list[Place]:
+        """Return the modules of a kind as places that techniques may stand around, see `find_modules`.
+
+        Raises:
+            ConfigError: The model has none.
+        """
+        found = [Place(clean_name(path), layer, module) for path, layer, module in find_modules(self.model, kind)]
+        if not found:
+            raise ConfigError(
+                f"this model family has no {kind} that could be told apart; choose another model.config.model_type, "
+                f"e.g. {'mixtral' if kind == 'router' else 'llama'}"
+            )
+        return found
+
     def report(self) -> str:
         """One line: n of N weights carry stages, by kind, and which are left plain."""
         staged = {name for name, site in iter_sites(self.model) if site.is_staged}
@@ -188,15 +203,7 @@ class Sites:
 
 def _discover(model: nn.Module) -> Iterator[Candidate]:
     head = _output_head(model)
-    added: set[int] = set()
-    for path, module in model.named_modules():
-        # What stages and adapter branches brought is not a weight of the model.
-        if isinstance(module, OperandStage):
-            added.update(id(m) for m in module.modules())
-        elif is_branched(module):
-            added.update(id(m) for m in branch_modules(module))
-        if id(module) in added:
-            continue
+    for path, module in plain_modules(model):
         name = clean_name(path)
         if isinstance(module, nn.Linear):
             yield Candidate(name, "head" if module is head else "linear", path, "weight")

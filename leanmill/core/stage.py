@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -9,6 +10,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from leanmill.kernels.fake_quant.grid import Kind
+
+
+AROUND = "around"
+"""Under this name a module holds what techniques put around its call."""
 
 
 class Slot(IntEnum):
@@ -69,24 +74,36 @@ class LearnedGrid:
     kind: Kind
 
 
-class OperandStage(nn.Module):
-    """What weight and input stages share."""
+class TechniqueModule(nn.Module):
+    """A module that a technique brought: no part of the plain model, whose export is without it."""
 
-    technique: ClassVar[str]
-    """Registered name of the technique, for messages."""
     decayed: ClassVar[tuple[str, ...]] = ()
     """Names of own parameters that weight decay pulls at, as it does at weights; scales are left alone."""
 
     def reset_parameters(self) -> None:
         """Fill own parameters and buffers after they have been materialised from meta.
 
-        Called with the random generator already seeded for this stage, on full (unsharded) tensors.
+        Called with the random generator already seeded for this module, on full (unsharded) tensors.
         """
 
 
-def is_stage_tensor(name: str) -> bool:
-    """Whether a parameter or buffer of this dotted name belongs to a stage rather than to the plain model."""
-    return ".stages." in name or ".inputs." in name
+def added_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield every parameter that techniques added to `model`; output branches, which PEFT adds, are not among them."""
+    for module in model.modules():
+        if isinstance(module, TechniqueModule):
+            yield from module.parameters()
+
+
+def is_added_tensor(name: str) -> bool:
+    """Whether a technique brought the parameter or buffer of this dotted name; else it is the plain model's."""
+    return ".stages." in name or ".inputs." in name or f".{AROUND}." in name
+
+
+class OperandStage(TechniqueModule):
+    """What weight and input stages share."""
+
+    technique: ClassVar[str]
+    """Registered name of the technique, for messages."""
 
 
 class Stage(OperandStage):

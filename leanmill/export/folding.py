@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.around import arounds, take_off
 from leanmill.core.branches import branched_layers
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import ExpertSite, Site
@@ -66,7 +67,12 @@ def detach_adapters(model: Any) -> None:
 
 
 def fold_sites(model: Any) -> None:
-    """Fold every site into a plain module, in place; adapters around them stay where they are."""
+    """Fold what stands around modules and every site, in place; adapters stay where they are.
+
+    Raises:
+        ConfigError: No plain model computes what something around a module does.
+    """
+    _fold_arounds(model)
     tied = _is_tied(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, ExpertSite):
@@ -79,6 +85,14 @@ def fold_sites(model: Any) -> None:
             del module._modules["sites"]
     if tied:
         _tie_again(model)
+
+
+@torch.no_grad()
+def _fold_arounds(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for around in reversed(list(arounds(module))):
+            around.fold(module)
+        take_off(module)
 
 
 def _replace(model: nn.Module, path: str, new: nn.Module) -> None:

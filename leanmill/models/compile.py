@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
-from leanmill.parallel.blocks import decoder_blocks
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from leanmill.core.sites import iter_sites
+from leanmill.core.stage import added_parameters
 
 
 def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return (all, trainable) parameters, tied ones once, those of stages and adapters included."""
+    """Return (all, trainable) parameters, tied ones once, those of techniques included."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
@@ -16,13 +16,13 @@ def num_parameters(model: nn.Module) -> tuple[int, int]:
 def num_active_parameters(model: nn.Module) -> int:
     """Return the parameters of the plain model that one token passes through.
 
-    Tied weights count once; of stacked experts, top_k of num_experts count; what stages hold does
-    not.
+    Tied weights count once; of stacked experts, top_k of num_experts count; what techniques added
+    does not.
     """
     from leanmill.core.experts import is_stacked_experts, stacked_parameters
 
-    staged = {id(p) for _, site in iter_sites(model) for p in site.stage_parameters()}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in staged)
+    added = {id(p) for p in added_parameters(model)}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in added)
     top_k = getattr(model.config, "num_experts_per_tok", None)
     idle = 0
     for module in model.modules():

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts, stacked_parameters
-from leanmill.core.site import Site
+from leanmill.core.stage import added_parameters
 
 
 PEAK_BF16_FLOPS: dict[str, float] = {
@@ -47,7 +47,7 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     (multi-head latent attention), 2 * Q becomes their sum.
 
     Args:
-        model: Causal LM, meta or materialised. Weights that stages or adapters hold are not counted.
+        model: Causal LM, meta or materialised. What techniques added is not counted.
         sequence_length: S, tokens of a row.
     """
     return 6.0 * active_matmul_parameters(model) + attention_flops_per_token(model.config, sequence_length)
@@ -55,7 +55,7 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
 
 def active_matmul_parameters(model: nn.Module) -> float:
     """Return N: the weights that multiply one token, experts by the share that is used."""
-    skipped = {id(p) for site in model.modules() if isinstance(site, Site) for p in site.stage_parameters()}
+    skipped = {id(p) for p in added_parameters(model)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         skipped |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from leanmill.core.branches import branch_modules, is_branched, reset_branch
+from leanmill.core.branches import branch_modules, is_branched, plain_modules, reset_branch
 from leanmill.core.copies import cpu_copy
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import clean_name, iter_sites
-from leanmill.core.stage import OperandStage
+from leanmill.core.stage import TechniqueModule
 from leanmill.models.pretrained import load_weights
 from leanmill.parallel.collectives import broadcast_object
 from leanmill.parallel.tensors import assign, full
@@ -128,25 +128,13 @@ def _read(config: ModelConfig) -> dict[str, Tensor]:
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (plain name, owner, key) of what a checkpoint of the plain model holds."""
-    for path, module in _own_modules(model):
+    for path, module in plain_modules(model):
         for key in module._parameters:
             if module._parameters[key] is not None:
                 yield clean_name(f"{path}.{key}" if path else key), module, key
         for key in module._buffers:
             if module._buffers[key] is not None and key not in module._non_persistent_buffers_set:
                 yield clean_name(f"{path}.{key}" if path else key), module, key
-
-
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of the plain model, leaving out stages and adapter branches."""
-    skipped: set[int] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, OperandStage):
-            skipped.update(id(m) for m in module.modules())
-        elif is_branched(module):
-            skipped.update(id(m) for m in branch_modules(module))
-        if id(module) not in skipped:
-            yield path, module
 
 
 def _broadcast(value: Tensor | None, like: Tensor, name: str) -> Tensor:
@@ -188,7 +176,7 @@ class _Filler:
             if id(module) in visited:
                 continue
             name = clean_name(path.removeprefix(prefix))
-            if isinstance(module, OperandStage):
+            if isinstance(module, TechniqueModule):
                 visited.update(id(m) for m in module.modules())
                 self._draw(name, list(module.modules()), module, lambda full: full.reset_parameters())
             elif is_branched(module):

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite
 from leanmill.core.sites import iter_sites, staged_parameters
-from leanmill.parallel.blocks import decoder_blocks
 from leanmill.parallel.config import FsdpEngine as FsdpConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks, ensure_process_group

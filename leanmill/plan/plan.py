@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
 from leanmill.core.sites import staged_parameters
@@ -22,7 +23,6 @@ from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.counting import num_active_parameters, num_parameters
 from leanmill.models.flops import flops_per_token
-from leanmill.parallel.blocks import decoder_blocks
 from leanmill.parallel.config import (
     AutoEngine,
     DdpEngine,

@@ -15,8 +15,8 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.parameters import PLAIN, ParamRule, apply_trainable, settings_by_name
 from leanmill.core.rules import load_state
-from leanmill.core.sites import Sites, clean_name, iter_sites
-from leanmill.core.stage import OperandStage
+from leanmill.core.sites import Sites, clean_name
+from leanmill.core.stage import TechniqueModule, added_parameters
 from leanmill.core.technique import Installation, InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
@@ -172,17 +172,17 @@ def _own_parameters(config: TechniqueConfig, model: nn.Module, rules: list[Param
 
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the plain model: all but those that stages brought."""
-    staged = {id(p) for _, site in iter_sites(model) for p in site.stage_parameters()}
-    return [p for p in model.parameters() if id(p) not in staged]
+    """Parameters of the plain model: all but those that techniques added."""
+    added = {id(p) for p in added_parameters(model)}
+    return [p for p in model.parameters() if id(p) not in added]
 
 
 def undecayed(module: nn.Module) -> set[int]:
-    """Ids of the parameters of stages that get no weight decay: all but those a stage says are decayed."""
+    """Ids of added parameters that get no weight decay: all but those their module says are decayed."""
     found: set[int] = set()
-    for stage in module.modules():
-        if isinstance(stage, OperandStage):
-            found |= {id(p) for name, p in stage.named_parameters() if name not in stage.decayed}
+    for added in module.modules():
+        if isinstance(added, TechniqueModule):
+            found |= {id(p) for name, p in added.named_parameters() if name not in added.decayed}
     return found
 
 

@@ -14,7 +14,7 @@ from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import read_document
 from leanmill.core.rules import state_of
-from leanmill.core.stage import is_stage_tensor
+from leanmill.core.stage import is_added_tensor
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.evaluation import EvalDomain
@@ -289,6 +289,6 @@ def saved_part(recipe: Recipe, model: nn.Module, freeze_base: bool) -> dict[str,
     """
     if not (freeze_base and recipe.model.path):
         return {}
-    names = {name for name, p in state_parameters(model) if p.requires_grad or is_stage_tensor(name)}
-    names |= {name for name, _ in state_buffers(model) if is_stage_tensor(name)}
+    names = {name for name, p in state_parameters(model) if p.requires_grad or is_added_tensor(name)}
+    names |= {name for name, _ in state_buffers(model) if is_added_tensor(name)}
     return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}

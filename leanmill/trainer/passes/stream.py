@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import draw
-from leanmill.parallel.blocks import decoder_blocks
 from leanmill.trainer.passes.folder import SourceFolder
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from leanmill.parallel.blocks import decoder_blocks
+from leanmill.core.blocks import decoder_blocks
 from tests.parallel import cases
 
 

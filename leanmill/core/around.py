@@ -1,0 +1,120 @@
+"""Work around the call of a module: skipped, joined by a branch, scaled; its parameters keep their names."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from torch import nn
+
+from leanmill.core.stage import AROUND, TechniqueModule
+
+
+Call = Callable[..., Any]
+"""What an `Around` wraps: the module's own forward, or the next ring inwards."""
+
+
+class Ring(IntEnum):
+    """The only order of what stands around one module, outermost first, whatever order a recipe lists it in.
+
+    Rings hold any number of tenants; those of one ring stand in the order of their techniques' names.
+    """
+
+    SKIP = 0
+    """Decides what goes in at all."""
+    BRANCH = 1
+    """Adds to what comes out."""
+    SCALE = 2
+    """Changes what comes out, next to the module."""
+
+
+class Around(TechniqueModule):
+    """Something around the call of one module, with parameters and buffers of its own.
+
+    Rules for implementers:
+
+    - `forward` gets the next call inwards and the caller's arguments, and returns what the module would.
+    - Hooks of the module (a sharding engine's gathers, somebody's taps) run outside of it, on every rank,
+      whether the module is called or not. Ranks may differ in what they mask, not in whether they call:
+      a module that gave no gradient on one rank only would leave the others waiting.
+    - Around a decoder block it runs outside of activation checkpointing, once a forward. Around what lies
+      inside a block the recomputation runs it again: there it must depend on its arguments and on
+      buffers that stay as they are from forward to backward.
+    - Own parameters are sharded with the module's, have at least 1 dim, and are named
+      `<module>.around.<technique>.<name>`. Schedules are non-persistent buffers of shape (1,).
+    - In eval mode it computes what `fold` leaves behind.
+    """
+
+    technique: ClassVar[str]
+    """Registered name of the technique, for messages."""
+    ring: ClassVar[Ring]
+
+    def forward(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module returns; call `call(*args, **kwargs)`, at most once, to run it."""
+        raise NotImplementedError
+
+    def fold(self, module: nn.Module) -> None:
+        """Change `module`, in place, so that alone it computes in eval mode what it does within this.
+
+        Nothing to do where that is so already. fp32, on the CPU, without gradients.
+
+        Raises:
+            ConfigError: No plain module computes it; the message says what to type.
+        """
+
+
+class _Rings:
+    """Stands as a module's `forward`. A class, since copies and pickles of the module must be right."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(tuple(arounds(self.module)), args, kwargs)
+
+    def _call(self, rings: tuple[Around, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not rings:
+            # Asked for anew: sharding gives the module another class. With activation checkpointing this
+            # is where the recomputed part begins.
+            return type(self.module).forward(self.module, *args, **kwargs)
+
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            return self._call(rings[1:], args, kwargs)
+
+        return rings[0](inner, *args, **kwargs)
+
+
+def put_around(module: nn.Module, around: Around) -> None:
+    """Let `around` wrap every call of `module`, in its ring."""
+    held = dict(_held(module))
+    names = (f"{around.technique}_{number}" if number > 1 else around.technique for number in itertools.count(1))
+    members = {**held, next(name for name in names if name not in held): around}
+    in_order = sorted(members, key=lambda name: members[name].ring)
+    module._modules[AROUND] = nn.ModuleDict({name: members[name] for name in in_order})
+    module.forward = _Rings(module)
+    around.train(module.training)
+
+
+def arounds(module: nn.Module) -> Iterator[Around]:
+    """Yield what stands around `module`, outermost first."""
+    yield from _held(module).values()
+
+
+def _held(module: nn.Module) -> Mapping[str, Around]:
+    held = module._modules.get(AROUND)
+    return {} if held is None else held._modules  # type: ignore[return-value]
+
+
+def iter_arounds(model: nn.Module) -> Iterator[tuple[str, nn.Module, Around]]:
+    """Yield (path of the module, module, what stands around it), outermost first."""
+    for path, module in list(model.named_modules()):
+        for around in arounds(module):
+            yield path, module, around
+
+
+def take_off(module: nn.Module) -> None:
+    """Leave `module` as it was before anything stood around it."""
+    if module._modules.pop(AROUND, None) is not None:
+        del module.__dict__["forward"]
