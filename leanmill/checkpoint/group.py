@@ -11,8 +11,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from leanmill.core.errors import RunError
+from leanmill.core.quiet import ignore_warning
 from leanmill.parallel.launch import patient_group
 
 
@@ -82,3 +84,16 @@ def describe(error: BaseException) -> str:
         where = f" while writing {error.filename}" if error.filename else ""
         return f"the disk is full{where}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def message_of(error: BaseException) -> str:
+    """One line about what went wrong on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = min(error.failures.items())
+        return describe(cause) + (f" (rank {rank})" if rank else "")
+    return describe(error)
+
+
+def one_process_is_meant() -> None:
+    """Silence torch where one process saves or loads alone, which is what is asked for here."""
+    ignore_warning("torch.distributed is disabled, unavailable or uninitialized", UserWarning)

@@ -7,44 +7,28 @@ checkpoints as they were. All ranks must see the same `run_dir`.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import platform
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-
-from leanmill.checkpoint.compare import compare
 from leanmill.checkpoint.components import take_apart
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.finding import complete_checkpoints, locate, newest_sound
-from leanmill.checkpoint.folders import WRITING, begin, publish, remove, settle, step_folder
-from leanmill.checkpoint.group import SaveGroup, describe
+from leanmill.checkpoint.folders import settle
+from leanmill.checkpoint.group import SaveGroup
+from leanmill.checkpoint.loading import check_kind, read_part
 from leanmill.checkpoint.manifest import (
-    FileRecord,
-    Manifest,
     read_manifest,
-    record_file,
-    sync_folder,
-    write_json,
-    write_manifest,
 )
-from leanmill.checkpoint.reading import read_document, read_index
-from leanmill.checkpoint.snapshot import Snapshot, SnapshotPlanner, Snapshots
-from leanmill.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from leanmill.checkpoint.reading import read_document
+from leanmill.checkpoint.retention import Retention
+from leanmill.checkpoint.snapshot import Snapshot, Snapshots
+from leanmill.checkpoint.writing import Job, Writer, versions
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.quiet import ignore_warning
 from leanmill.core.redact import redact_tree
 
 
@@ -53,21 +37,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-_VERSIONED = ("leanmill", "torch", "transformers", "safetensors", "peft", "torchao", "deepspeed")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """Everything a save writes, fixed at the moment `save` was called."""
-
-    step: int
-    parts: dict[str, Snapshot]
-    documents: dict[str, Any]
-    score: float | None
-    partial: bool
-    base: str | None
-    copied: threading.Event = field(default_factory=threading.Event)
-    """Set once the host's copies are done."""
 
 
 class CheckpointManager:
@@ -93,13 +62,13 @@ class CheckpointManager:
         self.root = Path(run_dir) / "checkpoints"
         self.config = config
         self.overlap = overlap
-        self.before_write = before_write
         self.group = SaveGroup()
+        self._retention = Retention(self.root, config)
+        self._writer = Writer(root=self.root, group=self.group, retention=self._retention, before_write=before_write)
         self._snapshots = Snapshots(self.group.rank)
         self._thread: threading.Thread | None = None
-        self._job: _Job | None = None
+        self._job: Job | None = None
         self._error: BaseException | None = None
-        self._damaged: set[Path] = set()
 
     def save(
         self,
@@ -132,36 +101,36 @@ class CheckpointManager:
         """
         started = time.perf_counter()
         self.wait()
-        model = engine.model_state()
-        kept = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
-        states = {"model": kept, "optimizer": take_apart(engine.optimizer_state())}
-        trained = {name.rpartition("/")[0] for name in states["optimizer"]}
-        copy = self.config.asynchronous
-        put_off = {"model": trained.__contains__, "optimizer": lambda _: True} if self.overlap else {}
-        job = _Job(
-            step=step,
-            parts={
-                part: self._snapshots.take(part, state, copy=copy, put_off=put_off.get(part, lambda _: False))
-                for part, state in states.items()
-            },
-            documents={
-                "train_state.json": json.loads(json.dumps(train_state)),
-                "recipe.json": redact_tree(recipe_json),
-                "versions.json": _versions(),
-            },
-            score=score,
-            partial=names is not None,
-            base=base,
-        )
-        if copy:
+        parts = self._take(engine, names)
+        documents = {
+            "train_state.json": json.loads(json.dumps(train_state)),
+            "recipe.json": redact_tree(recipe_json),
+            "versions.json": versions(),
+        }
+        job = Job(step=step, parts=parts, documents=documents, score=score, partial=names is not None, base=base)
+        if self.config.asynchronous:
             self._job = job
             self._thread = threading.Thread(target=self._write_in_background, args=(job,), name="checkpoint")
             self._thread.start()
             if not self.overlap:
                 self.finish_copies()
         else:
-            self._write(job)
+            self._writer.write(job)
         return time.perf_counter() - started
+
+    def _take(self, engine: Engine, names: Collection[str] | None) -> dict[str, Snapshot]:
+        """Hold on to the tensors of this moment; those that training writes later may be copied later."""
+        model = engine.model_state()
+        kept = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
+        states = {"model": kept, "optimizer": take_apart(engine.optimizer_state())}
+        trained = {name.rpartition("/")[0] for name in states["optimizer"]}
+        put_off = {"model": trained.__contains__, "optimizer": lambda _: True} if self.overlap else {}
+        return {
+            part: self._snapshots.take(
+                part, state, copy=self.config.asynchronous, put_off=put_off.get(part, lambda _: False)
+            )
+            for part, state in states.items()
+        }
 
     def finish_copies(self) -> float:
         """Return once training may write parameters and optimizer state again; cheap when it may already.
@@ -209,7 +178,7 @@ class CheckpointManager:
         """
         if resume == "auto":
             found = newest_sound(self.root, self.group)
-            self._damaged |= {path.with_suffix("") for path in found.skipped}
+            self._retention.distrust({path.with_suffix("") for path in found.skipped})
             return found.path
         if resume == "never":
             present = self.latest()
@@ -254,13 +223,13 @@ class CheckpointManager:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
-        _check_kind(folder, manifest, names, base)
+        check_kind(folder, manifest, names, base)
         model = engine.model_state()
         wanted = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
-        self._read_part(folder / "model", wanted)
+        read_part(folder / "model", wanted, self.group)
         engine.load_model_state(model)
         optimizer = engine.optimizer_state()
-        self._read_part(folder / "optimizer", take_apart(optimizer))
+        read_part(folder / "optimizer", take_apart(optimizer), self.group)
         engine.load_optimizer_state(optimizer)
         return self.train_state(folder)
 
@@ -268,27 +237,9 @@ class CheckpointManager:
         """Return the saved `train_state` of a checkpoint that `find` returned, without its tensors."""
         return read_document(Path(path), "train_state.json")
 
-    # Loading
-
-    def _read_part(self, folder: Path, state: Mapping[str, Tensor]) -> None:
-        """Read a part into the tensors of `state`, in place."""
-        problem = compare(read_index(folder), state, folder)
-        if problem:
-            raise ConfigError(problem)
-        error = ""
-        try:
-            _quiet()
-            planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-            # Every rank plans its own reads: nothing needs to be agreed, so nothing is sent.
-            dcp.load(dict(state), storage_reader=SafetensorsReader(folder), planner=planner, no_dist=True)
-        except (CheckpointException, RunError, OSError) as failure:
-            error = _message(failure)
-        if self.group.total(bool(error)):
-            raise RunError(error or f"{folder}: another rank failed to read it")
-
     # Saving
 
-    def _write_in_background(self, job: _Job) -> None:
+    def _write_in_background(self, job: Job) -> None:
         try:
             try:
                 for snapshot in job.parts.values():
@@ -297,105 +248,6 @@ class CheckpointManager:
                 job.copied.set()
             for snapshot in job.parts.values():
                 snapshot.wait_for_device()
-            self._write(job)
+            self._writer.write(job)
         except BaseException as error:  # noqa: BLE001 (handed to the next `save` or `wait`)
             self._error = error
-
-    def _write(self, job: _Job) -> None:
-        self.group.on_first_rank(self.before_write)
-        folder = step_folder(self.root, job.step).with_suffix(WRITING)
-        try:
-            self.group.on_first_rank(lambda: begin(folder))
-            files: dict[str, FileRecord] = {}
-            for part, snapshot in job.parts.items():
-                files |= self._write_part(folder, part, snapshot)
-            self.group.on_first_rank(lambda: self._finish(folder, job, files))
-        except (Exception, CheckpointException) as error:
-            if self.group.rank == 0:
-                with suppress(OSError):
-                    settle(self.root)
-            raise RunError(
-                f"saving {folder.with_suffix('')} failed: {_message(error)}; earlier checkpoints are intact. "
-                f"Free space there or set run_dir to another disk, then run the same command again"
-            ) from error
-
-    def _write_part(self, folder: Path, part: str, snapshot: Snapshot) -> dict[str, FileRecord]:
-        _quiet()
-        writer = SafetensorsWriter(folder / part)
-        dcp.save(
-            {},
-            storage_writer=writer,
-            planner=SnapshotPlanner(snapshot),
-            process_group=self.group.group,
-            no_dist=self.group.group is None,
-        )
-        return {f"{part}/{name}": record for name, record in writer.files.items()}
-
-    def _finish(self, folder: Path, job: _Job, files: dict[str, FileRecord]) -> None:
-        for name, document in job.documents.items():
-            write_json(folder / name, document)
-            files[name] = record_file(folder / name)
-        present = complete_checkpoints(self.root)
-        manifest = Manifest(
-            step=job.step,
-            sequence=1 + max((m.sequence for _, m in present), default=0),
-            score=job.score,
-            partial=job.partial,
-            base=job.base,
-            files=files,
-        )
-        write_manifest(folder, manifest)
-        sync_folder(folder)
-        publish(folder)
-        self._damaged.discard(folder.with_suffix(""))
-        self._prune()
-
-    def _prune(self) -> None:
-        """Remove what need not stay. Runs when the newest checkpoint is complete."""
-        present = complete_checkpoints(self.root)
-        sound = [(path, manifest) for path, manifest in present if path not in self._damaged]
-        keep = {path for path, _ in sound[: self.config.keep_last]}
-        scored = [(manifest.score, path) for path, manifest in sound if manifest.score is not None]
-        if self.config.keep_best and scored:
-            keep.add(min(scored)[1])
-        for path, _ in present:
-            if path not in keep:
-                remove(path)
-
-
-def _check_kind(folder: Path, manifest: Manifest, names: Collection[str] | None, base: str | None) -> None:
-    if manifest.partial != (names is not None):
-        held, asked = ("only the trained parameters", "all") if manifest.partial else ("all", "only the trained")
-        raise ConfigError(
-            f"{folder} holds {held}, this run saves {asked} parameters: their techniques differ; "
-            f"use the recipe in {folder}/recipe.json, or another run_dir"
-        )
-    if manifest.base is not None and base is not None and manifest.base != base:
-        raise ConfigError(
-            f"{folder} was trained on another base model (fingerprint {manifest.base[:12]}, this run's is "
-            f"{base[:12]}); set model.path or model.config and seed as in {folder}/recipe.json"
-        )
-
-
-def _message(error: BaseException) -> str:
-    """One line about what went wrong on the first rank that failed."""
-    if isinstance(error, CheckpointException):
-        rank, (cause, _) = min(error.failures.items())
-        return describe(cause) + (f" (rank {rank})" if rank else "")
-    return describe(error)
-
-
-def _quiet() -> None:
-    # Torch warns whenever one process saves or loads alone, which is what is asked for here.
-    ignore_warning("torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -74,6 +74,26 @@ def derive_config(
         max_grad_norm: Clipping threshold; None turns DeepSpeed's clipping off.
         persist_below: See `PERSIST_BELOW`.
     """
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # only used for its own progress lines
+        "gradient_accumulation_steps": num_micro_batches,
+        # Stage 0 has no clipping of its own that also tells the norm, so the engine clips there.
+        "gradient_clipping": (max_grad_norm or 0.0) if config.stage > 0 else 0.0,
+        "steps_per_print": 2**31,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # An empty list of safe modules: gradients of linear layers too are reduced in fp32.
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        # The recipe's own optimizer steps flat partitions wherever they live; ours are element-wise.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": _zero_section(config, module, device, persist_below),
+    }
+
+
+def _zero_section(
+    config: DeepSpeedEngine, module: nn.Module, device: torch.device, persist_below: int
+) -> dict[str, Any]:
     sizes = [_num_elements(p) for p in module.parameters()]
     # DeepSpeed aligns what it gathers to pairs of elements and refuses an odd bucket.
     bucket_size = 2 * -(-max(1, min(BUCKET_ELEMENTS, sum(sizes))) // 2)
@@ -102,21 +122,7 @@ def derive_config(
             # DeepSpeed's default of 1e8 elements pins 2 GB whatever the model's size.
             {"buffer_size": max(sizes), "buffer_count": 5} if config.offload_parameters.device == "nvme" else {}
         )
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # only used for its own progress lines
-        "gradient_accumulation_steps": num_micro_batches,
-        # Stage 0 has no clipping of its own that also tells the norm, so the engine clips there.
-        "gradient_clipping": (max_grad_norm or 0.0) if config.stage > 0 else 0.0,
-        "steps_per_print": 2**31,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        # An empty list of safe modules: gradients of linear layers too are reduced in fp32.
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        # The recipe's own optimizer steps flat partitions wherever they live; ours are element-wise.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": zero,
-    }
+    return zero
 
 
 def _offloads(config: DeepSpeedEngine) -> dict[str, DeepSpeedOffload]:
