@@ -23,7 +23,14 @@ from leanmill.core.rules import StepRule
 if TYPE_CHECKING:
     from torch import nn
 
+    from leanmill.core.ledger import Ledger
     from leanmill.core.sites import Sites
+
+
+def _new_ledger() -> Ledger:
+    from leanmill.core.ledger import Ledger
+
+    return Ledger()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,8 @@ class InstallContext:
     there is none."""
     seed: int | None = None
     """Seed of the run, for what is drawn in training (`leanmill.core.noise`)."""
+    ledger: Ledger = field(default_factory=_new_ledger)
+    """Where losses that arise inside the model are attached; its train module's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,9 +137,9 @@ class DeepSpeedEngine(Engine):
             raise ValueError(
                 f"got {len(micro_batches)} micro-batches, prepared for {self._preparation.num_micro_batches}"
             )
-        # DeepSpeed averages over ranks; we want the sum. Its division by the accumulation steps is
+        # DeepSpeed averages over ranks as the others do; its division by the accumulation steps is
         # switched off, since micro-batches weigh by their tokens.
-        scale = self.data_size / num_valid_tokens
+        scale = self._begin_backward(len(micro_batches), num_valid_tokens)
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))

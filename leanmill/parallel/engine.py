@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
+from leanmill.core.ledger import ledger_of
 from leanmill.core.views import Views
 
 
@@ -57,6 +58,8 @@ class Engine(ABC):
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
         """Accumulate gradients of sum(total) / num_valid_tokens over all micro-batches of all ranks.
 
+        Those of losses on the module's ledger come along, see `leanmill.core.ledger.Per`.
+
         Args:
             micro_batches: This rank's micro-batches, on its device; as many on every rank.
             num_valid_tokens: Targets in the whole global batch, fp32 scalar, equal on all ranks.
@@ -64,6 +67,17 @@ class Engine(ABC):
         Returns:
             Losses summed over this rank's micro-batches (not over ranks), detached.
         """
+
+    def _begin_backward(self, num_micro_batches: int, num_valid_tokens: Tensor) -> Tensor:
+        """Return what a sum over tokens is multiplied with before backward, and write it for losses in the model.
+
+        Reductions over ranks average, so what is to be summed is scaled up by their number.
+        """
+        scale = self.data_size / num_valid_tokens
+        ledger = ledger_of(self.module)
+        if ledger is not None:
+            ledger.begin_step(token_scale=scale, num_micro_batches=num_micro_batches)
+        return scale
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> Tensor:

@@ -70,8 +70,7 @@ class NativeEngine(Engine):
         )
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
-        # Reductions over ranks average, so what is to be summed is scaled up by their number.
-        scale = self.data_size / num_valid_tokens
+        scale = self._begin_backward(len(micro_batches), num_valid_tokens)
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             with self._micro_batch(is_last=index == len(micro_batches) - 1):

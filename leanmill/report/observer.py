@@ -42,7 +42,8 @@ class StepRecord:
     tokens: int
     """Tokens consumed since the start of the run, over all ranks."""
     losses: Mapping[str, float]
-    """Mean per valid token: `total`, `cross_entropy` and one key a loss term."""
+    """Means: `total` (the whole objective), `cross_entropy` and one key a loss term, per valid token; one key a
+    loss inside the model, `name/place` where it has several, with their mean as `name`."""
     grad_norm: float
     lr: float
     step_seconds: float

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanmill.core.batches import Batch, BatchRule
 from leanmill.core.errors import RunError
+from leanmill.core.ledger import ledger_of
 from leanmill.core.rules import StepContext, StepRule, metrics_of
 from leanmill.data.build import TrainData
 from leanmill.optim.schedules import lr_factor
@@ -54,7 +55,7 @@ class Loop:
 
     def start(self) -> None:
         """Start the clock; `run` does it too."""
-        self.meter = Meter(self.engine.device, self.num_skipped)
+        self.meter = Meter(self.engine.device, self.num_skipped, ledger_of(self.engine.module))
 
     def run(self, asked: Callable[[], Stop] = lambda: Stop.NOT_ASKED) -> Stop:
         """Train to the end, or until a rank is asked to stop: then its step is the last, and saved.

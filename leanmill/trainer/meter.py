@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from leanmill.core.ledger import Ledger
 from leanmill.parallel.collectives import max_over_ranks, sum_over_ranks
 from leanmill.report.observer import StepRecord
 
@@ -16,8 +17,8 @@ from leanmill.report.observer import StepRecord
 class Meter:
     """Adds up losses, tokens, time and skipped steps; `record` reduces them over ranks."""
 
-    def __init__(self, device: torch.device, num_skipped: int = 0) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, num_skipped: int = 0, ledger: Ledger | None = None) -> None:
+        self.device, self._ledger = device, ledger
         self._num_skipped = torch.tensor(float(num_skipped), device=device)
         self._reset()
 
@@ -64,16 +65,14 @@ class Meter:
         self, *, step: int, tokens: int, lr: float, tokens_per_step: int, metrics: Mapping[str, float]
     ) -> StepRecord:
         """Reduce over ranks, return the record and start anew. A collective."""
-        names = list(self._losses)
-        sums = sum_over_ranks(torch.stack([self._losses[name].float() for name in names]))
-        means = (sums / self._num_valid.clamp(min=1)).tolist()
+        losses = self._mean_losses()
         seconds = (time.perf_counter() - self._started) / self._num_steps
         here = torch.tensor(peak_memory_bytes(self.device), device=self.device, dtype=torch.float64)
         peak = max_over_ranks(here)
         record = StepRecord(
             step=step,
             tokens=tokens,
-            losses=dict(zip(names, means, strict=True)),
+            losses=losses,
             grad_norm=float(self._grad_norm),
             lr=lr,
             step_seconds=seconds,
@@ -84,6 +83,19 @@ class Meter:
         )
         self._reset()
         return record
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Means over all ranks; `total` is the whole objective, losses inside the model included."""
+        names, num_valid = list(self._losses), self._num_valid.clamp(min=1)
+        parts = [torch.stack([self._losses[name].float() for name in names])]
+        if self._ledger is not None:
+            parts.append(self._ledger.take().flatten())
+        sums = sum_over_ranks(torch.cat(parts))
+        means = dict(zip(names, sums[: len(names)] / num_valid, strict=True))
+        if self._ledger is not None:
+            inside, weighted = self._ledger.means(sums[len(names) :].view(-1, 3), num_valid)
+            means = {**means, **inside, "total": means["total"] + weighted}
+        return dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

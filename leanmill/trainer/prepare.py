@@ -109,7 +109,11 @@ def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple
     """Give a model on the meta device its techniques, losses and recomputation: all that needs no engine."""
     techniques = install_techniques(recipe.techniques, model, context)
     module = TrainModule(
-        model, techniques.loss_terms, recipe.train.cross_entropy_weight, recipe.train.logits_chunk_tokens
+        model,
+        techniques.loss_terms,
+        recipe.train.cross_entropy_weight,
+        recipe.train.logits_chunk_tokens,
+        ledger=context.ledger,
     )
     apply_activation_checkpointing(model, recipe.train.activation_checkpointing)
     return techniques, module

@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
+from leanmill.core.ledger import Ledger
 from leanmill.core.losses import HeadLossTerm, LossTerm
 from leanmill.core.operands import recomputed
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
@@ -44,6 +45,7 @@ class TrainModule(nn.Module):
         loss_terms: Techniques' per-token losses; used in training mode only.
         cross_entropy_weight: Weight of next-token cross-entropy in `total`.
         chunk_tokens: Tokens whose logits exist at once, or `auto`.
+        ledger: Where losses inside the model are attached; they are no part of `total`.
     """
 
     def __init__(
@@ -52,9 +54,12 @@ class TrainModule(nn.Module):
         loss_terms: Sequence[LossTerm] = (),
         cross_entropy_weight: float = 1.0,
         chunk_tokens: int | Literal["auto"] = "auto",
+        *,
+        ledger: Ledger | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.ledger = Ledger() if ledger is None else ledger
         # A tuple, not a ModuleList: a teacher inside a term is not a part of the student.
         self.loss_terms = tuple(loss_terms)
         self.term_names = distinct_names(loss_terms)
@@ -72,6 +77,12 @@ class TrainModule(nn.Module):
         """
         if per_token:
             return {"cross_entropy": self._score(batch)}
+        losses = self._losses(batch)
+        if self.training:
+            self.ledger.end_forward()
+        return losses
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
         terms = self.loss_terms if self.training else ()
         extras = [_flat(term.prepare(batch)) for term in terms]
         labels = batch["labels"].reshape(-1)

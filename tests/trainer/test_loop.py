@@ -24,7 +24,7 @@ from tests.distributed import run_ranks
 class IdleEngine:
     """Takes no step; the gradient norm of the steps in `bad` is NaN."""
 
-    device, data_rank, data_size, views = torch.device("cpu"), 0, 1, None
+    device, data_rank, data_size, views, module = torch.device("cpu"), 0, 1, None, torch.nn.Identity()
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         self.bad, self.steps = bad, 0

@@ -36,7 +36,8 @@ def domains(run: RunData) -> list[str]:
 
 
 def _training_loss(run: RunData, events: Sequence[tuple[str, int]]) -> Chart:
-    names = keys(run.steps, "losses")
+    # Of losses that a model has in several places (`name/place`), their mean.
+    names = [name for name in keys(run.steps, "losses") if "/" not in name]
     if set(names) == {"total", "cross_entropy"} and all(
         record["losses"].get("total") == record["losses"].get("cross_entropy") for record in run.steps
     ):

@@ -1,0 +1,232 @@
+"""Losses that arise inside a model: noted where they arise, their gradient injected on the way back.
+
+A loss of a layer (balance of its router, distance of its output from a teacher's) cannot travel through
+the model's return values. It is attached to a tensor that the model goes on with, the *carrier*: forward
+leaves the carrier as it is, and backward hands the loss its gradient when the carrier gets its own.
+So a sharding engine, accumulation and the output head need not know of it. With activation
+checkpointing the loss is computed twice and differentiated once; with compiled blocks all of it is a
+part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.stage import TechniqueModule
+
+
+Per = Literal["token", "micro_batch"]
+"""What a loss is a sum over: tokens with a label (added up over all micro-batches of all ranks and divided
+by their number), or nothing (the mean over all micro-batches of all ranks)."""
+
+
+def is_recompute() -> bool:
+    """Whether a forward runs again inside a backward pass, as activation checkpointing makes it."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("leanmill::add_once", mutates_args={"into"})
+def add_once(into: Tensor, value: Tensor) -> None:
+    """Add `value` to `into` in place, unless a forward is only being recomputed; compiled code keeps it whole."""
+    if not is_recompute():
+        into.add_(value)
+
+
+@add_once.register_fake
+def _(into: Tensor, value: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("leanmill::late_gradient", mutates_args=())
+def _late_gradient(carried: Tensor, coefficients: Tensor, scale: Tensor) -> Tensor:
+    """Return coefficients x scale as they are now.
+
+    `carried`, a gradient, is there to be waited for: a compiler may compute what does not depend on
+    backward in forward, when neither factor is known yet.
+    """
+    return coefficients * scale
+
+
+@_late_gradient.register_fake
+def _(carried: Tensor, coefficients: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(coefficients)
+
+
+class _Inject(torch.autograd.Function):
+    """Identity on the carrier; `values` get the gradient coefficients x scale, read in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, values: Tensor, coefficients: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients, scale)
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        coefficients, scale = ctx.saved_tensors
+        return gradient, _late_gradient(gradient, coefficients, scale), None, None
+
+
+class Scales(nn.Module):
+    """What a sum's gradient is multiplied with, by `Per`; the engine writes it before each step's backward."""
+
+    token: Tensor
+    micro_batch: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("token", torch.zeros(1), persistent=False)
+        self.register_buffer("micro_batch", torch.zeros(1), persistent=False)
+
+
+class Account(TechniqueModule):
+    """One loss at one place of the model: its weight, and what it has come to since the last record.
+
+    Made by `Ledger.open`. Keep it in a module of the place, so that compiled blocks find their own one
+    where they found their first's and share their code.
+    """
+
+    factor: Tensor
+    """fp32 (1,): weight of the loss in the objective; step rules may write it."""
+    sums: Tensor
+    """fp32 (3,): of the values, of the values x factor, and their number."""
+    one: Tensor
+
+    def __init__(self, name: str, per: Per, weight: float, scales: Scales) -> None:
+        super().__init__()
+        self.name, self.per, self.scales = name, per, scales
+        self.register_buffer("factor", torch.full((1,), float(weight)), persistent=False)
+        self.register_buffer("sums", torch.zeros(3), persistent=False)
+        self.register_buffer("one", torch.ones(1), persistent=False)
+
+    def attach(self, carrier: Tensor, loss: Tensor) -> Tensor:
+        """Return `carrier`, whose backward adds the gradient of weight x `loss`; note its value.
+
+        Args:
+            carrier: Any float tensor of the forward pass that the training loss depends on.
+            loss: Scalar: the sum over this micro-batch's tokens with a label, or, `per` micro-batch, its
+                mean in whatever sense.
+
+        Returns:
+            The carrier's values; go on with this tensor instead of `carrier`. In eval mode it is
+            `carrier`, and nothing is noted.
+        """
+        if not self.training:
+            return carrier
+        value = loss.float().reshape(1)
+        self.note(value.detach())
+        return self.inject(carrier, value, self.one)
+
+    def inject(self, carrier: Tensor, values: Tensor, coefficients: Tensor) -> Tensor:
+        """Return `carrier`, whose backward adds the gradient of weight x (coefficients . values).
+
+        For losses whose coefficients are known only after forward (`Ledger.after_forward`): they are
+        read in backward. Write them through `write_late`. Notes no value.
+
+        Args:
+            carrier: See `attach`.
+            values: fp32 [N].
+            coefficients: fp32 [N], without gradients.
+        """
+        if not self.training:
+            return carrier
+        scale = self.scales.token if self.per == "token" else self.scales.micro_batch
+        out: Tensor = _Inject.apply(carrier, values, coefficients, scale * self.factor)
+        return out
+
+    def note(self, value: Tensor) -> None:
+        """Add one value, fp32 (1,), to the record."""
+        add_once(self.sums, torch.cat([value, value * self.factor, self.one]))
+
+
+def write_late(buffer: Tensor, value: Tensor) -> None:
+    """Write what a forward already hands to its backward, which autograd would take for a mistake."""
+    buffer.data.copy_(value)
+
+
+class Ledger(nn.Module):
+    """The accounts of a run, part of its train module; techniques open them at installation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = Scales()
+        self.accounts = nn.ModuleList()
+        self._after_forward: list[Callable[[], None]] = []
+
+    def open(self, name: str, *, per: Per, weight: float = 1.0) -> Account:
+        """Open an account.
+
+        Args:
+            name: What the loss is logged as; `name` or `name/place`. Values of `name/...` are also logged
+                as their mean, `name`.
+            per: See `Per`.
+            weight: Of the loss in the objective.
+        """
+        account = Account(name, per, weight, self.scales)
+        self.accounts.append(account)
+        return account
+
+    def after_forward(self, function: Callable[[], None]) -> None:
+        """Call `function` after each training forward of a micro-batch and before its backward, on every rank."""
+        self._after_forward.append(function)
+
+    def end_forward(self) -> None:
+        """Called by the train module when a micro-batch's training forward is done."""
+        for function in self._after_forward:
+            function()
+
+    @torch.no_grad()
+    def begin_step(self, *, token_scale: Tensor, num_micro_batches: int) -> None:
+        """Write the scales of a step; called by the engine, whose reductions over ranks average.
+
+        Args:
+            token_scale: What the engine multiplies the sum over tokens with: number of ranks / valid tokens of all.
+            num_micro_batches: Backward passes of this step on this rank, as many on each.
+        """
+        self.scales.token.copy_(token_scale)
+        self.scales.micro_batch.fill_(1 / num_micro_batches)
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """Return the `sums` of all accounts of this rank, [accounts, 3], and start anew."""
+        if not self.accounts:
+            return self.scales.token.new_zeros(0, 3)
+        sums = torch.stack([account.sums for account in self.open_accounts])
+        torch._foreach_zero_([account.sums for account in self.open_accounts])
+        return sums
+
+    @property
+    def open_accounts(self) -> list[Account]:
+        """All accounts, in the order they were opened."""
+        return list(self.accounts)  # type: ignore[arg-type]
+
+    def means(self, sums: Tensor, num_valid: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what losses have been on average, and what they add to the objective.
+
+        Args:
+            sums: What `take` returned, added up over ranks.
+            num_valid: Tokens with a label, of all ranks since the last record.
+
+        Returns:
+            By name: each account's mean, and for names `a/...` their mean as `a`. The sum of the
+            accounts' means x their weights.
+        """
+        means: dict[str, Tensor] = {}
+        grouped: dict[str, list[Tensor]] = {}
+        weighted = sums.new_zeros(())
+        for account, (value, times_factor, count) in zip(self.open_accounts, sums, strict=True):
+            divisor = num_valid if account.per == "token" else count.clamp(min=1)
+            means[account.name] = value / divisor
+            weighted = weighted + times_factor / divisor
+            group, separator, _ = account.name.partition("/")
+            if separator:
+                grouped.setdefault(group, []).append(means[account.name])
+        return {name: torch.stack(values).mean() for name, values in grouped.items()} | means, weighted
+
+
+def ledger_of(module: nn.Module) -> Ledger | None:
+    """Return the ledger of a train module, where it has one."""
+    return next((child for child in module.children() if isinstance(child, Ledger)), None)
