@@ -55,3 +55,21 @@ def low_rank_branches(layer: Any) -> Iterator[LowRank]:
     for adapter in layer.lora_A:
         a, b = layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach()
         yield LowRank(a=a, b=b, scaling=layer.scaling[adapter])
+
+
+def base_of(layer: Any) -> nn.Module:
+    """Return the layer that a branched one wraps."""
+    return layer.base_layer  # type: ignore[no-any-return]
+
+
+def merged(layer: Any, base: nn.Module) -> nn.Module:
+    """Add a layer's branches into the weight of `base`, in place, and return it."""
+    layer.base_layer = base
+    layer.merge(safe_merge=True)
+    return base
+
+
+def forget_branches(model: Any) -> None:
+    """Remove what adapters left on the model itself."""
+    if hasattr(model, "peft_config"):
+        del model.peft_config

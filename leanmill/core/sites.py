@@ -9,16 +9,13 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from leanmill.core.branches import BASE, is_branched, plain_modules
+from leanmill.core.branches import is_branched, plain_modules
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
+from leanmill.core.names import clean_name
 from leanmill.core.places import Kind, Place, find_modules
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.core.stage import Stage
-
-
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", BASE, "module")
-"""Path components that compile, checkpointing, sharding and adapters insert; not part of a name."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,6 @@ class Candidate:
     module_path: str
     """Where the owning module sits now."""
     parameter_name: str
-
-
-def clean_name(path: str) -> str:
-    """Strip the path components that wrappers insert."""
-    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def matches(pattern: str, name: str) -> bool:

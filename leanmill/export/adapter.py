@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from leanmill.core.branches import branch_modules, branched_layers, low_rank_branches
 from leanmill.core.errors import ConfigError
 from leanmill.core.folders import folder_bytes, new_folder
+from leanmill.core.names import clean_name
 from leanmill.core.quiet import ignore_warning
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
-from leanmill.core.sites import clean_name, iter_sites
+from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, Stage
 from leanmill.export.activations import settle_activations
 from leanmill.export.compare import allowed, check_same, reload, sample_logits

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.around import arounds, take_off
-from leanmill.core.branches import branched_layers
+from leanmill.core.branches import base_of, branched_layers, forget_branches, merged
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import ExpertSite, Site
 from leanmill.core.sites import iter_sites
@@ -42,28 +42,23 @@ def fold(model: Any) -> None:
             weight of that kind computes the sum.
     """
     for path, layer in list(branched_layers(model)):
-        base = layer.base_layer
+        base = base_of(layer)
         techniques = reshaping_stages(base)
         if techniques:
             raise ConfigError(
                 f"{path}: an output-branch adapter beside {' and '.join(techniques)} cannot be merged, the sum would "
                 f"be neither; export it with `--to adapter`, which writes the folded base beside it"
             )
-        if isinstance(base, Site):
-            layer.base_layer = base.fold()
-        layer.merge(safe_merge=True)
-        _replace(model, path, layer.base_layer)
+        _replace(model, path, merged(layer, base.fold() if isinstance(base, Site) else base))
     fold_sites(model)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    forget_branches(model)
 
 
 def detach_adapters(model: Any) -> None:
     """Take adapters off without merging them."""
     for path, layer in list(branched_layers(model)):
-        _replace(model, path, layer.base_layer)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+        _replace(model, path, base_of(layer))
+    forget_branches(model)
 
 
 def fold_sites(model: Any) -> None:

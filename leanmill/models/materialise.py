@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from leanmill.core.branches import branch_modules, is_branched, plain_modules, reset_branch
 from leanmill.core.copies import cpu_copy
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.sites import clean_name, iter_sites
+from leanmill.core.names import clean_name
+from leanmill.core.sites import iter_sites
 from leanmill.core.stage import TechniqueModule
 from leanmill.models.pretrained import load_weights
 from leanmill.parallel.collectives import broadcast_object

@@ -6,16 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-
-TRANSPARENT = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Path components that compile, recomputation and sharding insert and that are never a name.
-
-PEFT's `base_layer` stays: it is a part of the parameter's name in PEFT's own files."""
-
-
-def state_name(path: str) -> str:
-    """Strip the components of wrappers from a dotted path."""
-    return ".".join(part for part in path.split(".") if part not in TRANSPARENT)
+from leanmill.core.names import state_name
 
 
 def state_parameters(model: nn.Module, *, aliases: bool = False) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
 from leanmill.core.errors import RunError
+from leanmill.core.names import state_name
 from leanmill.core.views import Views
 from leanmill.parallel.engine import Engine, Losses, Preparation
 from leanmill.parallel.launch import Ranks
-from leanmill.parallel.naming import state_buffers, state_name, state_parameters
+from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.optimizer_state import allocate_state
 from leanmill.parallel.tensors import assign, full, global_norm, scale_to_norm
 from leanmill.parallel.views import NativeViews

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from leanmill.core.names import state_name
 from leanmill.core.views import Box, Span, View, Views, check_same_shape
 from leanmill.parallel.collectives import reduced
-from leanmill.parallel.naming import state_name, state_parameters
+from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.tensors import local
 
 

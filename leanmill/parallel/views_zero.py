@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from leanmill.core.names import state_name
 from leanmill.core.views import Span, View, Views, check_same_shape
 from leanmill.parallel.collectives import reduced, sum_over_ranks
 from leanmill.parallel.deepspeed_state import ZeroState
-from leanmill.parallel.naming import state_name, state_parameters
+from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.views import WholeView
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, ParamRule, apply_trainable, settings_by_name
 from leanmill.core.rules import load_state
-from leanmill.core.sites import Sites, clean_name
+from leanmill.core.sites import Sites
 from leanmill.core.stage import TechniqueModule, added_parameters
 from leanmill.core.technique import Installation, InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.data.tokenizer import fingerprint_of

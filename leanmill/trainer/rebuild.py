@@ -12,8 +12,8 @@ from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manifest import read_manifest, verify
 from leanmill.checkpoint.reading import read_document, read_full_state
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.names import clean_name
 from leanmill.core.rules import StepContext, StepRule, load_state
-from leanmill.core.sites import clean_name
 from leanmill.core.technique import InstallContext
 from leanmill.models.build import build_on_meta
 from leanmill.models.materialise import draw, make_materialiser

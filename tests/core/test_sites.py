@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.names import clean_name
 from leanmill.core.site import EmbeddingSite, ExpertSite, LinearSite
-from leanmill.core.sites import Sites, clean_name, iter_sites, matches
+from leanmill.core.sites import Sites, iter_sites, matches
 from tests.core.tiny import FAMILIES, MIXTURES, install, loss_of, tiny, tokens
 
 
