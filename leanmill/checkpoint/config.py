@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
 from leanmill.core.config import Config
@@ -14,6 +16,8 @@ class CheckpointConfig(Config):
     """Steps between checkpoints; None writes only at the end."""
     keep_last: int = Field(default=2, ge=2)
     """Newest checkpoints kept; at least 2, since the newest may be mid-write."""
+    keep_steps: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Steps after which a checkpoint is written and stays, whatever else is kept; for rewinding."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
     asynchronous: bool = True

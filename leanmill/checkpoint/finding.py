@@ -10,6 +10,7 @@ from typing import Protocol
 
 from leanmill.checkpoint.folders import counting_folders, is_passing
 from leanmill.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify
+from leanmill.checkpoint.phases import MODEL, phase_folders
 from leanmill.core.errors import ConfigError, RunError
 
 
@@ -97,7 +98,7 @@ def newest_sound(root: Path, group: Agreement | None = None) -> Found:
 
 
 def locate(given: str | Path, group: Agreement | None = None) -> Found:
-    """Return the checkpoint that a path means: itself, or the newest sound one of a run folder.
+    """Return the checkpoint that a path means: itself, or the newest sound one of a run folder, of its last phase.
 
     Args:
         given: A checkpoint, a run folder, or the `checkpoints` folder of one.
@@ -109,11 +110,16 @@ def locate(given: str | Path, group: Agreement | None = None) -> Found:
     """
     group, path = group or Alone(), Path(given)
     # Folders may look different from another machine for a while: the first rank's view counts.
+    path = Path(group.broadcast(str(next(reversed(phase_folders(path)), path))))
     meaning = group.broadcast(_meaning(path))
     if meaning == "nothing":
         raise ConfigError(
             f"no checkpoint at {path}: no such folder; give a run folder such as runs/quickstart, or a checkpoint "
             f"such as runs/quickstart/checkpoints/step-00000100"
+        )
+    if meaning == "empty" and (path / MODEL).is_dir():
+        raise ConfigError(
+            f"{path} ran passes only, so it holds no checkpoint; its model is {path / MODEL}, a Hugging Face folder"
         )
     if meaning == "empty":
         raise ConfigError(f"{path} holds no checkpoint (no checkpoints/step-*); give another folder, or train on")

@@ -207,7 +207,13 @@ class CheckpointManager:
         self.group.on_first_rank(lambda: settle(self.root))
 
     def load(
-        self, path: str | Path, engine: Engine, *, names: Collection[str] | None = None, base: str | None = None
+        self,
+        path: str | Path,
+        engine: Engine,
+        *,
+        names: Collection[str] | None = None,
+        base: str | None = None,
+        optimizer: bool = True,
     ) -> dict[str, Any]:
         """Read a checkpoint into the engine and return the saved `train_state`.
 
@@ -216,6 +222,7 @@ class CheckpointManager:
             engine: Prepared engine; its layout and number of ranks may differ from the saving one's.
             names: As for `save`.
             base: As for `save`.
+            optimizer: Whether to read the optimizer's state too.
 
         Raises:
             ConfigError: The checkpoint is of another model, optimizer or base.
@@ -228,9 +235,10 @@ class CheckpointManager:
         wanted = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
         read_part(folder / "model", wanted, self.group)
         engine.load_model_state(model)
-        optimizer = engine.optimizer_state()
-        read_part(folder / "optimizer", take_apart(optimizer), self.group)
-        engine.load_optimizer_state(optimizer)
+        if optimizer:
+            state = engine.optimizer_state()
+            read_part(folder / "optimizer", take_apart(state), self.group)
+            engine.load_optimizer_state(state)
         return self.train_state(folder)
 
     def train_state(self, path: str | Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Retention:
         present = complete_checkpoints(self.root)
         sound = [(path, manifest) for path, manifest in present if path not in self._damaged]
         keep = {path for path, _ in sound[: self.config.keep_last]}
+        keep |= {path for path, manifest in sound if manifest.step in self.config.keep_steps}
         scored = [(manifest.score, path) for path, manifest in sound if manifest.score is not None]
         if self.config.keep_best and scored:
             keep.add(min(scored)[1])

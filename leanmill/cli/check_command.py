@@ -14,7 +14,11 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     check_files(recipe)
-    if local_model(recipe.model) is not None and not is_known_good(recipe):
+    if recipe.phases:
+        from leanmill.phases.check import check_phases
+
+        check_phases(recipe)
+    elif local_model(recipe.model) is not None and not is_known_good(recipe):
         from leanmill.trainer.trial import try_model
 
         try_model(recipe)

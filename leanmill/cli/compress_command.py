@@ -23,7 +23,6 @@ def run(args: argparse.Namespace) -> int:
 
     reports = compress(recipe, out)
     for report in reports:
-        error = "" if report.output_error is None else f", output error {report.output_error:.2%}"
-        print(f"{report.technique} {report.name}: {report.zero_fraction:.1%} zeros{error}")
+        print(report)
     print(f"wrote {out.resolve()}")
     return 0

@@ -17,7 +17,7 @@ COMFORTABLE_SHARE = 0.9
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan of `args.recipe` on `args.nodes` x `args.gpus_per_node` ranks."""
+    """Print the plan of `args.recipe`, of each phase that trains, on `args.nodes` x `args.gpus_per_node` ranks."""
     from leanmill.recipe.io import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
@@ -25,21 +25,28 @@ def run(args: argparse.Namespace) -> int:
 
     world_size = args.nodes * args.gpus_per_node
     memory_gib = args.rank_memory_gib or DEFAULT_RANK_MEMORY_GIB
-    result = plan(recipe, world_size, args.gpus_per_node, rank_memory_gib=memory_gib)
+    trained = recipe.training_phases() or [recipe]
+    results = [plan(phase, world_size, args.gpus_per_node, rank_memory_gib=memory_gib) for phase in trained]
     if args.json:
         import json
 
-        print(json.dumps(result.to_json(), indent=2))
+        documents = [result.to_json() for result in results]
+        print(json.dumps(documents if recipe.phases else documents[0], indent=2))
         return 0
+    for result in results:
+        _show(result, is_told=args.rank_memory_gib is not None)
+    return 0
+
+
+def _show(result: Plan, *, is_told: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     console.print(f"{result.recipe} on {result.world_size} ranks, engine {result.engine}: {result.why_engine}")
     for table in (_run_table(result), _memory_table(result), _engines_table(result)):
         console.print(table)
-    for line in _verdict(result, is_told=args.rank_memory_gib is not None):
+    for line in _verdict(result, is_told=is_told):
         console.print(line, soft_wrap=True, markup=False)
-    return 0
 
 
 def _verdict(result: Plan, *, is_told: bool) -> list[str]:

@@ -31,7 +31,10 @@ def train(path: str, overrides: Sequence[str]) -> int:
     # Everything that can be wrong on paper is found before torch is imported.
     recipe = _load(path, overrides)
     _log_from_rank_0()
-    from leanmill.trainer.run import run as run_recipe
+    if recipe.phases:
+        from leanmill.phases.run import run as run_recipe
+    else:
+        from leanmill.trainer.run import run as run_recipe
 
     try:
         result = run_recipe(recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         RunError: The disk is full or refuses.
     """
     check_is_new(path)
-    temporary = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    temporary = path.parent / f"{_unfinished(path)}{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -45,6 +46,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_unfinished(path: Path) -> None:
+    """Remove what killed processes left of `path`; call it only where no other process may be writing it."""
+    for left in path.parent.glob(f"{glob.escape(_unfinished(path))}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _unfinished(path: Path) -> str:
+    return f".{path.name}.tmp-"
 
 
 def folder_bytes(path: Path) -> int:

@@ -200,13 +200,21 @@ def parse_pass(raw: Any) -> PassConfig:
     name = raw.get("type") if isinstance(raw, dict) else None
     if not isinstance(name, str):
         raise ConfigError(f"a pass is a mapping with a `type`; type e.g. {{type: wanda}}, known: {', '.join(PASSES)}")
+    return pass_class(name).model_validate(raw)
+
+
+def pass_class(name: str) -> type[PassConfig]:
+    """Import and return the pass registered under `name`.
+
+    Raises:
+        ConfigError: No such pass; the message names the nearest known ones.
+    """
     entry = PASSES.get(name)
     if entry is None:
         near = near_names(name, PASSES, count=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(PASSES)}"
         raise ConfigError(f"unknown pass {name!r}; {hint}")
-    found: type[PassConfig] = _import(entry)
-    return found.model_validate(raw)
+    return _import(entry)  # type: ignore[no-any-return]
 
 
 def _import(entry: Entry) -> Any:

@@ -41,17 +41,27 @@ def fold(model: Any) -> None:
         ConfigError: An adapter's output is added to a masked or quantised weight, so that no single
             weight of that kind computes the sum.
     """
+    check_mergeable(model)
     for path, layer in list(branched_layers(model)):
         base = base_of(layer)
-        techniques = reshaping_stages(base)
+        _replace(model, path, merged(layer, base.fold() if isinstance(base, Site) else base))
+    fold_sites(model)
+    forget_branches(model)
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Refuse a model that `fold` would; the weights may be on the meta device.
+
+    Raises:
+        ConfigError: See `fold`.
+    """
+    for path, layer in branched_layers(model):
+        techniques = reshaping_stages(base_of(layer))
         if techniques:
             raise ConfigError(
                 f"{path}: an output-branch adapter beside {' and '.join(techniques)} cannot be merged, the sum would "
                 f"be neither; export it with `--to adapter`, which writes the folded base beside it"
             )
-        _replace(model, path, merged(layer, base.fold() if isinstance(base, Site) else base))
-    fold_sites(model)
-    forget_branches(model)
 
 
 def detach_adapters(model: Any) -> None:

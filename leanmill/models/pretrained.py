@@ -126,6 +126,11 @@ def pretrained_config(config: ModelConfig) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
+    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file() or (folder / "phases").is_dir():
+        raise ConfigError(
+            f"{folder} is a run, whose checkpoints are no model folder; type leanmill export --checkpoint {folder} "
+            f"--to hf --out DIR, and give DIR"
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder} holds no config.json, so it is no Hugging Face checkpoint; give the model's folder"

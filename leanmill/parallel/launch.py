@@ -40,7 +40,7 @@ class ClusterSettings(Protocol):
 
     @property
     def init_timeout_seconds(self) -> int:
-        """Collective time-out until `shorten_timeout`."""
+        """Collective time-out until `set_timeout`."""
 
     @property
     def flight_recorder(self) -> bool:
@@ -129,7 +129,7 @@ def ensure_process_group(ranks: Ranks, *, timeout_seconds: int = 1800) -> None:
 
 
 def patient_group(timeout: timedelta) -> dist.ProcessGroup:
-    """Return a new gloo group of all ranks whose time-out `shorten_timeout` leaves as it is; collective.
+    """Return a new gloo group of all ranks whose time-out `set_timeout` leaves as it is; collective.
 
     Args:
         timeout: How long a collective of the group may wait for its slowest rank.
@@ -139,14 +139,14 @@ def patient_group(timeout: timedelta) -> dist.ProcessGroup:
     return group  # type: ignore[no-any-return]
 
 
-def shorten_timeout(seconds: int) -> None:
-    """Set the time-out of collectives from now on, once compilation and loading are over.
+def set_timeout(seconds: int) -> None:
+    """Set the time-out of collectives from now on: short once compilation and loading are over, long before others.
 
     A `patient_group` keeps its own: what it waits for has nothing to do with the length of a step.
     """
     if not dist.is_initialized():
         return
-    # No rank may still be inside slow start-up work when the short limit begins to count.
+    # No rank may still be inside slow start-up work when a short limit begins to count.
     barrier()
     for group in list(dist.distributed_c10d._world.pg_map):
         if dist.get_rank(group) >= 0 and group not in _keep_timeout:

@@ -40,11 +40,6 @@ class Change:
     old: str
     new: str
 
-    @property
-    def is_free(self) -> bool:
-        """Whether it needs no acceptance."""
-        return _covers(FREE, self.key)
-
     def __str__(self) -> str:
         return f"{self.key} {self.old} -> {self.new}"
 
@@ -75,7 +70,7 @@ def check_accepted(found: Sequence[Change], accepted: Sequence[str], checkpoint:
     Raises:
         ConfigError: Some were not; it lists them and says what to type.
     """
-    refused = [change for change in found if not change.is_free and not _covers(accepted, change.key)]
+    refused = [change for change in found if not is_accepted(change, accepted)]
     if refused:
         keys = ",".join([*accepted, *(change.key for change in refused)])
         raise ConfigError(
@@ -83,6 +78,11 @@ def check_accepted(found: Sequence[Change], accepted: Sequence[str], checkpoint:
             f"values back (they stand in its recipe.json), give another run_dir, or type "
             f"'checkpoint.accept_changes=[{keys}]' to go on with the new ones"
         )
+
+
+def is_accepted(change: Change, accepted: Sequence[str], *, free: Sequence[str] = FREE) -> bool:
+    """Whether a change lies in one of the keys or sections that were accepted, or that need no acceptance."""
+    return _covers(free, change.key) or _covers(accepted, change.key)
 
 
 def _covers(keys: Sequence[str], key: str) -> bool:

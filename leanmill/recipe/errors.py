@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from leanmill.core.near import near_names
-from leanmill.core.registry import known_techniques, technique_class
+from leanmill.core.registry import PASSES, known_techniques, pass_class, technique_class
 from leanmill.core.secrets import is_secret, shown
 from leanmill.recipe.yaml_source import Lines
 
@@ -172,18 +172,23 @@ def _resolve(
         path.append(part)
         owners = models
         here = _below(here, models, part)
-        if len(path) == 2 and path[0] == "techniques":
-            here = _technique(raw, part) or here
+        if path[-2:] and len(path) in (2, 4) and path[-2] in ("techniques", "passes"):
+            here = _registered(raw, path) or here
     return tuple(path), owners, _models(here)
 
 
-def _technique(raw: Any, index: str | int) -> type[BaseModel] | None:
-    """Return the class of one entry of `techniques`, which the annotation knows as its base only."""
+def _registered(raw: Any, path: Sequence[str | int]) -> type[BaseModel] | None:
+    """Return the class of one entry of `techniques` or `passes`, which the annotation knows as its base only."""
     try:
-        name = raw["techniques"][index]["type"]
+        for part in (*path, "type"):
+            raw = raw[part]
     except (KeyError, IndexError, TypeError):
         return None
-    return technique_class(name) if isinstance(name, str) and name in known_techniques() else None
+    if not isinstance(raw, str):
+        return None
+    if path[-2] == "passes":
+        return pass_class(raw) if raw in PASSES else None
+    return technique_class(raw) if raw in known_techniques() else None
 
 
 def _below(here: Any, models: list[type[BaseModel]], part: str | int) -> Any:

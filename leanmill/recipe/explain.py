@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from leanmill.checkpoint.phases import MODEL
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
-from leanmill.core.registry import known_techniques
+from leanmill.core.registry import PASSES, known_techniques
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
 from leanmill.recipe.on_this_machine import not_looked_at
+from leanmill.recipe.phases import PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import nearest_multiples, num_steps
 
@@ -23,7 +25,9 @@ def check_files(recipe: Recipe) -> None:
     Raises:
         ConfigError: One line for each path.
     """
-    found = [f"{key}={path!r} does not exist; correct the path" for key, path in _local_paths(recipe) if _gone(path)]
+    recipes = [recipe, *recipe.training_phases()]
+    named = dict.fromkeys(pair for one in recipes for pair in _local_paths(one))
+    found = [f"{key}={path!r} does not exist; correct the path" for key, path in named if _gone(path)]
     found += [
         f"{key}={str(folder)!r} cannot be written: {problem}; set {key} to a folder that can, e.g. {key}={example}"
         for key, folder, example in _written_folders(recipe)
@@ -92,7 +96,44 @@ def _gone(path: str) -> bool:
 
 def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
     """Return a recipe in plain words: what is trained, on what, how, and what is written where."""
-    sections = {
+    if not recipe.phases:
+        return "\n".join([f"recipe {recipe.name!r} is valid", *_listed(_sections(recipe, world_sizes))])
+    lines = [f"recipe {recipe.name!r} is valid, {len(recipe.phases)} phases"]
+    told: dict[str, list[str]] = {}
+    for index, name in enumerate(phase_names(recipe.phases)):
+        lines += ["", f"phase {index + 1}, {name}: {_start(recipe, index)}"]
+        lines += [f"  pass {line}" for line in _passes(recipe.phases[index])]
+        if recipe.phases[index].trains:
+            sections = _sections(recipe.of_phase(index), world_sizes)
+            # What the first phase said goes for the later ones.
+            lines += [f"  {line}" for line in _listed({k: v for k, v in sections.items() if told.get(k) != v})]
+            told = told or sections
+        else:
+            lines += [f"  written {recipe.folder_of_phase(index)}/{MODEL}/"]
+    return "\n".join(lines)
+
+
+def _start(recipe: Recipe, index: int) -> str:
+    source, step = source_of(recipe.phases, index)
+    if source is None:
+        return "starts from the model of the recipe"
+    recipes = [recipe.of_phase(i) if phase.trains else recipe for i, phase in enumerate(recipe.phases)]
+    carries, keep = recipe.carries_state(index, recipes), recipe.phases[index].keep
+    what = "the checkpoint itself" if carries else "the model, techniques folded,"
+    kept = f"; the {' and '.join(sorted(keep))} go on" if keep else ""
+    return f"starts from {what} of {phase_names(recipe.phases)[source]}{f' at step {step}' if step else ''}{kept}"
+
+
+def _passes(phase: PhaseConfig) -> Iterator[str]:
+    for config in phase.passes:
+        options = config.model_dump(mode="json", exclude={"type"}, exclude_defaults=True)
+        given = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
+        name = str(config.type)  # type: ignore[attr-defined]
+        yield f"{name} ({given}): {PASSES[name].summary}; {phase.calibration.num_rows} rows of calibration"
+
+
+def _sections(recipe: Recipe, world_sizes: Sequence[int]) -> dict[str, list[str]]:
+    return {
         "model": [_model(recipe)],
         "data": _data(recipe.data),
         "techniques": _techniques(recipe),
@@ -105,13 +146,15 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
         "written": _written(recipe),
         "not checked": list(not_looked_at(recipe)),
     }
-    width = max(len(name) for name, text in sections.items() if text)
-    lines = [
+
+
+def _listed(sections: Mapping[str, Sequence[str]]) -> list[str]:
+    width = max((len(name) for name, text in sections.items() if text), default=0)
+    return [
         f"{name if index == 0 else '':<{width}}  {line}"
         for name, text in sections.items()
         for index, line in enumerate(text)
     ]
-    return "\n".join([f"recipe {recipe.name!r} is valid", *lines])
 
 
 def _model(recipe: Recipe) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
+from leanmill.checkpoint.phases import phase_folder
 from leanmill.core.errors import ConfigError
-from leanmill.recipe.rules import problems
+from leanmill.recipe.errors import describe
+from leanmill.recipe.phase_rules import phase_problems
+from leanmill.recipe.phases import carries_state, merged, phase_names, source_of, trained_before
+from leanmill.recipe.rules import num_steps, problems
 from leanmill.recipe.sections import Sections
 
 
@@ -27,7 +33,81 @@ class Recipe(Sections):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        found = list(problems(self))
+        found = [*phase_problems(self), *problems(self)]
+        found = found or list(self._problems_in_phases())
         if found:
             raise ConfigError("\n".join(found))
         return self
+
+    def folder_of_phase(self, index: int) -> Path:
+        """Return the folder of a phase, by its index from 0."""
+        run_dir = Path(self.run_dir.format(name=self.name))
+        return phase_folder(run_dir, index, phase_names(self.phases)[index])
+
+    def of_phase(self, index: int) -> Recipe:
+        """Return the recipe that a phase trains with, by its index; its model is still that of the whole recipe.
+
+        Raises:
+            ConfigError: The phase's overrides do not make a recipe.
+        """
+        phase, name = self.phases[index], phase_names(self.phases)[index]
+        raw, changes = self.model_dump(mode="json", exclude={"phases"}), phase.overrides or {}
+        lengths = ("steps", "total_tokens")
+        if any(key in lengths for key in changes.get("train") or ()):
+            raw["train"] |= dict.fromkeys(lengths)  # a phase of another length, in either unit
+        folder = str(self.folder_of_phase(index)).replace("{", "{{").replace("}", "}}")
+        raw = {**merged(raw, changes), "name": f"{self.name}-{name}", "run_dir": folder}
+        try:
+            return Recipe.model_validate(raw)
+        except ValidationError as error:
+            # `from None`: the chain would print inputs, and an input may be a credential.
+            where = f"phases.{index} ({name})"
+            raise ConfigError("\n".join(describe(error, Recipe, raw, where, {}))) from None
+
+    def training_phases(self) -> list[Recipe]:
+        """Return the recipe of each phase that trains, in order."""
+        return [self.of_phase(index) for index, phase in enumerate(self.phases) if phase.trains]
+
+    def _problems_in_phases(self) -> Iterator[str]:
+        recipes: list[Recipe] = []
+        for index, phase in enumerate(self.phases):
+            try:
+                recipes.append(self.of_phase(index) if phase.trains else self)
+            except ConfigError as error:
+                yield str(error)
+                return
+            source, step = trained_before(self.phases, index)
+            if source is not None:
+                before, carries = recipes[source], self.carries_state(index, recipes)
+                for line in _handover_problems(before, recipes[index], step, phase.keep, carries):
+                    yield f"phases.{index} ({phase_names(self.phases)[index]}): {line}"
+
+    def carries_state(self, index: int, recipes: Sequence[Recipe]) -> bool:
+        """Whether a phase begins with an earlier one's checkpoint itself; `recipes` are those of the phases so far."""
+        source, _ = source_of(self.phases, index)
+        same = source is not None and _by_type(recipes[source]) == _by_type(recipes[index])
+        return carries_state(self.phases, index, same_techniques=same)
+
+
+def _by_type(recipe: Recipe) -> list[Any]:
+    """The techniques as they are installed: in the order of their types."""
+    return sorted(recipe.techniques, key=lambda technique: technique.type)  # type: ignore[attr-defined]
+
+
+def _handover_problems(
+    source: Recipe, recipe: Recipe, step: int | None, keep: list[Any], carries_state: bool
+) -> Iterator[str]:
+    """Yield what does not fit between a phase and the training it comes from."""
+    if "optimizer" in keep and not carries_state:
+        yield "keep: [optimizer] needs the weights its moments belong to, and techniques differ; type carry: state"
+    if step is not None and step > num_steps(source):
+        yield f"start_from @{step} is past the end of that phase, {num_steps(source)} steps; give fewer"
+    if "optimizer" in keep and source.optimizer.type != recipe.optimizer.type:
+        yield (
+            f"keep: [optimizer] needs the optimizer that the moments are of, {source.optimizer.type}, and this phase "
+            f"has {recipe.optimizer.type}; remove one of the two"
+        )
+    if "data" in keep and source.data != recipe.data:
+        yield "keep: [data] is a position in the data of before, and this phase overrides data; remove one of the two"
+    if "data" in keep and recipe.train.steps is None:
+        yield f"keep: [data] counts on from earlier tokens; give the phase's length as train.steps={num_steps(recipe)}"

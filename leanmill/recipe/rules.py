@@ -111,6 +111,8 @@ def _batch(recipe: Sections) -> Iterator[str]:
 
 def _length(recipe: Sections) -> Iterator[str]:
     train = recipe.train
+    if recipe.phases:  # each has its own
+        return
     if train.total_tokens is None and train.steps is None:
         yield "the length of the run is missing; set train.total_tokens (tokens) or train.steps (optimizer steps)"
     if train.total_tokens is not None and train.steps is not None:

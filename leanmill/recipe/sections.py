@@ -17,6 +17,7 @@ from leanmill.data.config import DataConfig
 from leanmill.models.config import ModelConfig
 from leanmill.optim.config import AdamW, OptimizerConfig, ScheduleConfig
 from leanmill.parallel.config import AutoEngine, EngineConfig
+from leanmill.recipe.phases import PhaseConfig
 
 
 class BatchConfig(Config):
@@ -137,6 +138,8 @@ class Sections(Config):
     """Logs and report."""
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     """Process groups."""
+    phases: list[PhaseConfig] = Field(default_factory=list, max_length=99)
+    """Parts of the run one after another, each with passes or settings of its own; none is one stretch of training."""
 
     @field_validator("plugins")
     @classmethod

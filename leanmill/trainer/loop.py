@@ -82,7 +82,8 @@ class Loop:
             if not stop and (finished or _due(self.step, recipe.eval.every_steps)):
                 self._timed(self.evaluate)
                 stop = stop if finished else agreement.reached(asked())
-            if finished or stop or is_stuck or _due(self.step, recipe.checkpoint.every_steps):
+            is_kept = self.step in recipe.checkpoint.keep_steps
+            if finished or stop or is_stuck or is_kept or _due(self.step, recipe.checkpoint.every_steps):
                 self._timed(self.save)
                 stop = stop if finished else max(stop, agreement.reached(asked()))
             if is_stuck:

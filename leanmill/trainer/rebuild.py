@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manifest import read_manifest, verify
+from leanmill.checkpoint.phases import where_it_is_now
 from leanmill.checkpoint.reading import read_document, read_full_state
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.names import clean_name
@@ -52,7 +53,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         raise RunError(f"{checkpoint_dir} is incomplete or damaged: {problems[0]}; name another checkpoint")
     manifest = read_manifest(checkpoint_dir)
     partial = manifest.partial
-    recipe = Recipe.model_validate(read_document(checkpoint_dir, "recipe.json"))
+    recipe = _recipe_of(checkpoint_dir)
     if partial and recipe.model.path is not None:
         _check_base(recipe, manifest.base)
     state = read_document(checkpoint_dir, "train_state.json")
@@ -76,6 +77,14 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         versions=read_document(checkpoint_dir, "versions.json"),
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
     )
+
+
+def _recipe_of(checkpoint_dir: Path) -> Recipe:
+    recipe = Recipe.model_validate(read_document(checkpoint_dir, "recipe.json"))
+    if recipe.model.path is None:
+        return recipe
+    path = where_it_is_now(recipe.model.path, checkpoint_dir)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": path})})
 
 
 def _check_base(recipe: Recipe, base: str | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from leanmill.models.flops import flops_per_token
 from leanmill.models.pretrained import local_folder
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
-from leanmill.parallel.launch import Ranks, finish, init_processes, shorten_timeout
+from leanmill.parallel.launch import Ranks, finish, init_processes, set_timeout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
@@ -64,22 +66,34 @@ class RunResult:
     """Stopped by Ctrl-C (SIGINT) rather than by a scheduler."""
 
 
-def run(recipe: Recipe) -> RunResult:
-    """Train `recipe` to its end, resuming where its run_dir has a checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes that a run, or several after one another, is given."""
 
-    Under torchrun every rank calls this. The process group is taken down before it returns; a
-    launch script then leaves through `os._exit`.
+    ranks: Ranks
+    signals: StopSignals
 
-    Raises:
-        ConfigError: The recipe asks for something impossible here.
-        RunError: Something failed on the way.
-        KeyboardInterrupt: Ctrl-C before training began, twice, or not served within its limit.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a run that has no checkpoint of its own yet takes from one of another run."""
+
+    checkpoint: Path
+    model: bool = False
+    """Whether the weights and what stages hold go on; the model must have the same of them."""
+    optimizer: bool = False
+    """Whether the moments go on as well."""
+    data: bool = False
+    """Whether the position in the data does."""
+
+
+@contextmanager
+def processes(recipe: Recipe) -> Iterator[Processes]:
+    """Join the processes that a recipe's `device` and `cluster` ask for, and leave them at the end."""
     ranks = init_processes(recipe.device, recipe.cluster)
     signals = StopSignals(limit_seconds=recipe.cluster.interrupt_seconds)
     try:
-        with exclusive(_run_dir(recipe), ranks.rank) as lock:
-            return _Run(recipe, ranks, signals, lock).go()
+        yield Processes(ranks=ranks, signals=signals)
     except RuntimeError as error:
         lost = lost_rank(error)
         if lost is None:
@@ -90,13 +104,40 @@ def run(recipe: Recipe) -> RunResult:
         signals.release()
 
 
+def run(recipe: Recipe) -> RunResult:
+    """Train `recipe` to its end, resuming where its run_dir has a checkpoint; one with phases is for `leanmill.phases`.
+
+    Under torchrun every rank calls this. The process group is taken down before it returns; a
+    launch script then leaves through `os._exit`.
+
+    Raises:
+        ConfigError: The recipe asks for something impossible here.
+        RunError: Something failed on the way.
+        KeyboardInterrupt: Ctrl-C before training began, twice, or not served within its limit.
+    """
+    with processes(recipe) as given:
+        return run_in(given, recipe)
+
+
+def run_in(given: Processes, recipe: Recipe, start: Start | None = None) -> RunResult:
+    """Do what `run` does in processes that were joined before and are kept; see there.
+
+    Args:
+        given: The processes.
+        recipe: The recipe.
+        start: What it begins with, where its run_dir has no checkpoint.
+    """
+    with exclusive(_run_dir(recipe), given.ranks.rank) as lock:
+        return _Run(recipe, given, lock, start).go()
+
+
 class _Run:
     """The objects of one run, built in order."""
 
-    def __init__(self, recipe: Recipe, ranks: Ranks, signals: StopSignals, lock: RunLock) -> None:
-        self.signals, self.lock = signals, lock
+    def __init__(self, recipe: Recipe, given: Processes, lock: RunLock, start: Start | None) -> None:
+        self.ranks, self.signals, self.lock, self.start = given.ranks, given.signals, lock, start
         # The resolved precision goes into what is saved: a resumed run computes like its beginning.
-        self.recipe, self.ranks = with_precision(recipe, ranks.device.type), ranks
+        self.recipe = with_precision(recipe, given.ranks.device.type)
         self.run_dir = _run_dir(recipe)
         self.scores: dict[str, DomainScore] = {}
         torch.manual_seed(recipe.seed)
@@ -214,7 +255,7 @@ class _Run:
             save=self._save,
             evaluate=self._evaluate,
             before_update=self.manager.finish_copies,
-            on_first_step=lambda: shorten_timeout(recipe.cluster.step_timeout_seconds),
+            on_first_step=lambda: set_timeout(recipe.cluster.step_timeout_seconds),
             step=state.get("step", 0),
             num_skipped=state.get("num_skipped", 0),
         )
@@ -230,6 +271,8 @@ class _Run:
         """Find what to resume and return its `train_state`, which decides how the model is prepared."""
         path = self.manager.find(self.recipe.checkpoint.resume)
         if path is None:
+            if self.start is not None:
+                self._begin_with(self.start)
             return {}
         self.changes = changes(read_document(path, "recipe.json"), self.recipe)
         check_accepted(self.changes, self.recipe.checkpoint.accept_changes, str(path))
@@ -238,6 +281,14 @@ class _Run:
         self.data.identity.check(state["data"]["identity"])
         self.resumed_from = path
         return state
+
+    def _begin_with(self, start: Start) -> None:
+        if start.data:
+            data = self.manager.train_state(start.checkpoint)["data"]
+            self.data.identity.check(data["identity"])
+            self.data.load_state_dict(data)
+        if start.model:
+            self.manager.load(start.checkpoint, self.engine, optimizer=start.optimizer, **self.saved)
 
     def _data_notes(self, num_steps: int) -> list[str]:
         num_rows = num_steps * self.recipe.batch.tokens_per_step // self.recipe.data.sequence_length

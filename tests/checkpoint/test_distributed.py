@@ -20,7 +20,7 @@ from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.manifest import verify
 from leanmill.checkpoint.reading import read_full_state, read_index
 from leanmill.core.errors import RunError
-from leanmill.parallel.launch import shorten_timeout
+from leanmill.parallel.launch import set_timeout
 from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
 from tests.distributed import run_ranks
 
@@ -180,7 +180,7 @@ def test_full_disk_on_one_rank_fails_on_all(tmp_path: Path, asynchronous: bool, 
 def test_a_slow_disk_on_one_rank_outlasts_the_time_out_of_a_step(tmp_path: Path) -> None:
     def train() -> None:
         engine, manager = FakeEngine(_shard(odd_tensors())), _manager(tmp_path)
-        shorten_timeout(1)
+        set_timeout(1)
         original = storage._stream
 
         def slow(*args: Any) -> Any:

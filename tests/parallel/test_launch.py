@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 
 from leanmill.core.errors import ConfigError
 from leanmill.parallel import launch
-from leanmill.parallel.launch import finish, init_processes, num_cores, patient_group, set_threads, shorten_timeout
+from leanmill.parallel.launch import finish, init_processes, num_cores, patient_group, set_threads, set_timeout
 from tests.distributed import run_ranks
 
 
@@ -29,10 +29,10 @@ import os, sys
 from types import SimpleNamespace
 import torch
 from leanmill.parallel.collectives import broadcast_object, sum_over_ranks
-from leanmill.parallel.launch import finish, init_processes, shorten_timeout
+from leanmill.parallel.launch import finish, init_processes, set_timeout
 ranks = init_processes("cpu", SimpleNamespace(init_timeout_seconds=60, flight_recorder=True))
 total = sum_over_ranks(torch.tensor(float(ranks.rank + 1)))
-shorten_timeout(30)
+set_timeout(30)
 name = broadcast_object("from 0" if ranks.rank == 0 else None)
 finish()
 print(f"rank {ranks.rank}/{ranks.world_size} local {ranks.local_rank}: {total:g} {name}", flush=True)
@@ -64,7 +64,7 @@ def test_one_process_has_no_group() -> None:
     ranks = init_processes("cpu", CLUSTER)
     assert (ranks.rank, ranks.world_size, ranks.device) == (0, 1, torch.device("cpu"))
     assert not dist.is_initialized()
-    shorten_timeout(5)
+    set_timeout(5)
     finish()
 
 
@@ -150,7 +150,7 @@ def test_the_shortened_timeout_counts_for_every_group_but_those_that_state_their
     def body() -> tuple[list[str], float]:
         groups = [None, dist.new_group([0, 1])]
         patient = patient_group(timedelta(seconds=60))
-        shorten_timeout(1)
+        set_timeout(1)
         if dist.get_rank() == 1:
             time.sleep(4)
         failures = []
@@ -174,7 +174,7 @@ def test_the_shortened_timeout_counts_for_every_group_but_those_that_state_their
 
 def test_timeouts_are_given_to_the_group() -> None:
     def body() -> bool:
-        shorten_timeout(7)
+        set_timeout(7)
         group = dist.distributed_c10d._get_default_group()
         return group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,10 @@ class LayerReport:
     output_error: float | None
     """||(W' - W) X||^2 / ||W X||^2 on the calibration inputs X, where the pass knows their gram matrix."""
 
+    def __str__(self) -> str:
+        error = "" if self.output_error is None else f", output error {self.output_error:.2%}"
+        return f"{self.technique} {self.name}: {self.zero_fraction:.1%} zeros{error}"
+
 
 def compress(recipe: CompressRecipe, out: Path) -> list[LayerReport]:
     """Run the recipe's passes over its model, one after another, and write the result to `out`.
@@ -55,12 +59,13 @@ def compress(recipe: CompressRecipe, out: Path) -> list[LayerReport]:
     """
     ranks = init_processes(recipe.device, ClusterConfig())
     try:
-        return _run(recipe, out, ranks)
+        return compress_in(ranks, recipe, out)
     finally:
         finish()
 
 
-def _run(recipe: CompressRecipe, out: Path, ranks: Ranks) -> list[LayerReport]:
+def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[LayerReport]:
+    """Do what `compress` does in processes that were joined before and are kept; see there."""
     pretrained_config(recipe.model)  # says what is wrong with the path in one line
     folder = local_folder(str(recipe.model.path), recipe.model.revision)
     batches = _calibration(recipe, folder, ranks)
@@ -94,7 +99,12 @@ class _Pass:
         self.config, self.stream, self.writer = config, stream, writer
         self.technique = str(config.type)  # type: ignore[attr-defined]
         self.solver: LayerSolver = config.solver()
-        self.targets = self._targets()
+        shapes = {
+            name: (layer.out_features, layer.in_features)
+            for index in range(len(stream))
+            for name, layer in stream.linears(index).items()
+        }
+        self.targets = check_pass(config, shapes)
 
     def run(self) -> list[LayerReport]:
         reports: list[LayerReport] = []
@@ -108,34 +118,6 @@ class _Pass:
                 self.writer.write(self.stream.source.read([name]))
             self.writer.close(self.stream.source)
         return reports
-
-    def _targets(self) -> frozenset[str]:
-        """Names of the layers to solve, checked before anything is computed."""
-        shapes = {
-            name: (layer.out_features, layer.in_features)
-            for index in range(len(self.stream))
-            for name, layer in self.stream.linears(index).items()
-        }
-        taken = set(shapes) if self.config.targets is None else self._matching(shapes, "targets", self.config.targets)
-        taken -= self._matching(shapes, "exclude", self.config.exclude)
-        if not taken:
-            raise ConfigError(f"{self.technique}: targets less exclude leave no linear layer; loosen exclude")
-        for name in sorted(taken):
-            self.solver.check(name, shapes[name])
-        return frozenset(taken)
-
-    def _matching(self, shapes: Collection[str], field: str, patterns: Sequence[str]) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            here = {name for name in shapes if matches(pattern, name)}
-            if not here:
-                leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shapes}))
-                raise ConfigError(
-                    f"{self.technique}.{field} pattern {pattern!r} matches no linear layer of a block; "
-                    f"there are {leaves}"
-                )
-            found |= here
-        return found
 
     @torch.no_grad()
     def _solve(self, block: Block) -> Iterator[LayerReport]:
@@ -168,6 +150,39 @@ class _Pass:
         dtypes = self.stream.source.dtypes(solved)
         tensors |= {name: weight.to("cpu", dtypes[name]) for name, weight in solved.items()}
         self.writer.write(tensors)
+
+
+def check_pass(config: PassConfig, shapes: Mapping[str, tuple[int, int]]) -> frozenset[str]:
+    """Return the names of the layers that a pass solves; nothing is computed.
+
+    Args:
+        config: The pass.
+        shapes: (out, in) of every linear layer in a block, by its full name.
+
+    Raises:
+        ConfigError: A pattern takes nothing, or a weight does not fit.
+    """
+    technique, solver = str(config.type), config.solver()  # type: ignore[attr-defined]
+
+    def matching(field: str, patterns: Sequence[str]) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            here = {name for name in shapes if matches(pattern, name)}
+            if not here:
+                leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shapes}))
+                raise ConfigError(
+                    f"{technique}.{field} pattern {pattern!r} matches no linear layer of a block; there are {leaves}"
+                )
+            found |= here
+        return found
+
+    taken = set(shapes) if config.targets is None else matching("targets", config.targets)
+    taken -= matching("exclude", config.exclude)
+    if not taken:
+        raise ConfigError(f"{technique}: targets less exclude leave no linear layer; loosen exclude")
+    for name in sorted(taken):
+        solver.check(name, shapes[name])
+    return frozenset(taken)
 
 
 def _output_error(before: Tensor, after: Tensor, statistics: InputStatistics) -> float | None:

@@ -1,0 +1,170 @@
+"""A run of several phases, from recipe to the last one's result."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanmill.checkpoint.group import SaveGroup
+from leanmill.checkpoint.phases import DONE, phase_folders
+from leanmill.core.errors import ConfigError
+from leanmill.core.folders import clear_unfinished
+from leanmill.parallel.collectives import max_over_ranks
+from leanmill.parallel.launch import set_timeout
+from leanmill.phases.check import check_phases
+from leanmill.phases.done import asked_of, differences
+from leanmill.phases.handover import Handover
+from leanmill.recipe.compress import CompressRecipe
+from leanmill.recipe.phases import phase_names, source_of
+from leanmill.recipe.root import Recipe
+from leanmill.report.files import write_atomically
+from leanmill.trainer.passes.run import compress_in
+from leanmill.trainer.recipe_file import write_recipe
+from leanmill.trainer.run import Processes, RunResult, processes, run_in
+from leanmill.trainer.run_lock import exclusive
+from leanmill.trainer.stop import Stop
+
+
+log = logging.getLogger(__name__)
+
+_PASSES_TIMEOUT_SECONDS = 24 * 3600
+"""Collective time-out while passes run: a rank waits for the slowest layer and for the disk of the first."""
+
+
+def run(recipe: Recipe) -> RunResult:
+    """Do the phases of `recipe` one after another, going on inside the one that was interrupted.
+
+    Under torchrun every rank calls this, once for all phases.
+
+    Returns:
+        The last phase's result; steps and skipped steps are summed over all phases.
+
+    Raises:
+        ConfigError: The recipe asks for something impossible here, or a finished phase was asked for otherwise.
+        RunError: Something failed on the way.
+        KeyboardInterrupt: As for `leanmill.trainer.run.run`.
+    """
+    with processes(recipe) as given:
+        run_dir = Path(recipe.run_dir.format(name=recipe.name))
+        with exclusive(run_dir, given.ranks.rank):
+            return _Phases(recipe, given, run_dir).go()
+
+
+class _Phases:
+    """The phases of one run, in order."""
+
+    def __init__(self, recipe: Recipe, given: Processes, run_dir: Path) -> None:
+        self.recipe, self.given, self.run_dir = recipe, given, run_dir
+        self.names, self.group = phase_names(recipe.phases), SaveGroup()
+        self.handover = Handover(recipe, self.group)
+        self.result = RunResult(
+            status="finished", run_dir=run_dir, step=0, num_skipped=0, scores={}, rank=given.ranks.rank
+        )
+
+    def go(self) -> RunResult:
+        done = self._read_done()
+        check_phases(self.recipe, done.keys())
+        if self.given.ranks.rank == 0:
+            write_recipe(self.run_dir, self.recipe)
+        for index, name in enumerate(self.names):
+            if index in done:
+                self._add(done[index])
+                continue
+            if self._is_stopped():
+                return replace(self.result, status="stopped")
+            log.info("phase %d of %d: %s", index + 1, len(self.names), name)
+            record = self._do(index)
+            self._add(record)
+            if self.result.status == "stopped":
+                break
+            self._mark_done(index, record)
+        return self.result
+
+    def _do(self, index: int) -> dict[str, Any]:
+        """Do one phase; return how many steps it took and skipped."""
+        phase = self.recipe.phases[index]
+        set_timeout(_PASSES_TIMEOUT_SECONDS)
+        if phase.passes:
+            self._pass(index)
+        if not phase.trains:
+            return {"steps": 0, "num_skipped": 0}
+        recipe, start = self.handover.training(index)
+        set_timeout(self.recipe.cluster.init_timeout_seconds)
+        result = run_in(self.given, recipe, start)
+        self.result = replace(self.result, status=result.status, scores=result.scores, interrupted=result.interrupted)
+        # What the next phase builds finds no memory taken by this one.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return {"steps": result.step, "num_skipped": result.num_skipped}
+
+    def _pass(self, index: int) -> None:
+        phase, out = self.recipe.phases[index], self.handover.passed(index)
+        if self.group.broadcast("there" if out.is_dir() else ""):
+            return
+        trained = self.recipe.of_phase(index) if phase.trains else self.recipe
+        compressed = CompressRecipe(
+            seed=self.recipe.seed,
+            device=self.recipe.device,
+            precision=trained.train.precision,
+            model=self.handover.model_for_passes(index),
+            data=trained.data,
+            calibration=phase.calibration,
+            passes=phase.passes,
+        )
+        self.group.on_first_rank(lambda: clear_unfinished(out))
+        for report in compress_in(self.given.ranks, compressed, out):
+            log.info("%s", report)
+
+    def _add(self, record: dict[str, Any]) -> None:
+        self.result = replace(
+            self.result,
+            step=self.result.step + record["steps"],
+            num_skipped=self.result.num_skipped + record["num_skipped"],
+        )
+
+    def _is_stopped(self) -> bool:
+        level = torch.tensor(float(self.given.signals.level))
+        return int(max_over_ranks(level)) != Stop.NOT_ASKED
+
+    # Phases that are finished
+
+    def _read_done(self) -> dict[int, dict[str, Any]]:
+        """Return what is known of each finished phase, by index, equal on all ranks; refuse others than asked for."""
+        began = self.group.broadcast(", ".join(folder.name for folder in phase_folders(self.run_dir)))
+        if began and self.recipe.checkpoint.resume == "never":
+            raise ConfigError(
+                f"checkpoint.resume=never, but {self.run_dir} has phases that began ({began}); give another run_dir, or "
+                f"type checkpoint.resume=auto to continue"
+            )
+        found: dict[int, dict[str, Any]] = {}
+        for index in range(len(self.names)):
+            path = self.handover.folder(index) / DONE
+            text = self.group.broadcast(path.read_text(encoding="utf-8") if path.is_file() else "")
+            if text:
+                found[index] = json.loads(text)
+        for index, record in found.items():
+            self._check_done(index, record, found.keys())
+        return found
+
+    def _check_done(self, index: int, record: dict[str, Any], done: Any) -> None:
+        folder = self.handover.folder(index)
+        again = f"remove {folder} and the phases that come from it to do them again, or give another run_dir"
+        changed = differences(record["asked"], self.recipe, index)
+        if changed:
+            raise ConfigError(f"{folder} is finished, and was asked for otherwise ({'; '.join(changed)}); {again}")
+        source, _ = source_of(self.recipe.phases, index)
+        if source is not None and source not in done:
+            raise ConfigError(
+                f"{folder} is finished, and {self.handover.folder(source)}, which it came from, is not there; {again}"
+            )
+
+    def _mark_done(self, index: int, record: dict[str, Any]) -> None:
+        text = json.dumps({"asked": asked_of(self.recipe, index), **record}, indent=2) + "\n"
+        self.group.on_first_rank(lambda: write_atomically(self.handover.folder(index) / DONE, text))
