@@ -140,8 +140,8 @@ class _Phases:
         began = self.group.broadcast(", ".join(folder.name for folder in phase_folders(self.run_dir)))
         if began and self.recipe.checkpoint.resume == "never":
             raise ConfigError(
-                f"checkpoint.resume=never, but {self.run_dir} has phases that began ({began}); give another run_dir, or "
-                f"type checkpoint.resume=auto to continue"
+                f"checkpoint.resume=never, but {self.run_dir} has phases that began ({began}); give another run_dir, "
+                f"or type checkpoint.resume=auto to continue"
             )
         found: dict[int, dict[str, Any]] = {}
         for index in range(len(self.names)):
