@@ -80,7 +80,7 @@ class Start:
 
     checkpoint: Path
     model: bool = False
-    """Whether the weights and what stages hold go on; the model must have the same of them."""
+    """Whether the weights and what stages and step rules hold go on; the model must have the same of them."""
     optimizer: bool = False
     """Whether the moments go on as well."""
     data: bool = False
@@ -174,12 +174,14 @@ class _Run:
             self.engine,
             num_micro_batches=num_micro_batches,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            rule_states=state.get("rules", {}),
+            rule_states=state.get("rules") or self._rules_to_begin_with(),
         )
         self.saved = saved_part(recipe, model, prepared.techniques.freeze_base)
         if state:
             self.manager.load(self.resumed_from, self.engine, **self.saved)
             self.data.load_state_dict(state["data"])
+        elif self.start is not None:
+            self._begin_with(self.start)
         self.manager.clear_away()
         num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
         self._write_recipe(tokenizer)
@@ -271,8 +273,6 @@ class _Run:
         """Find what to resume and return its `train_state`, which decides how the model is prepared."""
         path = self.manager.find(self.recipe.checkpoint.resume)
         if path is None:
-            if self.start is not None:
-                self._begin_with(self.start)
             return {}
         self.changes = changes(read_document(path, "recipe.json"), self.recipe)
         check_accepted(self.changes, self.recipe.checkpoint.accept_changes, str(path))
@@ -281,6 +281,11 @@ class _Run:
         self.data.identity.check(state["data"]["identity"])
         self.resumed_from = path
         return state
+
+    def _rules_to_begin_with(self) -> dict[str, Any]:
+        if self.start is None or not self.start.model:
+            return {}
+        return self.manager.train_state(self.start.checkpoint).get("rules", {})  # type: ignore[no-any-return]
 
     def _begin_with(self, start: Start) -> None:
         if start.data:
