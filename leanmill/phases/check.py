@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.passes import PassConfig
 from leanmill.export.folding import check_mergeable
 from leanmill.models.build import build_on_meta
-from leanmill.parallel.blocks import decoder_blocks
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.recipe.on_this_machine import local_model
 from leanmill.recipe.phases import phase_names, source_of
