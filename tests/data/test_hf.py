@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.data import hf
+from leanmill.data import row_sources
 from leanmill.data.config import HfDataset
 from leanmill.data.hf import open_hf
 from tests.data.samples import conversations, sentences, write_jsonl, write_texts
@@ -109,17 +109,17 @@ def test_a_row_is_named_within_its_file(tmp_path):
         write_texts(tmp_path / f"{name}.jsonl", count)
     (tmp_path / "aa.jsonl").write_text("")
     documents = opened(tmp_path)
-    names = [documents.locate(number, "train") for number in (3, 4, 7, 9)]
+    names = [documents.source.locate(number, "train") for number in (3, 4, 7, 9)]
     assert names == [f"row {n} of {tmp_path}/{name}.jsonl" for n, name in ((3, "a"), (1, "b"), (4, "b"), (2, "c"))]
 
 
 def test_a_far_row_is_not_looked_for(tmp_path, monkeypatch):
     for name in "ab":
         write_texts(tmp_path / f"{name}.jsonl", 3)
-    monkeypatch.setattr(hf, "_MOST_ROWS_READ_AGAIN", 3)
+    monkeypatch.setattr(row_sources, "_MOST_ROWS_READ_AGAIN", 3)
     documents = opened(tmp_path)
-    assert documents.locate(3, "train") == f"row 3 of {tmp_path}/a.jsonl"
-    assert documents.locate(4, "train") == f"row 4 of {tmp_path}, counted over its 2 files"
+    assert documents.source.locate(3, "train") == f"row 3 of {tmp_path}/a.jsonl"
+    assert documents.source.locate(4, "train") == f"row 4 of {tmp_path}, counted over its 2 files"
 
 
 def test_what_is_no_conversation_is_named_by_file_and_row(tmp_path):
