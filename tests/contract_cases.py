@@ -51,6 +51,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity_tied": TECHNIQUES["nm_sparsity"] | {"targets": ["*_proj", "embed_tokens", "lm_head"]},
     "distill_reverse": TECHNIQUES["distill"] | {"divergence": "reverse_kl", "weight": 0.25},
     "ternary_int8": {"type": "ternary", "activation_bits": 8},
+    # At temperatures like the paper's last, scores of tiny logits would all be ties but for rounding.
+    "mask_llm": {"type": "mask_llm", "temperature": [4.0, 1.0], "scale": [100.0, 200.0]},
+    "mask_llm_tied": {
+        "type": "mask_llm",
+        "targets": ["*_proj", "embed_tokens", "lm_head"],
+        "temperature": [4.0, 1.0],
+        "weight_regularisation": 1e-2,
+    },
     "int_quant": {"type": "int_quant", "weight_bits": 4, "activation_bits": 8, "granularity": "group", "group_size": 8},
     "lsq_tensor": {"type": "lsq", "weight_bits": 4},
     "lsq_row": {"type": "lsq", "weight_bits": 3, "granularity": "row"},
@@ -73,9 +81,10 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
-    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row", "lsq_tied", "rho1")},
+    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row", "lsq_tied", "rho1", "mask_llm")},
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
+    "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
     "lora_in_steps": ("lora", "lsq_row"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
@@ -94,6 +103,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     # Rounded activations turn another order of additions into other codes.
     "rotated": ("nm_sparsity", "quest_weights"),
     "lsq_row": ("lsq_row",),
+    "mask_llm": ("mask_llm",),
     "distill": ("distill",),
 }
 
@@ -239,7 +249,8 @@ def exported_weights(single: Engine, parameters: dict[str, Tensor]) -> dict[str,
     """
     for name, parameter in single.module.model.named_parameters():
         parameter.data.copy_(parameters[name])
-    return {name: site.effective_weight().detach() for name, site in iter_sites(single.module.model)}
+    model = single.module.model.eval()
+    return {name: site.effective_weight().detach() for name, site in iter_sites(model)}
 
 
 def save_teacher(folder: Path) -> str:

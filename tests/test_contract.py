@@ -92,11 +92,15 @@ def test_trained_weights_keep_their_promises(combination, teacher):
     assert all(torch.isfinite(value).all() for value in after.values())
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed, "training moved nothing"
-    if any(name.startswith("lora") for name in names):
+    if any(name.startswith(("lora", "mask_llm")) for name in names):
         assert all("lora_" in name or ".stages." in name for name in changed), "the base must stay frozen"
     inputs = torch.randn(3, 5, 32)
-    for name, site in iter_sites(engine.module.model):
+    for name, site in iter_sites(engine.module.model.eval()):
         weight = site.effective_weight().detach()
+        if "mask_llm" in names:
+            kept = weight != 0
+            assert (kept.reshape(-1, 4).sum(-1) == 2).all(), name
+            assert torch.equal(weight[kept], before[f"{name}.weight"][kept]), name
         if "bdwp" in names and "ternary" not in names:
             assert ((weight.reshape(-1, 4) == 0).sum(-1) == 2).all(), name
         if "nm_sparsity" in names:

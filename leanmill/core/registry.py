@@ -61,6 +61,11 @@ TECHNIQUES: dict[str, Entry] = {
         "N:M masks of their own for the forward and the backward matmul",
         "Fang et al. 2023, arXiv:2309.13015",
     ),
+    "mask_llm": Entry(
+        "leanmill.sparse.mask_llm.config:MaskLlm",
+        "learn which N of every M weights to keep, the weights frozen",
+        "Fang et al. 2024, arXiv:2409.17481",
+    ),
     "lora": Entry(
         "leanmill.peft_ext.lora.config:Lora",
         "low-rank adapters, inside the weight or as an output branch through PEFT",

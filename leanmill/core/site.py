@@ -38,6 +38,11 @@ class Site(ABC):
     def raw_weight(self) -> Tensor:
         """The live parameter that the optimizer writes."""
 
+    @property
+    def weight_name(self) -> str:
+        """Dotted name of the weight in the plain model."""
+        return f"{self.site_name}.weight"
+
     @abstractmethod
     def fold(self) -> nn.Module:
         """Return a plain module whose weight is `folded_weight()`, free of stages."""
@@ -226,6 +231,10 @@ class ExpertSite(Site, nn.Module):
     @property
     def raw_weight(self) -> Tensor:
         return getattr(self.__dict__["_owner"], self.parameter_name)  # type: ignore[no-any-return]
+
+    @property
+    def weight_name(self) -> str:
+        return self.site_name
 
     def forward(self) -> Tensor:
         """Return the raw weight; a call rather than a method so that sharding hooks run."""

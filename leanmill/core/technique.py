@@ -21,7 +21,7 @@ from leanmill.core.rules import StepRule
 
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from leanmill.core.ledger import Ledger
     from leanmill.core.sites import Sites
@@ -51,6 +51,10 @@ class InstallContext:
     """Seed of the run, for what is drawn in training (`leanmill.core.noise`)."""
     ledger: Ledger = field(default_factory=_new_ledger)
     """Where losses that arise inside the model are attached; its train module's."""
+    open_weights: Callable[[str], Callable[[str, Tensor], Tensor]] | None = None
+    """Open the weights of a model in a folder or hub repository, to be read once. The function returned takes a
+    weight's plain name and a tensor of the shape it must have, and gives the weight, whole, on the CPU; a
+    collective, for `Stage.initialise`. None where what is initialised will be overwritten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,11 @@ class TechniqueConfig(Config):
         raise NotImplementedError
 
     def frozen_models(self) -> Mapping[str, str]:
-        """Return the models that the technique reads: key of this configuration -> folder or hub name."""
+        """Return the models that a run keeps beside its own: key of this configuration -> folder or hub name."""
+        return {}
+
+    def read_models(self) -> Mapping[str, str]:
+        """Return the models that are read once, at the start: key of this configuration -> folder or hub name."""
         return {}
 
     def reads_optimizer_state(self) -> bool:

@@ -26,12 +26,7 @@ def reshaping_stages(module: nn.Module) -> list[str]:
 @torch.no_grad()
 def folded_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the weight of every site folded, by the plain name of its parameter."""
-    return {parameter_name(name, site): site.folded_weight().detach().clone() for name, site in iter_sites(model)}
-
-
-def parameter_name(name: str, site: Site) -> str:
-    """Name of a site's weight in the plain model."""
-    return name if isinstance(site, ExpertSite) else f"{name}.weight"
+    return {site.weight_name: site.folded_weight().detach().clone() for _, site in iter_sites(model)}
 
 
 def fold(model: Any) -> None:

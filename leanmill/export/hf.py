@@ -17,7 +17,7 @@ from leanmill.core.stage import Slot
 from leanmill.export import bitnet
 from leanmill.export.activations import Activations, settle_activations
 from leanmill.export.compare import allowed, check_same, largest_difference, reload, sample_logits
-from leanmill.export.folding import fold, folded_weights, parameter_name
+from leanmill.export.folding import fold, folded_weights
 from leanmill.export.report import ExportReport
 from leanmill.models.pretrained import quiet_transformers
 from leanmill.trainer.rebuild import Rebuilt, rebuild
@@ -128,12 +128,12 @@ def _is_installed() -> bool:
 def _masks(model: Any) -> dict[str, tuple[int, int] | None]:
     """By parameter name, the N:M of each masked weight; None where its mask has another pattern."""
     masked: dict[str, tuple[int, int] | None] = {}
-    for name, site in iter_sites(model):
+    for _, site in iter_sites(model):
         stage = site.stage(Slot.MASK)
         if stage is not None:
             # Rotated back, what was zero is not.
             is_rotated = site.stage(Slot.ROTATE) is not None
-            masked[parameter_name(name, site)] = None if is_rotated else stage.pattern()
+            masked[site.weight_name] = None if is_rotated else stage.pattern()
     return masked
 
 

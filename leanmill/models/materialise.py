@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from leanmill.core.branches import branch_modules, is_branched, plain_modules, reset_branch
 from leanmill.core.copies import cpu_copy
-from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.errors import RunError
 from leanmill.core.names import clean_name
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import TechniqueModule
-from leanmill.models.pretrained import load_weights
-from leanmill.parallel.collectives import broadcast_object
+from leanmill.models.stored_weights import StoredWeights
 from leanmill.parallel.tensors import assign, full
 
 
@@ -76,7 +74,7 @@ def initialise_stages(model: nn.Module) -> None:
         weight = full(site.raw_weight.detach()).to("cpu", torch.float32)
         for stage in stages:
             own = {name: full(parameter.detach()).cpu() for name, parameter in stage.named_parameters()}
-            twin: Any = cpu_copy(stage, own)
+            twin: Any = cpu_copy(stage, own).eval()  # what is sampled in training starts from its likeliest value
             if id(stage) in waiting:
                 twin.initialise(weight)
                 for name, parameter in stage.named_parameters():
@@ -99,32 +97,14 @@ def _causal_lm(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
     """Broadcast the checkpoint's weights into `model`; return the ids of the tensors it filled."""
-    is_reader = not dist.is_initialized() or dist.get_rank() == 0
-    weights: dict[str, Tensor] = {}
-    problem: dict[str, str] = {}
-    if is_reader:
-        try:
-            weights = _read(config)
-        except (ConfigError, RunError) as error:
-            problem = {"kind": type(error).__name__, "message": str(error)}
-    problem = broadcast_object(problem)
-    if problem:
-        raise (ConfigError if problem["kind"] == "ConfigError" else RunError)(problem["message"])
+    weights = StoredWeights(config)
     filled: set[int] = set()
     for name, owner, key in _base_tensors(model):
         tensor = _with_storage(owner, key, model)
         if id(tensor) not in filled:
-            assign(tensor, _broadcast(weights.pop(name, None), tensor, name))
+            assign(tensor, weights.take(name, tensor))
             filled.add(id(tensor))
     return frozenset(filled)
-
-
-def _read(config: ModelConfig) -> dict[str, Tensor]:
-    model = load_weights(config, dtype=torch.float32)
-    state = dict(model.named_parameters(remove_duplicate=False))
-    persistent = set(model.state_dict())
-    state |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -136,21 +116,6 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         for key in module._buffers:
             if module._buffers[key] is not None and key not in module._non_persistent_buffers_set:
                 yield clean_name(f"{path}.{key}" if path else key), module, key
-
-
-def _broadcast(value: Tensor | None, like: Tensor, name: str) -> Tensor:
-    """Return rank 0's full `value` on every rank."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        if value is None:
-            raise ConfigError(f"the checkpoint holds no {name}; give the complete checkpoint")
-        return value
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    if dist.get_rank() == 0 and (value is None or value.shape != like.shape):
-        raise RunError(f"{name} of the checkpoint does not fit the model; restart from a matching checkpoint")
-    full = torch.empty(like.shape, dtype=like.dtype, device=device) if value is None else value.to(device, like.dtype)
-    full = full.contiguous()
-    dist.broadcast(full, src=0)
-    return full
 
 
 class _Filler:

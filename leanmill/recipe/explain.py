@@ -67,7 +67,7 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "checkpoint.resume": recipe.checkpoint.resume if recipe.checkpoint.resume not in ("auto", "never") else None,
     }
     for index, technique in enumerate(recipe.techniques):
-        for key, model in technique.frozen_models().items():
+        for key, model in {**technique.frozen_models(), **technique.read_models()}.items():
             named[f"techniques.{index}.{key}"] = model
     source = recipe.data.source
     if isinstance(source, HfDataset):

@@ -37,7 +37,7 @@ def not_looked_at(recipe: Recipe) -> Iterator[str]:
         techniques = " and whether the techniques fit it" if recipe.techniques else ""
         yield f"model {model.path}{techniques}: {why}"
     for index, technique in enumerate(recipe.techniques):
-        for key, path in technique.frozen_models().items():
+        for key, path in {**technique.frozen_models(), **technique.read_models()}.items():
             if local_model(ModelConfig(path=path)) is None:
                 yield f"techniques.{index}.{key} {path}: it is not on this machine"
     tokenizer = recipe.data.tokenizer.path

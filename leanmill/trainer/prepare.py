@@ -22,9 +22,11 @@ from leanmill.core.technique import Installation, InstallContext, InstalledTechn
 from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.compile import compile_blocks
+from leanmill.models.config import ModelConfig
 from leanmill.models.counting import num_parameters
 from leanmill.models.materialise import make_materialiser
 from leanmill.models.pretrained import load_frozen
+from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.build import build_optimizer
 from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.precision import resolve_precision
@@ -70,12 +72,17 @@ def prepare(
     def load_frozen_model(path: str) -> nn.Module:
         return engine.prepare_frozen(load_frozen(path, trust_remote_code=recipe.model.trust_remote_code))
 
+    @cache  # each weight of it is read once
+    def stored(path: str) -> StoredWeights:
+        return StoredWeights(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+
     context = InstallContext(
         load_frozen_model=load_frozen_model,
         vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
         tokenizer_fingerprint=tokenizer_fingerprint,
         fingerprint_of_tokenizer=fingerprint_of,
         seed=recipe.seed,
+        open_weights=lambda path: stored(path).take,
     )
     techniques, module = assemble(recipe, model, context)
     load_state(techniques.step_rules, rule_states or {})
@@ -92,6 +99,8 @@ def prepare(
             max_grad_norm=recipe.train.max_grad_norm,
         ),
     )
+    for path in {path for technique in recipe.techniques for path in technique.read_models().values()}:
+        stored(path).close()
     return Prepared(techniques=techniques, conversion=conversion, num_trainable=num_trainable)
 
 

@@ -69,7 +69,7 @@ def context(teacher: nn.Module | None = None, **changes: Any) -> InstallContext:
         assert teacher is not None, f"nobody should load {path}"
         return teacher.eval().requires_grad_(False)
 
-    return InstallContext(**{"load_frozen_model": load, "vocab_size": VOCAB_SIZE, **changes})
+    return InstallContext(**{"load_frozen_model": load, "vocab_size": VOCAB_SIZE, "seed": 0, **changes})
 
 
 def install(model: nn.Module, *raw: dict[str, Any], teacher: nn.Module | None = None) -> Any:

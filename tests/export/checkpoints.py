@@ -52,7 +52,8 @@ def trained_model(recipe: Recipe) -> Any:
     def no_teacher(path: str) -> nn.Module:
         raise AssertionError(path)
 
-    install_techniques(recipe.techniques, model, InstallContext(load_frozen_model=no_teacher, vocab_size=97))
+    context = InstallContext(load_frozen_model=no_teacher, vocab_size=97, seed=recipe.seed)
+    install_techniques(recipe.techniques, model, context)
     make_materialiser(recipe.model, seed=recipe.seed)(model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

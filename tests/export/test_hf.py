@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import iter_sites
 from leanmill.export import bitnet, export_hf
 from leanmill.export.bitnet import pack, quantise_input
-from leanmill.export.folding import parameter_name
 from tests.export.checkpoints import checkpoint_of
-from tests.models.families import FAMILIES
+from tests.models.families import FAMILIES, tiny_config
 
 
 SPARSE = {"type": "nm_sparsity"}
@@ -34,8 +34,6 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def plain(path: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(str(path), dtype="auto").eval()
 
 
@@ -49,7 +47,7 @@ def test_every_family_with_mask_and_ternary(family: str, tmp_path: Path) -> None
     assert report.max_difference <= report.tolerance
     assert type(reloaded.get_submodule("model.layers.1.self_attn.o_proj")) is nn.Linear
     for name, site in iter_sites(model):
-        weight = reloaded.get_parameter(parameter_name(name, site)).detach()
+        weight = reloaded.get_parameter(site.weight_name).detach()
         assert torch.equal(weight, site.effective_weight().detach()), name
         assert int((weight.unflatten(-1, (-1, 4)) != 0).sum(-1).max()) <= 2
         levels = weight.flatten(-2).abs().sort(-1).values[..., -1:]
@@ -81,6 +79,23 @@ def test_tied_weights_stay_tied(technique: dict, tmp_path: Path) -> None:
     report = export_hf(checkpoint, tmp_path / "out")
     reloaded = plain(report.path)
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_learned_mask_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config("qwen3")))
+    dense.save_pretrained(tmp_path / "dense")
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{"type": "mask_llm"}], path=tmp_path / "dense")
+    report = export_hf(checkpoint, tmp_path / "out")
+    reloaded = plain(report.path)
+    for name, parameter in plain(tmp_path / "dense").named_parameters():
+        exported = reloaded.get_parameter(name)
+        if "_proj" not in name:
+            assert torch.equal(exported, parameter), name
+            continue
+        kept = exported != 0
+        assert (kept.reshape(-1, 4).sum(-1) == 2).all(), name
+        assert torch.equal(exported[kept], parameter[kept]), name
     torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
 
 

@@ -1,0 +1,1 @@
+"""Learned N:M masks over frozen weights."""

@@ -1,0 +1,153 @@
+"""A learned N:M mask as a stage: Gumbel-softmax over candidates in training, the likeliest one otherwise."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.noise import Noise
+from leanmill.core.rules import StepContext, StepRule
+from leanmill.core.sites import iter_sites
+from leanmill.core.stage import Slot, Stage
+from leanmill.sparse.mask_llm.product import masked
+
+
+LOGITS_STD = 0.01
+"""Standard deviation of the logits before the prior (as in the paper's code)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What changes over a run, linearly from its first to its last step."""
+
+    temperature: tuple[float, float]
+    scale: tuple[float, float]
+    weight_regularisation: float
+    """At the first step; 0 at the end."""
+
+
+class MaskLlmStage(Stage):
+    """Keep `num_kept` of every `group_size` neighbours of a weight [..., out, in], by learned logits.
+
+    With pi the logits of a group's C candidates S and g Gumbel noise, training multiplies the weight by
+    sum_k y_k S_k, y = softmax((kappa pi + g) / tau). The noise is one for the whole optimizer step, in every
+    micro-batch and on every rank, so that the step is that of one loss. Evaluation keeps the candidate with the
+    largest logit. The first backward of a step also adds the gradient of
+    -lambda ||W * mask||^2 to the logits; W counts as a constant there.
+
+    Args:
+        name: Of the site, for the noise.
+        weight: The weight it will be given: shape, device and dtype are taken.
+        num_kept: Entries kept of each group.
+        group_size: Neighbours along the last dim in a group.
+        schedule: Of temperature, scale and regulariser.
+        prior: From the loaded weight to the bool mask that logits start from; None starts at random.
+        prior_strength: alpha in pi += alpha std(pi) (|S_k & prior| - N^2 / M).
+    """
+
+    slot: ClassVar[Slot] = Slot.MASK
+    technique: ClassVar[str] = "mask_llm"
+    candidates: Tensor
+    """[C, M] of 0 and 1, in lexicographic order of the kept positions."""
+    temperature: Tensor
+    """(1,): tau."""
+    scale: Tensor
+    """(1,): kappa."""
+    pull_left: Tensor
+    """(1,): lambda of this step, until a backward has used it."""
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        num_kept: int,
+        group_size: int,
+        schedule: Schedule,
+        *,
+        prior: Callable[[Tensor], Tensor] | None = None,
+        prior_strength: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_kept, self.group_size, self.schedule = num_kept, group_size, schedule
+        self.prior, self.prior_strength = prior, prior_strength
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        candidates = all_masks(num_kept, group_size).to(dtype)
+        shape = (*weight.shape[:-1], weight.shape[-1] // group_size, len(candidates))
+        self.logits = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
+        # Constants keep their values on the CPU, where the weights may still be on meta.
+        self.register_buffer("candidates", candidates, persistent=False)
+        for key in ("temperature", "scale", "pull_left"):
+            self.register_buffer(key, torch.zeros(1, dtype=dtype, device="cpu"), persistent=False)
+        self.noise = Noise(f"mask_llm/{name}")
+        self.set_progress(0.0)
+
+    @torch.no_grad()
+    def set_progress(self, progress: float) -> None:
+        """Set tau, kappa and lambda for a share in [0, 1] of the run, and make the regulariser due."""
+        for buffer, (first, last) in (
+            (self.temperature, self.schedule.temperature),
+            (self.scale, self.schedule.scale),
+            (self.pull_left, (self.schedule.weight_regularisation, 0.0)),
+        ):
+            buffer.fill_(first + (last - first) * progress)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        # Autocast would compute the mask in bf16.
+        with torch.autocast(weight.device.type, enabled=False):
+            if self.training:
+                return masked(weight, self.soft_mask(), self.pull_left)
+            return torch.where(self.mask(), weight, 0.0)
+
+    def soft_mask(self) -> Tensor:
+        """The sampled mask of this step [..., out, in], at least fp32."""
+        scores = (self.logits * self.scale + self.noise.gumbel(self.logits)) / self.temperature
+        return (scores.softmax(-1) @ self.candidates).flatten(-2)
+
+    def mask(self) -> Tensor:
+        """The likeliest mask, bool [..., out, in]."""
+        return self.candidates.bool()[self.logits.argmax(-1)].flatten(-2)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.logits.normal_(std=LOGITS_STD)
+
+    @torch.no_grad()
+    def initialise(self, weight: Tensor) -> None:
+        if self.prior is None or not self.prior_strength:
+            return
+        prior = self.prior(weight).unflatten(-1, (-1, self.group_size)).to(self.logits.dtype)
+        in_common = prior @ self.candidates.T
+        by_chance = self.num_kept**2 / self.group_size
+        self.logits.add_((in_common - by_chance) * self.logits.std() * self.prior_strength)
+
+    def pattern(self) -> tuple[int, int]:
+        return self.num_kept, self.group_size
+
+    def extra_repr(self) -> str:
+        return f"num_kept={self.num_kept}, group_size={self.group_size}"
+
+
+class AnnealMasks(StepRule):
+    """Moves temperature, scale and regulariser of every learned mask with the run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def begin_step(self, context: StepContext) -> None:
+        # The share of the run that is done never reaches 1, so the temperature stays above its last value.
+        progress = min(1.0, context.step / max(1, context.num_steps))
+        for _, site in iter_sites(self.model):
+            stage = site.stage(Slot.MASK)
+            if isinstance(stage, MaskLlmStage):
+                stage.set_progress(progress)
+
+
+def all_masks(num_kept: int, group_size: int) -> Tensor:
+    """Every way to keep `num_kept` of `group_size`, bool [C, group_size], in lexicographic order."""
+    ways = itertools.combinations(range(group_size), num_kept)
+    return torch.tensor([[position in kept for position in range(group_size)] for kept in ways], device="cpu")
