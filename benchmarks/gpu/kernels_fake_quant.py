@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.kernels.fake_quant.activations import int8_activations, quantise_activations
-from leanmill.kernels.fake_quant.op import fake_quant, initial_scale, project_quantise
+from leanmill.kernels.fake_quant.op import fake_quant, initial_scale
 from leanmill.kernels.lowrank_delta import naive
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
 from leanmill.kernels.ternary.op import binary, ternary
@@ -22,7 +22,7 @@ LEAST_SHARE = 0.85
 def cases(device: torch.device, size: int = 8192, tokens: int = 8192) -> list[GpuCase]:
     """The figures of this group; smaller sizes let a test build and run them anywhere."""
     weight = (torch.randn(size, size, device=device) * 0.02).bfloat16()
-    found = [*grid_cases(weight), *mask_cases(weight), *level_cases(weight)]
+    found = [*grid_cases(weight), *level_cases(weight)]
     return [*found, *low_rank_cases(weight, tokens)]
 
 
@@ -43,26 +43,12 @@ def grid_cases(weight: Tensor) -> list[GpuCase]:
             return fake_quant(weight, scale, num_bits=4)
 
         def backward(scale: Tensor = scale) -> object:
-            settings = (4, "signed", False, None, 0, 0, None, True)
+            settings = (4, "signed", False, None, True)
             return torch.ops.leanmill.fake_quant_backward(grad, weight, scale, None, *settings)
 
         found.append(bandwidth_case(f"fake_quant int4 a {what}, forward", forward, 2 * num_bytes))
         found.append(bandwidth_case(f"fake_quant int4 a {what}, backward", backward, 3 * num_bytes))
     return found
-
-
-def mask_cases(weight: Tensor) -> list[GpuCase]:
-    """The mask fused with the grid."""
-    num_bytes = weight.numel() * weight.element_size()
-    scale = initial_scale(weight, (weight.shape[0], 1), num_bits=4)
-    return [
-        bandwidth_case(
-            f"project_quantise {num_kept}:{group_size} int4 a row, forward",
-            lambda n=num_kept, m=group_size: project_quantise(weight, scale, num_kept=n, group_size=m, num_bits=4),
-            2 * num_bytes,
-        )
-        for num_kept, group_size in ((2, 4), (4, 8))
-    ]
 
 
 def level_cases(weight: Tensor) -> list[GpuCase]:

@@ -15,9 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 from leanmill.kernels.fake_quant import naive
 from leanmill.kernels.fake_quant.activations import SMALLEST, quantise_activations
 from leanmill.kernels.fake_quant.grid import make_grid
-from leanmill.kernels.fake_quant.op import fake_quant, initial_scale, project_quantise
+from leanmill.kernels.fake_quant.op import fake_quant, initial_scale
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
-from leanmill.kernels.nm_mask.op import nm_project
 from leanmill.kernels.ternary import naive as ternary_naive
 from leanmill.kernels.ternary.op import ternary
 
@@ -29,7 +28,7 @@ GROUP = 128
 def cases() -> list[Case | MemoryCase]:
     """The figures of this group."""
     lsq = [lsq_case(torch.float32, None), lsq_case(torch.float32, GROUP), lsq_case(torch.bfloat16, None)]
-    return [*lsq, learnable_case(), projection_case(), ternary_case(), activations_case(), merged_bytes_case()]
+    return [*lsq, learnable_case(), ternary_case(), activations_case(), merged_bytes_case()]
 
 
 def weight_and_grad(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,16 +47,14 @@ def backward(function: Callable[[], Tensor], grad: Tensor, *leaves: Tensor) -> C
     return call
 
 
-def definition(weight: Tensor, grad: Tensor, scale: Tensor, *mask: int) -> Callable[[], object]:
+def definition(weight: Tensor, grad: Tensor, scale: Tensor) -> Callable[[], object]:
     """Forward and gradients of the naive definition in int4, compiled."""
     forward, gradients, grid = compiled(naive.forward), compiled(naive.gradients), make_grid(4, "signed")
     weight, scale = weight.detach(), scale.detach()
     factor = (weight.numel() / scale.numel() * grid.high) ** -0.5
 
     def call() -> object:
-        return forward(weight, scale, None, grid, *mask), gradients(
-            grad, weight, scale, None, grid, factor, False, *mask
-        )
+        return forward(weight, scale, None, grid), gradients(grad, weight, scale, None, grid, factor, False)
 
     return call
 
@@ -116,28 +113,6 @@ def learnable_case() -> Case:
         limit=0.7,
         conditions=f"{SIZE} x {SIZE}, forward and backward to weight and scale",
         rounds=9,
-    )
-
-
-def projection_case() -> Case:
-    """Mask and grid in one pass against our two operations one after the other."""
-    weight, grad = weight_and_grad(torch.float32)
-    scale = initial_scale(weight, (SIZE, 1), num_bits=4).requires_grad_()
-
-    def stages() -> Tensor:
-        return fake_quant(nm_project(weight, 2, 4), scale, num_bits=4)
-
-    return Case(
-        name="project_quantise 2:4 and int4, float32",
-        ours=backward(
-            lambda: project_quantise(weight, scale, num_kept=2, group_size=4, num_bits=4), grad, weight, scale
-        ),
-        peer=backward(stages, grad, weight, scale),
-        peer_name="nm_project, then fake_quant",
-        limit=1.0,
-        conditions=f"{SIZE} x {SIZE}, scale a row, forward and backward to weight and scale",
-        rounds=9,
-        definition=definition(weight, grad, scale, 2, 4),
     )
 
 

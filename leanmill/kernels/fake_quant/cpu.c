@@ -1,4 +1,4 @@
-/* Fake quantisation with an optional N:M mask, its gradients, and int8 activations, one pass each.
+/* Fake quantisation, its gradients, and int8 activations, one pass each.
  *
  * Elements are converted to float a block at a time, which stays in the first-level cache, and everything else
  * is written once, for floats. Weights that share a scale lie next to each other and are cut into segments; each
@@ -12,20 +12,16 @@
 #endif
 
 #define BLOCK_MAX 1024
-#define PADDING 16
-#define LARGEST_GROUP 64
 #define LANES 16
 
 typedef struct {
     int64_t group_length;        /* weights that share a scale */
-    int64_t block_length;        /* at most BLOCK_MAX, a multiple of mask_size */
-    int64_t segment_length;      /* a multiple of block_length */
+    int64_t segment_length;
     int64_t segments_per_group;
     const float *scale;          /* one a group */
     const float *offset;         /* one a group, or NULL */
     float low, high, shift, edge_low, edge_high, smallest_scale;
-    int32_t straight_through, has_decay, num_kept, mask_size; /* num_kept 0: no mask */
-    float decay;
+    int32_t straight_through;
 } task_t;
 
 #define ALWAYS static inline __attribute__((always_inline))
@@ -43,7 +39,7 @@ ALWAYS float round_even(float x) {
 }
 
 /* Selection by bits (all or none): compilers turn branches on a float's use into control flow, and a
- * product would make a NaN of a pruned infinity. */
+ * product would make a NaN of an infinity that is left out. */
 ALWAYS float masked(float x, int32_t mask) {
     int32_t bits;
     memcpy(&bits, &x, 4);
@@ -51,100 +47,14 @@ ALWAYS float masked(float x, int32_t mask) {
     memcpy(&x, &bits, 4);
     return x;
 }
-ALWAYS float either(int32_t mask, float x, float y) {
-    int32_t a, b;
-    memcpy(&a, &x, 4);
-    memcpy(&b, &y, 4);
-    a = (a & mask) | (b & ~mask);
-    memcpy(&x, &a, 4);
-    return x;
-}
-
-/* Groups of 2, 4 and 8 lie within a vector: entry i meets entry i ^ distance of its own group. Vectors as
- * gcc and clang offer them on every processor. */
-typedef int32_t lanes_t __attribute__((vector_size(32)));
-#if defined(__clang__)
-#define SWAPPED(v, d) __builtin_shufflevector(v, v, 0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d)
-#else
-#define SWAPPED(v, d) __builtin_shuffle(v, (lanes_t){0 ^ d, 1 ^ d, 2 ^ d, 3 ^ d, 4 ^ d, 5 ^ d, 6 ^ d, 7 ^ d})
-#endif
-/* 1 where the one met has the lower index and is before an equal one. */
-#define LOWER(i, d) (((i) ^ (d)) < (i))
-#define LOWERS(d)                                                                                           \
-    (lanes_t){LOWER(0, d), LOWER(1, d), LOWER(2, d), LOWER(3, d), LOWER(4, d), LOWER(5, d), LOWER(6, d), LOWER(7, d)}
-/* A comparison is -1 where it holds, so what comes before is counted downwards. */
-#define MEET(d) before += SWAPPED(keys, d) + LOWERS(d) > keys
-
-ALWAYS void choose_lanes(const int32_t *restrict key, int32_t *restrict kept, int64_t n, int num_kept, int size) {
-    for (int64_t i = 0; i < n; i += 8) {
-        lanes_t keys, before = {0};
-        memcpy(&keys, key + i, sizeof keys);
-        MEET(1);
-        if (size > 2) { MEET(2); MEET(3); }
-        if (size > 4) { MEET(4); MEET(5); MEET(6); MEET(7); }
-        before = before > -num_kept;
-        memcpy(kept + i, &before, sizeof before);
-    }
-}
-
-/* Entries i < j of LANES groups; -1 goes to the one that the other is before. */
-ALWAYS void meet(const int32_t *restrict key_i, const int32_t *restrict key_j, int32_t *restrict before_i,
-                 int32_t *restrict before_j) {
-    for (int group = 0; group < LANES; group++) {
-        const int32_t larger = -(key_j[group] > key_i[group]);
-        before_i[group] += larger;
-        before_j[group] += ~larger;
-    }
-}
-
-/* Any size: LANES groups side by side, every pair of entries once. Counted downwards, too. */
-static void choose_any(const int32_t *restrict key, int32_t *restrict kept, int64_t n, int num_kept, int size) {
-    int32_t keys[LARGEST_GROUP][LANES] = {{0}}, before[LARGEST_GROUP][LANES];
-    for (int64_t first = 0; first < n; first += (int64_t)size * LANES) {
-        const int64_t left = (n - first) / size;
-        const int num_groups = left < LANES ? (int)left : LANES;
-        for (int group = 0; group < num_groups; group++)
-            for (int i = 0; i < size; i++) keys[i][group] = key[first + group * size + i];
-        memset(before, 0, (size_t)size * sizeof before[0]);
-        for (int i = 0; i < size; i++)
-            for (int j = i + 1; j < size; j++) meet(keys[i], keys[j], before[i], before[j]);
-        for (int group = 0; group < num_groups; group++)
-            for (int i = 0; i < size; i++) kept[first + group * size + i] = -(before[i][group] > -num_kept);
-    }
-}
-
-/* All ones for the entries that stay, for whole groups; both arrays may be read and written 8 past n. */
-ALWAYS void choose(const int32_t *key, int32_t *kept, int64_t n, int num_kept, int size) {
-    if (size == 4) choose_lanes(key, kept, n, num_kept, 4);
-    else if (size == 2) choose_lanes(key, kept, n, num_kept, 2);
-    else if (size == 8) choose_lanes(key, kept, n, num_kept, 8);
-    else choose_any(key, kept, n, num_kept, size);
-}
-
-/* Magnitudes as integers, all NaNs equal and above infinity; then the mask, as all ones and zeros. */
-static void mask_of(const task_t *task, const float *restrict v, int32_t *restrict kept, int64_t n) {
-    int32_t key[BLOCK_MAX + PADDING];
-    for (int64_t i = 0; i < n; i++) {
-        int32_t bits;
-        memcpy(&bits, v + i, 4);
-        bits &= 0x7FFFFFFF;
-        key[i] = bits > 0x7F800001 ? 0x7F800001 : bits;
-    }
-    memset(key + n, 0, PADDING * sizeof *key);
-    choose(key, kept, n, task->num_kept, task->mask_size);
-}
-
 /* A block of the forward pass. An offset of 0 changes nothing. */
 static void forward_block(
-    const task_t *task, const float *restrict v, float *restrict out, const int32_t *restrict kept, float s, float o,
-    int64_t n) {
+    const task_t *task, const float *restrict v, float *restrict out, float s, float o, int64_t n) {
     const float low = task->low, high = task->high, shift = task->shift;
     for (int64_t i = 0; i < n; i++) {
         float u = (v[i] - o) / s - shift;
         out[i] = (round_even(clip(u, low, high)) + shift) * s + o;
     }
-    if (task->num_kept)
-        for (int64_t i = 0; i < n; i++) out[i] = masked(out[i], kept[i]);
 }
 
 typedef struct {
@@ -163,8 +73,8 @@ ALWAYS void add_lanes(float *restrict sums, const float *restrict terms, int64_t
 
 /* A block of the backward pass: the value's gradient, and what the block adds to scale and offset. */
 static void backward_block(
-    const task_t *task, const float *restrict g, const float *restrict v, float *restrict out,
-    const int32_t *restrict kept, float s, float o, int64_t n, sums_t *sums) {
+    const task_t *task, const float *restrict g, const float *restrict v, float *restrict out, float s, float o,
+    int64_t n, sums_t *sums) {
     const float low = task->low, high = task->high, shift = task->shift;
     const float edge_low = task->edge_low, edge_high = task->edge_high;
     const int32_t straight = -(task->straight_through != 0);
@@ -176,16 +86,6 @@ static void backward_block(
         to_scale[i] = g[i] * (q - masked(u, inside));
         to_offset[i] = masked(g[i], ~inside);
         out[i] = masked(g[i], inside | straight);
-    }
-    if (task->num_kept) {
-        const float decay = task->decay;
-        const int32_t has_decay = -(task->has_decay != 0);
-        for (int64_t i = 0; i < n; i++) {
-            float pruned = either(has_decay, g[i] + decay * v[i], g[i]);
-            out[i] = either(kept[i], out[i], pruned);
-            to_scale[i] = masked(to_scale[i], kept[i]);
-            to_offset[i] = masked(to_offset[i], kept[i]);
-        }
     }
     add_lanes(sums->scale, to_scale, n);
     if (task->offset) add_lanes(sums->offset, to_offset, n);
@@ -277,14 +177,12 @@ static void write_fp16(const float *restrict from, fp16_t *restrict to, int64_t 
 void CAT(fake_quant_forward, SUFFIX)(
     const task_t *task, const T *weight, T *out, int64_t first_segment, int64_t last_segment) {
     float v[BLOCK_MAX], staged[BLOCK_MAX];
-    int32_t kept[BLOCK_MAX + PADDING];
     for (int64_t segment = first_segment; segment < last_segment; segment++) {
         const segment_t found = segment_of(task, segment);
-        for (int64_t begin = 0; begin < found.length; begin += task->block_length) {
-            const int64_t left = found.length - begin, n = left < task->block_length ? left : task->block_length;
+        for (int64_t begin = 0; begin < found.length; begin += BLOCK_MAX) {
+            const int64_t left = found.length - begin, n = left < BLOCK_MAX ? left : BLOCK_MAX;
             READ(weight + found.at + begin, v, n);
-            if (task->num_kept) mask_of(task, v, kept, n);
-            forward_block(task, v, staged, kept, found.scale, found.offset, n);
+            forward_block(task, v, staged, found.scale, found.offset, n);
             WRITE(staged, out + found.at + begin, n);
         }
     }
@@ -295,16 +193,14 @@ void CAT(fake_quant_backward, SUFFIX)(
     const task_t *task, const T *grad, const T *weight, T *out, float *scale_sums, float *offset_sums,
     int64_t first_segment, int64_t last_segment) {
     float g[BLOCK_MAX], v[BLOCK_MAX], to_weight[BLOCK_MAX];
-    int32_t kept[BLOCK_MAX + PADDING];
     for (int64_t segment = first_segment; segment < last_segment; segment++) {
         const segment_t found = segment_of(task, segment);
         sums_t sums = {{0}, {0}};
-        for (int64_t begin = 0; begin < found.length; begin += task->block_length) {
-            const int64_t left = found.length - begin, n = left < task->block_length ? left : task->block_length;
+        for (int64_t begin = 0; begin < found.length; begin += BLOCK_MAX) {
+            const int64_t left = found.length - begin, n = left < BLOCK_MAX ? left : BLOCK_MAX;
             READ(weight + found.at + begin, v, n);
             READ(grad + found.at + begin, g, n);
-            if (task->num_kept) mask_of(task, v, kept, n);
-            backward_block(task, g, v, to_weight, kept, found.scale, found.offset, n, &sums);
+            backward_block(task, g, v, to_weight, found.scale, found.offset, n, &sums);
             if (out) WRITE(to_weight, out + found.at + begin, n);
         }
         scale_sums[segment] = total_of(sums.scale);

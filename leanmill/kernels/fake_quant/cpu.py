@@ -26,11 +26,10 @@ class _Task(ctypes.Structure):
     """`task_t` of cpu.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("group_length", "block_length", "segment_length", "segments_per_group")),
+        *((name, ctypes.c_int64) for name in ("group_length", "segment_length", "segments_per_group")),
         *((name, ctypes.c_void_p) for name in ("scale", "offset")),
         *((n, ctypes.c_float) for n in ("low", "high", "shift", "edge_low", "edge_high", "smallest_scale")),
-        *((name, ctypes.c_int32) for name in ("straight_through", "has_decay", "num_kept", "mask_size")),
-        ("decay", ctypes.c_float),
+        ("straight_through", ctypes.c_int32),
     ]
 
 
@@ -50,13 +49,11 @@ def forward(
     scale: Tensor,
     offset: Tensor | None,
     grid: Grid,
-    num_kept: int,
-    group_size: int,
     *,
     in_threads: bool = True,
 ) -> Tensor:
     """`naive.forward` for a contiguous CPU weight."""
-    task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
+    task, keep = _task(weight, scale, offset, grid)
     out = large_empty(weight, *weight.shape)
     function = getattr(_loaded(), f"fake_quant_forward_{SUFFIXES[weight.dtype]}")
     arguments = ctypes.byref(task), pointer(weight), pointer(out)
@@ -76,17 +73,13 @@ def gradients(
     grid: Grid,
     grad_scale: float,
     straight_through: bool,
-    num_kept: int,
-    group_size: int,
-    decay: Tensor | None,
     needs_weight: bool,
     *,
     in_threads: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`naive.gradients` for contiguous CPU tensors; no weight gradient is written unless needed."""
-    task, keep = _task(weight, scale, offset, grid, num_kept, group_size)
+    task, keep = _task(weight, scale, offset, grid)
     task.straight_through = int(straight_through)
-    task.has_decay, task.decay = (0, 0.0) if decay is None else (1, float(decay))
     out = large_empty(weight, *weight.shape) if needs_weight else None
     num_segments = keep[0].numel() * task.segments_per_group
     sums = torch.empty(2, num_segments, dtype=torch.float32)
@@ -129,18 +122,14 @@ def _share(run: Callable[[int, int], None], num_segments: int, length: int, in_t
         run(0, num_segments)
 
 
-def _task(
-    weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int, group_size: int
-) -> tuple[_Task, list[Tensor]]:
+def _task(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> tuple[_Task, list[Tensor]]:
     """The arguments that all segments share, and the tensors that have to outlive the call."""
     keep = [t.detach().to(torch.float32).contiguous() for t in (scale, offset) if t is not None]
     group_length = weight.numel() // scale.numel()
-    block_length = _BLOCK // group_size * group_size if num_kept else _BLOCK
-    segment_length = block_length * _BLOCKS_PER_SEGMENT
+    segment_length = _BLOCK * _BLOCKS_PER_SEGMENT
     low, high = grid.edges
     task = _Task(
         group_length=group_length,
-        block_length=block_length,
         segment_length=segment_length,
         segments_per_group=-(-group_length // segment_length),
         scale=pointer(keep[0]),
@@ -151,7 +140,5 @@ def _task(
         edge_low=low,
         edge_high=high,
         smallest_scale=SMALLEST_SCALE,
-        num_kept=num_kept,
-        mask_size=group_size,
     )
     return task, keep

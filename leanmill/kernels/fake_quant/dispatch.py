@@ -18,15 +18,13 @@ def forward(
     scale: Tensor,
     offset: Tensor | None,
     grid: Grid,
-    num_kept: int = 0,
-    group_size: int = 0,
     *,
     in_threads: bool = True,
 ) -> Tensor:
     """`naive.forward`, by the fastest code that covers the weight; see `gradients` for `in_threads`."""
     weight = weight.contiguous()
-    arguments = (weight, scale, offset, grid, num_kept, group_size)
-    code = _code(weight, scale, group_size)
+    arguments = (weight, scale, offset, grid)
+    code = _code(weight, scale)
     if code is Code.C:
         return cpu.forward(*arguments, in_threads=in_threads)
     with torch.cuda.device_of(weight):
@@ -41,9 +39,6 @@ def gradients(
     grid: Grid,
     grad_scale: float,
     straight_through: bool = False,
-    num_kept: int = 0,
-    group_size: int = 0,
-    decay: Tensor | None = None,
     needs_weight: bool = True,
     *,
     in_threads: bool = True,
@@ -54,8 +49,8 @@ def gradients(
     spin after theirs, and ours would wait for the cores.
     """
     grad, weight = grad.to(weight.dtype).contiguous(), weight.contiguous()
-    arguments = (grad, weight, scale, offset, grid, grad_scale, straight_through, num_kept, group_size, decay)
-    code = _code(weight, scale, group_size)
+    arguments = (grad, weight, scale, offset, grid, grad_scale, straight_through)
+    code = _code(weight, scale)
     if code is Code.C:
         return cpu.gradients(*arguments, needs_weight, in_threads=in_threads)
     if code is Code.TRITON:
@@ -79,11 +74,9 @@ def activations(tokens: Tensor, smallest: float, *, as_codes: bool) -> tuple[Ten
     return (codes if as_codes else codes.to(steps.dtype).mul_(steps).to(tokens.dtype)), steps
 
 
-def _code(weight: Tensor, scale: Tensor, group_size: int) -> Code:
-    """C and Triton take weights whose groups of the mask do not cross their scales."""
+def _code(weight: Tensor, scale: Tensor) -> Code:
     has_any = weight.numel() > 0 and scale.numel() > 0
-    fits = has_any and (not group_size or weight.numel() // scale.numel() % group_size == 0)
-    return choose("fake_quant", weight, c=lambda: fits and cpu.library(), triton=lambda: fits)
+    return choose("fake_quant", weight, c=lambda: has_any and cpu.library(), triton=lambda: has_any)
 
 
 def same_device(weight: Tensor, **others: Tensor | None) -> None:
@@ -94,15 +87,3 @@ def same_device(weight: Tensor, **others: Tensor | None) -> None:
                 f"{name} {tuple(other.shape)} is on {other.device}, the weight {tuple(weight.shape)} on "
                 f"{weight.device}; call {name}.to(weight.device)"
             )
-
-
-def scalar_like(value: float | Tensor | None, weight: Tensor) -> Tensor | None:
-    """A (1,) tensor on the weight's device; a number in fp32 (fp64 for fp64). None for None and for a plain 0."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"decay has shape {tuple(value.shape)}; use a number or a tensor of one element")
-        return value.reshape(1)
-    if value is None or value == 0:
-        return None
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    return torch.full((1,), value, dtype=exact, device=weight.device)

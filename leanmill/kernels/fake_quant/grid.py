@@ -98,17 +98,6 @@ def check_float(tensor: Tensor, name: str) -> None:
         raise ValueError(f"{name} {tuple(tensor.shape)} has dtype {tensor.dtype}; allowed: {allowed}")
 
 
-def check_pattern(weight: Tensor, num_kept: int, group_size: int) -> None:
-    """Raise ValueError unless `num_kept` of `group_size` along the last dim of `weight` makes sense."""
-    if not 1 <= num_kept < group_size <= 64:
-        raise ValueError(f"num_kept={num_kept} of group_size={group_size}; use 1 <= num_kept < group_size <= 64")
-    if weight.dim() == 0 or weight.shape[-1] % group_size:
-        raise ValueError(
-            f"a weight {tuple(weight.shape)} has rows that group_size={group_size} does not divide; "
-            f"pad the last dim or use a divisor of it"
-        )
-
-
 def default_grad_scale(weight: Tensor, num_scales: int, grid: Grid) -> float:
     """LSQ's 1 / sqrt(N Qp), N the weights that share a scale and Qp the largest code, at least 1."""
     sharing = weight.numel() // max(1, num_scales)

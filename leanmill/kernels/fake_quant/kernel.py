@@ -39,20 +39,6 @@ def _magnitude(values):
 
 
 @triton.jit
-def _kept(weight, at, inside, values, MASK_SIZE: tl.constexpr, NUM_KEPT: tl.constexpr):
-    # The neighbours were just loaded by this tile, so they come from the first-level cache.
-    mine = _magnitude(values)
-    lane = at & (MASK_SIZE - 1) if MASK_SIZE & (MASK_SIZE - 1) == 0 else at % MASK_SIZE
-    before = tl.zeros(values.shape, tl.int32)
-    for distance in tl.static_range(1, MASK_SIZE):
-        other_lane = (lane + distance) % MASK_SIZE
-        theirs = _magnitude(tl.load(weight + (at - lane + other_lane), mask=inside, other=0.0).to(tl.float32))
-        is_before = (theirs > mine) | ((theirs == mine) & (other_lane < lane))
-        before += is_before.to(tl.int32)
-    return before < NUM_KEPT
-
-
-@triton.jit
 def _codes(values, scales, offsets, LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr):
     units = tl.div_rn(values - offsets, scales)
     shifted = units - SHIFT
@@ -73,8 +59,7 @@ def fake_quant_fwd_kernel(
     weight, scale, offset, out, num_groups, group_length,
     segment_length, segments_per_group,
     LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, SMALLEST: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, NUM_KEPT: tl.constexpr, MASK_SIZE: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Round a tile of short groups, or one segment of a long one."""
     program = tl.program_id(0).to(tl.int64)
@@ -93,19 +78,16 @@ def fake_quant_fwd_kernel(
         values = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         _, codes = _codes(values, scales, offsets, LOW, HIGH, SHIFT)
         result = codes * scales + offsets
-        if NUM_KEPT > 0:
-            result = tl.where(_kept(weight, at, inside, values, MASK_SIZE, NUM_KEPT), result, 0.0)
         tl.store(out + at, result, mask=inside)
 
 
 @triton.jit
 def fake_quant_bwd_kernel(
-    grad, weight, scale, offset, decay, weight_grad, scale_sums, offset_sums, num_groups, group_length,
+    grad, weight, scale, offset, weight_grad, scale_sums, offset_sums, num_groups, group_length,
     segment_length, segments_per_group,
     LOW: tl.constexpr, HIGH: tl.constexpr, SHIFT: tl.constexpr, SMALLEST: tl.constexpr,
     EDGE_LOW: tl.constexpr, EDGE_HIGH: tl.constexpr, STRAIGHT: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, HAS_DECAY: tl.constexpr, NUM_KEPT: tl.constexpr, MASK_SIZE: tl.constexpr,
-    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All gradients of the same piece, its sums for scale and offset written apart."""
     program = tl.program_id(0).to(tl.int64)
@@ -133,14 +115,6 @@ def fake_quant_bwd_kernel(
         of_weight = grads
         if not STRAIGHT:
             of_weight = tl.where(passes, grads, 0.0)
-        if NUM_KEPT > 0:
-            kept = _kept(weight, at, inside, values, MASK_SIZE, NUM_KEPT)
-            of_scale = tl.where(kept, of_scale, 0.0)
-            of_offset = tl.where(kept, of_offset, 0.0)
-            pruned = grads
-            if HAS_DECAY:
-                pruned = grads + tl.load(decay).to(tl.float32) * values
-            of_weight = tl.where(kept, of_weight, pruned)
         if NEEDS_WEIGHT:
             tl.store(weight_grad + at, of_weight, mask=inside)
         # Past the end a gradient is 0, but the offset may make the code there NaN.
@@ -181,15 +155,15 @@ def int8_activations_kernel(
             tl.store(out + row * length + column, codes * step, mask=column < length)
 
 
-def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int, group_size: int) -> Tensor:
-    """`naive.forward` for a contiguous weight whose scales' groups hold whole groups of the mask."""
+def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
+    """`naive.forward` for a contiguous weight."""
     scale, offset = scale.contiguous(), None if offset is None else offset.contiguous()
     out = torch.empty_like(weight)
     shape, programs, tile = _layout(weight, scale)
     fake_quant_fwd_kernel[(programs,)](
         weight, scale, scale if offset is None else offset, out, *shape,
         LOW=float(grid.low), HIGH=float(grid.high), SHIFT=grid.shift, SMALLEST=SMALLEST_SCALE,
-        HAS_OFFSET=offset is not None, NUM_KEPT=num_kept, MASK_SIZE=group_size, **_OPTIONS, **tile,
+        HAS_OFFSET=offset is not None, **_OPTIONS, **tile,
     )  # fmt: skip
     return out
 
@@ -202,9 +176,6 @@ def gradients(
     grid: Grid,
     grad_scale: float,
     straight_through: bool,
-    num_kept: int,
-    group_size: int,
-    decay: Tensor | None,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`naive.gradients` for contiguous tensors; no weight gradient is written unless needed."""
@@ -214,12 +185,11 @@ def gradients(
     sums = weight.new_empty((2, scale.numel(), shape[-1]), dtype=torch.float32)
     low, high = grid.edges
     fake_quant_bwd_kernel[(programs,)](
-        grad, weight, scale, scale if offset is None else offset, scale if decay is None else decay,
+        grad, weight, scale, scale if offset is None else offset,
         weight if out is None else out, sums[0], sums[1], *shape,
         LOW=float(grid.low), HIGH=float(grid.high), SHIFT=grid.shift, SMALLEST=SMALLEST_SCALE,
         EDGE_LOW=low, EDGE_HIGH=high, STRAIGHT=straight_through, NEEDS_WEIGHT=needs_weight,
-        HAS_OFFSET=offset is not None, HAS_DECAY=decay is not None, NUM_KEPT=num_kept, MASK_SIZE=group_size,
-        **_OPTIONS, **tile,
+        HAS_OFFSET=offset is not None, **_OPTIONS, **tile,
     )  # fmt: skip
     used = sums if offset is not None else sums[:1]
     totals = used.sum(-1, dtype=torch.float64) if shape[-1] > 1 else used.squeeze(-1)

@@ -2,7 +2,7 @@
 
 With u = (v - offset) / scale - shift and q = clip(round(u), low, high), rounding halves to even,
 the value becomes (q + shift) * scale + offset. Everything is computed in fp32 (fp64 for fp64) and
-rounded once. A fused N:M mask zeroes what it prunes: such an entry counts for no scale.
+rounded once.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from leanmill.kernels.fake_quant.grid import SMALLEST_SCALE, Grid
-from leanmill.kernels.nm_mask.naive import nm_mask_by_sort
 
 
-def forward(
-    weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, num_kept: int = 0, group_size: int = 0
-) -> Tensor:
+def forward(weight: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
     """Return the fake-quantised weight in its own dtype; see `op.fake_quant`.
 
     Args:
@@ -24,17 +21,12 @@ def forward(
         scale: Of a shape that broadcasts against groups: [..., G] with `in` = G * g, or ones.
         offset: Like `scale`, or None.
         grid: Codes.
-        num_kept: Entries kept of every `group_size`; 0 keeps all.
-        group_size: Neighbours along the last dim in a group of the mask.
     """
     groups, scales, offsets = _grouped(weight, scale, offset)
     units = groups.sub(offsets).div_(scales) if offsets is not None else groups / scales
     codes = units.sub_(grid.shift).clamp_(grid.low, grid.high).round_().add_(grid.shift)
     out = codes.mul_(scales)
-    out = (out.add_(offsets) if offsets is not None else out).flatten(-2).to(weight.dtype)
-    if num_kept:
-        out = torch.where(nm_mask_by_sort(weight, num_kept, group_size), out, 0.0)
-    return out
+    return (out.add_(offsets) if offsets is not None else out).flatten(-2).to(weight.dtype)
 
 
 def gradients(
@@ -45,16 +37,12 @@ def gradients(
     grid: Grid,
     grad_scale: float,
     straight_through: bool = False,
-    num_kept: int = 0,
-    group_size: int = 0,
-    decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of weight, scale and offset for a gradient of the output.
 
     Inside of the grid's edges the value receives g, the scale g * (q + shift - u - shift) and the
     offset nothing; outside the value receives nothing, the scale g * (q + shift) and the offset g
-    (LSQ, Esser et al. 2020; the offset is that of LSQ+, Bhalgat et al. 2020). What a mask prunes receives
-    g + decay * weight.
+    (LSQ, Esser et al. 2020; the offset is that of LSQ+, Bhalgat et al. 2020).
     """
     groups, scales, offsets = _grouped(weight, scale, offset)
     exact = grad.to(groups.dtype).unflatten(-1, groups.shape[-2:])
@@ -65,15 +53,6 @@ def gradients(
     to_scale = exact * torch.where(is_inside, codes - units, codes)
     to_offset = torch.where(is_inside, 0.0, exact)
     to_weight = grad.clone() if straight_through else torch.where(is_inside, exact, 0.0).flatten(-2).to(grad.dtype)
-    if num_kept:
-        mask = nm_mask_by_sort(weight, num_kept, group_size)
-        by_group = mask.unflatten(-1, groups.shape[-2:])
-        to_scale, to_offset = to_scale * by_group, to_offset * by_group
-        pruned = grad
-        if decay is not None:
-            pulled = grad.to(groups.dtype) + decay.to(groups.dtype) * weight.to(groups.dtype)
-            pruned = pulled.to(grad.dtype)
-        to_weight = torch.where(mask, to_weight, pruned)
     scale_grad = _summed(to_scale, scale, grad_scale)
     return to_weight, scale_grad, None if offset is None else _summed(to_offset, offset, grad_scale)
 

@@ -1,4 +1,4 @@
-"""Fake quantisation of weights with learned step sizes, alone or together with an N:M mask."""
+"""Fake quantisation of weights with learned step sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from leanmill.kernels.fake_quant.grid import (
     Grid,
     Kind,
     check_float,
-    check_pattern,
     default_grad_scale,
     make_grid,
     scale_shape,
@@ -62,51 +61,7 @@ def fake_quant(
     Raises:
         ValueError: Shapes, dtypes, devices, bits or names that do not fit.
     """
-    return _run(weight, scale, offset, num_bits, grid, gradient, grad_scale, 0, 0, None)
-
-
-def project_quantise(
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None = None,
-    *,
-    num_kept: int,
-    group_size: int,
-    num_bits: int,
-    grid: Kind = "signed",
-    gradient: Gradient = "lsq",
-    grad_scale: float | None = None,
-    decay: float | Tensor = 0.0,
-) -> Tensor:
-    """Keep `num_kept` of every `group_size` weights and round those to a grid, in one pass.
-
-    M * Q(W), with M the mask of `leanmill.kernels.nm_mask` on W and Q `fake_quant`: what is pruned
-    is exactly 0, even on a grid without a zero, and counts for neither scale nor offset. Kept
-    weights have the gradient of `fake_quant`, pruned ones receive g (straight-through) plus
-    `decay` * w (SR-STE: Zhou et al. 2021, arXiv:2102.04010, eq. 9). Ternary weights with a given
-    scale (BitNet b1.58) are num_bits=2, grid='symmetric', gradient='straight_through'.
-
-    Args:
-        weight: As in `fake_quant`, [..., in] with `group_size` dividing `in`.
-        scale: As in `fake_quant`.
-        offset: As in `fake_quant`.
-        num_kept: Entries kept of each group, N of "N:M".
-        group_size: Neighbours along the last dim in a group, M of "N:M", at most 64.
-        num_bits: As in `fake_quant`.
-        grid: As in `fake_quant`.
-        gradient: As in `fake_quant`.
-        grad_scale: As in `fake_quant`.
-        decay: SR-STE's lambda, a number or a tensor of one element (which a schedule may write).
-
-    Returns:
-        The staged weight, of the weight's shape and dtype.
-
-    Raises:
-        ValueError: Shapes, dtypes, devices, bits, pattern or names that do not fit.
-    """
-    check_pattern(weight, num_kept, group_size)
-    strength = dispatch.scalar_like(decay, weight)
-    return _run(weight, scale, offset, num_bits, grid, gradient, grad_scale, num_kept, group_size, strength)
+    return _run(weight, scale, offset, num_bits, grid, gradient, grad_scale)
 
 
 def initial_scale(weight: Tensor, scale_like: tuple[int, ...], *, num_bits: int, grid: Kind = "signed") -> Tensor:
@@ -138,14 +93,11 @@ def _run(
     grid: Kind,
     gradient: Gradient,
     grad_scale: float | None,
-    num_kept: int,
-    group_size: int,
-    decay: Tensor | None,
 ) -> Tensor:
     make_grid(num_bits, grid)
     shape = _checked(weight, scale, offset, gradient)
     scale, offset = scale.reshape(shape), None if offset is None else offset.reshape(shape)
-    settings = (num_bits, grid, gradient == "straight_through", grad_scale, num_kept, group_size, decay)
+    settings = (num_bits, grid, gradient == "straight_through", grad_scale)
     if not is_dtensor(weight):
         return _fake_quant(weight, scale, offset, *settings)
     if not _splits_alike(weight, scale, offset):
@@ -174,7 +126,7 @@ def _checked(weight: Tensor, scale: Tensor, offset: Tensor | None, gradient: str
     return scale_shape(weight, scale)
 
 
-_Settings = tuple[int, str, bool, float | None, int, int, Tensor | None]
+_Settings = tuple[int, str, bool, float | None]
 
 
 @torch.library.custom_op("leanmill::fake_quant", mutates_args=())
@@ -186,11 +138,8 @@ def _fake_quant(
     grid: str,
     straight_through: bool,
     grad_scale: float | None,
-    num_kept: int,
-    group_size: int,
-    decay: Tensor | None,
 ) -> Tensor:
-    return dispatch.forward(weight, scale, offset, make_grid(num_bits, grid), num_kept, group_size)  # type: ignore[arg-type]
+    return dispatch.forward(weight, scale, offset, make_grid(num_bits, grid))  # type: ignore[arg-type]
 
 
 @_fake_quant.register_fake
@@ -208,15 +157,12 @@ def _fake_quant_backward(
     grid: str,
     straight_through: bool,
     grad_scale: float | None,
-    num_kept: int,
-    group_size: int,
-    decay: Tensor | None,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes = make_grid(num_bits, grid)  # type: ignore[arg-type]
     factor = default_grad_scale(weight, scale.numel(), codes) if grad_scale is None else grad_scale
     to_weight, to_scale, to_offset = dispatch.gradients(
-        grad, weight, scale, offset, codes, factor, straight_through, num_kept, group_size, decay, needs_weight
+        grad, weight, scale, offset, codes, factor, straight_through, needs_weight
     )
     # An operator's outputs cannot be None: an empty tensor stands for each that is not needed.
     return (
@@ -239,20 +185,20 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, scale, offset, *settings, decay = inputs
+    weight, scale, offset, *settings = inputs
     # Inputs only: the codes are recomputed, so nothing weight-sized is kept beyond the weight.
-    ctx.save_for_backward(weight, scale, offset, decay)
+    ctx.save_for_backward(weight, scale, offset)
     ctx.settings = settings
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, scale, offset, decay = ctx.saved_tensors
-    straight_through, num_kept = ctx.settings[2], ctx.settings[4]
+    weight, scale, offset = ctx.saved_tensors
+    straight_through = ctx.settings[2]
     wants = ctx.needs_input_grad[:3]
-    if straight_through and not num_kept and not any(wants[1:]):
-        return grad, *[None] * 9
-    found = _fake_quant_backward(grad, weight, scale, offset, *ctx.settings, decay, wants[0])
-    return *(tensor if want else None for tensor, want in zip(found, wants, strict=True)), *[None] * 7
+    if straight_through and not any(wants[1:]):
+        return grad, *[None] * 6
+    found = _fake_quant_backward(grad, weight, scale, offset, *ctx.settings, wants[0])
+    return *(tensor if want else None for tensor, want in zip(found, wants, strict=True)), *[None] * 4
 
 
 _fake_quant.register_autograd(_backward, setup_context=_setup_context)
@@ -263,21 +209,19 @@ class _TensorCode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, offset: Tensor | None, *settings: Any) -> Tensor:
-        num_bits, grid, _, _, num_kept, group_size, decay = settings
-        ctx.save_for_backward(weight, scale, offset, decay)
-        ctx.settings = settings[:-1]
-        return naive.forward(weight, scale, offset, make_grid(num_bits, grid), num_kept, group_size)
+        num_bits, grid, *_ = settings
+        ctx.save_for_backward(weight, scale, offset)
+        ctx.settings = settings
+        return naive.forward(weight, scale, offset, make_grid(num_bits, grid))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        weight, scale, offset, decay = ctx.saved_tensors
-        num_bits, grid, straight_through, grad_scale, num_kept, group_size = ctx.settings
+        weight, scale, offset = ctx.saved_tensors
+        num_bits, grid, straight_through, grad_scale = ctx.settings
         codes: Grid = make_grid(num_bits, grid)
         factor = default_grad_scale(weight, scale.numel(), codes) if grad_scale is None else grad_scale
-        found = naive.gradients(
-            grad, weight, scale, offset, codes, factor, straight_through, num_kept, group_size, decay
-        )
-        return *found, *[None] * 7
+        found = naive.gradients(grad, weight, scale, offset, codes, factor, straight_through)
+        return *found, *[None] * 4
 
 
 def _splits_alike(weight: Tensor, scale: Tensor, offset: Tensor | None) -> bool:

@@ -9,13 +9,13 @@ from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
 
 
 CASES = [
-    # shape, scale, bits, grid, mask, offset
-    ((6, 40), (6, 1), 4, "signed", (0, 0), False),
-    ((6, 40), (6, 5), 3, "unsigned", (2, 4), True),
-    ((6, 40), (1, 1), 2, "midrise", (0, 0), True),
-    ((3, 15), (3, 1), 2, "symmetric", (2, 5), False),
-    ((2, 3, 16), (2, 1, 1), 8, "signed", (1, 2), False),
-    ((2, 9000), (1, 1), 4, "signed", (2, 4), True),  # longer than a segment
+    # shape, scale, bits, grid, offset
+    ((6, 40), (6, 1), 4, "signed", False),
+    ((6, 40), (6, 5), 3, "unsigned", True),
+    ((6, 40), (1, 1), 2, "midrise", True),
+    ((3, 15), (3, 1), 2, "symmetric", False),
+    ((2, 3, 16), (2, 1, 1), 8, "signed", False),
+    ((2, 9000), (1, 1), 4, "signed", True),  # longer than a segment
 ]
 
 
@@ -27,8 +27,8 @@ def tolerances(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "like", "bits", "kind", "mask", "has_offset"), CASES)
-def test_kernels(shape, like, bits, kind, mask, has_offset, dtype, monkeypatch):
+@pytest.mark.parametrize(("shape", "like", "bits", "kind", "has_offset"), CASES)
+def test_kernels(shape, like, bits, kind, has_offset, dtype, monkeypatch):
     kernel = kernel_module("fake_quant")
     weight = torch.randn(shape, device=DEVICE).to(dtype)
     weight.view(-1)[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
@@ -39,16 +39,12 @@ def test_kernels(shape, like, bits, kind, mask, has_offset, dtype, monkeypatch):
     assert scale_shape(weight, scale) == like
     # What a kernel does not write would stay at a value that no grid here holds.
     monkeypatch.setattr(torch, "empty_like", lambda t, **k: torch.full_like(t, 777.0, **k))
-    out = kernel.forward(weight, scale, offset, grid, *mask)
+    out = kernel.forward(weight, scale, offset, grid)
     tolerance = tolerances(dtype)
-    torch.testing.assert_close(out, naive.forward(weight, scale, offset, grid, *mask), equal_nan=True, **tolerance)
-    for straight, decay, needs in (
-        (False, None, True),
-        (True, torch.tensor([0.2], device=DEVICE), True),
-        (False, None, False),
-    ):
-        got = kernel.gradients(grad, weight, scale, offset, grid, 0.5, straight, *mask, decay, needs)
-        expected = naive.gradients(grad, weight, scale, offset, grid, 0.5, straight, *mask, decay)
+    torch.testing.assert_close(out, naive.forward(weight, scale, offset, grid), equal_nan=True, **tolerance)
+    for straight, needs in ((False, True), (True, True), (False, False)):
+        got = kernel.gradients(grad, weight, scale, offset, grid, 0.5, straight, needs)
+        expected = naive.gradients(grad, weight, scale, offset, grid, 0.5, straight)
         assert (got[0] is not None) == needs
         if needs:
             torch.testing.assert_close(got[0], expected[0], equal_nan=True, **tolerance)
@@ -61,7 +57,7 @@ def test_sums_repeat_bitwise():
     kernel = kernel_module("fake_quant")
     weight, grad = torch.randn(2, 4, 9000, device=DEVICE).unbind()
     scale = torch.full((1, 1), 0.3, device=DEVICE)
-    arguments = (grad, weight, scale, None, make_grid(4, "signed"), 1.0, False, 0, 0, None, True)
+    arguments = (grad, weight, scale, None, make_grid(4, "signed"), 1.0, False, True)
     one, other = kernel.gradients(*arguments), kernel.gradients(*arguments)
     assert torch.equal(one[1], other[1])
     exact = naive.gradients(grad.double(), weight.double(), scale.double(), None, make_grid(4, "signed"), 1.0)[1]

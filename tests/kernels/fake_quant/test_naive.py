@@ -106,17 +106,6 @@ def test_scale_gradient_is_the_slope_of_the_error_between_jumps():
     assert to_scale.item() == pytest.approx(((difference / (2 * step)) * outside).sum().item(), rel=1e-6)
 
 
-def test_a_masked_grid_without_zero_still_prunes_to_zero():
-    weight = torch.tensor([[4.0, 1.0, -3.0, 0.5]])
-    out = naive.forward(weight, torch.ones(1, 1), None, make_grid(1, "midrise"), 2, 4)
-    assert out.tolist() == [[0.5, 0.0, -0.5, 0.0]]
-    grads = naive.gradients(
-        torch.ones(1, 4), weight, torch.ones(1, 1), None, make_grid(1, "midrise"), 1.0, False, 2, 4, torch.tensor([0.1])
-    )
-    torch.testing.assert_close(grads[0], torch.tensor([[0.0, 1.1, 0.0, 1.05]]))
-    assert grads[1].item() == pytest.approx(0.5 - 0.5)
-
-
 def test_scales_that_fall_to_zero_do_no_harm():
     for value in (0.0, -1.0):
         scale = torch.full((1, 1), value)

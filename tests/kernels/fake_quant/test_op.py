@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from leanmill.kernels.fake_quant import cpu, dispatch, naive
 from leanmill.kernels.fake_quant.activations import int8_activations, quantise_activations
 from leanmill.kernels.fake_quant.grid import make_grid, scale_shape
-from leanmill.kernels.fake_quant.op import fake_quant, project_quantise
-from leanmill.kernels.nm_mask.naive import nm_mask_by_sort
+from leanmill.kernels.fake_quant.op import fake_quant
 from tests.kernels.launcher import DEVICE, DTYPES, poison_new_memory
 
 
@@ -30,23 +29,19 @@ def draw(shape, scale_like, dtype, has_offset=False, seed=0):
     return weight, scale, offset, torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
-def check(weight, scale, offset, grad, bits, kind, mask=(0, 0), decay=None, gradient="lsq"):
+def check(weight, scale, offset, grad, bits, kind, gradient="lsq"):
     """Outputs and gradients of the entry against the definition."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (weight, scale, offset)]
     common = {"num_bits": bits, "grid": kind, "gradient": gradient, "grad_scale": 0.25}
-    if mask[0]:
-        out = project_quantise(*leaves, num_kept=mask[0], group_size=mask[1], decay=decay, **common)
-    else:
-        out = fake_quant(*leaves, **common)
+    out = fake_quant(*leaves, **common)
     out.backward(grad)
     shape = scale_shape(weight, scale)
     scale, offset = scale.view(shape), None if offset is None else offset.view(shape)
     grid = make_grid(bits, kind)
     # Decisions are those of tensor code bit for bit on the CPU; a GPU may contract q * s + offset.
     exact = {"rtol": 0, "atol": 0} if weight.device.type == "cpu" else {}
-    torch.testing.assert_close(out.detach(), naive.forward(weight, scale, offset, grid, *mask), equal_nan=True, **exact)
-    strength = None if not decay else torch.tensor([decay], device=weight.device)
-    expected = naive.gradients(grad, weight, scale, offset, grid, 0.25, gradient == "straight_through", *mask, strength)
+    torch.testing.assert_close(out.detach(), naive.forward(weight, scale, offset, grid), equal_nan=True, **exact)
+    expected = naive.gradients(grad, weight, scale, offset, grid, 0.25, gradient == "straight_through")
     torch.testing.assert_close(leaves[0].grad, expected[0], equal_nan=True, **exact)
     for leaf, e in zip(leaves[1:], expected[1:], strict=True):
         if leaf is not None:
@@ -61,18 +56,6 @@ def test_equals_the_definition(bits, kind, has_offset, dtype):
     for shape in ((7, 12), (2, 3, 20), (1, 1), (5, 33)):
         for scale_like in scale_shapes(shape):
             check(*draw(shape, scale_like, dtype, has_offset), bits, kind)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", [(2, 4), (1, 2), (3, 8), (2, 5), (7, 16)])
-def test_masks_equal_the_definition(mask, dtype):
-    shape = (5, mask[1] * 12)
-    for scale_like in ((1,), (5, 1), (5, 3), (5, 12), (5, mask[1] * 12)):
-        for decay in (0.0, 0.3):
-            weight, scale, offset, grad = draw(shape, scale_like, dtype, has_offset=True)
-            weight = (weight * 2).round() / 2  # ties
-            check(weight, scale, offset, grad, 3, "signed", mask, decay)
-            check(weight, scale, None, grad, 2, "symmetric", mask, decay, "straight_through")
 
 
 @settings(max_examples=25, deadline=None)
@@ -92,11 +75,10 @@ def test_any_shape_and_stride(data):
     check(weight, scale, offset, grad, *data.draw(st.sampled_from(KINDS)))
 
 
-@pytest.mark.parametrize("mask", [(0, 0), (2, 4)])
-def test_sums_over_many_segments(mask):
+def test_sums_over_many_segments():
     # More than one segment a scale, the last one short.
-    check(*draw((3, 8 * 700), (1,), torch.float32, True), 4, "signed", mask)
-    check(*draw((3, 8 * 700), (3, 1), torch.bfloat16, True), 4, "signed", mask)
+    check(*draw((3, 8 * 700), (1,), torch.float32, True), 4, "signed")
+    check(*draw((3, 8 * 700), (3, 1), torch.bfloat16, True), 4, "signed")
 
 
 def test_every_element_is_written(monkeypatch):
@@ -108,13 +90,12 @@ def test_every_element_is_written(monkeypatch):
     assert poisoned.count(weight.shape) >= 2
 
 
-@pytest.mark.parametrize("mask", [(0, 0), (2, 4)])
-def test_special_values(mask):
+def test_special_values():
     inf, nan = float("inf"), float("nan")
     row = [0.0, -0.0, inf, -inf, nan, 1.0, -1.0, 0.25, 1e38, -1e-38, 3.0, 3.0, nan, -nan, 2.0, -2.0]
     weight = torch.tensor([row, row[::-1]], device=DEVICE)
     for scale in (torch.ones(2, 1), torch.tensor([[nan], [0.5]]), torch.tensor([[0.0], [-2.0]])):
-        check(weight, scale.to(DEVICE), None, torch.ones_like(weight), 4, "signed", mask)
+        check(weight, scale.to(DEVICE), None, torch.ones_like(weight), 4, "signed")
 
 
 def test_ties_round_to_even_and_edges_are_inside():
@@ -134,35 +115,6 @@ def test_the_default_factor_is_that_of_lsq():
             fake_quant(weight, s, num_bits=3, grad_scale=grad_scale).backward(grad)
             found.append(s.grad)
         torch.testing.assert_close(found[0], found[1] / (sharing * 3) ** 0.5)
-
-
-def test_projection_keeps_n_of_m_of_the_mask():
-    weight = torch.randn(8, 64, device=DEVICE)
-    out = project_quantise(weight, torch.full((8, 1), 0.01, device=DEVICE), num_kept=2, group_size=4, num_bits=8)
-    assert torch.equal(out != 0, nm_mask_by_sort(weight, 2, 4) & (weight.abs() > 0.005))
-    two_stages = fake_quant(weight * nm_mask_by_sort(weight, 2, 4), torch.full((8, 1), 0.01, device=DEVICE), num_bits=8)
-    assert torch.equal(out, two_stages)
-
-
-def test_decay_may_be_a_tensor_that_a_schedule_writes():
-    weight = torch.randn(2, 8, device=DEVICE)
-    grads = []
-    for decay in (0.5, torch.tensor(0.5, device=DEVICE)):
-        leaf = weight.clone().requires_grad_()
-        one = torch.ones(1, device=DEVICE)
-        project_quantise(leaf, one, num_kept=2, group_size=4, num_bits=4, decay=decay).sum().backward()
-        grads.append(leaf.grad)
-    assert torch.equal(*grads)
-    mask = nm_mask_by_sort(weight, 2, 4)
-    torch.testing.assert_close(grads[0][~mask], 1 + 0.5 * weight[~mask])
-
-
-def test_decay_of_fp64_weights_is_computed_in_fp64():
-    weight = torch.randn(2, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    out = project_quantise(weight, torch.ones(1, device=DEVICE), num_kept=2, group_size=4, num_bits=4, decay=0.1)
-    out.backward(torch.zeros_like(out))
-    pruned = ~nm_mask_by_sort(weight.detach(), 2, 4)
-    torch.testing.assert_close(weight.grad, torch.where(pruned, 0.1 * weight.detach(), 0.0), rtol=1e-15, atol=0)
 
 
 def test_frozen_weights_and_frozen_scales():
@@ -201,13 +153,10 @@ def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("mask", [(0, 0), (2, 4)])
-def test_under_compile(mask):
+def test_under_compile():
     weight, scale, offset, grad = draw((6, 16), (6, 2), torch.float32, True)
 
     def function(weight, scale, offset):
-        if mask[0]:
-            return project_quantise(weight, scale, offset, num_kept=2, group_size=4, num_bits=4, decay=0.1).sin()
         return fake_quant(weight, scale, offset, num_bits=4).sin()
 
     found = []
@@ -223,10 +172,9 @@ def test_under_compile(mask):
 def test_opcheck():
     weight, scale, offset, _ = draw((6, 16), (6, 2), torch.float32, True)
     leaves = [t.requires_grad_() for t in (weight, scale, offset)]
-    strength = torch.tensor([0.1], device=DEVICE)
     for op, arguments in (
-        (torch.ops.leanmill.fake_quant, (*leaves, 4, "signed", False, None, 0, 0, None)),
-        (torch.ops.leanmill.fake_quant, (leaves[0], leaves[1], None, 4, "signed", True, 1.0, 2, 4, strength)),
+        (torch.ops.leanmill.fake_quant, (*leaves, 4, "signed", False, None)),
+        (torch.ops.leanmill.fake_quant, (leaves[0], leaves[1], None, 4, "signed", True, 1.0)),
         (torch.ops.leanmill.fake_int8_activations, (leaves[0], 1e-5)),
         (torch.ops.leanmill.int8_activations, (weight.detach(), 1e-5)),
     ):
@@ -235,7 +183,7 @@ def test_opcheck():
 
 def test_without_a_compiler_tensor_code_runs(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
-    check(*draw((5, 12), (5, 3), torch.bfloat16, True), 4, "signed", (2, 4), 0.1)
+    check(*draw((5, 12), (5, 3), torch.bfloat16, True), 4, "signed")
 
 
 @pytest.mark.parametrize(
@@ -260,12 +208,6 @@ def test_what_does_not_fit_is_named(change, message):
     arguments = {"weight": torch.randn(4, 8), "scale": torch.ones(4, 1), "num_bits": 4} | change
     with pytest.raises(ValueError, match=message):
         fake_quant(**arguments)
-
-
-@pytest.mark.parametrize("pattern", [(4, 4), (0, 4), (2, 65), (1, 3)])
-def test_patterns_that_do_not_fit(pattern):
-    with pytest.raises(ValueError, match="group_size"):
-        project_quantise(torch.randn(4, 8), torch.ones(1), num_kept=pattern[0], group_size=pattern[1], num_bits=4)
 
 
 def test_meta_and_empty():

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from leanmill.kernels.fake_quant.activations import quantise_activations
-from leanmill.kernels.fake_quant.op import fake_quant, project_quantise
+from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
 from leanmill.kernels.ternary.op import binary, ternary
 from tests.distributed import run_ranks
@@ -50,7 +50,6 @@ def check_grids():
             tensors = [weight, scale] if offset is None else [weight, scale, offset]
             places = placements if offset is None else [*placements, placements[1]]
             compare(lambda *t: fake_quant(*t, num_bits=3), tensors, places)
-            compare(lambda *t: project_quantise(*t, num_kept=2, group_size=4, num_bits=3, decay=0.1), tensors, places)
 
 
 def check_levels():
