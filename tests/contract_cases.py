@@ -35,6 +35,17 @@ MODEL = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": MODEL
+    | {
+        "model_type": "mixtral",
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+}
+"""Other models; a combination that names one trains it."""
 
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity": {"type": "nm_sparsity", "num_kept": 2, "group_size": 4, "gradient": "sr_ste", "decay": 1e-2},
@@ -65,6 +76,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "lsq_tied": {"type": "lsq", "granularity": "row", "targets": ["*_proj", "embed_tokens", "lm_head"]},
     "rho1": {"type": "rho1", "reference": "TEACHER", "kept_share": 0.5, "warmup_share": 0.2},
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
+    "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
 }
 """Variants and further tenants of a slot."""
@@ -90,6 +102,10 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
     "chosen tokens": ("rho1", "distill", "lora", "quest"),
+    "experts": ("mixtral", "router_balance"),
+    "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
+    "ternary experts": ("mixtral", "ternary"),
+    "adapted experts": ("mixtral", "router_balance", "lora"),
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
 }
@@ -129,16 +145,16 @@ class FixedRows:
         self.position_tokens = 0
 
     def next_rows(self, num_rows: int, *, rank: int, world_size: int) -> dict[str, Tensor]:
-        share = num_rows // world_size
-        start = self.position_tokens // SEQUENCE_LENGTH + rank * share
+        first = self.position_tokens // SEQUENCE_LENGTH
         self.position_tokens += num_rows * SEQUENCE_LENGTH
-        part = slice(start, start + share)
-        positions = torch.arange(SEQUENCE_LENGTH).expand(share, -1)
+        # Both micro-batches hold the same rows, over all ranks, whatever the number of ranks.
+        part = torch.arange(first, first + num_rows).view(2, world_size, -1)[:, rank].flatten()
+        positions = torch.arange(SEQUENCE_LENGTH).expand(len(part), -1)
         return {
             "input_ids": self.ids[part],
             "labels": self.labels[part],
             "position_ids": positions.contiguous(),
-            "row_ids": torch.arange(start, start + share),
+            "row_ids": part,
         }
 
 
@@ -148,13 +164,16 @@ def recipe_of(
     """Two micro-batches a rank, whatever the number of ranks."""
     known = TECHNIQUES | EXTRA_TECHNIQUES
     techniques = [
-        {key: teacher if value == "TEACHER" else value for key, value in known[name].items()} for name in names
+        {key: teacher if value == "TEACHER" else value for key, value in known[name].items()}
+        for name in names
+        if name not in MODELS
     ]
+    model = next((MODELS[name] for name in names if name in MODELS), MODEL)
     tokens = NUM_ROWS * SEQUENCE_LENGTH
     return Recipe.model_validate(
         {
             "device": "cpu",
-            "model": {"config": MODEL},
+            "model": {"config": model},
             "data": {"sequence_length": SEQUENCE_LENGTH},
             "techniques": techniques,
             "engine": engine,

@@ -109,8 +109,9 @@ def test_trained_weights_keep_their_promises(combination, teacher):
             if not {"ternary", "lsq_row"} & set(names):
                 assert (zeros == 2).all(), name
         if "ternary" in names:
-            assert weight.unique().numel() <= 3, name
-            torch.testing.assert_close(weight.unique(), -weight.unique().flip(0), rtol=0, atol=0)
+            for matrix in weight if weight.dim() == 3 else [weight]:
+                assert matrix.unique().numel() <= 3, name
+                torch.testing.assert_close(matrix.unique(), -matrix.unique().flip(0), rtol=0, atol=0)
         if "lsq_row" in names:
             assert all(row.unique().numel() <= 8 for row in weight), name
         if isinstance(site, torch.nn.Linear) and site.in_features == 32:

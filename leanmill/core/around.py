@@ -66,12 +66,16 @@ class Around(TechniqueModule):
 
 
 class _Rings:
-    """Stands as a module's `forward`. A class, since copies and pickles of the module must be right."""
+    """Its `call` stands as a module's `forward`.
+
+    A class, since copies and pickles of the module must be right; a bound method of it, since compiled blocks
+    would not share their code over a callable object each of their modules has one of.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(tuple(arounds(self.module)), args, kwargs)
 
     def _call(self, rings: tuple[Around, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -93,7 +97,7 @@ def put_around(module: nn.Module, around: Around) -> None:
     members = {**held, next(name for name in names if name not in held): around}
     in_order = sorted(members, key=lambda name: members[name].ring)
     module._modules[AROUND] = nn.ModuleDict({name: members[name] for name in in_order})
-    module.forward = _Rings(module)
+    module.forward = _Rings(module).call
     around.train(module.training)
 
 

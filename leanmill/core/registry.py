@@ -81,6 +81,11 @@ TECHNIQUES: dict[str, Entry] = {
         "train on the tokens whose loss exceeds a reference model's most",
         "Lin et al. 2024, arXiv:2404.07965",
     ),
+    "router_balance": Entry(
+        "leanmill.moe.router_balance.config:RouterBalance",
+        "keep experts equally loaded: load-balance loss over micro-batch or global batch, router z-loss",
+        "Fedus et al. 2021, arXiv:2101.03961; Qiu et al. 2025, arXiv:2501.11873",
+    ),
 }
 
 
@@ -173,7 +178,7 @@ def technique_class(name: str) -> type[TechniqueConfig]:
     entry = TECHNIQUES.get(name) or known_techniques().get(name)
     if entry is None:
         known = known_techniques()
-        near = near_names(name, known, count=3, cutoff=0.4)
+        near = near_names(name, known, count=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "run `leanmill methods` for the list"
         raise ConfigError(f"unknown technique type {name!r}; known: {', '.join(known)}; {hint}")
     return _import(entry)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Mixtures of experts: one folder a technique."""

@@ -1,0 +1,1 @@
+"""Load balance of routers."""
