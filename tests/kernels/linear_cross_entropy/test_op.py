@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from leanmill.kernels.linear_cross_entropy import naive
 from leanmill.kernels.linear_cross_entropy.naive import Form
-from leanmill.kernels.linear_cross_entropy.op import _summed, _token_losses, linear_cross_entropy
+from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
+from leanmill.kernels.linear_cross_entropy.operators import summed, token_losses
 from tests.kernels.launcher import DEVICE
 
 
@@ -201,11 +202,11 @@ def test_opcheck(reduction):
     hidden, weight, bias, labels = operands()
     arguments = (hidden, weight, bias, labels, 1.0, 0.0, 0.0, 0.0, -100, 7)
     if reduction == "none":
-        torch.library.opcheck(_token_losses, arguments)
+        torch.library.opcheck(token_losses, arguments)
     else:
         # The gradients it also returns are for its own backward only.
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(_summed, (*arguments, True, True, True), test_utils=tests)
+        torch.library.opcheck(summed, (*arguments, True, True, True), test_utils=tests)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

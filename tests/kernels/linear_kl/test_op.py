@@ -12,10 +12,10 @@ from leanmill.kernels.linear_kl.op import (
     TeacherHead,
     TeacherLogits,
     TopK,
-    _summed,
     linear_kl,
     linear_kl_and_cross_entropy,
 )
+from leanmill.kernels.linear_kl.operators import summed
 from tests.kernels.launcher import DEVICE
 from tests.kernels.linear_kl.rows import PEAKS, peaked, top_k_oracle
 
@@ -194,7 +194,7 @@ def test_opcheck():
         True,
     )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_summed, arguments, test_utils=tests)
+    torch.library.opcheck(summed, arguments, test_utils=tests)
 
 
 @pytest.mark.parametrize("source", ["head", "top_k", "tail"])

@@ -165,10 +165,10 @@ def test_backward_makes_nothing_of_the_weights_size(monkeypatch):
     staged = ours(t, 0.5)
     out = lowrank_delta_linear(x, t["weight"], t["a"], t["b"], 0.5, scale=t["scale"], **QUANT)
     upstream, weight_upstream = torch.randn_like(out), torch.randn_like(staged)
-    from leanmill.kernels.lowrank_delta.op import _contract
+    from leanmill.kernels.lowrank_delta.operators import contract
 
     tensors = [None if t[n] is None else t[n].detach() for n in ("weight", "a", "b", "core", "scale", "offset")]
-    function = _contract._init_fn
+    function = contract._init_fn
     rest = (0.5, 3, "signed", False, None, False, True)
     with Largest(tensors[0]) as linear, torch.no_grad():
         monkeypatch.setattr(cpu, "large_empty", noted)
