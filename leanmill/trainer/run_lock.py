@@ -18,18 +18,17 @@ import errno
 import json
 import logging
 import os
-import platform
 import secrets
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.parallel.collectives import broadcast_object
+from leanmill.trainer.lock_holder import Holder, lives, read_holder, this_machine, this_process
 
 
 log = logging.getLogger(__name__)
@@ -41,26 +40,6 @@ SILENT_SECONDS = 180.0
 """A holder that cannot be asked counts as gone after this long without a touch."""
 _POLL_SECONDS = 1.0
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Who holds a run folder."""
-
-    host: str
-    machine: str
-    """One boot of one machine and one process table in it: where process numbers mean the same."""
-    pid: int
-    started: str
-    """When the process was started, in the system's own unit: tells it from a later one of the same number."""
-    since: float
-    """Seconds since 1970."""
-    token: str
-    """Tells this lock from every other."""
-
-    def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} on {self.host}, since {since}"
 
 
 @contextmanager
@@ -121,7 +100,7 @@ class RunLock:
         try:
             self._made_folder = not self.run_dir.exists()
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            self._mine = _this_process()
+            self._mine = this_process()
             while not self._create():
                 self._displace()
         except OSError as error:
@@ -159,7 +138,7 @@ class RunLock:
             if mine is None:
                 return
             with suppress(OSError):
-                found = _read(self.path)
+                found = read_holder(self.path)
                 if found is not None and found[0] == mine:
                     self.path.unlink()
                 if self._made_folder:
@@ -195,12 +174,12 @@ class RunLock:
 
     def _displace(self) -> None:
         """Return when the present lock is gone or was a dead run's and is out of the way; refuse otherwise."""
-        found = _read(self.path)
+        found = read_holder(self.path)
         if found is None:
             return
         holder, touched = found
-        if holder is not None and holder.machine == _machine():
-            if _lives(holder):
+        if holder is not None and holder.machine == this_machine():
+            if lives(holder):
                 raise ConfigError(
                     f"run_dir={self.run_dir} is in use: {holder}; wait for that run to end, stop it "
                     f"(kill {holder.pid}), or give another run_dir"
@@ -229,7 +208,7 @@ class RunLock:
                 )  # fmt: skip
                 told = True
             time.sleep(min(_POLL_SECONDS, self.silent_seconds / 10))
-            found = _read(self.path)
+            found = read_holder(self.path)
             if found is None or found[0] != holder:
                 return False
             if found[1] != touched:
@@ -245,7 +224,7 @@ class RunLock:
             os.rename(self.path, self._own_file)
         except FileNotFoundError:
             return False
-        found = _read(self._own_file)
+        found = read_holder(self._own_file)
         same = found is not None and found[0] == judged
         if not same:  # another run was quicker, and this is its lock
             with suppress(OSError):
@@ -284,74 +263,12 @@ class RunLock:
         with self._holding:
             if self._mine is None:
                 return None
-            found = _read(self.path)
+            found = read_holder(self.path)
             if found is None and self._create():
                 return None
             if found is None or found[0] != self._mine:
-                found = _read(self.path)
+                found = read_holder(self.path)
                 return None if found is not None and found[0] == self._mine else (found and found[0]) or "unknown"
             if touch:
                 os.utime(self.path)
             return None
-
-
-def _this_process() -> Holder:
-    return Holder(
-        host=platform.node() or "unknown",
-        machine=_machine(),
-        pid=os.getpid(),
-        started=_started(os.getpid()) or "",
-        since=time.time(),
-        token=secrets.token_hex(8),
-    )
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{platform.node()} {uuid.getnode():x}"
-
-
-def _lives(holder: Holder) -> bool:
-    """Whether a process of this machine is there and is the one that took the lock."""
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # another user's, so it is there
-    started = _started(holder.pid)
-    return started is None or started == holder.started
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process was started, `ended` for one that only waits to be collected, None where unknown."""
-    try:
-        # The name, in brackets, may hold anything; state is the first field behind it, the start the 20th.
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return "ended" if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        pass
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return "ended" if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())
-    except psutil.Error:
-        return None
-
-
-def _read(path: Path) -> tuple[Holder | None, float] | None:
-    """Return a lock's holder (None where its text is torn) and when it was last touched; None without a lock."""
-    try:
-        # Opened, not only looked at: over NFS that asks the server instead of a cache.
-        with path.open(encoding="utf-8") as file:
-            touched, text = os.fstat(file.fileno()).st_mtime, file.read()
-    except FileNotFoundError:
-        return None
-    try:
-        return Holder(**json.loads(text)), touched
-    except (ValueError, TypeError):
-        return None, touched

@@ -19,7 +19,7 @@ import torch
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.trainer import run_lock
+from leanmill.trainer.lock_holder import read_holder
 from leanmill.trainer.run_lock import RunLock, exclusive
 from tests.checkpoint.fake import FakeEngine
 from tests.distributed import run_ranks
@@ -213,7 +213,7 @@ def test_of_many_that_meet_a_dead_lock_one_enters(tmp_path):
 
 def test_a_lock_taken_in_the_meantime_is_put_back(tmp_path):
     killed_holder(tmp_path)
-    judged = run_lock._read(tmp_path / "run.lock")[0]
+    judged = read_holder(tmp_path / "run.lock")[0]
     second = RunLock(tmp_path)
     second.acquire()
     slow = RunLock(tmp_path)
@@ -253,7 +253,7 @@ def test_a_run_that_lost_its_lock_writes_no_checkpoint(tmp_path):
     engine = FakeEngine({"w": torch.ones(2)})
     manager.save(1, engine, {}, {})
     manager.wait()
-    mine = run_lock._read(lock.path)[0]
+    mine = read_holder(lock.path)[0]
     lock.path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(mine, token="another", host="node7"))))
     manager.save(2, engine, {}, {})
     with pytest.raises(RunError, match=r"taken over by another run \(process .* on node7"):
