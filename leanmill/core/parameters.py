@@ -6,7 +6,8 @@ means the same parameter under every engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,27 @@ class ParamRule:
     settings: ParamSettings = PLAIN
     trainable: bool | None = None
     """False freezes; True trains also what another technique's `freeze_base` freezes; None says nothing."""
+
+
+class TrainableSchedule(ABC):
+    """Which of the parameters that may train do train in a step; the others rest, without gradient and state.
+
+    A pure function of the step, equal on all ranks, so a run resumed at any step needs nothing saved. Names are
+    those of the plain model, and a technique asks for a subset of what the recipe leaves trainable.
+    """
+
+    technique: str
+    """Who asks, for messages."""
+    every_steps: int
+    """Steps for which a set stays, counted from step 0."""
+
+    @abstractmethod
+    def trained(self, names: Collection[str], step: int) -> set[str]:
+        """Return those of `names` that train in optimizer step `step`, from 0."""
+
+    @abstractmethod
+    def heaviest(self, sizes: Mapping[str, int]) -> set[str]:
+        """Return the largest set that some step may train, given elements by name; for predicting memory."""
 
 
 def settings_by_name(rules: Sequence[ParamRule], names: Iterable[str]) -> dict[str, ParamSettings]:

@@ -43,23 +43,31 @@ class DdpEngine(NativeEngine):
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
         preparation.materialise(module)
         self.module = module.to(self.device)
-        self._replica = DistributedDataParallel(
-            self.module,
-            # Materialised values are equal on all ranks, and no layer of a causal LM trains its
-            # buffers; gloo could not broadcast every dtype either.
-            init_sync=False,
-            gradient_as_bucket_view=True,
-            **_NO_BUFFERS,
-        )
         self._make_optimizer(preparation)
 
+    @property
+    def _replicated(self) -> DistributedDataParallel:
+        """The wrapper, made when a step begins: its buckets are for the parameters that train in it."""
+        if self._replica is None:
+            self._replica = DistributedDataParallel(
+                self.module,
+                # Materialised values are equal on all ranks, and no layer of a causal LM trains its
+                # buffers; gloo could not broadcast every dtype either.
+                init_sync=False,
+                gradient_as_bucket_view=True,
+                **_NO_BUFFERS,
+            )
+        return self._replica
+
+    def _trainable_changed(self) -> None:
+        # Its hooks and buckets go with it; it would wait for gradients of parameters that rest.
+        self._replica = None
+
     def _micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
-        assert self._replica is not None
-        return nullcontext() if is_last else self._replica.no_sync()
+        return nullcontext() if is_last else self._replicated.no_sync()
 
     def _train_forward(self, batch: Batch) -> Losses:
-        assert self._replica is not None
-        return self._replica(batch)  # type: ignore[no-any-return]
+        return self._replicated(batch)  # type: ignore[no-any-return]
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         return freeze(model, self.precision).to(self.device)

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
+from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.quiet import ignore_warning
 from leanmill.core.views import Views
@@ -170,6 +171,13 @@ class DeepSpeedEngine(Engine):
             return
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.step()
+
+    def set_trainable(self, names: Collection[str]) -> None:
+        if set(names) != {name for name, _ in self._trained()}:
+            raise ConfigError(
+                "DeepSpeed cuts the parameters that train into flat partitions once, so the set is fixed; "
+                "type engine=fsdp or engine=ddp"
+            )
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,20 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def set_trainable(self, names: Collection[str]) -> None:
+        """Train exactly these parameters of `module.model` from the next step on; called between steps.
+
+        Gradients and optimizer state of the others are freed; one that trains again starts from fresh
+        state. Costs nothing where the set is what it was.
+
+        Args:
+            names: As in `model_state`, equal on all ranks; parameters that trained when the optimizer was made.
+
+        Raises:
+            ConfigError: This engine trains a fixed set.
+        """
+
+    @abstractmethod
     def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
         """Forward without gradients, module in eval mode around the call; this rank's sums.
 
@@ -139,7 +153,7 @@ class Engine(ABC):
     def optimizer_state(self) -> dict[str, Tensor]:
         """Flat `"<parameter name>/<state key>"` -> tensor (DTensor where sharded); `step` included.
 
-        Parameters that have no state yet get the one they would start from (zero moments and
+        Parameters that train but have no state yet get the one they would start from (zero moments and
         counters), so it can be loaded into; no weight changes.
         """
 

@@ -121,6 +121,14 @@ class FsdpEngine(NativeEngine):
             if isinstance(part, FSDPModule):
                 part.reshard()
 
+    def _trainable_changed(self) -> None:
+        # A group derives the dtype of its reductions from what trains, once: a group all of whose parameters
+        # rested at the first forward would reduce in whatever dtype gradients come.
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                for group in param_groups(part):
+                    group._init_mp_dtypes()
+
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         """Shard the blocks only: a loss may use the head's weight outside the model's forward.
 
@@ -158,6 +166,14 @@ def _split_off_staged(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
         first.fsdp_params = [p for p in first.fsdp_params if id(p.sharded_param) not in staged]
         groups += [group for group in (first, second) if group.fsdp_params]
     state._fsdp_param_groups = groups
+
+
+def param_groups(module: FSDPModule) -> list[Any]:
+    """Return the groups that gather `module`'s own parameters."""
+    state: Any = module._get_fsdp_state()
+    if has_groups_of_their_own():
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def has_groups_of_their_own() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -52,6 +52,9 @@ class NativeEngine(Engine):
 
     def _settle(self) -> None:
         """Make the registered parameters the ones the optimizer writes."""
+
+    def _trainable_changed(self) -> None:
+        """Follow a change of which parameters train."""
 
     # Steps.
 
@@ -105,6 +108,21 @@ class NativeEngine(Engine):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def set_trainable(self, names: Collection[str]) -> None:
+        optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        known = {name: p for name, p in state_parameters(self._model) if id(p) in optimized}
+        if unknown := sorted(set(names) - known.keys()):
+            raise KeyError(f"the optimizer was not made for {unknown[0]}")
+        changed = {name: p for name, p in known.items() if p.requires_grad != (name in names)}
+        for parameter in changed.values():
+            parameter.requires_grad_(not parameter.requires_grad)
+            if not parameter.requires_grad:
+                # The optimizer's groups go on naming it: without a gradient it is left alone.
+                parameter.grad = None
+                self.optimizer.state.pop(parameter, None)
+        if changed:
+            self._trainable_changed()
+
     @torch.no_grad()
     def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
         was_training = self.module.training
@@ -153,17 +171,15 @@ class NativeEngine(Engine):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         optimizer = self.optimizer
-        allocate_state(optimizer)
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        allocate_state(optimizer, trained)
         names = {id(p): name for name, p in state_parameters(self._model)}
         flat: dict[str, Tensor] = {}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                for key, value in optimizer.state[parameter].items():
-                    if not isinstance(value, Tensor):
-                        raise TypeError(
-                            f"optimizer state {key!r} is a {type(value).__name__}; checkpoints hold tensors"
-                        )
-                    flat[f"{names[id(parameter)]}/{key}"] = value
+        for parameter in trained:
+            for key, value in optimizer.state[parameter].items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"optimizer state {key!r} is a {type(value).__name__}; checkpoints hold tensors")
+                flat[f"{names[id(parameter)]}/{key}"] = value
         return flat
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:

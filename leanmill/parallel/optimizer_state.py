@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,21 @@ CHUNK = 32
 
 
 @torch.no_grad()
-def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+def allocate_state(optimizer: torch.optim.Optimizer, wanted: Sequence[Tensor] | None = None) -> None:
     """Give every parameter without state the state it would start from; weights stay bitwise.
 
     Optimizers make their state in the first step and each knows its own keys, so one step is taken
     with zero gradients, zero learning rate and zero decay. That leaves moments at zero and copies
     of weights equal to them; the counters (0-dim tensors) it has moved are set back to zero.
+
+    Args:
+        optimizer: Any.
+        wanted: Its parameters that shall have state; None means all.
     """
-    missing = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    missing = [p for p in (parameters if wanted is None else wanted) if not optimizer.state.get(p)]
     if not missing:
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters]
     settings: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (group, {key: group[key] for key in ("lr", "weight_decay") if key in group}) for group in optimizer.param_groups
