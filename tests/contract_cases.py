@@ -78,6 +78,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
+    "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
 }
 """Variants and further tenants of a slot."""
 
@@ -90,6 +91,8 @@ _RARE = [{"lora_branch", "quest"}, {"lora_branch", "bdwp"}, {"distill", "quest"}
 SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} in _RARE},
     **{name: (name,) for name in ("quest_weights", "lsq_tensor", "second_lora", "nm_sparsity_tied")},
+    "lora taking turns": ("lisa", "lora", "distill"),
+    "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -97,6 +100,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),
+    "lisa": ("lisa",),
+    "turns": ("lisa", "nm_sparsity", "lsq_row"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
     "lora_in_steps": ("lora", "lsq_row"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
@@ -130,6 +135,16 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"type": "deepspeed", "stage": 2},
     "zero3": {"type": "deepspeed", "stage": 3},
 }
+
+
+def is_refused(engine: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Whether a recipe with this engine and these techniques is refused when it is read."""
+    return engine["type"] == "deepspeed" and "lisa" in names
+
+
+def cells(combinations: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    """Every (engine, combination) on several ranks that can be trained."""
+    return [(e, c) for e in ENGINES for c, names in combinations.items() if not is_refused(ENGINES[e], names)]
 
 
 class FixedRows:
@@ -226,6 +241,8 @@ def train_combinations(
     """Train every combination on this engine; an error becomes its text, so the others still run."""
     results: dict[str, dict[str, Tensor] | str] = {}
     for key, names in combinations.items():
+        if is_refused(engine, names):
+            continue
         trained, _ = train(recipe_of(names, engine, teacher, ranks.world_size), ranks)
         results[key] = full_parameters(trained)
         trained.close()

@@ -58,6 +58,11 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     return index
 
 
+def optimized_names(path: Path) -> set[str]:
+    """Return the names of the parameters whose optimizer state a checkpoint holds."""
+    return {name.rpartition("/")[0] for name in read_index(path / "optimizer")}
+
+
 def read_document(folder: Path, name: str) -> dict[str, Any]:
     """Read one of a checkpoint's JSON documents, such as `train_state.json`.
 

@@ -71,6 +71,11 @@ TECHNIQUES: dict[str, Entry] = {
         "low-rank adapters, inside the weight or as an output branch through PEFT",
         "Hu et al. 2021, arXiv:2106.09685",
     ),
+    "lisa": Entry(
+        "leanmill.peft_ext.lisa.config:Lisa",
+        "train a few layers at a time, drawn anew every few steps",
+        "Pan et al. 2024, arXiv:2403.17919",
+    ),
     "distill": Entry(
         "leanmill.distill.logits.config:Distill",
         "match a frozen teacher's next-token distribution",

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.losses import LossTerm
-from leanmill.core.parameters import ParamRule, ParamSettings
+from leanmill.core.parameters import ParamRule, ParamSettings, TrainableSchedule
 from leanmill.core.rules import StepRule
 
 
@@ -65,6 +65,8 @@ class Installation:
     step_rules: Sequence[StepRule] = ()
     param_rules: Sequence[ParamRule] = ()
     """Learning rate, decay and whether to train, by parameter."""
+    trainable_schedule: TrainableSchedule | None = None
+    """Which parameters train in which step."""
     freeze_base: bool = False
     """Train only the parameters that stages and branches added, and what a rule says is trained."""
     add_branches: Callable[[nn.Module], None] | None = None
@@ -92,6 +94,10 @@ class TechniqueConfig(Config):
 
     def reads_optimizer_state(self) -> bool:
         """Whether its step rules read or write optimizer state or masters by element, see `core.views`."""
+        return False
+
+    def changes_what_trains(self) -> bool:
+        """Whether other parameters train in some steps than in others, which not every engine can do."""
         return False
 
     def own_settings(self) -> ParamSettings:
@@ -152,5 +158,6 @@ class InstalledTechniques:
     loss_terms: list[LossTerm] = field(default_factory=list)
     step_rules: list[StepRule] = field(default_factory=list)
     param_rules: list[ParamRule] = field(default_factory=list)
+    trainable_schedule: TrainableSchedule | None = None
     freeze_base: bool = False
     reset_branch: Callable[[nn.Module], None] | None = None

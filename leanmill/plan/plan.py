@@ -15,6 +15,7 @@ from torch import nn
 
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
+from leanmill.core.parameters import TrainableSchedule
 from leanmill.core.paths import expand_user
 from leanmill.core.sites import staged_parameters
 from leanmill.core.technique import InstallContext
@@ -31,11 +32,13 @@ from leanmill.parallel.config import (
     FsdpEngine,
     SingleEngine,
 )
+from leanmill.parallel.naming import state_parameters
 from leanmill.plan.fit import Case, remedies
 from leanmill.plan.memory import Memory, Weight, estimate
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
 from leanmill.trainer.prepare import install_techniques, with_precision
+from leanmill.trainer.turns import Turns
 
 
 DEFAULT_RANK_MEMORY_GIB = 80.0
@@ -56,7 +59,7 @@ class Plan:
     num_active: int
     """Parameters one token passes through: of experts, only the chosen ones."""
     num_trainable: int
-    """With techniques installed."""
+    """With techniques installed; where parameters take turns, the most that train at once."""
     num_technique: int
     """Elements that techniques add: adapters, learned scales, masks."""
     memory: Memory
@@ -134,8 +137,8 @@ def plan(
     num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
     flops = flops_per_token(model, recipe.data.sequence_length)
     context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size, seed=recipe.seed)
-    install_techniques(recipe.techniques, model, context)
-    weights = list(_weights(model))
+    techniques = install_techniques(recipe.techniques, model, context)
+    weights = list(_weights(model, techniques.trainable_schedule))
     engine, why = _engine(recipe, world_size, per_node, 4 * num_total, rank_memory_gib)
 
     teachers = _teacher_sizes(recipe)
@@ -230,14 +233,16 @@ def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:
     return num_models * tokens * vocab_size * size + 4 * vocab_size * hidden_size
 
 
-def _weights(model: nn.Module) -> Iterator[Weight]:
+def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[Weight]:
+    """Every parameter; of those that take turns, the set that takes the most memory counts as trained."""
+    at_once = None if schedule is None else Turns(schedule, model).heaviest()
     block_of = {id(p): index for index, block in enumerate(decoder_blocks(model)) for p in block.parameters()}
     staged = {id(p) for p in staged_parameters(model)}
-    for parameter in model.parameters():
+    for name, parameter in state_parameters(model):
         yield Weight(
             tuple(parameter.shape),
             parameter.element_size(),
-            parameter.requires_grad,
+            parameter.requires_grad and (at_once is None or name in at_once),
             block_of.get(id(parameter)),
             staged=id(parameter) in staged,
         )

@@ -33,6 +33,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _losses(recipe)
     yield from _rates(recipe)
     yield from _views(recipe)
+    yield from _turns(recipe)
     yield from _secrets(recipe)
 
 
@@ -183,6 +184,21 @@ def _views(recipe: Sections) -> Iterator[str]:
             yield (
                 f"{names[0]} reads weights and optimizer state in every step, and engine.{field}.device=nvme keeps "
                 f"them on disk; set engine.{field}.device=cpu"
+            )
+
+
+def _turns(recipe: Sections) -> Iterator[str]:
+    named = [(config.type, config) for config in recipe.techniques]  # type: ignore[attr-defined]
+    for turning in [name for name, config in named if config.changes_what_trains()]:
+        if recipe.engine.type == "deepspeed":
+            yield (
+                f"{turning} trains other parameters in some steps than in others, and DeepSpeed cuts those that train "
+                f"into flat partitions once; type engine=fsdp or engine=ddp"
+            )
+        for name in [name for name, config in named if config.reads_optimizer_state()]:
+            yield (
+                f"{name} moves weights by their gradients, which {turning} lets rest in some steps; remove one of the "
+                f"two from `techniques`"
             )
 
 

@@ -23,15 +23,16 @@ from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.compile import compile_blocks
 from leanmill.models.config import ModelConfig
-from leanmill.models.counting import num_parameters
 from leanmill.models.materialise import make_materialiser
 from leanmill.models.pretrained import load_frozen
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.build import build_optimizer
 from leanmill.parallel.engine import Engine, Preparation
+from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.train_module import TrainModule
+from leanmill.trainer.turns import Turns
 
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,9 @@ class Prepared:
     conversion: str
     """How many weights carry stages."""
     num_trainable: int
-    """Parameters that train, whole, counted before sharding hides their size."""
+    """Parameters that train, at most at once, whole, counted before sharding hides their size."""
+    trained: frozenset[str]
+    """Names of all parameters of the model that train in some step."""
 
 
 def prepare(
@@ -89,7 +92,8 @@ def prepare(
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
     if recipe.train.compile:
         compile_blocks(model)
-    _, num_trainable = num_parameters(model)
+    ever = {name: p.numel() for name, p in state_parameters(model) if p.requires_grad}
+    turns = None if techniques.trainable_schedule is None else Turns(techniques.trainable_schedule, model)
     engine.prepare(
         module,
         Preparation(
@@ -101,7 +105,16 @@ def prepare(
     )
     for path in {path for technique in recipe.techniques for path in technique.read_models().values()}:
         stored(path).close()
-    return Prepared(techniques=techniques, conversion=conversion, num_trainable=num_trainable)
+    if turns is not None:
+        turns.engine = engine
+        techniques.step_rules.insert(0, turns)  # others may look at what trains
+    at_once = ever if turns is None else turns.heaviest()
+    return Prepared(
+        techniques=techniques,
+        conversion=conversion,
+        num_trainable=sum(ever[name] for name in at_once),
+        trained=frozenset(ever),
+    )
 
 
 def _optimizer(recipe: Recipe, module: nn.Module, rules: Sequence[ParamRule]) -> torch.optim.Optimizer:
@@ -171,6 +184,13 @@ def _add(installed: InstalledTechniques, part: Installation) -> None:
     installed.step_rules.extend(part.step_rules)
     installed.param_rules.extend(part.param_rules)
     installed.freeze_base |= part.freeze_base
+    if part.trainable_schedule is not None:
+        first, second = installed.trainable_schedule, part.trainable_schedule
+        if first is not None:
+            raise ConfigError(
+                f"{first.technique} and {second.technique} both choose which parameters train in a step; keep one"
+            )
+        installed.trainable_schedule = second
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
-from leanmill.checkpoint.reading import read_document
+from leanmill.checkpoint.reading import optimized_names, read_document
 from leanmill.core.rules import state_of
 from leanmill.core.stage import is_added_tensor
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
@@ -176,8 +176,11 @@ class _Run:
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             rule_states=state.get("rules") or self._rules_to_begin_with(),
         )
-        self.saved = saved_part(recipe, model, prepared.techniques.freeze_base)
+        self.saved = saved_part(recipe, model, prepared)
         if state:
+            if prepared.techniques.trainable_schedule is not None:
+                # What trained in the step that was saved, and so has state; the next step may change it.
+                self.engine.set_trainable(prepared.trained & optimized_names(self.resumed_from))
             self.manager.load(self.resumed_from, self.engine, **self.saved)
             self.data.load_state_dict(state["data"])
         elif self.start is not None:
@@ -338,13 +341,13 @@ def _run_dir(recipe: Recipe) -> Path:
     return Path(recipe.run_dir.format(name=recipe.name))
 
 
-def saved_part(recipe: Recipe, model: nn.Module, freeze_base: bool) -> dict[str, Any]:
+def saved_part(recipe: Recipe, model: nn.Module, prepared: Prepared) -> dict[str, Any]:
     """What of the model a checkpoint holds: all of it, or only adapters and stages beside a named base.
 
     A frozen base that came from a checkpoint is not written again; its digest is.
     """
-    if not (freeze_base and recipe.model.path):
+    if not (prepared.techniques.freeze_base and recipe.model.path):
         return {}
-    names = {name for name, p in state_parameters(model) if p.requires_grad or is_added_tensor(name)}
+    names = {name for name, _ in state_parameters(model) if name in prepared.trained or is_added_tensor(name)}
     names |= {name for name, _ in state_buffers(model) if is_added_tensor(name)}
     return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}

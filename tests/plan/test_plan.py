@@ -8,18 +8,16 @@ import torch.distributed as dist
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.rules import StepContext
 from leanmill.models.build import build_on_meta
-from leanmill.models.materialise import make_materialiser
-from leanmill.optim.build import build_optimizer
 from leanmill.optim.config import Adam8bit, AdamW, Lion, LookaheadConfig
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DeepSpeedOffload
-from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks
 from leanmill.plan.memory import Weight, optimizer_bytes, shard_numel
 from leanmill.plan.plan import activation_bytes, logits_bytes, plan
 from leanmill.recipe.root import Recipe
-from leanmill.trainer.train_module import TrainModule
+from leanmill.trainer.prepare import prepare
 from tests.distributed import run_ranks
 
 
@@ -65,18 +63,12 @@ def _held_after_backward(recipe):
     model = build_on_meta(recipe.model, device_type="cpu")
     ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
     engine, _ = build_engine(recipe.engine, ranks=ranks, precision="bf16", model_bytes=1)
-    engine.prepare(
-        TrainModule(model),
-        Preparation(
-            materialise=make_materialiser(recipe.model, seed=0),
-            make_optimizer=lambda live: build_optimizer(recipe.optimizer, live.model.named_parameters()),
-            num_micro_batches=2,
-            max_grad_norm=1.0,
-        ),
-    )
+    rules = prepare(recipe, model, engine, num_micro_batches=2).techniques.step_rules
     ids = torch.arange(32)[None]
     batch = {"input_ids": ids, "labels": ids, "position_ids": ids}
     for step in range(2):  # optimizer state exists from the first step on
+        for rule in rules:
+            rule.begin_step(StepContext(step=step, num_steps=2, num_micro_batches=2))
         engine.forward_backward([batch, batch], torch.tensor(128.0))
         engine.clip(1.0)
         if step == 0:
@@ -104,6 +96,18 @@ def test_held_memory_is_within_a_tenth_of_live_tensors(name):
     recipe = _recipe(ENGINES[name])
     measured = run_ranks(_held_after_backward, 2, recipe)
     assert plan(recipe, 2).held_bytes == pytest.approx(max(measured), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_held_memory_of_layers_that_take_turns(name):
+    recipe = _recipe(ENGINES[name], techniques=[{"type": "lisa", "num_layers": 1, "every_steps": 1}])
+    result = plan(recipe, 2)
+    assert result.held_bytes == pytest.approx(max(run_ranks(_held_after_backward, 2, recipe)), rel=0.1)
+    full = plan(_recipe(ENGINES[name]), 2)
+    assert result.held_bytes < 0.9 * full.held_bytes
+    assert result.flops_per_token == full.flops_per_token
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 344 + 2 * 128
+    assert full.num_trainable - result.num_trainable == 2 * layer
 
 
 def test_numbers_of_a_dense_run_written_out():

@@ -1,0 +1,1 @@
+"""Layers that take turns in training."""
