@@ -75,6 +75,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "lsq_row": {"type": "lsq", "weight_bits": 3, "granularity": "row"},
     "lsq_tied": {"type": "lsq", "granularity": "row", "targets": ["*_proj", "embed_tokens", "lm_head"]},
     "rho1": {"type": "rho1", "reference": "TEACHER", "kept_share": 0.5, "warmup_share": 0.2},
+    "lsq_activations": {"type": "lsq", "weight_bits": 4, "granularity": "row", "activation_bits": 8},
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
@@ -96,7 +97,19 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
-    **{name: (name,) for name in (*TECHNIQUES, "ternary_int8", "int_quant", "lsq_row", "lsq_tied", "rho1", "mask_llm")},
+    **{
+        name: (name,)
+        for name in (
+            *TECHNIQUES,
+            "ternary_int8",
+            "int_quant",
+            "lsq_row",
+            "lsq_tied",
+            "rho1",
+            "mask_llm",
+            "lsq_activations",
+        )
+    },
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),

@@ -48,7 +48,7 @@ TECHNIQUES: dict[str, Entry] = {
     ),
     "lsq": Entry(
         "leanmill.quant.lsq.config:Lsq",
-        "weights of 1 to 8 bits with learned step sizes",
+        "weights of 1 to 8 bits and activations of 2 to 8 with learned step sizes",
         "Esser et al. 2020, arXiv:1902.08153; Liu et al. 2025, arXiv:2502.02631",
     ),
     "quest": Entry(

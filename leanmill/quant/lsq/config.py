@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 class Lsq(TrainedTechniqueConfig, SharedScales):
-    """Weights on an integer grid whose step sizes are trained (LSQ: Esser et al. 2020, arXiv:1902.08153).
+    """Weights, and activations if asked, on integer grids whose step sizes are trained.
 
-    Steps start at 2 mean |w| / sqrt(Qp) of the loaded weights and get no weight decay. With one bit the
-    grid is {-s/2, s/2}; ParetoQ (Liu et al. 2025, arXiv:2502.02631) is `grid: midrise`.
+    LSQ: Esser et al. 2020, arXiv:1902.08153. Steps start at 2 mean |w| / sqrt(Qp) of the loaded weights,
+    those of activations at that of the first global batch, and get no weight decay. With one bit the grid
+    of weights is {-s/2, s/2}; ParetoQ (Liu et al. 2025, arXiv:2502.02631) is `grid: midrise`.
     """
 
     type: Literal["lsq"] = "lsq"
@@ -33,6 +34,22 @@ class Lsq(TrainedTechniqueConfig, SharedScales):
     """What shares a step: a whole weight as in the paper (each expert of a stacked one), an output row,
     or `group_size` neighbours of a row."""
 
+    activation_bits: int | None = Field(default=None, ge=2, le=8)
+    """Bits of the activations that enter a target, with one step for all of them; None leaves them alone. An
+    embedding, which looks rows up, has none."""
+    activation_grid: Literal["signed", "unsigned"] = "signed"
+    """Codes of activations: `signed` as for weights, `unsigned` 0 to 2^b - 1 for inputs that are never
+    negative, such as those behind a ReLU. Behind SiLU or GELU they are signed."""
+
+    @model_validator(mode="after")
+    def _activation_grid_belongs_to_activations(self) -> Lsq:
+        if self.activation_grid != "signed" and self.activation_bits is None:
+            raise ConfigError(
+                f"lsq with activation_grid {self.activation_grid} and no activation_bits; set activation_bits too, "
+                f"e.g. 8, or remove activation_grid"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_bit_has_a_grid(self) -> Lsq:
         if self.weight_bits == 1 and self.grid != "midrise":
@@ -40,7 +57,7 @@ class Lsq(TrainedTechniqueConfig, SharedScales):
         return self
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
-        """Put a quantiser with steps of its own on every target.
+        """Put a quantiser with steps of its own on every target, and one on its input.
 
         Raises:
             ConfigError: `group_size` does not divide the last dim of a target.
@@ -54,4 +71,13 @@ class Lsq(TrainedTechniqueConfig, SharedScales):
             selected,
             lambda site: LsqStage(site.raw_weight, self.weight_bits, self.grid, self.granularity, self.group_size),
         )
-        return Installation()
+        if self.activation_bits is None:
+            return Installation()
+        from leanmill.quant.lsq.activations import CalibrateSteps, LsqActivations
+
+        for site in selected:
+            if site.takes_inputs:
+                weight = site.raw_weight
+                bits, grid = self.activation_bits, self.activation_grid
+                site.put_input(LsqActivations(weight.shape[-1], bits, grid, device=weight.device))
+        return Installation(step_rules=(CalibrateSteps(sites.model),))

@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.names import clean_name
 from leanmill.core.noise import derive_seed, element_indices, gumbel
 from leanmill.core.registry import parse_technique
 from leanmill.core.rules import StepContext
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.kernels.nm_mask.naive import nm_mask_by_sort
+from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.materialise import initialise_stages
 from leanmill.sparse.mask_llm.product import masked
 from leanmill.sparse.mask_llm.stage import MaskLlmStage, Schedule, all_masks
-from tests.core.tiny import context, install, tiny
+from tests.core.tiny import context, install, loss_of, tiny, tokens
 
 
 SHAPES = [(5, 12), (1, 4), (3, 6, 8)]
@@ -213,3 +215,23 @@ def test_compiled_the_gradient_is_the_same_and_the_regulariser_counts_once(backe
         return stage.logits.grad.clone()
 
     torch.testing.assert_close(gradient(torch.compile(model, fullgraph=True, backend=backend)), gradient(model))
+
+
+def test_recomputed_blocks_train_the_same():
+    found = []
+    for mode in ("none", "full"):
+        model, ids = tiny(), tokens()
+        rules = install(model, {"type": "mask_llm", "weight_regularisation": 0.1}).step_rules
+        for number, (_, site) in enumerate(iter_sites(model)):
+            torch.manual_seed(number)
+            site.stages["mask"].reset_parameters()
+        apply_activation_checkpointing(model, mode)
+        for rule in rules:
+            rule.begin_step(StepContext(step=1, num_steps=4, num_micro_batches=2))
+        for _ in range(2):
+            loss_of(model, ids).backward()
+        assert all(site.stages["mask"].pull_left == 0 for _, site in iter_sites(model))
+        found.append({clean_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert len(found[0]) == 14
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}")

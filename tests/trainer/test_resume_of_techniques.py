@@ -1,0 +1,73 @@
+"""What techniques draw, schedule and calibrate goes on after a resume as if nothing had happened, bitwise."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from leanmill.checkpoint.reading import read_full_state
+from leanmill.export import export_hf
+from leanmill.recipe.root import Recipe
+from leanmill.trainer.evaluate_checkpoint import evaluate_checkpoint
+from leanmill.trainer.run import run
+from tests.data.samples import write_texts
+
+
+TECHNIQUES = {
+    "mask_llm": [{"type": "mask_llm"}],
+    "lsq": [{"type": "lsq", "activation_bits": 8, "granularity": "row"}],
+    "both": [{"type": "mask_llm"}, {"type": "lsq", "activation_bits": 8}],
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    write_texts(folder / "a.jsonl", 60)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=300, num_key_value_heads=1, **sizes)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    return folder
+
+
+def recipe(home, techniques, run_dir):
+    return Recipe(
+        run_dir=str(run_dir),
+        device="cpu",
+        model={"path": str(home / "model")},
+        data={
+            "source": {"type": "hf", "path": str(home / "a.jsonl"), "validation_fraction": 0.3},
+            "tokenizer": {"vocab_size": 300},
+            "sequence_length": 16,
+            "cache_dir": str(home / "cache"),
+        },
+        techniques=techniques,
+        batch={"tokens_per_step": 64, "tokens_per_micro_batch": 32},
+        train={"steps": 4, "precision": "fp32", "deterministic": True},
+        eval={"tokens_per_domain": 32},
+        checkpoint={"every_steps": 2},
+        log={"every_steps": 1, "tensorboard": False, "report": False},
+    )
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_resume_is_bitwise(name, home, tmp_path):
+    whole = run(recipe(home, TECHNIQUES[name], tmp_path / "whole"))
+    last = "checkpoints/step-00000004"
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / last)
+    run(recipe(home, TECHNIQUES[name], tmp_path / "again"))
+    for part in ("model", "optimizer"):
+        expected, got = (read_full_state(tmp_path / run_dir / last, part) for run_dir in ("whole", "again"))
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[key], value) for key, value in expected.items()), part
+    scores = evaluate_checkpoint(tmp_path / "whole" / last).scores
+    assert scores["all"].loss == pytest.approx(whole.scores["all"].loss, rel=1e-6)
+    report = export_hf(tmp_path / "whole" / last, tmp_path / "out", activations="float")
+    assert report.path.is_dir()
+    if name != "lsq":
+        assert all(
+            ".stages." in key or ".inputs." in key for key in read_full_state(tmp_path / "whole" / last, "model")
+        )
