@@ -7,11 +7,12 @@ recompute of staged weights inside sites nests in it.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from leanmill.core.errors import ConfigError
@@ -53,6 +54,25 @@ def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "sele
     # The switch also makes embeddings require gradients, for reentrant checkpoints. Ours are not,
     # and a frozen embedding should cost no backward.
     model.disable_input_require_grads()  # type: ignore[operator]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
+    for layer in layers:
+        layer._gradient_checkpointing_func = _where_gradients_flow(layer._gradient_checkpointing_func)
+
+
+def _where_gradients_flow(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Recompute only what has a backward: the compiler cannot trace the recomputation of a block without one.
+
+    Blocks below all that trains are such, where embeddings are frozen.
+    """
+
+    def call(function: partial[Any], *args: Any) -> Any:
+        (block,) = [part for part in function.args if isinstance(part, nn.Module)]
+        tensors = [*block.parameters(), *(arg for arg in args if isinstance(arg, Tensor))]
+        if any(tensor.requires_grad for tensor in tensors):
+            return checkpoint(function, *args)
+        return function(*args)
+
+    return call
 
 
 def _selective_contexts() -> tuple[Any, Any]:

@@ -168,3 +168,23 @@ def test_compiled_blocks_keep_names_and_gradients(mode: str) -> None:
     expected, found = gradients(plain), gradients(compiled)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_compiled_blocks_below_all_that_trains(mode: str) -> None:
+    """The compiler cannot trace the recomputation of a block that has no backward."""
+    found = []
+    for is_compiled in (False, True):
+        model = model_of("llama", staged=False).train().requires_grad_(False)
+        model.model.layers[-1].requires_grad_(True)
+        if is_compiled:
+            apply_activation_checkpointing(model, mode)  # type: ignore[arg-type]
+            torch._dynamo.reset()
+            for block in model.model.layers:
+                block.compile(backend="aot_eager")
+        ids = torch.randint(0, 97, (2, 17), generator=torch.Generator().manual_seed(1))
+        model(input_ids=ids).logits.float().square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
