@@ -197,9 +197,9 @@ def test_commands_over_one_run(tmp_path, cache, capsys):
     last = [record for record in recorded if record["kind"] == "eval"][-1]["domains"]["all"]
     found = scores.get("domains", scores)["all"]
     assert found["loss"] == pytest.approx(last["loss"], abs=1e-5)
-    for packing in ("none", "bitnet"):
-        out = tmp_path / f"export-{packing}"
-        assert main(["export", "--checkpoint", str(newest), "--to", "hf", "--packing", packing, "--out", str(out)]) == 0
+    for form in ("hf", "bitnet", "packed"):
+        out = tmp_path / f"export-{form}"
+        assert main(["export", "--checkpoint", str(newest), "--to", form, "--out", str(out)]) == 0
         assert (out / "config.json").is_file()
     assert main(["report", str(run_dir)]) == 0
     lock.release()

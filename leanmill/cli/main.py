@@ -190,13 +190,12 @@ def _compress(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
-    parser.add_argument("--to", required=True, choices=["hf", "adapter"], help="kind of folder")
-    parser.add_argument("--packing", choices=["none", "bitnet"], default="none", help="packing of ternary weights (hf)")
+    parser.add_argument("--to", required=True, help="hf, bitnet, packed, adapter, or a format of an installed package")
     parser.add_argument(
         "--activations",
         choices=["trained", "float"],
         default="trained",
-        help="float writes a model that trained with rounded activations without the rounding (hf)",
+        help="float writes a model that trained with rounded activations without the rounding",
     )
     parser.add_argument("--out", required=True, help="folder to write")
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from leanmill.kernels.fake_quant.grid import Kind
+from leanmill.kernels.packing.encoding import Encoding
 
 
 AROUND = "around"
@@ -72,6 +73,20 @@ class LearnedGrid:
     """Shaped as that operation takes it."""
     num_bits: int
     kind: Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """A staged weight [..., out, in] as integers: (values - zero) * scales."""
+
+    values: Tensor
+    """uint8 codes 0 .. 2^bits - 1, or int8 codes -1, 0, 1 of a ternary weight; of the weight's shape."""
+    encoding: Encoding
+    """How `leanmill.kernels.packing` stores them."""
+    scales: Tensor
+    """fp32 [..., out, groups], each of in / groups neighbours; [..., out, 1] of rows; one element of all."""
+    zero: float
+    """The code, or the middle between two, that stands for zero."""
 
 
 class TechniqueModule(nn.Module):
@@ -159,6 +174,10 @@ class Stage(OperandStage):
 
     def low_rank(self) -> LowRank | None:
         """The delta that this stage adds, where it is of low rank."""
+        return None
+
+    def codes(self, weight: Tensor) -> Codes | None:
+        """Return the integers that `forward` makes of the weight that arrives here, where it makes some."""
         return None
 
     def learned_grid(self) -> LearnedGrid | None:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
+from leanmill.export.formats import Activations
 from leanmill.export.report import ExportReport
 
 
-__all__ = ["ExportReport", "export_adapter", "export_hf"]
+__all__ = ["ExportReport", "export_model", "load_packed"]
 
 
-def export_hf(
-    checkpoint_dir: str | Path,
-    out_dir: str | Path,
-    *,
-    packing: Literal["none", "bitnet"] = "none",
-    activations: Literal["trained", "float"] = "trained",
+def export_model(
+    checkpoint_dir: str | Path, out_dir: str | Path, *, to: str = "hf", activations: Activations = "trained"
 ) -> ExportReport:
-    """Write a Hugging Face folder with every technique folded; see `leanmill.export.hf`."""
-    from leanmill.export.hf import export_hf as write
+    """Write a folder of format `to` (hf, bitnet, packed, adapter); see `leanmill.export.run`."""
+    from leanmill.export.run import export_model as write
 
-    return write(Path(checkpoint_dir), Path(out_dir), packing=packing, activations=activations)
+    return write(Path(checkpoint_dir), Path(out_dir), to=to, activations=activations)
 
 
-def export_adapter(checkpoint_dir: str | Path, out_dir: str | Path) -> ExportReport:
-    """Write a PEFT adapter folder; see `leanmill.export.adapter`."""
-    from leanmill.export.adapter import export_adapter as write
+def load_packed(folder: str | Path) -> Any:
+    """Load a folder of format `packed`; see `leanmill.export.packed.load`."""
+    from leanmill.export.packed import load
 
-    return write(Path(checkpoint_dir), Path(out_dir))
+    return load(folder)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.sites import iter_sites
-
-
-Activations = Literal["trained", "float"]
-"""`trained` refuses what the export does not repeat, `float` leaves it out."""
+from leanmill.export.formats import Activations
 
 
 def settle_activations(model: Any, activations: Activations, packing: str = "none") -> tuple[str, ...]:
@@ -35,9 +32,9 @@ def settle_activations(model: Any, activations: Activations, packing: str = "non
                 formats.append(stage.formats)
     if lost and activations == "trained":
         common = set.intersection(*map(set, formats))
-        other = f"--packing {min(common)}, whose layers do, or " if common else ""
+        other = f"--to {' or '.join(sorted(common))}, whose layers do, or " if common else ""
         raise ConfigError(
-            f"{_listed(lost)} round the input of layers, which a plain layer does not repeat; add {other}"
+            f"{_listed(lost)} round the input of layers, which a plain layer does not repeat; type {other}"
             f"--activations float to write a model that computes with float activations"
         )
     for _, site in iter_sites(model):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from leanmill.core.branches import branch_modules, branched_layers, low_rank_branches
 from leanmill.core.errors import ConfigError
-from leanmill.core.folders import folder_bytes, new_folder
 from leanmill.core.names import clean_name
 from leanmill.core.quiet import ignore_warning
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
@@ -20,11 +19,11 @@ from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, Stage
 from leanmill.export.activations import settle_activations
 from leanmill.export.compare import allowed, check_same, reload, sample_logits
+from leanmill.export.folded import prepare_config
 from leanmill.export.folding import detach_adapters, fold_sites, reshaping_stages
-from leanmill.export.hf import prepare_config, write_summary
-from leanmill.export.report import ExportReport
+from leanmill.export.formats import Activations, Checked, Format
 from leanmill.models.pretrained import load_weights, quiet_transformers
-from leanmill.trainer.rebuild import Rebuilt, rebuild
+from leanmill.trainer.rebuild import Rebuilt
 
 
 @dataclass(frozen=True)
@@ -43,58 +42,59 @@ class _Factors:
         return self.a.shape[0]
 
 
-def export_adapter(checkpoint_dir: Path, out_dir: Path) -> ExportReport:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, then load them back and compare.
+class AdapterFormat(Format):
+    """A PEFT folder: `adapter_config.json` and `adapter_model.safetensors`.
 
     The adapter belongs to the checkpoint named in `model.path` where the run left that as it was.
     Otherwise (random weights, trained ones, masked or quantised ones) the folded base is written
     beside it as `base/`.
-
-    Args:
-        checkpoint_dir: A finished checkpoint of a run with `lora`.
-        out_dir: Folder to create.
-
-    Raises:
-        ConfigError: There is no adapter, or PEFT has no form for it.
-        RunError: The copy loaded back differs, or the disk is full; `out_dir` is not created.
     """
-    from peft import PeftModel
 
-    rebuilt = rebuild(checkpoint_dir)
-    model = rebuilt.model
-    adapters = dict(_adapters(model))
-    if not adapters:
-        raise ConfigError(f"{checkpoint_dir} holds no adapter; add `lora` to techniques and train, or export --to hf")
-    settle_activations(model, "trained")
-    expected = sample_logits(model)
-    needs_base = _needs_base(rebuilt)
-    _strip(model)
-    with new_folder(out_dir) as folder:
-        if needs_base:
-            prepare_config(model, rebuilt, folder / "base")
+    label: ClassVar[str] = "peft"
+
+    def __init__(self, rebuilt: Rebuilt, out_dir: Path, activations: Activations) -> None:
+        if activations != "trained":
+            raise ConfigError(
+                "--activations float is for whole models: an adapter computes with the base it was trained beside"
+            )
+        self.rebuilt, self.model = rebuilt, rebuilt.model
+        self.adapters = dict(_adapters(self.model))
+        settle_activations(self.model, "trained")
+        self.expected = sample_logits(self.model)
+        self.needs_base = _needs_base(rebuilt)
+        path = rebuilt.recipe.model.path
+        self.base_name = str((out_dir / "base").resolve()) if self.needs_base else str(path)
+        _strip(self.model)
+
+    @classmethod
+    def covers(cls, model: Any) -> str | None:
+        if next(_adapters(model), None) is None:
+            return "it holds no adapter; add `lora` to techniques and train, or export --to hf"
+        return None
+
+    def write(self, folder: Path) -> None:
+        if self.needs_base:
+            prepare_config(self.model, self.rebuilt, folder / "base")
             with quiet_transformers():
-                model.save_pretrained(folder / "base", safe_serialization=True)
-        name = str((out_dir / "base").resolve()) if needs_base else str(rebuilt.recipe.model.path)
-        _write(folder, adapters, model, name, None if needs_base else rebuilt.recipe.model.revision)
-        base = reload(folder / "base") if needs_base else _load_base(rebuilt)
+                self.model.save_pretrained(folder / "base", safe_serialization=True)
+        revision = None if self.needs_base else self.rebuilt.recipe.model.revision
+        _write(folder, self.adapters, self.model, self.base_name, revision)
+
+    def check(self, folder: Path) -> Checked:
+        from peft import PeftModel
+
+        base = reload(folder / "base") if self.needs_base else _load_base(self.rebuilt)
         # PEFT asks a model for a property by the name it had before.
         ignore_warning("`is_gradient_checkpointing` is deprecated", FutureWarning)
         reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
-        difference = check_same(sample_logits(reloaded), expected, "the reloaded adapter")
-        write_summary(folder, rebuilt, format="peft", difference=difference)
-        num_bytes = folder_bytes(folder)
-    return ExportReport(
-        path=out_dir,
-        format="peft",
-        max_difference=difference,
-        tolerance=allowed(expected),
-        num_parameters=sum(f.a.numel() + f.b.numel() for f in adapters.values()),
-        num_bytes=num_bytes,
-        sparsity={},
-        notes=(
-            f"{len(adapters)} adapters on {name}" + (", the folded base written beside them" if needs_base else ""),
-        ),
-    )
+        difference = check_same(sample_logits(reloaded), self.expected, "the reloaded adapter")
+        beside = ", the folded base written beside them" if self.needs_base else ""
+        return Checked(
+            max_difference=difference,
+            tolerance=allowed(self.expected),
+            num_parameters=sum(f.a.numel() + f.b.numel() for f in self.adapters.values()),
+            notes=(f"{len(self.adapters)} adapters on {self.base_name}{beside}",),
+        )
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, _Factors]]:

@@ -16,16 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.errors import RunError
 from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
 from leanmill.export.compare import allowed, check_same, largest_difference, reload, sample_logits
+from leanmill.export.folded import FoldedFormat, prepare_config
+from leanmill.export.formats import Checked
 from leanmill.models.pretrained import quiet_transformers
 
 
@@ -36,36 +38,38 @@ _ROUNDING_SLACK = 0.02
 """A rounded input may lie half a step and this share of one away: the order of fp32 sums before it."""
 
 
-@torch.no_grad()
-def ternary_weights(model: nn.Module) -> dict[str, tuple[Tensor, float]]:
-    """Return (ternary weight [out, in] float, scale) of each linear site with a quantiser, by name.
-
-    Raises:
-        ConfigError: There is none, or one does not fit the format.
-    """
-    found: dict[str, tuple[Tensor, float]] = {}
+def _quantised(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, staged weight) of each linear site with a quantiser."""
     for name, site in iter_sites(model):
         if isinstance(site, LinearSite) and site.stage(Slot.QUANT) is not None:
-            found[name] = _split(site.effective_weight().float(), name)
-    if not found:
-        raise ConfigError("no linear weight of this run is quantised, so there is nothing to pack; use packing=none")
-    return found
+            yield name, site.effective_weight().detach().float()
 
 
-def _split(weight: Tensor, name: str) -> tuple[Tensor, float]:
-    if weight.shape[0] % VALUES_PER_BYTE:
-        raise ConfigError(
-            f"{name} has {weight.shape[0]} rows and the BitNet format packs {VALUES_PER_BYTE} at a time; "
-            f"use packing=none, or exclude it from `ternary`"
-        )
+@torch.no_grad()
+def _why_not(model: nn.Module) -> str | None:
+    """Return why the format does not hold this model, and what to type."""
+    weights = dict(_quantised(model))
+    if not weights:
+        return "no linear weight of this run is quantised, so there is nothing to pack; use --to hf"
+    for name, weight in weights.items():
+        if weight.shape[0] % VALUES_PER_BYTE:
+            return (
+                f"{name} has {weight.shape[0]} rows and the BitNet format packs {VALUES_PER_BYTE} at a time; "
+                f"use --to packed or hf, or exclude it from `ternary`"
+            )
+        levels, scale = _split(weight)
+        if (weight - levels * scale).abs().max() > _ROUNDING * scale:
+            return (
+                f"{name} is not {{-s, 0, s}} with one s for the whole weight, which is all the BitNet format holds; "
+                f"train with ternary {{granularity: tensor}}, or use --to packed or hf"
+            )
+    return None
+
+
+def _split(weight: Tensor) -> tuple[Tensor, float]:
+    """Return (ternary weight [out, in] float, scale)."""
     scale = weight.abs().max()
-    ternary = (weight / scale).round() if scale > 0 else torch.zeros_like(weight)
-    if (weight - ternary * scale).abs().max() > _ROUNDING * scale:
-        raise ConfigError(
-            f"{name} is not {{-s, 0, s}} with one s for the whole weight, which is all the BitNet format holds; train "
-            f"with ternary {{granularity: tensor}}, or use packing=none"
-        )
-    return ternary, scale.item() if scale > 0 else 1.0
+    return ((weight / scale).round(), scale.item()) if scale > 0 else (torch.zeros_like(weight), 1.0)
 
 
 def pack(ternary: Tensor) -> Tensor:
@@ -74,7 +78,63 @@ def pack(ternary: Tensor) -> Tensor:
     return codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
 
 
-def save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) -> None:
+class BitnetFormat(FoldedFormat):
+    """transformers' BitNet folder: ternary linear weights at 2 bits, inputs of those layers rounded to 8 bits."""
+
+    label: ClassVar[str] = "bitnet"
+    packing: ClassVar[str] = "bitnet"
+
+    @classmethod
+    def covers(cls, model: Any) -> str | None:
+        return _why_not(model)
+
+    def after_settling(self, model: Any) -> None:
+        self.ternary = {name: _split(weight) for name, weight in _quantised(model)}
+
+    def write(self, folder: Path) -> None:
+        prepare_config(self.model, self.rebuilt, folder)
+        _save(self.model, self.ternary, folder)
+
+    def check(self, folder: Path) -> Checked:
+        """Load the folder back and compare it with the trained model on 8-bit inputs.
+
+        The reference is the folded fp32 model with the input of each packed layer rounded to 8 bits, as the
+        format does it. Two models that are equal up to fp32 sums may still round a value near the middle
+        of two steps apart, and each such choice moves the logits by much more than those sums. The reference
+        therefore takes the choices of the reloaded model, after checking that each is one that rounding its own
+        input allows; what is left is the order of sums, and the bound that of any other export.
+
+        Raises:
+            RunError: A layer rounds or computes something else.
+        """
+        model, ternary, expected = self.model, self.ternary, self.trained
+        with torch.compiler.set_stance("force_eager"):  # transformers decorates this format with torch.compile
+            reloaded = reload(folder)
+            rounded: dict[str, list[Tensor]] = {name: [] for name in ternary}
+            with _hooked(reloaded, {name: _record(rounded[name]) for name in ternary}):
+                found = sample_logits(reloaded)
+        with _hooked(model, {name: _replay(name, rounded[name]) for name in ternary}):
+            reference = sample_logits(model)
+        difference = check_same(found, reference, "the reloaded BitNet export, inputs rounded to 8 bits,")
+        agreement = min((found[k].argmax(-1) == expected[k].argmax(-1)).float().mean().item() for k in expected)
+        self.check_weights(reloaded, but=frozenset(f"{name}.weight" for name in ternary))
+        return Checked(
+            max_difference=difference,
+            tolerance=allowed(reference),
+            num_parameters=self.num_parameters,
+            sparsity=self.sparsity,
+            compared="largest logit difference to the trained model on 8-bit inputs",
+            notes=(
+                *self.notes,
+                f"{len(ternary)} linear weights packed to 2 bits, compared with inputs rounded to 8 bits, as "
+                f"transformers does",
+                f"the largest logit differs by {largest_difference(found, expected):.2e} from that of the model as it "
+                f"was trained, {agreement:.1%} of sampled tokens keep their top logit",
+            ),
+        )
+
+
+def _save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) -> None:
     """Save the folded `model` with the linears in `ternary` packed."""
     from transformers import BitNetQuantConfig
 
@@ -92,47 +152,6 @@ def save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) -> 
             model.save_pretrained(folder, state_dict=state, safe_serialization=True)
     finally:
         del model.config.quantization_config
-
-
-def check(
-    folder: Path, model: Any, ternary: dict[str, tuple[Tensor, float]], expected: dict[str, Tensor]
-) -> tuple[Any, float, float, tuple[str, ...]]:
-    """Load `folder` back and compare it with the trained model on 8-bit inputs.
-
-    The reference is the folded fp32 model with the input of each packed layer rounded to 8 bits, as the
-    format does it. Two models that are equal up to fp32 sums may still round a value near the middle
-    of two steps apart, and each such choice moves the logits by much more than those sums. The reference
-    therefore takes the choices of the reloaded model, after checking that each is one that rounding its own
-    input allows; what is left is the order of sums, and the bound that of any other export.
-
-    Args:
-        folder: The export.
-        model: The folded model, unpacked.
-        ternary: What was packed.
-        expected: Logits of the model as it was trained, for the report.
-
-    Returns:
-        The reloaded model, its largest logit difference to the reference, what that may be, and notes
-        for the report.
-
-    Raises:
-        RunError: A layer rounds or computes something else.
-    """
-    with torch.compiler.set_stance("force_eager"):  # transformers decorates this format with torch.compile
-        reloaded = reload(folder)
-        rounded: dict[str, list[Tensor]] = {name: [] for name in ternary}
-        with _hooked(reloaded, {name: _record(rounded[name]) for name in ternary}):
-            found = sample_logits(reloaded)
-    with _hooked(model, {name: _replay(name, rounded[name]) for name in ternary}):
-        reference = sample_logits(model)
-    difference = check_same(found, reference, "the reloaded BitNet export, inputs rounded to 8 bits,")
-    agreement = min((found[k].argmax(-1) == expected[k].argmax(-1)).float().mean().item() for k in expected)
-    notes = (
-        f"{len(ternary)} linear weights packed to 2 bits, compared with inputs rounded to 8 bits, as transformers does",
-        f"the largest logit differs by {largest_difference(found, expected):.2e} from that of the model as it was "
-        f"trained, {agreement:.1%} of sampled tokens keep their top logit",
-    )
-    return reloaded, difference, allowed(reference), notes
 
 
 @contextmanager

@@ -12,10 +12,10 @@ class ExportReport:
 
     path: Path
     format: str
-    """`huggingface`, `bitnet` or `peft`."""
+    """`huggingface`, `bitnet`, `packed` or `peft`."""
     max_difference: float
-    """Largest absolute difference of any logit to the trained model, on random and packed rows; for
-    `bitnet` both with the inputs of packed layers rounded to 8 bits."""
+    """Largest absolute difference to the trained model of what `compared` says, on random and packed rows."""
+    compared: str
     tolerance: float
     """What `max_difference` was allowed to be."""
     num_parameters: int
@@ -29,8 +29,7 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [
             f"{self.format}: {self.num_parameters:,} parameters in {self.num_bytes / 2**20:.1f} MiB",
-            f"largest logit difference to the trained model{' on 8-bit inputs' if self.format == 'bitnet' else ''} "
-            f"{self.max_difference:.2e} (allowed {self.tolerance:.0e})",
+            f"{self.compared} {self.max_difference:.2e} (allowed {self.tolerance:.0e})",
         ]
         if self.sparsity:
             zeros = list(self.sparsity.values())

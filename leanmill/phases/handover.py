@@ -11,7 +11,7 @@ from leanmill.checkpoint.group import SaveGroup
 from leanmill.checkpoint.phases import MODEL, PASSED
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import clear_unfinished
-from leanmill.export import export_hf
+from leanmill.export import export_model
 from leanmill.models.config import ModelConfig
 from leanmill.recipe.phases import source_of, trained_before
 from leanmill.recipe.root import Recipe
@@ -124,7 +124,7 @@ class Handover:
         def export() -> None:
             clear_unfinished(out)
             log.info("writing the model of %s to %s", checkpoint, out)
-            log.info("%s", export_hf(checkpoint, out, activations="float"))
+            log.info("%s", export_model(checkpoint, out, activations="float"))
 
         self.group.on_first_rank(export)
         return out

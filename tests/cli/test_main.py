@@ -82,7 +82,7 @@ BAD = [
     (["check", QUICKSTART, "techniques=[{type: ternary, targets: [q_prj]}]"], "near names: q_proj"),
     (["eval", "--checkpoint", "nowhere"], "no checkpoint at nowhere"),
     (["export", "--checkpoint", "nowhere", "--to", "hf", "--out", "x"], "no checkpoint at nowhere"),
-    (["export", "--checkpoint", "x", "--to", "adapter", "--packing", "bitnet", "--out", "x"], "use --to hf"),
+    (["export", "--checkpoint", "x", "--to", "bitnets", "--out", "x"], "did you mean bitnet"),
     (["report", "nowhere"], "has no metrics.jsonl"),
 ]
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.sites import iter_sites
-from leanmill.export import bitnet, export_hf
+from leanmill.export import bitnet, export_model
 from leanmill.export.bitnet import pack, quantise_input
 from tests.export.checkpoints import checkpoint_of
 from tests.models.families import FAMILIES, tiny_config
@@ -41,7 +41,7 @@ def plain(path: Path) -> nn.Module:
 def test_every_family_with_mask_and_ternary(family: str, tmp_path: Path) -> None:
     # DeepSeek's q_a_proj and friends have 16 or 24 columns, the rest 32 or 48: all multiples of 4.
     model, checkpoint = checkpoint_of(tmp_path / "run", family, [SPARSE, TERNARY])
-    report = export_hf(checkpoint, tmp_path / "out")
+    report = export_model(checkpoint, tmp_path / "out")
     reloaded = plain(report.path)
     torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
     assert report.max_difference <= report.tolerance
@@ -63,7 +63,7 @@ def test_every_family_with_mask_and_ternary(family: str, tmp_path: Path) -> None
 )
 def test_every_technique(techniques: list[dict], tmp_path: Path) -> None:
     model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", techniques)
-    report = export_hf(checkpoint, tmp_path / "out")
+    report = export_model(checkpoint, tmp_path / "out")
     torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-4, atol=1e-5)
     summary = json.loads((report.path / "leanmill.json").read_text())
     assert [t["type"] for t in summary["techniques"]] == [t["type"] for t in techniques]
@@ -76,7 +76,7 @@ def test_every_technique(techniques: list[dict], tmp_path: Path) -> None:
 def test_tied_weights_stay_tied(technique: dict, tmp_path: Path) -> None:
     technique = {**technique, "targets": ["*_proj", "embed_tokens", "lm_head"]}
     model, checkpoint = checkpoint_of(tmp_path / "run", "llama", [technique])
-    report = export_hf(checkpoint, tmp_path / "out")
+    report = export_model(checkpoint, tmp_path / "out")
     reloaded = plain(report.path)
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
     torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
@@ -86,7 +86,7 @@ def test_a_learned_mask_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tiny_config("qwen3")))
     dense.save_pretrained(tmp_path / "dense")
     model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{"type": "mask_llm"}], path=tmp_path / "dense")
-    report = export_hf(checkpoint, tmp_path / "out")
+    report = export_model(checkpoint, tmp_path / "out")
     reloaded = plain(report.path)
     for name, parameter in plain(tmp_path / "dense").named_parameters():
         exported = reloaded.get_parameter(name)
@@ -102,13 +102,13 @@ def test_a_learned_mask_leaves_the_weights_as_they_were(tmp_path: Path) -> None:
 def test_a_branch_beside_a_mask_is_not_merged(tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [SPARSE, BRANCH])
     with pytest.raises(ConfigError, match="--to adapter"):
-        export_hf(checkpoint, tmp_path / "out")
+        export_model(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_bitnet_packing_loads_and_matches_on_8_bit_inputs(tmp_path: Path) -> None:
     model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{**TERNARY, "exclude": ["layers.0.mlp.down_proj"]}])
-    report = export_hf(checkpoint, tmp_path / "out", packing="bitnet")
+    report = export_model(checkpoint, tmp_path / "out", to="bitnet")
     config = json.loads((report.path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "bitnet"
     assert "lm_head" in config["modules_to_not_convert"]
@@ -127,7 +127,7 @@ def test_bitnet_packing_loads_and_matches_on_8_bit_inputs(tmp_path: Path) -> Non
     assert report.tolerance == pytest.approx(1e-4 * max(1, found.abs().max().item()), rel=0.5)
     assert "on 8-bit inputs" in str(report)
     assert "of sampled tokens keep their top logit" in str(report)
-    whole = export_hf(checkpoint, tmp_path / "whole")
+    whole = export_model(checkpoint, tmp_path / "whole")
     assert (report.path / "model.safetensors").stat().st_size < (whole.path / "model.safetensors").stat().st_size / 2
 
 
@@ -136,7 +136,7 @@ def test_a_bitnet_export_that_computes_something_else_is_refused(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [TERNARY])
-    save = bitnet.save
+    save = bitnet._save
 
     def damaged(model: nn.Module, ternary: dict[str, tuple[torch.Tensor, float]], folder: Path) -> None:
         name = "model.layers.1.self_attn.v_proj"
@@ -153,9 +153,9 @@ def test_a_bitnet_export_that_computes_something_else_is_refused(
             save(model, ternary, folder)
             norm /= 1.05 if damage == "norm" else 1
 
-    monkeypatch.setattr(bitnet, "save", damaged)
+    monkeypatch.setattr(bitnet, "_save", damaged)
     with pytest.raises(RunError, match="the reloaded BitNet export"):
-        export_hf(checkpoint, tmp_path / "out", packing="bitnet")
+        export_model(checkpoint, tmp_path / "out", to="bitnet")
     assert not (tmp_path / "out").exists()
 
 
@@ -177,7 +177,7 @@ def test_packing_is_that_of_transformers() -> None:
 def test_what_the_bitnet_format_cannot_hold(family: str, techniques: list[dict], expected: str, tmp_path: Path) -> None:
     _, checkpoint = checkpoint_of(tmp_path / "run", family, techniques)
     with pytest.raises(ConfigError, match=expected):
-        export_hf(checkpoint, tmp_path / "out", packing="bitnet")
+        export_model(checkpoint, tmp_path / "out", to="bitnet")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -186,15 +186,15 @@ def test_a_damaged_checkpoint_and_a_taken_folder_are_refused(tmp_path: Path) -> 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="exists already"):
-        export_hf(checkpoint, tmp_path / "out")
+        export_model(checkpoint, tmp_path / "out")
     weights = next((checkpoint / "model").glob("*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(RunError, match="incomplete or damaged: .*name another checkpoint"):
-        export_hf(checkpoint, tmp_path / "new")
+        export_model(checkpoint, tmp_path / "new")
     with pytest.raises(ConfigError, match="no such folder"):
-        export_hf(tmp_path / "nothing", tmp_path / "new")
+        export_model(tmp_path / "nothing", tmp_path / "new")
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
     with pytest.raises(RunError, match="disk is full"):
-        export_hf(checkpoint, tmp_path / "out")
+        export_model(checkpoint, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
@@ -239,7 +239,7 @@ def test_a_copy_that_differs_is_not_a_success(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(hf, "reload", tampered)
     with pytest.raises(RunError, match="other logits"):
-        export_hf(checkpoint, tmp_path / "out")
+        export_model(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -251,15 +251,15 @@ QUEST = {"type": "quest", "weight_bits": 4, "activation_bits": None}
 )
 def test_stages_of_every_kind_fold(technique: dict, tmp_path: Path) -> None:
     model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [technique])
-    report = export_hf(checkpoint, tmp_path / "out")
+    report = export_model(checkpoint, tmp_path / "out")
     torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_rounded_activations_are_not_dropped_unasked(tmp_path: Path) -> None:
     model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{**QUEST, "activation_bits": 4}])
     with pytest.raises(ConfigError, match=r"quest on 14 weights.*--activations float"):
-        export_hf(checkpoint, tmp_path / "out")
-    report = export_hf(checkpoint, tmp_path / "out", activations="float")
+        export_model(checkpoint, tmp_path / "out")
+    report = export_model(checkpoint, tmp_path / "out", activations="float")
     assert "float activations, as asked" in str(report)
     for _, site in iter_sites(model):
         site.put_input(site.inputs.pop("quant").unrounded())
@@ -268,8 +268,8 @@ def test_rounded_activations_are_not_dropped_unasked(tmp_path: Path) -> None:
 
 def test_bitnet_packing_repeats_the_inputs_of_training(tmp_path: Path) -> None:
     model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [{**TERNARY, "activation_bits": 8}])
-    with pytest.raises(ConfigError, match=r"--packing bitnet.*or --activations float"):
-        export_hf(checkpoint, tmp_path / "none")
-    report = export_hf(checkpoint, tmp_path / "out", packing="bitnet")
+    with pytest.raises(ConfigError, match=r"--to bitnet or packed.*or --activations float"):
+        export_model(checkpoint, tmp_path / "none")
+    report = export_model(checkpoint, tmp_path / "out", to="bitnet")
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-3, atol=1e-3)

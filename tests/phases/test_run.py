@@ -11,7 +11,7 @@ from leanmill.checkpoint.finding import locate
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.cli.main import main
 from leanmill.core.errors import ConfigError
-from leanmill.export import export_hf
+from leanmill.export import export_model
 from leanmill.phases.run import run
 from leanmill.recipe.compress import CompressRecipe
 from leanmill.recipe.root import Recipe
@@ -80,7 +80,7 @@ def three(home):
 
 def test_equals_the_same_by_hand(home, three, tmp_path):
     run_one(recipe(home, tmp_path / "dense", train={"steps": 3, "precision": "fp32"}))
-    export_hf(locate(tmp_path / "dense").path, tmp_path / "model")
+    export_model(locate(tmp_path / "dense").path, tmp_path / "model")
     data = recipe(home, tmp_path, DENSE).data
     compress(
         CompressRecipe(

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
+from leanmill.core.stage import Codes, InputSlot, InputStage, Slot, Stage
 from leanmill.kernels.fake_quant.op import fake_quant
+from leanmill.quant.codes import grid_codes
 from leanmill.quant.scales import Granularity, symmetric_scale
 
 
@@ -36,9 +37,15 @@ class IntWeights(Stage):
         self.num_bits, self.scale, self.granularity, self.group_size = num_bits, scale, granularity, group_size
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.no_grad():
-            scale = symmetric_scale(weight, self.num_bits, self.scale, self.granularity, self.group_size)
+        scale = self._scale_of(weight)
         return fake_quant(weight, scale, num_bits=self.num_bits, grid="symmetric", gradient="straight_through")
+
+    def codes(self, weight: Tensor) -> Codes:
+        return grid_codes(weight, self._scale_of(weight), self.num_bits, "symmetric")
+
+    @torch.no_grad()
+    def _scale_of(self, weight: Tensor) -> Tensor:
+        return symmetric_scale(weight, self.num_bits, self.scale, self.granularity, self.group_size)
 
     def extra_repr(self) -> str:
         return f"num_bits={self.num_bits}, scale={self.scale}, granularity={self.granularity}"

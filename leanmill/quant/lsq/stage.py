@@ -7,9 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.stage import LearnedGrid, Slot, Stage
+from leanmill.core.stage import Codes, LearnedGrid, Slot, Stage
 from leanmill.kernels.fake_quant.grid import Kind
 from leanmill.kernels.fake_quant.op import fake_quant, initial_scale
+from leanmill.quant.codes import grid_codes
 from leanmill.quant.scales import Granularity, scale_shape
 
 
@@ -42,6 +43,9 @@ class LsqStage(Stage):
 
     def forward(self, weight: Tensor) -> Tensor:
         return fake_quant(weight, self.scale, num_bits=self.num_bits, grid=self.grid)
+
+    def codes(self, weight: Tensor) -> Codes:
+        return grid_codes(weight, self.scale, self.num_bits, self.grid)
 
     def learned_grid(self) -> LearnedGrid:
         return LearnedGrid(scale=self.scale, num_bits=self.num_bits, kind=self.grid)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
+from leanmill.core.stage import Codes, InputSlot, InputStage, Slot, Stage
 from leanmill.kernels.fake_quant.activations import quantise_activations
 from leanmill.kernels.ternary.naive import Scale
 from leanmill.kernels.ternary.op import Granularity, ternary
@@ -31,6 +32,15 @@ class TernaryStage(Stage):
     def forward(self, weight: Tensor) -> Tensor:
         return ternary(weight, self.scale, self.granularity)
 
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Codes:
+        levels = self(weight).float()
+        shared = (-2, -1) if self.granularity == "tensor" else (-1,)
+        scales = levels.abs().amax(shared, keepdim=True)
+        # One scale a row is what packed layers hold; it may be the same for all.
+        rows = scales.expand(*levels.shape[:-1], 1)
+        return Codes(values=levels.sign().to(torch.int8), encoding="ternary", scales=rows, zero=0.0)
+
     def extra_repr(self) -> str:
         return f"scale={self.scale}, granularity={self.granularity}"
 
@@ -40,7 +50,7 @@ class Int8Activations(InputStage):
 
     slot: ClassVar[InputSlot] = InputSlot.QUANT
     technique: ClassVar[str] = "ternary"
-    formats: ClassVar[tuple[str, ...]] = ("bitnet",)
+    formats: ClassVar[tuple[str, ...]] = ("bitnet", "packed")
 
     def forward(self, tokens: Tensor) -> Tensor:
         return quantise_activations(tokens)

@@ -1,0 +1,74 @@
+"""One export: rebuild the trained model, write it in a format, load that back and compare."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.folders import folder_bytes, new_folder
+from leanmill.export.formats import Activations, format_class
+from leanmill.export.report import ExportReport
+from leanmill.trainer.rebuild import Rebuilt, rebuild
+
+
+def export_model(
+    checkpoint_dir: Path, out_dir: Path, *, to: str = "hf", activations: Activations = "trained"
+) -> ExportReport:
+    """Write a folder with the model and `leanmill.json`; it comes into being once it was loaded back and compared.
+
+    Args:
+        checkpoint_dir: A finished checkpoint of a run.
+        out_dir: Folder to create.
+        to: Name of a format, see `formats.py`.
+        activations: `float` writes a model that trained with rounded activations without the rounding.
+
+    Raises:
+        ConfigError: The checkpoint cannot be exported this way.
+        RunError: The copy loaded back differs, or the disk is full; `out_dir` is not created.
+    """
+    kind = format_class(to)
+    rebuilt = rebuild(checkpoint_dir)
+    reason = kind.covers(rebuilt.model)
+    if reason is not None:
+        raise ConfigError(f"{checkpoint_dir} cannot be exported as {to}: {reason}")
+    export = kind(rebuilt, out_dir, activations)
+    with new_folder(out_dir) as folder:
+        export.write(folder)
+        checked = export.check(folder)
+        _write_summary(folder, rebuilt, label=export.label, difference=checked.max_difference)
+        num_bytes = folder_bytes(folder)
+    return ExportReport(
+        path=out_dir,
+        format=export.label,
+        max_difference=checked.max_difference,
+        tolerance=checked.tolerance,
+        compared=checked.compared,
+        num_parameters=checked.num_parameters,
+        num_bytes=num_bytes,
+        sparsity=dict(checked.sparsity),
+        notes=checked.notes,
+    )
+
+
+def _write_summary(folder: Path, rebuilt: Rebuilt, *, label: str, difference: float) -> None:
+    """Write `leanmill.json`: where the weights come from."""
+    summary = {
+        "leanmill": metadata.version("leanmill") if _is_installed() else None,
+        "trained_with": rebuilt.versions,
+        "name": rebuilt.recipe.name,
+        "step": rebuilt.step,
+        "techniques": [technique.model_dump(mode="json") for technique in rebuilt.recipe.techniques],
+        "format": label,
+        "max_difference": difference,
+    }
+    (folder / "leanmill.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_installed() -> bool:
+    try:
+        metadata.version("leanmill")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
