@@ -57,6 +57,12 @@ def low_rank_branches(layer: Any) -> Iterator[LowRank]:
         yield LowRank(a=a, b=b, scaling=layer.scaling[adapter])
 
 
+def stored_names(path: str, *, is_embedding: bool) -> tuple[str, str]:
+    """Return what PEFT's files call the factors A and B of the layer at `path`; an embedding's are transposed."""
+    a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+    return f"base_model.model.{path}.{a}", f"base_model.model.{path}.{b}"
+
+
 def base_of(layer: Any) -> nn.Module:
     """Return the layer that a branched one wraps."""
     return layer.base_layer  # type: ignore[no-any-return]

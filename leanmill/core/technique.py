@@ -96,6 +96,10 @@ class TechniqueConfig(Config):
         """Whether its step rules read or write optimizer state or masters by element, see `core.views`."""
         return False
 
+    def num_frozen_logits(self) -> int:
+        """Of how many frozen models its losses hold the logits at once, beside the student's."""
+        return 0
+
     def changes_what_trains(self) -> bool:
         """Whether other parameters train in some steps than in others, which not every engine can do."""
         return False

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.branches import branch_modules, branched_layers, low_rank_branches
+from leanmill.core.branches import branch_modules, branched_layers, low_rank_branches, stored_names
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.quiet import ignore_warning
@@ -172,9 +172,8 @@ def _write(folder: Path, adapters: dict[str, _Factors], model: nn.Module, base: 
     config.save_pretrained(str(folder))
     tensors: dict[str, Tensor] = {}
     for name, factors in adapters.items():
-        a, b = ("lora_embedding_A", "lora_embedding_B") if factors.is_embedding else ("lora_A.weight", "lora_B.weight")
-        tensors[f"base_model.model.{name}.{a}"] = factors.a.contiguous()
-        tensors[f"base_model.model.{name}.{b}"] = factors.b.contiguous()
+        a, b = stored_names(name, is_embedding=factors.is_embedding)
+        tensors[a], tensors[b] = factors.a.contiguous(), factors.b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 

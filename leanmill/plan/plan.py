@@ -221,7 +221,7 @@ def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:
     its own.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
-    num_models = 1 + sum(hasattr(technique, "teacher") for technique in recipe.techniques)
+    num_models = 1 + sum(technique.num_frozen_logits() for technique in recipe.techniques)
     chunk = recipe.train.logits_chunk_tokens
     rows = rows_a_chunk(
         torch.empty(0, hidden_size, dtype=torch.bfloat16 if size == 2 else torch.float32),

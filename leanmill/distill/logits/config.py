@@ -49,3 +49,7 @@ class Distill(TechniqueConfig):
     def frozen_models(self) -> Mapping[str, str]:
         """Return the teacher."""
         return {"teacher": self.teacher}
+
+    def num_frozen_logits(self) -> int:
+        """One, the teacher's."""
+        return 1
