@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.sites import iter_sites
+from leanmill.kernels.nm_mask.op import nm_mask
 from leanmill.models.build import build_on_meta
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.engine import Engine
@@ -80,9 +81,13 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
+    "static_mask": {"type": "static_mask"},
+    "perp": {"type": "perp", "train": ["biases", "norms"]},
 }
 """Variants and further tenants of a slot."""
 
+_OF_PRUNED = {"static_mask", "perp"}
+"""What starts from zeros: trained on a pruned model, with biases."""
 _EXCLUDING = [{"lora", "lora_branch"}, {"nm_sparsity", "bdwp"}, {"ternary", "quest"}]
 """Pairs that want the same slot."""
 _PAIRS = [pair for pair in itertools.combinations(TECHNIQUES, 2) if set(pair) not in _EXCLUDING]
@@ -91,7 +96,7 @@ _RARE = [{"lora_branch", "quest"}, {"lora_branch", "bdwp"}, {"distill", "quest"}
 
 SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} in _RARE},
-    **{name: (name,) for name in ("quest_weights", "lsq_tensor", "second_lora", "nm_sparsity_tied")},
+    **{name: (name,) for name in ("quest_weights", "lsq_tensor", "second_lora", "nm_sparsity_tied", "perp")},
     "lora taking turns": ("lisa", "lora", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
@@ -119,6 +124,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "lora_in_steps": ("lora", "lsq_row"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
+    "static_mask": ("static_mask",),
+    "mask_lora": ("perp", "lora"),
     "chosen tokens": ("rho1", "distill", "lora", "quest"),
     "experts": ("mixtral", "router_balance"),
     "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
@@ -139,6 +146,8 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "lsq_row": ("lsq_row",),
     "mask_llm": ("mask_llm",),
     "distill": ("distill",),
+    "static_mask": ("static_mask",),
+    "mask_lora": ("perp", "lora"),
 }
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -201,7 +210,7 @@ def recipe_of(
     return Recipe.model_validate(
         {
             "device": "cpu",
-            "model": {"config": model},
+            "model": {"path": f"{teacher}/pruned"} if _OF_PRUNED & set(names) else {"config": model},
             "data": {"sequence_length": SEQUENCE_LENGTH},
             "techniques": techniques,
             "engine": engine,
@@ -310,4 +319,20 @@ def save_teacher(folder: Path) -> str:
     config = AutoConfig.for_model(raw.pop("model_type"), **raw)
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    save_pruned(folder / "pruned")
     return str(folder)
+
+
+def save_pruned(folder: Path) -> None:
+    """The student with biases, and 2 of every 4 weights of its projections zero."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = {**MODEL, "attention_bias": True}
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                parameter.mul_(nm_mask(parameter, 2, 4))
+    model.save_pretrained(folder)

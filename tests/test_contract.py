@@ -93,11 +93,15 @@ def test_trained_weights_keep_their_promises(combination, teacher):
     assert all(torch.isfinite(value).all() for value in after.values())
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed, "training moved nothing"
-    if any(name.startswith(("lora", "mask_llm")) for name in names):
-        assert all("lora_" in name or ".stages." in name for name in changed), "the base must stay frozen"
+    if any(name.startswith(("lora", "mask_llm", "perp")) for name in names):
+        trained = ("lora_", ".stages.", *(("norm", ".bias") if "perp" in names else ()))
+        assert all(any(part in name for part in trained) for name in changed), "the base must stay frozen"
     inputs = torch.randn(3, 5, 32)
     for name, site in iter_sites(engine.module.model.eval()):
         weight = site.effective_weight().detach()
+        if {"static_mask", "perp"} & set(names):
+            assert torch.equal(weight == 0, before[f"{name}.weight"] == 0), name
+            assert (weight == 0).float().mean() == 0.5, name
         if "mask_llm" in names:
             kept = weight != 0
             assert (kept.reshape(-1, 4).sum(-1) == 2).all(), name

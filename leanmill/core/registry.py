@@ -56,6 +56,16 @@ TECHNIQUES: dict[str, Entry] = {
         "weights and activations of 1 to 8 bits through a Hadamard transform, trust gradient",
         "Panferov et al. 2025, arXiv:2502.05003",
     ),
+    "static_mask": Entry(
+        "leanmill.sparse.static_mask.config:StaticMaskConfig",
+        "train what a pruned model has left, its zeros stay",
+        "Han et al. 2015, arXiv:1506.02626",
+    ),
+    "perp": Entry(
+        "leanmill.sparse.perp.config:Perp",
+        "retrain biases, norms and masked adapters of a pruned model, everything else rests",
+        "Zimmer et al. 2023, arXiv:2312.15230",
+    ),
     "bdwp": Entry(
         "leanmill.sparse.bdwp.config:Bdwp",
         "N:M masks of their own for the forward and the backward matmul",

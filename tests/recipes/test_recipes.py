@@ -11,6 +11,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 def test_the_promised_recipes_exist():
     promised = {"quickstart", "pretrain_1b", "sparse_finetune", "ternary_pretrain", "lora_sft", "distill_student"}
+    promised |= {"prune_and_retrain"}
     promised |= {"learned_mask"}
     assert promised <= {path.stem for path in RECIPES}
 
@@ -24,8 +25,9 @@ def test_loads_explains_and_round_trips(path, tmp_path):
     assert load_recipe(copy) == recipe
     text = explain(recipe, [1, 2])
     assert "impossible" not in text
-    for technique in recipe.techniques:
-        assert technique.type in text
+    for one in (recipe, *recipe.training_phases()):
+        for technique in one.techniques:
+            assert technique.type in text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -41,6 +43,7 @@ def test_models_given_inline_can_be_planned_on_8_ranks_or_2(path):
 
     recipe = load_recipe(path, ["techniques=[]"])  # teachers would be fetched
     world_size = 8 if recipe.batch.tokens_per_step >= 8 * recipe.batch.tokens_per_micro_batch else 2
-    result = plan(recipe, world_size)
-    assert result.num_parameters > 1e6
-    assert result.peak_bytes < 80 * 2**30
+    for one in recipe.training_phases() or [recipe]:
+        result = plan(one, world_size)
+        assert result.num_parameters > 1e6
+        assert result.peak_bytes < 80 * 2**30

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from leanmill.checkpoint.phases import phase_folders
 from leanmill.data.build import build_tokenizer
 from leanmill.data.config import DataConfig
+from leanmill.phases.run import run as run_phases
 from leanmill.recipe.io import load_recipe
 from leanmill.trainer.run import run
 
@@ -88,17 +90,25 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     else:
         overrides += ["data.source.max_bytes=200000", "data.source.validation_fraction=0.2"]
         overrides.append(f"data.tokenizer.vocab_size={VOCAB_SIZE}")
+    for index, phase in enumerate(recipe.phases):
+        if phase.trains:
+            given = f"phases.{index}.overrides"
+            overrides += [f"{given}.train.total_tokens=null", f"{given}.train.steps={NUM_STEPS}"]
+            overrides.append(f"{given}.schedule.warmup_steps=1")
+        overrides.append(f"phases.{index}.calibration.num_rows=8")
     frozen = [f"{i}.{key}" for i, technique in enumerate(recipe.techniques) for key in technique.frozen_models()]
     return overrides + [f"techniques.{key}={files / 'model'}" for key in frozen]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_trains(path: Path, files: Path, tmp_path: Path) -> None:
-    run(load_recipe(path, tiny(path, files, tmp_path)))
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    recipe = load_recipe(path, tiny(path, files, tmp_path))
+    (run_phases if recipe.phases else run)(recipe)
+    folder = phase_folders(tmp_path)[-1] if recipe.phases else tmp_path
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "step"]
     assert [record["step"] for record in steps] == [1, 2, 3]
     assert all(record["losses"]["total"] > 0 and record["grad_norm"] > 0 for record in steps)
     assert any(record["kind"] == "eval" for record in records)
-    assert (tmp_path / "report.html").is_file()
-    assert list((tmp_path / "checkpoints").glob("step-*/manifest.json"))
+    assert (folder / "report.html").is_file()
+    assert list((folder / "checkpoints").glob("step-*/manifest.json"))

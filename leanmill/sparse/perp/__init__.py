@@ -1,0 +1,1 @@
+"""Retraining a small part of a pruned model."""

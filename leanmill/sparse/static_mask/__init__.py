@@ -1,0 +1,1 @@
+"""Training with the zeros that a model came with."""
