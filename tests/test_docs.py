@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 import yaml
 
 from leanmill.core import registry
+from leanmill.core.rules import metrics_of
 from leanmill.core.sites import iter_sites
 from leanmill.parallel.launch import Ranks
-from tests.contract_cases import full_parameters, recipe_of, train
+from leanmill.recipe.root import Recipe
+from tests.contract_cases import FixedRows, full_parameters, recipe_of, train
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,9 +36,10 @@ def guide(tmp_path, monkeypatch):
             (path.parent / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "TECHNIQUES", dict(registry.TECHNIQUES))
+    monkeypatch.setattr(registry, "_of_plugins", {})
     exec(blocks["registry"], {"TECHNIQUES": registry.TECHNIQUES, "Entry": registry.Entry})
     yield blocks
-    for name in [name for name in sys.modules if name.split(".")[0] == "power_of_two"]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("power_of_two", "own_techniques")]:
         del sys.modules[name]
 
 
@@ -56,6 +60,37 @@ def test_the_guide_makes_a_working_technique(guide):
         assert ((weight.reshape(-1, 4) == 0).sum(-1) >= 2).all(), name
         num_sites += 1
     assert num_sites == 14
+
+
+def test_a_package_of_ones_own_brings_stages_a_loss_and_a_rule(guide):
+    given = yaml.safe_load(guide["recipe with plugins"])
+    recipe = Recipe.model_validate(recipe_of((), {"type": "single"}, "", 1).model_dump(mode="json") | given)
+    one = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    engine, loop = train(recipe, one, num_steps=1)
+    assert metrics_of(loop.step_rules) == {"confidence_penalty/strength": pytest.approx(0.05)}
+    rows = FixedRows().next_rows(4, rank=0, world_size=1)
+    batch = {**rows, "position_ids": torch.arange(rows["input_ids"].shape[1]).expand(4, -1)}
+    losses = engine.module(batch)
+    # Logits of a fresh model are nearly uniform: entropy log 61 a token.
+    penalty = losses["confidence_penalty"] / (rows["labels"] != -100).sum()
+    assert penalty.item() == pytest.approx(-0.05 * math.log(61), rel=0.02)
+    torch.testing.assert_close(losses["total"], losses["cross_entropy"] + losses["confidence_penalty"])
+    sites = [site for _, site in iter_sites(engine.module.model)]
+    assert len(sites) == 14
+    for site in sites:
+        step = site.weight.abs().amax(-1, keepdim=True) / 127
+        codes = (site.effective_weight() / step).detach()
+        torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-3)
+        assert site.operands().bound(site.operands().tensors).backward_weight() is not None
+
+
+def test_the_examples_are_short(guide):
+    def num_lines(*titles):
+        return sum(len(guide[title].splitlines()) for title in titles)
+
+    assert num_lines("power_of_two/config.py", "power_of_two/stage.py") < 100
+    assert num_lines("own_techniques/int8_forward.py", "own_techniques/int8_stages.py") < 100
+    assert num_lines("own_techniques/confidence.py", "own_techniques/confidence_term.py") < 100
 
 
 def test_every_page_of_the_navigation_exists():
