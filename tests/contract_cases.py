@@ -79,6 +79,10 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "lsq_activations": {"type": "lsq", "weight_bits": 4, "granularity": "row", "activation_bits": 8},
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
+    # Masks move in the second step, and the third trains what has grown; `set` moves them in both.
+    "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
+    "set": {"type": "rigl", "method": "set", "density": 0.4, "update_every_steps": 1, "update_until": 1.0},
+    "rigl_at_rest": {"type": "rigl", "density": 0.4},
     "second_lora": {"type": "lora", "rank": 2, "alpha": 4, "targets": ["q_proj", "down_proj"]},
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
     "static_mask": {"type": "static_mask"},
@@ -113,6 +117,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "rho1",
             "mask_llm",
             "lsq_activations",
+            "rigl",
+            "set",
         )
     },
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
@@ -145,6 +151,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "rotated": ("nm_sparsity", "quest_weights"),
     "lsq_row": ("lsq_row",),
     "mask_llm": ("mask_llm",),
+    "rigl_at_rest": ("rigl_at_rest",),
     "distill": ("distill",),
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
@@ -228,7 +235,9 @@ def recipe_of(
     )
 
 
-def train(recipe: Recipe, ranks: Ranks, *, num_steps: int = NUM_STEPS) -> tuple[Engine, Loop]:
+def train(
+    recipe: Recipe, ranks: Ranks, *, num_steps: int = NUM_STEPS, data: FixedRows | None = None
+) -> tuple[Engine, Loop]:
     """Train the recipe on fixed rows through the real preparation and loop."""
     model = build_on_meta(recipe.model, vocab_size=None)
     engine, _ = build_engine(recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=0)
@@ -236,10 +245,10 @@ def train(recipe: Recipe, ranks: Ranks, *, num_steps: int = NUM_STEPS) -> tuple[
     loop = Loop(
         recipe=recipe,
         engine=engine,
-        data=FixedRows(),
+        data=FixedRows() if data is None else data,
         step_rules=prepared.techniques.step_rules,
         observers=(),
-        num_steps=NUM_STEPS,
+        num_steps=recipe.train.steps or NUM_STEPS,
         num_micro_batches=2,
         save=lambda step: None,
         evaluate=lambda step: None,

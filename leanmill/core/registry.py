@@ -76,6 +76,11 @@ TECHNIQUES: dict[str, Entry] = {
         "learn which N of every M weights to keep, the weights frozen",
         "Fang et al. 2024, arXiv:2409.17481",
     ),
+    "rigl": Entry(
+        "leanmill.sparse.rigl.config:Rigl",
+        "sparse from start to end, masks that drop and grow weights: RigL, SET",
+        "Evci et al. 2020, arXiv:1911.11134; Mocanu et al. 2018, arXiv:1707.04780",
+    ),
     "lora": Entry(
         "leanmill.peft_ext.lora.config:Lora",
         "low-rank adapters, inside the weight or as an output branch through PEFT",

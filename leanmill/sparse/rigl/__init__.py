@@ -1,0 +1,1 @@
+"""Unstructured sparse training with masks that move: SET and RigL."""
