@@ -21,6 +21,7 @@ from leanmill.core.stage import TechniqueModule, added_parameters
 from leanmill.core.technique import Installation, InstallContext, InstalledTechniques, TechniqueConfig
 from leanmill.data.tokenizer import fingerprint_of
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
+from leanmill.models.calls import check_sites_are_called
 from leanmill.models.compile import compile_blocks
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
@@ -131,6 +132,7 @@ def _optimizer(recipe: Recipe, module: nn.Module, rules: Sequence[ParamRule]) ->
 def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple[InstalledTechniques, TrainModule]:
     """Give a model on the meta device its techniques, losses and recomputation: all that needs no engine."""
     techniques = install_techniques(recipe.techniques, model, context)
+    check_sites_are_called(model)
     module = TrainModule(
         model,
         techniques.loss_terms,
