@@ -78,6 +78,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "rho1": {"type": "rho1", "reference": "TEACHER", "kept_share": 0.5, "warmup_share": 0.2},
     "lsq_activations": {"type": "lsq", "weight_bits": 4, "granularity": "row", "activation_bits": 8},
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
+    "hidden_distill": {"type": "hidden_distill", "teacher": "TEACHER", "loss": "normalised_mse", "weight": 0.5},
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
     # Masks move in the second step, and the third trains what has grown; `set` moves them in both.
     "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
@@ -133,6 +134,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
     "chosen tokens": ("rho1", "distill", "lora", "quest"),
+    "hidden_distill": ("hidden_distill",),
+    "hidden states and logits": ("hidden_distill", "distill", "nm_sparsity", "lora"),
     "experts": ("mixtral", "router_balance"),
     "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
     "ternary experts": ("mixtral", "ternary"),

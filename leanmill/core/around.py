@@ -22,11 +22,13 @@ class Ring(IntEnum):
     Rings hold any number of tenants; those of one ring stand in the order of their techniques' names.
     """
 
-    SKIP = 0
+    TAP = 0
+    """Looks at what the next module gets."""
+    SKIP = 1
     """Decides what goes in at all."""
-    BRANCH = 1
+    BRANCH = 2
     """Adds to what comes out."""
-    SCALE = 2
+    SCALE = 3
     """Changes what comes out, next to the module."""
 
 

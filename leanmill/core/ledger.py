@@ -10,12 +10,14 @@ part of the graph.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.batches import Batch
 from leanmill.core.stage import TechniqueModule
 
 
@@ -62,7 +64,8 @@ class _Inject(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, values: Tensor, coefficients: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(coefficients, scale)
-        return carrier.view_as(carrier)
+        # No view: an in-place operation on one would lose the hooks that FSDP2 puts on a block's output.
+        return carrier.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
@@ -154,6 +157,7 @@ class Ledger(nn.Module):
         super().__init__()
         self.scales = Scales()
         self.accounts = nn.ModuleList()
+        self._before_forward: list[Callable[[Batch], None]] = []
         self._after_forward: list[Callable[[], None]] = []
 
     def open(self, name: str, *, per: Per, weight: float = 1.0) -> Account:
@@ -169,9 +173,24 @@ class Ledger(nn.Module):
         self.accounts.append(account)
         return account
 
+    def free_name(self, name: str) -> str:
+        """Return `name` if no account has it before its place, else the first free of `name_2`, `name_3`, ..."""
+        taken = {account.name.partition("/")[0] for account in self.open_accounts}
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        return next(free for free in itertools.chain((name,), numbered) if free not in taken)
+
+    def before_forward(self, function: Callable[[Batch], None]) -> None:
+        """Call `function` with each micro-batch before its training forward, on every rank."""
+        self._before_forward.append(function)
+
     def after_forward(self, function: Callable[[], None]) -> None:
         """Call `function` after each training forward of a micro-batch and before its backward, on every rank."""
         self._after_forward.append(function)
+
+    def begin_forward(self, batch: Batch) -> None:
+        """Called by the train module before a micro-batch's training forward."""
+        for function in self._before_forward:
+            function(batch)
 
     def end_forward(self) -> None:
         """Called by the train module when a micro-batch's training forward is done."""

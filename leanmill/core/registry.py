@@ -96,6 +96,11 @@ TECHNIQUES: dict[str, Entry] = {
         "match a frozen teacher's next-token distribution",
         "Hinton et al. 2015, arXiv:1503.02531",
     ),
+    "hidden_distill": Entry(
+        "leanmill.distill.hidden.config:HiddenDistill",
+        "match a frozen teacher's hidden states in chosen layers",
+        "Jiao et al. 2019, arXiv:1909.10351",
+    ),
     "rho1": Entry(
         "leanmill.distill.rho1.config:Rho1",
         "train on the tokens whose loss exceeds a reference model's most",

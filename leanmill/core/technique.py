@@ -25,12 +25,19 @@ if TYPE_CHECKING:
 
     from leanmill.core.ledger import Ledger
     from leanmill.core.sites import Sites
+    from leanmill.core.taps import FrozenTaps
 
 
 def _new_ledger() -> Ledger:
     from leanmill.core.ledger import Ledger
 
     return Ledger()
+
+
+def _new_taps(load: Callable[[], nn.Module]) -> FrozenTaps:
+    from leanmill.core.taps import FrozenTaps
+
+    return FrozenTaps(load)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +56,23 @@ class InstallContext:
     there is none."""
     seed: int | None = None
     """Seed of the run, for what is drawn in training (`leanmill.core.noise`)."""
+    frozen_config: Callable[[str], Any] | None = None
+    """The transformers configuration of a model in a folder or hub repository, for shapes that depend on it;
+    None where nothing will train."""
     ledger: Ledger = field(default_factory=_new_ledger)
     """Where losses that arise inside the model are attached; its train module's."""
     open_weights: Callable[[str], Callable[[str, Tensor], Tensor]] | None = None
     """Open the weights of a model in a folder or hub repository, to be read once. The function returned takes a
     weight's plain name and a tensor of the shape it must have, and gives the weight, whole, on the CPU; a
     collective, for `Stage.initialise`. None where what is initialised will be overwritten."""
+    _taps: dict[str, FrozenTaps] = field(default_factory=dict, repr=False)
+
+    def taps(self, path: str) -> FrozenTaps:
+        """Return the taps on a frozen model, the same for all who ask, so that it runs once a micro-batch."""
+        if path not in self._taps:
+            self._taps[path] = taps = _new_taps(lambda: self.load_frozen_model(path))
+            self.ledger.after_forward(taps.release)
+        return self._taps[path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +120,10 @@ class TechniqueConfig(Config):
 
     def changes_what_trains(self) -> bool:
         """Whether other parameters train in some steps than in others, which not every engine can do."""
+        return False
+
+    def is_for_training_only(self, name: str) -> bool:
+        """Whether a tensor of this name in a checkpoint serves training alone and is nothing to an export."""
         return False
 
     def own_settings(self) -> ParamSettings:

@@ -136,7 +136,12 @@ def plan(
     )
     num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
     flops = flops_per_token(model, recipe.data.sequence_length)
-    context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size, seed=recipe.seed)
+    context = InstallContext(
+        load_frozen_model=_no_loading,
+        vocab_size=model.config.vocab_size,
+        seed=recipe.seed,
+        frozen_config=lambda path: _frozen_model(recipe, path).config,
+    )
     techniques = install_techniques(recipe.techniques, model, context)
     weights = list(_weights(model, techniques.trainable_schedule))
     engine, why = _engine(recipe, world_size, per_node, 4 * num_total, rank_memory_gib)
@@ -296,13 +301,18 @@ def _label(engine: EngineConfig) -> str:
 def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
     """Elements of the frozen models that techniques read, each once, and those of their blocks; 0 without any."""
     whole = in_blocks = 0
-    for path, key in {path: key for t in recipe.techniques for key, path in t.frozen_models().items()}.items():
-        if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
-            raise ConfigError(f"{key} {path!r} does not exist; correct the path")
-        teacher = build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+    for path in {path for t in recipe.techniques for path in t.frozen_models().values()}:
+        teacher = _frozen_model(recipe, path)
         whole += sum(p.numel() for p in teacher.parameters())
         in_blocks += sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
     return whole, in_blocks
+
+
+def _frozen_model(recipe: Recipe, path: str) -> Any:
+    key = next(key for t in recipe.techniques for key, named in t.frozen_models().items() if named == path)
+    if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
+        raise ConfigError(f"{key} {path!r} does not exist; correct the path")
+    return build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
 
 
 def _teacher_bytes(sizes: tuple[int, int], case: Case) -> float:

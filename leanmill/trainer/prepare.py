@@ -25,7 +25,7 @@ from leanmill.models.calls import check_sites_are_called
 from leanmill.models.compile import compile_blocks
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
-from leanmill.models.pretrained import load_frozen
+from leanmill.models.pretrained import load_frozen, pretrained_config
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.build import build_optimizer
 from leanmill.parallel.engine import Engine, Preparation
@@ -86,6 +86,9 @@ def prepare(
         tokenizer_fingerprint=tokenizer_fingerprint,
         fingerprint_of_tokenizer=fingerprint_of,
         seed=recipe.seed,
+        frozen_config=lambda path: pretrained_config(
+            ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code)
+        ),
         open_weights=lambda path: stored(path).take,
     )
     techniques, module = assemble(recipe, model, context)

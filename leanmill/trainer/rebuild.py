@@ -68,7 +68,12 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         make_materialiser(recipe.model, seed=recipe.seed)(model)
     else:
         draw(model, seed=recipe.seed)
-    _load(model, stored, checkpoint_dir, partial)
+    kept = {
+        name: value
+        for name, value in stored.items()
+        if not any(technique.is_for_training_only(name) for technique in recipe.techniques)
+    }
+    _load(model, kept, checkpoint_dir, partial)
     _replay_schedules(techniques.step_rules, step, int(state.get("num_steps", 0)) or num_steps(recipe))
     return Rebuilt(
         model=model.eval(),

@@ -77,9 +77,11 @@ class TrainModule(nn.Module):
         """
         if per_token:
             return {"cross_entropy": self._score(batch)}
+        if not self.training:
+            return self._losses(batch)
+        self.ledger.begin_forward(batch)
         losses = self._losses(batch)
-        if self.training:
-            self.ledger.end_forward()
+        self.ledger.end_forward()
         return losses
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:

@@ -69,6 +69,8 @@ def context(teacher: nn.Module | None = None, **changes: Any) -> InstallContext:
         assert teacher is not None, f"nobody should load {path}"
         return teacher.eval().requires_grad_(False)
 
+    if teacher is not None:
+        changes = {"frozen_config": lambda path: teacher.config, **changes}
     return InstallContext(**{"load_frozen_model": load, "vocab_size": VOCAB_SIZE, "seed": 0, **changes})
 
 

@@ -48,8 +48,8 @@ class DistillTerm:
             temperature,
             weight,
         )
-        self._context = context
-        self._teacher: nn.Module | None = None
+        self._context, self._taps = context, context.taps(teacher)
+        self._is_checked = False
 
     @property
     def teacher(self) -> nn.Module:
@@ -58,26 +58,16 @@ class DistillTerm:
         Raises:
             ConfigError: Its vocabulary is not the student's.
         """
-        if self._teacher is None:
-            teacher = self._context.load_frozen_model(self.teacher_path)
+        teacher: nn.Module = self._taps.model
+        if not self._is_checked:
             self._check(teacher)
-            self._teacher = teacher
-        return self._teacher
+            self._is_checked = True
+        return teacher
 
-    @torch.no_grad()
     def prepare(self, batch: Batch) -> Mapping[str, Tensor]:
         """Return the teacher's last hidden states [B, S, hidden of the teacher]."""
-        teacher: Any = self.teacher
-        found: list[Tensor] = []
-        # The whole model is called, so that a sharding engine gathers what it must, but the head
-        # sees a single position; its input for all of them is picked up on the way.
-        hook = teacher.base_model.register_forward_hook(lambda *call: found.append(call[-1].last_hidden_state))
-        try:
-            inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-            teacher(**inputs, use_cache=False, logits_to_keep=1)
-        finally:
-            hook.remove()
-        return {"teacher_hidden": found[0]}
+        assert self.teacher is not None  # checked before it runs
+        return {"teacher_hidden": self._taps.read(batch).last}
 
     def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """See `LossTerm`; the teacher's logits [N, V] live as long as this call."""
