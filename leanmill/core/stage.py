@@ -134,6 +134,7 @@ class Stage(OperandStage):
     - A stage may be called many times in a step: by micro-batches, chunks of a loss, recomputation. What
       its backward adds of its own accord (a decay) is to be used up by the first one and filled by a step rule.
     - Keep nothing weight-sized alive after `forward`: the site recomputes it in backward.
+    - Random numbers come from `leanmill.core.noise`: torch's generators would draw others in backward.
     - `forward` may run on other tensors than the module's own (`torch.func.functional_call`): read
       state through `self`, keep none of it between calls.
     """

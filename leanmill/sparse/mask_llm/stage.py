@@ -125,8 +125,8 @@ class MaskLlmStage(Stage):
         by_chance = self.num_kept**2 / self.group_size
         self.logits.add_((in_common - by_chance) * self.logits.std() * self.prior_strength)
 
-    def pattern(self) -> tuple[int, int]:
-        return self.num_kept, self.group_size
+    def pattern(self) -> tuple[int, int] | None:
+        return None if self.training else (self.num_kept, self.group_size)  # a soft mask keeps all
 
     def extra_repr(self) -> str:
         return f"num_kept={self.num_kept}, group_size={self.group_size}"

@@ -98,7 +98,9 @@ def test_gradients_of_the_product():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_likeliest_candidate_in_evaluation(shape):
     weight = torch.randn(shape)
-    stage = stage_of(weight).eval()
+    stage = stage_of(weight)
+    assert stage.pattern() is None, "a soft mask keeps all"
+    assert stage.eval().pattern() == (2, 4)
     out = stage(weight)
     kept = out.reshape(-1, 4) != 0
     assert (kept.sum(-1) == 2).all()
