@@ -103,7 +103,7 @@ def test_off_is_bitwise_the_base():
 
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_every_registered_technique_fulfils_the_protocol(name):
-    fields = {"teacher": "t"} if name == "distill" else {}
+    fields = {"distill": {"teacher": "t"}, "rho1": {"reference": "r"}}.get(name, {})
     config = parse_technique({"type": name, **fields})
     assert isinstance(config, Technique)
     assert type(config) is technique_class(name)
