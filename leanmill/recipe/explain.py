@@ -265,7 +265,8 @@ def _numerics(recipe: Recipe) -> str:
 def _evaluation(recipe: Recipe) -> str:
     every = recipe.eval.every_steps
     when = f"every {every:,} steps and at the end" if every else "at the end"
-    return f"{when}, on {recipe.eval.tokens_per_domain:,} held-out tokens of each domain"
+    first = "before the first step, " if recipe.eval.at_start else ""
+    return f"{first}{when}, on {recipe.eval.tokens_per_domain:,} held-out tokens of each domain"
 
 
 def _written(recipe: Recipe) -> list[str]:

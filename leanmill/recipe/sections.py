@@ -66,6 +66,8 @@ class EvalConfig(Config):
 
     every_steps: int | None = Field(default=None, ge=1)
     """Steps between evaluations; None evaluates only at the end."""
+    at_start: bool = False
+    """Also evaluate before the first step: what the run begins with, such as a model that was just pruned."""
     tokens_per_domain: int = Field(default=65_536, ge=1)
     """Held-out tokens evaluated in each domain."""
 

@@ -215,6 +215,8 @@ class _Run:
             observer.on_start(info)
         try:
             with self.signals:
+                if self.recipe.eval.at_start and loop.step == 0:
+                    self._evaluate(0)
                 stop = loop.run(lambda: self.signals.level)
                 self.manager.wait()
                 # A run that was told to stop has its checkpoint and little time left.

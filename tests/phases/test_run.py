@@ -20,7 +20,7 @@ from leanmill.trainer.rebuild import rebuild
 from leanmill.trainer.run import run as run_one
 from tests.data.samples import write_texts
 from tests.distributed import run_ranks
-from tests.kills import POINTS, Moment, fork_train
+from tests.kills import POINTS, Moment, fork_ranks, fork_train, records
 
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -30,7 +30,10 @@ CALIBRATION = {"num_rows": 4, "rows_per_batch": 2}
 LSQ = [{"type": "nm_sparsity"}, {"type": "lsq", "weight_bits": 4}]
 DENSE = {"name": "dense", "overrides": {"train.steps": 3}}
 PRUNE = {"name": "prune", "passes": [WANDA], "calibration": CALIBRATION}
-RETRAIN = {"name": "retrain", "overrides": {"train.steps": 3, "techniques": [{"type": "nm_sparsity"}]}}
+RETRAIN = {
+    "name": "retrain",
+    "overrides": {"train.steps": 3, "eval.at_start": True, "techniques": [{"type": "nm_sparsity"}]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +268,38 @@ def test_killed_inside_phases_it_ends_as_if_it_had_not_been(home, three, tmp_pat
     for part in ("model", "optimizer"):
         assert_equal(weights(tmp_path / "run", part), weights(three, part))
     assert not list((tmp_path / "run").rglob("*.tmp*"))
+
+
+def test_what_a_phase_begins_with_is_evaluated_where_asked(three):
+    scores = {
+        record["step"]: record["domains"]["all"]["loss"] for record in records(three / "phases/03-retrain", "eval")
+    }
+    assert scores.keys() == {0, 3}
+    assert scores[0] != scores[3]
+
+
+@pytest.mark.slow
+def test_ranks_killed_in_passes_and_in_training(home, tmp_path, monkeypatch):
+    """Whichever rank dies, all start again and end as if nothing had happened."""
+    from leanmill.recipe.io import resolved_yaml
+    from leanmill.trainer.passes.stream import BlockStream
+
+    monkeypatch.setitem(POINTS, "block", (BlockStream, "advance"))
+    engine, often = {"type": "fsdp"}, {"every_steps": 1}
+    for name, moments in (
+        ("whole", [{}]),
+        ("killed", [{1: Moment("block", 1)}, {0: Moment("place", 1)}, {1: Moment("update", 2)}, {}]),
+    ):
+        monkeypatch.setitem(POINTS, "place", (passes_run.TargetFolder, "close"))
+        path = tmp_path / f"{name}.yaml"
+        given = recipe(home, tmp_path / name, DENSE, PRUNE, RETRAIN, engine=engine, checkpoint=often)
+        path.write_text(resolved_yaml(given))
+        for by_rank in moments:
+            children = fork_ranks(path, tmp_path / f"{name}.log", 2, moments=by_rank)
+            codes = [child.wait() for child in children]
+            assert [code == 0 for code in codes] == [not by_rank] * 2, children[0].output[-3000:]
+    for part in ("model", "optimizer"):
+        assert_equal(weights(tmp_path / "killed", part), weights(tmp_path / "whole", part))
 
 
 def _run_on_two_ranks(given):

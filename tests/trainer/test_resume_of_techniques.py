@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.checkpoint.reading import read_full_state
-from leanmill.export import export_hf
+from leanmill.export import export_model
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.evaluate_checkpoint import evaluate_checkpoint
 from leanmill.trainer.run import run
@@ -65,7 +65,7 @@ def test_resume_is_bitwise(name, home, tmp_path):
         assert all(torch.equal(got[key], value) for key, value in expected.items()), part
     scores = evaluate_checkpoint(tmp_path / "whole" / last).scores
     assert scores["all"].loss == pytest.approx(whole.scores["all"].loss, rel=1e-6)
-    report = export_hf(tmp_path / "whole" / last, tmp_path / "out", activations="float")
+    report = export_model(tmp_path / "whole" / last, tmp_path / "out", activations="float")
     assert report.path.is_dir()
     if name != "lsq":
         assert all(
