@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -74,7 +75,33 @@ class ShardView(WholeView):
         return tensor
 
 
-class NativeViews(Views):
+class ModelViews(Views):
+    """Names of the parameters as they are now; looked up only where a rule asks, since views are made every step.
+
+    Args:
+        model: The live causal LM.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(state_parameters(self._model, aliases=True))
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in reversed(self._parameters.items())}
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """Return the (first) name of a live parameter."""
+        return self._names[id(parameter)]
+
+    def named(self, name: str) -> View:
+        return self.of(self._parameters[state_name(name)])
+
+
+class NativeViews(ModelViews):
     """Views under the engines on PyTorch's own parallelism.
 
     Args:
@@ -83,16 +110,12 @@ class NativeViews(Views):
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(model)
         self._optimizer = optimizer
-        self._parameters = dict(state_parameters(model, aliases=True))
-        self._names = {id(parameter): name for name, parameter in reversed(self._parameters.items())}
 
     def of(self, parameter: nn.Parameter) -> View:
         kind = ShardView if isinstance(parameter, DTensor) else WholeView
-        return kind(self._names[id(parameter)], parameter, self._optimizer)
-
-    def named(self, name: str) -> View:
-        return self.of(self._parameters[state_name(name)])
+        return kind(self.name_of(parameter), parameter, self._optimizer)
 
     def publish(self, views: Iterable[View]) -> None:
         """Do nothing: forward reads what was written."""

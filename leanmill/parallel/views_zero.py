@@ -9,12 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leanmill.core.names import state_name
-from leanmill.core.views import Span, View, Views, check_same_shape
+from leanmill.core.views import Span, View, check_same_shape
 from leanmill.parallel.collectives import reduced, sum_over_ranks
 from leanmill.parallel.deepspeed_state import ZeroState
-from leanmill.parallel.naming import state_parameters
-from leanmill.parallel.views import WholeView
+from leanmill.parallel.views import ModelViews, WholeView
 
 
 class _FlatView(View):
@@ -173,7 +171,7 @@ class PartitionView(_FlatView):
             self.parameter.all_gather([self.parameter])
 
 
-class ZeroViews(Views):
+class ZeroViews(ModelViews):
     """Views under DeepSpeed.
 
     Args:
@@ -182,20 +180,16 @@ class ZeroViews(Views):
     """
 
     def __init__(self, model: nn.Module, zero: ZeroState) -> None:
+        super().__init__(model)
         self._zero = zero
-        self._parameters = dict(state_parameters(model, aliases=True))
-        self._names = {id(parameter): name for name, parameter in reversed(self._parameters.items())}
 
     def of(self, parameter: nn.Parameter) -> View:
-        name, stage = self._names[id(parameter)], self._zero.stage
+        name, stage = self.name_of(parameter), self._zero.stage
         if stage == 3:
             return PartitionView(name, parameter, self._zero)
         if stage == 0 or not parameter.requires_grad:
             return WholeView(name, parameter, self._zero.base)
         return FragmentView(name, parameter, self._zero)
-
-    def named(self, name: str) -> View:
-        return self.of(self._parameters[state_name(name)])
 
     def publish(self, views: Iterable[View]) -> None:
         flat = [view for view in views if isinstance(view, _FlatView)]

@@ -21,6 +21,7 @@ def _engine(kind):
         "single": (SingleEngine, configs.SingleEngine()),
         "ddp": (DdpEngine, configs.DdpEngine()),
         "fsdp": (FsdpEngine, configs.FsdpEngine()),
+        "kept whole": (FsdpEngine, configs.FsdpEngine(reshard_after_forward=False)),
         "hybrid": (FsdpEngine, configs.FsdpEngine(shard_size=2)),
     }
     engine_class, config = classes[kind]
@@ -75,7 +76,9 @@ def test_one_process():
     assert _check("single")
 
 
-@pytest.mark.parametrize(("kind", "world_size"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("hybrid", 4)])
+@pytest.mark.parametrize(
+    ("kind", "world_size"), [("ddp", 2), ("fsdp", 2), ("fsdp", 3), ("kept whole", 2), ("hybrid", 4)]
+)
 def test_ranks(kind, world_size):
     assert all(run_ranks(_check, world_size, kind))
 
