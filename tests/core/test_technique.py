@@ -7,8 +7,9 @@ import torch
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.registry import TECHNIQUES, parse_technique, technique_class
-from leanmill.core.sites import iter_sites
+from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.technique import Technique
+from leanmill.quant.ternary.stage import Int8Activations
 from tests.core.tiny import install, loss_of, tiny, tokens
 
 
@@ -103,8 +104,8 @@ def test_off_is_bitwise_the_base():
 
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_every_registered_technique_fulfils_the_protocol(name):
-    fields = {"distill": {"teacher": "t"}, "rho1": {"reference": "r"}}.get(name, {})
-    config = parse_technique({"type": name, **fields})
+    needed = [key for key, field in technique_class(name).model_fields.items() if field.is_required()]
+    config = parse_technique({"type": name, **dict.fromkeys(needed, "some/model")})
     assert isinstance(config, Technique)
     assert type(config) is technique_class(name)
     assert config.type == name
@@ -131,3 +132,35 @@ def test_reading_a_configuration_imports_no_torch():
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+_ROUNDED = {"type": "ternary", "activation_bits": 8}
+_ONE_TOO_MANY = {
+    "two masks": ([{"type": "nm_sparsity"}, {"type": "bdwp"}], "the MASK slot is taken by 'bdwp', so 'nm_sparsity'"),
+    "two quantisers": ([{"type": "ternary"}, {"type": "quest"}], "the QUANT slot is taken by 'quest', so 'ternary'"),
+    "one of two, twice": (
+        [{"type": "lsq", "targets": ["q_proj"]}, {"type": "lsq", "targets": ["*_proj"]}],
+        "q_proj: the QUANT slot is taken by 'lsq', so 'lsq'",
+    ),
+    "two branches": ([RECIPES["branch"], RECIPES["branch"]], "keep one lora with where: branch"),
+    "activations of a table": (
+        [{**_ROUNDED, "targets": ["embed_tokens"]}],
+        "add 'model.embed_tokens' to ternary.exclude",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _ONE_TOO_MANY)
+def test_what_does_not_fit_is_refused_in_one_line(case):
+    techniques, message = _ONE_TOO_MANY[case]
+    with pytest.raises(ConfigError) as caught:
+        install(tiny(), *techniques)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_slot_of_the_activations_has_one_tenant():
+    site = Sites(tiny()).select(["q_proj"])[0]
+    site.put_input(Int8Activations())
+    with pytest.raises(ConfigError, match="the QUANT slot of the activations is taken by 'ternary', so 'ternary'"):
+        site.put_input(Int8Activations())
