@@ -14,7 +14,7 @@ BENCHMARKS ?=
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_JOBS ?= 2
 
-.PHONY: train test test-cpus test-slow checks style docs bench setup clean
+.PHONY: train test test-cpus test-slow checks style docs bench claims setup clean
 
 setup: $(READY)
 
@@ -58,6 +58,11 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/perf/run.py $(BENCHMARKS)
+	$(BIN)/python benchmarks/figures.py
+
+# What papers say of their methods, three seeds each; finished runs are not repeated.
+claims: $(READY)
+	$(BIN)/python benchmarks/claims/run.py
 	$(BIN)/python benchmarks/figures.py
 
 clean:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from leanmill.core.registry import parse_pass
+from leanmill.recipe.io import load_recipe
+
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -27,13 +30,14 @@ def figures(monkeypatch):
 
 
 def test_the_pages_are_those_of_the_results(figures, capsys, tmp_path, monkeypatch):
-    committed = {name: (figures.ROOT / "docs" / name / "figures.md").read_text() for name in ("kernels", "reference")}
+    pages = ("kernels/figures.md", "reference/figures.md", "reference/claims.md")
+    committed = {name: (figures.ROOT / "docs" / name).read_text() for name in pages}
     for name in committed:
-        (tmp_path / "docs" / name).mkdir(parents=True)
+        (tmp_path / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(figures, "ROOT", tmp_path)
     figures.main()
     for name, text in committed.items():
-        assert (tmp_path / "docs" / name / "figures.md").read_text() == text, "run python benchmarks/figures.py"
+        assert (tmp_path / "docs" / name).read_text() == text, "run python benchmarks/figures.py"
 
 
 def test_a_second_kind_is_a_second_column_with_its_conditions(figures, tmp_path, monkeypatch):
@@ -55,3 +59,33 @@ def test_a_second_kind_is_a_second_column_with_its_conditions(figures, tmp_path,
         assert under[key] in line
     assert f"`{' '.join(under['processor_flags'])}`" in line
     assert f"torch {under['versions']['torch']}" in line
+
+
+def test_orders_of_claims_are_what_the_seeds_resolve(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER / "claims"))
+    run = load(FOLDER / "claims" / "run.py", monkeypatch)
+    losses = {"a": [1.0, 1.1, 1.2], "b": [1.3, 1.4, 1.5], "c": [1.35, 1.2, 1.6], "d": [0.1, 0.2, 0.3]}
+    found = [(order["better"], order["worse"], order["verdict"]) for order in run.orders(losses)]
+    assert found == [("a", "b", "holds"), ("b", "c", "unresolved"), ("c", "d", "fails")]
+    assert run.orders(losses)[0]["gap"] == pytest.approx(0.3)
+
+
+def test_every_variant_of_a_claim_is_a_recipe(monkeypatch):
+    claims = load(FOLDER / "claims" / "claims.py", monkeypatch)
+    for claim in claims.CLAIMS.values():
+        for variant in claim.variants.values():
+            given = [f"techniques={json.dumps(variant.techniques)}"]
+            assert load_recipe(FOLDER / "claims" / "base.yaml", given).train.steps == 400
+            assert all(parse_pass(item) for item in variant.passes or ())
+
+
+def test_a_claims_section_has_its_losses_and_verdicts(figures):
+    name = next(iter(figures.CLAIMS))
+    losses = {"quest": [1.0, 2.0], "lsq": [3.0, 4.0]}
+    order = {"better": "quest", "worse": "lsq", "gap": 2.0, "verdict": "holds"}
+    under = {"date": "2026-01-01", "processor": "some"}
+    text = figures.claim_section(
+        name, {"figures": {"losses": losses, "orders": [order], "steps": 7}, "conditions": under}
+    )
+    assert "| quest | 1.000, 2.000 | 1.500 |" in text
+    assert "quest below lsq by 2.000: **holds**" in text

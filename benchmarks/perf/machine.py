@@ -40,7 +40,7 @@ def conditions() -> dict[str, Any]:
     has = torch.cpu.get_capabilities().get
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", f"benchmarks/perf/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", _script(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": versions,
         "processor": _model(),
@@ -50,6 +50,12 @@ def conditions() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "load_average_at_start": os.getloadavg()[0],
     }
+
+
+def _script() -> str:
+    """The script that runs, as it is called from the repository."""
+    path = Path(sys.argv[0]).resolve()
+    return str(path.relative_to(RESULTS.parents[1])) if path.is_relative_to(RESULTS.parents[1]) else path.name
 
 
 def _model() -> str:
