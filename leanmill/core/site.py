@@ -58,7 +58,7 @@ class Site(ABC):
             taken = sum(name.split("_")[0] == key for name in self.stages)
             key = f"{key}_{taken + 1}" if taken else key
         elif key in self.stages:
-            raise ConfigError(self._taken(stage.slot.name, self.stages[key].technique, stage.technique))
+            raise ConfigError(self._taken(f"{stage.slot.name} slot", self.stages[key].technique, stage.technique))
         self.stages[key] = stage
 
     def put_input(self, stage: InputStage) -> None:
@@ -80,7 +80,7 @@ class Site(ABC):
 
     def _taken(self, slot: str, tenant: Any, other: str) -> str:
         return (
-            f"{self.site_name}: the {slot} slot is taken by {tenant!r}, so {other!r} cannot use it too; "
+            f"{self.site_name}: the {slot} is taken by {tenant!r}, so {other!r} cannot use it too; "
             f"remove one of them from `techniques`, or give them different `targets`"
         )
 
