@@ -76,7 +76,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "lsq_row": {"type": "lsq", "weight_bits": 3, "granularity": "row"},
     "lsq_tied": {"type": "lsq", "granularity": "row", "targets": ["*_proj", "embed_tokens", "lm_head"]},
     "rho1": {"type": "rho1", "reference": "TEACHER", "kept_share": 0.5, "warmup_share": 0.2},
-    "lsq_activations": {"type": "lsq", "weight_bits": 4, "granularity": "row", "activation_bits": 8},
+    # Of few layers: where a value lies next to the edge of a code, another order of additions rounds it otherwise.
+    "lsq_activations": {
+        "type": "lsq",
+        "weight_bits": 4,
+        "granularity": "row",
+        "activation_bits": 4,
+        "targets": ["o_proj", "up_proj"],
+    },
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "hidden_distill": {"type": "hidden_distill", "teacher": "TEACHER", "loss": "normalised_mse", "weight": 0.5},
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
