@@ -165,6 +165,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "distill": ("distill",),
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
+    "turns": ("lisa", "nm_sparsity"),
 }
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -294,6 +295,8 @@ def train_in_bf16(engine: dict[str, Any], teacher: str, ranks: Ranks) -> dict[st
     """Train the bf16 combinations; return the parameters and the staged weights that the next forward used."""
     results = {}
     for key, names in BF16_COMBINATIONS.items():
+        if is_refused(engine, names):
+            continue
         trained, _ = train(recipe_of(names, engine, teacher, ranks.world_size, "bf16"), ranks)
         staged = staged_in_forward(trained)
         results[key] = {"parameters": full_parameters(trained), "staged": staged}

@@ -179,8 +179,9 @@ def _untrained(combination, teacher):
 
 
 @pytest.mark.xdist_group("contract in bf16")
-@pytest.mark.parametrize("combination", BF16_COMBINATIONS)
-@pytest.mark.parametrize("engine_name", ["single", *ENGINES])
+@pytest.mark.parametrize(
+    ("engine_name", "combination"), [*(("single", key) for key in BF16_COMBINATIONS), *cells(BF16_COMBINATIONS)]
+)
 def test_what_trains_in_bf16_is_what_is_exported(engine_name, combination, single_in_bf16, teacher):
     results = single_in_bf16 if engine_name == "single" else _results_in_bf16(engine_name, teacher)
     got = results[combination]
@@ -191,8 +192,7 @@ def test_what_trains_in_bf16_is_what_is_exported(engine_name, combination, singl
 
 
 @pytest.mark.xdist_group("contract in bf16")
-@pytest.mark.parametrize("combination", BF16_COMBINATIONS)
-@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.mark.parametrize(("engine_name", "combination"), cells(BF16_COMBINATIONS))
 def test_two_ranks_equal_one_process_in_bf16(engine_name, combination, single_in_bf16, teacher):
     expected = single_in_bf16[combination]["parameters"]
     got = _results_in_bf16(engine_name, teacher)[combination]["parameters"]
