@@ -135,6 +135,7 @@ def fake_step(step: int, num_steps: int = 400, *, skipped: int = 0, **changes: A
         "tokens_per_second": 32_768 / seconds,
         "peak_memory_bytes": int(1.6e9 + 1e6 * min(step, 40)),
         "skipped_steps": skipped,
+        "metrics": {"rigl/num_moved": 300.0 * math.exp(-step / 100)},
     }
     return StepRecord(**{**fields, **changes})
 

@@ -20,6 +20,8 @@ def test_scalars_come_back_and_a_resume_replaces_what_it_repeats(tmp_path: Path)
     losses = events.Scalars("loss/cross_entropy")
     assert [event.step for event in losses] == list(range(2, 101, 2))
     assert losses[-1].value == pytest.approx(fake_step(100).losses["cross_entropy"])
+    moved = events.Scalars("rules/rigl/num_moved")
+    assert moved[-1].value == pytest.approx(fake_step(100).metrics["rigl/num_moved"])
     assert events.Scalars("eval_bits_per_byte/cpp")[0].value == pytest.approx(
         fake_eval(50).domains["cpp"].bits_per_byte
     )

@@ -36,6 +36,7 @@ def test_without_a_key_the_run_stays_offline_and_holds_no_credential(
     assert len(folders) == 1
     events = next(folders[0].glob("*.wandb")).read_bytes()
     assert b"eval_bits_per_byte/cpp" in events
+    assert b"rules/rigl/num_moved" in events
     assert not any(b"swordfish" in path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
 
 

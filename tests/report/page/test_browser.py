@@ -112,7 +112,7 @@ def test_every_control_works(report: Path) -> None:
     assert abs(int(at.group(1)) - 200) <= 2
     assert float(str(answers["lrAtMiddle"])) == pytest.approx(fake_step(int(at.group(1))).lr, rel=0.01)
     assert answers["lrAtRest"] == "3e-4"
-    assert answers["cursors"] == 9
+    assert answers["cursors"] == 10
     assert answers["cursorsAtRest"] == 0
     assert answers["histogramChanged"]
     assert answers["logChanged"]
