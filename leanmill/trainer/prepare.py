@@ -71,26 +71,7 @@ def prepare(
         tokenizer_fingerprint: Digest of the tokenizer, for techniques that compare vocabularies.
         rule_states: What step rules saved in the checkpoint that a resumed run goes on from.
     """
-
-    @cache  # terms may share a teacher
-    def load_frozen_model(path: str) -> nn.Module:
-        return engine.prepare_frozen(load_frozen(path, trust_remote_code=recipe.model.trust_remote_code))
-
-    @cache  # each weight of it is read once
-    def stored(path: str) -> StoredWeights:
-        return StoredWeights(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
-
-    context = InstallContext(
-        load_frozen_model=load_frozen_model,
-        vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
-        tokenizer_fingerprint=tokenizer_fingerprint,
-        fingerprint_of_tokenizer=fingerprint_of,
-        seed=recipe.seed,
-        frozen_config=lambda path: pretrained_config(
-            ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code)
-        ),
-        open_weights=lambda path: stored(path).take,
-    )
+    context, stored = _context(recipe, model, engine, tokenizer_fingerprint)
     techniques, module = assemble(recipe, model, context)
     load_state(techniques.step_rules, rule_states or {})
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
@@ -119,6 +100,33 @@ def prepare(
         num_trainable=sum(ever[name] for name in at_once),
         trained=frozenset(ever),
     )
+
+
+def _context(
+    recipe: Recipe, model: nn.Module, engine: Engine, tokenizer_fingerprint: str | None
+) -> tuple[InstallContext, Callable[[str], StoredWeights]]:
+    """Return what techniques are offered, and where the weights of a stored model that they read are."""
+
+    @cache  # terms may share a teacher
+    def load_frozen_model(path: str) -> nn.Module:
+        return engine.prepare_frozen(load_frozen(path, trust_remote_code=recipe.model.trust_remote_code))
+
+    @cache  # each weight of it is read once
+    def stored(path: str) -> StoredWeights:
+        return StoredWeights(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+
+    offered = InstallContext(
+        load_frozen_model=load_frozen_model,
+        vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        fingerprint_of_tokenizer=fingerprint_of,
+        seed=recipe.seed,
+        frozen_config=lambda path: pretrained_config(
+            ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code)
+        ),
+        open_weights=lambda path: stored(path).take,
+    )
+    return offered, stored
 
 
 def _optimizer(recipe: Recipe, module: nn.Module, rules: Sequence[ParamRule]) -> torch.optim.Optimizer:
