@@ -47,7 +47,7 @@ class MaskLlm(TrainedTechniqueConfig, WeightTechniqueConfig):
     """Mask that the logits start from: the N largest magnitudes, the non-zero weights of `prior_model`
     (as `leanmill compress` with sparsegpt or wanda writes it), or none."""
     prior_model: str | None = None
-    """Folder or hub name of the pruned copy of the model, for `prior: pruned`; read at the start."""
+    """Folder or hub name of the pruned copy of the model, for `prior: pruned`; read at every start of the run."""
     prior_strength: float = Field(default=3.0, ge=0)
     """Standard deviations alpha of the logits by which each weight in common with the prior lifts a candidate."""
     weight_regularisation: float = Field(default=1e-5, ge=0)
