@@ -4,6 +4,7 @@
 |---|---|
 | `phases/01-dense/` | the run folder of a phase that trains, with checkpoints, metrics and report |
 | `phases/02-prune/passed/` | what the passes of a phase wrote, a Hugging Face folder |
+| `phases/02-prune/solved/` | the same before its weights were rewound to an earlier phase's |
 | `phases/01-dense/model/` | the phase's model folded, once another phase starts from it |
 | `phases/01-dense/done.json` | the phase is finished, and how it was asked for |
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-PHASES, PASSED, MODEL, DONE = "phases", "passed", "model", "done.json"
+PHASES, PASSED, SOLVED, MODEL, DONE = "phases", "passed", "solved", "model", "done.json"
 
 
 def phase_folder(run_dir: Path, index: int, name: str) -> Path:

@@ -25,6 +25,7 @@ def asked_of(recipe: Recipe, index: int) -> dict[str, Any]:
         {
             "start_from": None if source is None else f"{names[source]}{'' if step is None else f'@{step}'}",
             "carry": phase.carry,
+            "rewind_to": phase.rewind_to,
             "keep": sorted(phase.keep),
             "passes": [config.model_dump(mode="json") for config in phase.passes],
             "calibration": _calibration(recipe, index, data.model_dump(mode="json")) if phase.passes else None,

@@ -8,13 +8,14 @@ from pathlib import Path
 from leanmill.checkpoint.finding import locate
 from leanmill.checkpoint.folders import step_folder
 from leanmill.checkpoint.group import SaveGroup
-from leanmill.checkpoint.phases import MODEL, PASSED
+from leanmill.checkpoint.phases import MODEL, PASSED, SOLVED
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import clear_unfinished
 from leanmill.export import export_model
 from leanmill.models.config import ModelConfig
-from leanmill.recipe.phases import source_of, trained_before
+from leanmill.recipe.phases import place_of, places_asked_for, source_of, trained_before
 from leanmill.recipe.root import Recipe
+from leanmill.trainer.passes.rewind import rewind
 from leanmill.trainer.run import Start
 
 
@@ -40,6 +41,23 @@ class Handover:
     def passed(self, index: int) -> Path:
         """Return where the passes of a phase write: its model, where it does nothing else."""
         return self.folder(index) / (PASSED if self.phases[index].trains else MODEL)
+
+    def solved(self, index: int) -> Path:
+        """Return where the passes themselves write: another folder where their result is rewound."""
+        return self.folder(index) / SOLVED if self.phases[index].rewind_to else self.passed(index)
+
+    def rewind(self, index: int) -> None:
+        """Give what the passes of a phase left the weights of the earlier moment it names, where it names one."""
+        place, out = self.phases[index].rewind_to, self.passed(index)
+        if place is None:
+            return
+        earlier = self._folded(*place_of(self.phases, place))
+
+        def write() -> None:
+            clear_unfinished(out)
+            rewind(self.solved(index), earlier, out)
+
+        self.group.on_first_rank(write)
 
     def carries_state(self, index: int) -> bool:
         """Whether a phase begins with the checkpoint of another one itself."""
@@ -81,7 +99,7 @@ class Handover:
         )
 
     def _steps_asked_of(self, index: int) -> set[int]:
-        asked = [source_of(self.phases, later) for later in range(index + 1, len(self.phases))]
+        asked = [place for later in range(len(self.phases)) for place in places_asked_for(self.phases, later)]
         return {step for source, step in asked if source == index and step is not None}
 
     def _model(self, index: int) -> ModelConfig:

@@ -105,9 +105,15 @@ class _Phases:
         return {"steps": result.step, "num_skipped": result.num_skipped}
 
     def _pass(self, index: int) -> None:
-        phase, out = self.recipe.phases[index], self.handover.passed(index)
-        if self.group.broadcast("there" if out.is_dir() else ""):
+        out = self.handover.solved(index)
+        if self.group.broadcast("there" if self.handover.passed(index).is_dir() else ""):
             return
+        if not self.group.broadcast("there" if out.is_dir() else ""):
+            self._solve(index, out)
+        self.handover.rewind(index)
+
+    def _solve(self, index: int, out: Path) -> None:
+        phase = self.recipe.phases[index]
         trained = self.recipe.of_phase(index) if phase.trains else self.recipe
         compressed = CompressRecipe(
             seed=self.recipe.seed,

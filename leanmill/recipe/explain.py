@@ -103,6 +103,8 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
     for index, name in enumerate(phase_names(recipe.phases)):
         lines += ["", f"phase {index + 1}, {name}: {_start(recipe, index)}"]
         lines += [f"  pass {line}" for line in _passes(recipe.phases[index])]
+        if recipe.phases[index].rewind_to:
+            lines += [f"  what is left takes the values it had in {recipe.phases[index].rewind_to}"]
         if recipe.phases[index].trains:
             sections = _sections(recipe.of_phase(index), world_sizes)
             # What the first phase said goes for the later ones.

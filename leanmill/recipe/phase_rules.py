@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leanmill.core.near import near_names
-from leanmill.recipe.phases import BASE, phase_names, source_of, trained_before
+from leanmill.recipe.phases import BASE, phase_names, place_of, source_of, trained_before
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _problems(recipe: Sections, names: Sequence[str], index: int) -> Iterator[st
     if names.index(names[index]) < index:
         yield f"the name {names[index]!r} is an earlier phase's; give another"
         return
-    problem = _start_problem(names, index, phase.start_from)
+    problem = _start_problem(names, index, phase.start_from) or _rewind_problem(recipe, names, index)
     if problem:
         yield problem
         return
@@ -74,17 +74,30 @@ def _problems(recipe: Sections, names: Sequence[str], index: int) -> Iterator[st
         yield "keep: [optimizer] has no meaning for weights that passes changed; remove it"
 
 
-def _start_problem(names: Sequence[str], index: int, start: str | None) -> str:
+def _rewind_problem(recipe: Sections, names: Sequence[str], index: int) -> str:
+    phase = recipe.phases[index]
+    if phase.rewind_to is None:
+        return ""
+    if not phase.passes:
+        return "rewind_to is for a phase with passes, whose zeros stay; add passes, or type start_from instead"
+    problem = _start_problem(names, index, phase.rewind_to, key="rewind_to")
+    if problem or phase.rewind_to == BASE:
+        return problem or f"rewind_to must name a phase that trains; type e.g. rewind_to: {names[0]}@100"
+    earlier, _ = place_of(recipe.phases, phase.rewind_to)
+    return "" if recipe.phases[earlier].trains else f"rewind_to: {phase.rewind_to} does not train; name one that does"
+
+
+def _start_problem(names: Sequence[str], index: int, start: str | None, key: str = "start_from") -> str:
     name, at, step = (start or BASE).partition("@")
     if at and not (step.isdecimal() and int(step) > 0):
-        return f"start_from: {start} must end in a number of steps; type e.g. start_from: {name}@100"
+        return f"{key}: {start} must end in a number of steps; type e.g. {key}: {name}@100"
     earlier = names[:index]
     if name == BASE and not at or name in earlier:
         return ""
     near = near_names(name, earlier)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join([BASE, *earlier])}"
     what = "comes later" if name in names[index + 1 :] else "is this phase" if name == names[index] else "is unknown"
-    return f"start_from: {start} must name an earlier phase, and {name!r} {what}; {hint}"
+    return f"{key}: {start} must name an earlier phase, and {name!r} {what}; {hint}"
 
 
 def _refused(overrides: Mapping[str, Any]) -> Iterator[str]:

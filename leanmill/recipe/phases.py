@@ -73,6 +73,9 @@ class PhaseConfig(Config):
     """Passes over the model it begins with, each `{type: name, ...}`, in the order they run."""
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     """Rows that the passes look at, of `data`."""
+    rewind_to: str | None = None
+    """After the passes, give all weights the values they had in an earlier phase, `name` or `name@step`, but for the
+    zeros of the layers that the passes took: a lottery ticket (Frankle and Carbin 2019, arXiv:1803.03635)."""
     overrides: Annotated[dict[str, Any] | None, BeforeValidator(_nested)] = None
     """What is otherwise than in the recipe while this phase trains: `{train.steps: 100, techniques: [...]}`, dotted
     or nested; a list replaces the whole list. A phase with passes trains only where this is given, `{}` too."""
@@ -140,7 +143,16 @@ def source_of(phases: Sequence[PhaseConfig], index: int) -> tuple[int | None, in
     start = phases[index].start_from
     if start is None:
         return (index - 1 if index else None), None
-    if start == BASE:
-        return None, None
-    name, at, step = start.partition("@")
+    return (None, None) if start == BASE else place_of(phases, start)
+
+
+def place_of(phases: Sequence[PhaseConfig], place: str) -> tuple[int, int | None]:
+    """Return the index of the phase that `name` or `name@step` names, and the step (None: its end)."""
+    name, at, step = place.partition("@")
     return phase_names(phases).index(name), int(step) if at else None
+
+
+def places_asked_for(phases: Sequence[PhaseConfig], index: int) -> list[tuple[int | None, int | None]]:
+    """Return every phase that one takes weights from, and the step in it."""
+    rewound = phases[index].rewind_to
+    return [source_of(phases, index), *([] if rewound is None else [place_of(phases, rewound)])]

@@ -12,7 +12,7 @@ from leanmill.checkpoint.phases import phase_folder
 from leanmill.core.errors import ConfigError
 from leanmill.recipe.errors import describe
 from leanmill.recipe.phase_rules import phase_problems
-from leanmill.recipe.phases import carries_state, merged, phase_names, source_of, trained_before
+from leanmill.recipe.phases import carries_state, merged, phase_names, places_asked_for, source_of, trained_before
 from leanmill.recipe.rules import num_steps, problems
 from leanmill.recipe.sections import Sections
 
@@ -71,16 +71,23 @@ class Recipe(Sections):
     def _problems_in_phases(self) -> Iterator[str]:
         recipes: list[Recipe] = []
         for index, phase in enumerate(self.phases):
+            where = f"phases.{index} ({phase_names(self.phases)[index]})"
             try:
                 recipes.append(self.of_phase(index) if phase.trains else self)
             except ConfigError as error:
                 yield str(error)
                 return
-            source, step = trained_before(self.phases, index)
+            yield from (f"{where}: {line}" for line in self._steps_past_an_end(index, recipes))
+            source, _ = trained_before(self.phases, index)
             if source is not None:
                 before, carries = recipes[source], self.carries_state(index, recipes)
-                for line in _handover_problems(before, recipes[index], step, phase.keep, carries):
-                    yield f"phases.{index} ({phase_names(self.phases)[index]}): {line}"
+                for line in _handover_problems(before, recipes[index], phase.keep, carries_state=carries):
+                    yield f"{where}: {line}"
+
+    def _steps_past_an_end(self, index: int, recipes: Sequence[Recipe]) -> Iterator[str]:
+        for place, step in places_asked_for(self.phases, index):
+            if place is not None and step is not None and step > (length := num_steps(recipes[place])):
+                yield f"{phase_names(self.phases)[place]}@{step} is past its {length} steps; give fewer"
 
     def carries_state(self, index: int, recipes: Sequence[Recipe]) -> bool:
         """Whether a phase begins with an earlier one's checkpoint itself; `recipes` are those of the phases so far."""
@@ -94,14 +101,10 @@ def _by_type(recipe: Recipe) -> list[Any]:
     return sorted(recipe.techniques, key=lambda technique: technique.type)  # type: ignore[attr-defined]
 
 
-def _handover_problems(
-    source: Recipe, recipe: Recipe, step: int | None, keep: list[Any], carries_state: bool
-) -> Iterator[str]:
+def _handover_problems(source: Recipe, recipe: Recipe, keep: list[Any], *, carries_state: bool) -> Iterator[str]:
     """Yield what does not fit between a phase and the training it comes from."""
     if "optimizer" in keep and not carries_state:
         yield "keep: [optimizer] needs the weights its moments belong to, and techniques differ; type carry: state"
-    if step is not None and step > num_steps(source):
-        yield f"start_from @{step} is past the end of that phase, {num_steps(source)} steps; give fewer"
     if "optimizer" in keep and source.optimizer.type != recipe.optimizer.type:
         yield (
             f"keep: [optimizer] needs the optimizer that the moments are of, {source.optimizer.type}, and this phase "

@@ -15,6 +15,7 @@ from leanmill.export import export_model
 from leanmill.phases.run import run
 from leanmill.recipe.compress import CompressRecipe
 from leanmill.recipe.root import Recipe
+from leanmill.trainer.passes.folder import SourceFolder
 from leanmill.trainer.passes.run import compress
 from leanmill.trainer.rebuild import rebuild
 from leanmill.trainer.run import run as run_one
@@ -66,6 +67,11 @@ def recipe(home, run_dir, *phases, **more):
 
 def weights(folder, part="model"):
     return read_full_state(locate(folder).path, part)
+
+
+def read_folder(folder):
+    source = SourceFolder(folder)
+    return source.read(source.keys)
 
 
 def assert_equal(found, expected):
@@ -212,6 +218,30 @@ def test_rewinds_to_a_step_of_an_earlier_phase(home, tmp_path):
     for name in ("02-early", "03-again"):
         assert_equal(weights(phases / name), weights(phases / "01-dense"))
     assert (phases / "01-dense/checkpoints/step-00000001").is_dir()
+
+
+def test_a_lottery_ticket_has_the_zeros_of_the_end_and_the_weights_of_the_beginning(home, tmp_path):
+    ticket = {
+        "passes": [{"type": "magnitude", "sparsity": 0.5}],
+        "calibration": CALIBRATION,
+        "rewind_to": "dense@1",
+        "overrides": {"train.steps": 2, "techniques": [{"type": "static_mask"}]},
+    }
+    run(recipe(home, tmp_path / "run", DENSE, {**ticket, "name": "ticket"}))
+    phases = tmp_path / "run/phases"
+    early, late = (read_full_state(phases / f"01-dense/checkpoints/step-0000000{step}", "model") for step in (1, 3))
+    begun = read_folder(phases / "02-ticket/passed")
+    for name, value in begun.items():
+        if name.endswith("_proj.weight"):
+            kept = value != 0
+            assert kept.float().mean() == 0.5
+            assert late[name][kept].abs().min() >= late[name][~kept].abs().max()
+            assert torch.equal(value[kept], early[name][kept])
+        else:
+            assert torch.equal(value, early[name]), name
+    trained = weights(tmp_path / "run")
+    assert all(torch.equal(trained[name] == 0, begun[name] == 0) for name in begun if name.endswith("_proj.weight"))
+    assert not torch.equal(trained["model.norm.weight"], begun["model.norm.weight"])
 
 
 def test_a_state_that_does_not_fit_is_refused_before_the_first_phase(home, tmp_path):

@@ -142,7 +142,7 @@ def test_what_no_phase_changes_is_refused_with_what_to_do(key, value, says):
         ([{"start_from": "dense", **DENSE, "name": "a"}, DENSE], "'dense' comes later"),
         ([{**DENSE, "start_from": "dense"}], "'dense' is this phase"),
         ([DENSE, {"start_from": "dense@soon"}], "type e.g. start_from: dense@100"),
-        ([DENSE, {"start_from": "dense@11", "overrides": {"train.steps": 1}}], "@11 is past the end of that phase"),
+        ([DENSE, {"start_from": "dense@11", "overrides": {"train.steps": 1}}], "dense@11 is past its 10 steps"),
         ([DENSE, {"passes": [WANDA]}, {"start_from": "wanda@3"}], "does not train; remove @3"),
         ([DENSE, {"carry": "state", "passes": [WANDA], "overrides": {"train.steps": 1}}], "carry: state is for"),
         ([DENSE, {"keep": ["optimizer"], "carry": "weights", "overrides": {"train.steps": 1}}], "type carry: state"),
@@ -161,6 +161,10 @@ def test_what_no_phase_changes_is_refused_with_what_to_do(key, value, says):
         ([DENSE, {"passes": [{"type": "wnda"}]}], "did you mean wanda"),
         ([DENSE, {"passes": [{**WANDA, "num_kpt": 2}]}], "phases.1.passes.0.num_kpt; did you mean 'num_kept'?"),
         ([{**DENSE, "name": "a/b"}], "must be a short folder name"),
+        ([DENSE, {"rewind_to": "dense"}], "rewind_to is for a phase with passes"),
+        ([DENSE, {"passes": [WANDA], "rewind_to": "base"}], "rewind_to must name a phase that trains"),
+        ([DENSE, {"passes": [WANDA], "rewind_to": "dens@1"}], "rewind_to: dens@1 must name an earlier phase"),
+        ([DENSE, {"passes": [WANDA], "rewind_to": "dense@11"}], "dense@11 is past its 10 steps"),
     ],
 )  # fmt: skip
 def test_wrong_phases_are_refused_in_one_line(phases, says):

@@ -87,7 +87,10 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[LayerRe
         if ranks.rank == 0:
             for intermediate in place.glob(".pass-*"):
                 shutil.rmtree(intermediate)
-            summary = {"passes": [config.model_dump(mode="json") for config in recipe.passes]}
+            summary = {
+                "passes": [config.model_dump(mode="json") for config in recipe.passes],
+                "layers": sorted({report.name for report in reports}),
+            }
             (place / "leanmill.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return reports
 
