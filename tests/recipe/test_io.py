@@ -160,7 +160,7 @@ def test_bad_overrides(load, override, message):
             ["lr=0.1 x weight_decay=10", "set optimizer.weight_decay below 10"],
         ),
         ("optimizer.betas=3", ["optimizer.betas=3 is not allowed; give a list"]),
-        ("eval=5", ["eval=5 is not allowed; give a mapping of every_steps, tokens_per_domain"]),
+        ("eval=5", ["eval=5 is not allowed; give a mapping of every_steps, at_start, tokens_per_domain"]),
         ("engine=[ddp]", ["engine=['ddp'] is not allowed; give a mapping of a type and its keys"]),
         (
             "data.source={type: local_corpus, domains: {rust: 1}}",
