@@ -6,6 +6,7 @@ inputs looked like on calibration text. It never sees the trainer, which streams
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +18,8 @@ from leanmill.core.config import Config
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from leanmill.core.gram import Gram
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
@@ -25,8 +28,18 @@ class InputStatistics:
     num_tokens: int
     square_sum: Tensor
     """Sum of x^2 a feature [in], fp32."""
-    gram: Tensor | None
+    gram: Gram | None
     """Sum of x x^T [in, in], fp32, where the solver asked for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """What became of one layer."""
+
+    weight: Tensor
+    """[out, in] fp32."""
+    squared_error: float | None = None
+    """||(W' - W) X||^2 on the calibration inputs X, where the solver knows it."""
 
 
 class LayerSolver(Protocol):
@@ -43,8 +56,17 @@ class LayerSolver(Protocol):
         """
         ...
 
-    def solve(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
-        """Return the compressed weight [out, in] fp32 of `weight` [out, in] fp32."""
+    def prepare(self, statistics: InputStatistics) -> Callable[[Tensor], Solution]:
+        """Return what solves a layer's weight [out, in] fp32, which it may overwrite.
+
+        Called once for all layers that share their inputs.
+
+        Args:
+            statistics: Of the inputs; the gram matrix may be used up.
+
+        Raises:
+            RunError: The inputs are such that nothing can be solved.
+        """
         ...
 
 

@@ -69,9 +69,13 @@ class PruningPass(PassConfig):
 
 
 def _highest(score: Tensor, num_kept: int) -> Tensor:
+    import numpy as np
     import torch
 
     mask = torch.zeros_like(score, dtype=torch.bool)
-    for row, kept in zip(score, mask, strict=True):  # one after another: an order takes 8 bytes a weight
-        kept[row.argsort(descending=True, stable=True)[:num_kept]] = True
+    for row, kept in zip(score, mask, strict=True):  # one after another, and by selection: an order takes 8 bytes each
+        least = np.partition(row.numpy(), len(row) - num_kept)[len(row) - num_kept].item()
+        torch.gt(row, least, out=kept)
+        ties = (row == least).nonzero().squeeze(-1)
+        kept[ties[: num_kept - int(kept.sum())]] = True
     return mask

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from leanmill.core import gram as gram_module
+from leanmill.core.gram import Gram
 from leanmill.core.obs import inverse_factor, solve_columns
 
 
@@ -39,19 +41,21 @@ class Rule:
 
 
 @pytest.mark.parametrize(("num_in", "group_size"), [(12, 4), (300, 100), (300, 7), (130, 130), (5, 64)])
-def test_columns_equal_optimal_brain_surgery(num_in, group_size):
+def test_columns_equal_optimal_brain_surgery(num_in, group_size, monkeypatch):
+    monkeypatch.setattr(gram_module, "TILE", 64)
     torch.manual_seed(0)
     x = torch.randn(4 * num_in, num_in, dtype=torch.float64) @ torch.randn(num_in, num_in, dtype=torch.float64)
     gram = x.T @ x
     weight = torch.randn(3, num_in, dtype=torch.float64)
     hessian = gram + 0.01 * gram.diagonal().mean() * torch.eye(num_in, dtype=torch.float64)
     rule = Rule()
-    got = solve_columns(weight, inverse_factor(gram, 0.01), rule, group_size=group_size)
+    got, error = solve_columns(weight, inverse_factor(Gram.of(gram), 0.01), rule, group_size=group_size)
     assert rule.groups == -(-num_in // group_size)
     expected = surgery(weight, hessian, Round())
     # A column at a rounding edge may fall to either side; everything after it then differs.
     same = (got - expected).abs().amax(1) < 1e-6
     assert same.float().mean() >= 2 / 3
+    assert error == pytest.approx(((got - weight) @ x.T).square().sum().item(), rel=1e-6)
     loss = lambda w: ((w - weight) @ hessian * (w - weight)).sum()  # noqa: E731
     assert num_in < 100 or loss(got) < loss(weight.mul(4).round().div(4))
 
@@ -59,7 +63,7 @@ def test_columns_equal_optimal_brain_surgery(num_in, group_size):
 def test_features_that_were_always_zero_are_left_to_themselves():
     x = torch.randn(50, 6)
     x[:, 2] = 0
-    factor = inverse_factor(x.T @ x, 0.01)
+    factor = inverse_factor(Gram.of(x.T @ x), 0.01).rows(0, 6, torch.float32)
     assert torch.isfinite(factor).all()
     assert factor[2, 3:].abs().max() < 1e-6
 
@@ -67,4 +71,18 @@ def test_features_that_were_always_zero_are_left_to_themselves():
 def test_degenerate_inputs_say_what_to_type():
     x = torch.randn(1, 40).double().repeat(3, 1) * 1e3
     with pytest.raises(ValueError, match="set damping"):
-        inverse_factor((x.T @ x) - 1e3 * torch.eye(40).double(), 1e-12)
+        inverse_factor(Gram.of((x.T @ x) - 1e3 * torch.eye(40).double()), 1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 64, 150])
+def test_the_factor_is_that_of_the_inverse(size, monkeypatch):
+    monkeypatch.setattr(gram_module, "TILE", 64)
+    torch.manual_seed(1)
+    x = torch.randn(2 * size, size, dtype=torch.float64) * torch.logspace(-3, 3, size, dtype=torch.float64)
+    hessian = x.T @ x
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(size, dtype=torch.float64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    factor = inverse_factor(Gram.of(x.T @ x), 0.01)
+    torch.testing.assert_close(factor.rows(0, size, torch.float64), expected, rtol=1e-6, atol=1e-12)
+    part = factor.rows(size // 3, size // 2 + 1, torch.float64)
+    torch.testing.assert_close(part, expected[size // 3 : size // 2 + 1, size // 3 :], rtol=1e-6, atol=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.obs import inverse_factor, solve_columns
-from leanmill.core.passes import InputStatistics
+from leanmill.core.passes import InputStatistics, Solution
 from leanmill.quant.scales import symmetric_scale
 
 
@@ -46,19 +47,28 @@ class GptqSolver:
                 f"add {name!r} to exclude, choose a group_size that divides {shape[1]}, or set group_size: null"
             )
 
-    def solve(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+    def prepare(self, statistics: InputStatistics) -> Callable[[Tensor], Solution]:
         assert statistics.gram is not None
-        order = torch.arange(weight.shape[1], device=weight.device)
+        gram, order = statistics.gram, None
         if self.by_activations:
             order = statistics.square_sum.argsort(descending=True, stable=True)
+            gram = gram.permuted(order)
+            statistics.gram.tiles.clear()
         try:
-            factor = inverse_factor(statistics.gram[order][:, order], self.damping)
+            factor = inverse_factor(gram, self.damping)
         except ValueError as error:
             raise RunError(str(error)) from None
-        out = torch.empty_like(weight)
-        group_size = self.group_size or weight.shape[1]
-        out[:, order] = solve_columns(weight[:, order], factor, self.rule, group_size=group_size)
-        return out
+
+        def solve(weight: Tensor) -> Solution:
+            group_size = self.group_size or weight.shape[1]
+            given = weight if order is None else weight[:, order]
+            found, error = solve_columns(given, factor, self.rule, group_size=group_size)
+            if order is not None:
+                weight[:, order] = found
+                found = weight
+            return Solution(weight=found, squared_error=error)
+
+        return solve
 
 
 class _Grid:

@@ -18,6 +18,6 @@ class Magnitude(PruningPass):
     """Name of the pass."""
 
     def solver(self) -> LayerSolver:
-        from leanmill.sparse.magnitude.solver import MagnitudeSolver
+        from leanmill.sparse.criterion import CriterionSolver, magnitude
 
-        return MagnitudeSolver(self)
+        return CriterionSolver(self, magnitude, whole=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from leanmill.core.errors import RunError
 from leanmill.core.obs import inverse_factor, solve_columns
-from leanmill.core.passes import InputStatistics
+from leanmill.core.passes import InputStatistics, Solution
 from leanmill.sparse.pattern import PruningPass
 
 
@@ -22,16 +24,21 @@ class SparseGptSolver:
     def check(self, name: str, shape: tuple[int, int]) -> None:
         self.pattern.check_shape(name, shape)
 
-    def solve(self, weight: Tensor, statistics: InputStatistics) -> Tensor:
+    def prepare(self, statistics: InputStatistics) -> Callable[[Tensor], Solution]:
         assert statistics.gram is not None
         try:
             factor = inverse_factor(statistics.gram, self.damping)
         except ValueError as error:
             raise RunError(str(error)) from None
         group_size = self.pattern.group_size or self.block_size
-        # A feature that was always 0 is free to prune, and nothing can make up for its weights.
-        weight = torch.where(statistics.square_sum == 0, 0.0, weight)
-        return solve_columns(weight, factor, _Mask(self.pattern), group_size=group_size)
+
+        def solve(weight: Tensor) -> Solution:
+            # A feature that was always 0 is free to prune, and nothing can make up for its weights.
+            weight.masked_fill_(statistics.square_sum == 0, 0.0)
+            found, error = solve_columns(weight, factor, _Mask(self.pattern), group_size=group_size)
+            return Solution(weight=found, squared_error=error)
+
+        return solve
 
 
 class _Mask:

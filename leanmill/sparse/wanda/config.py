@@ -18,6 +18,6 @@ class Wanda(PruningPass):
     """Name of the pass."""
 
     def solver(self) -> LayerSolver:
-        from leanmill.sparse.wanda.solver import WandaSolver
+        from leanmill.sparse.criterion import CriterionSolver, magnitude_times_input_norm
 
-        return WandaSolver(self)
+        return CriterionSolver(self, magnitude_times_input_norm, whole=False)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import new_folder
@@ -25,7 +26,8 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.compress import CompressRecipe
 from leanmill.recipe.sections import ClusterConfig
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
-from leanmill.trainer.passes.statistics import watched
+from leanmill.trainer.passes.memory import return_large_blocks
+from leanmill.trainer.passes.statistics import Watch, watched
 from leanmill.trainer.passes.stream import Block, BlockStream
 
 
@@ -41,7 +43,7 @@ class LayerReport:
     zero_fraction: float
     """Of the weights written."""
     output_error: float | None
-    """||(W' - W) X||^2 / ||W X||^2 on the calibration inputs X, where the pass knows their gram matrix."""
+    """||(W' - W) X||^2 / ||W X||^2 on the calibration inputs X, where the solver knows it; of W' in fp32."""
 
     def __str__(self) -> str:
         error = "" if self.output_error is None else f", output error {self.output_error:.2%}"
@@ -57,6 +59,7 @@ def compress(recipe: CompressRecipe, out: Path) -> list[LayerReport]:
         ConfigError: The model, the data or a pass does not fit.
         RunError: A layer cannot be solved, or the disk refuses.
     """
+    return_large_blocks()
     ranks = init_processes(recipe.device, ClusterConfig())
     try:
         return compress_in(ranks, recipe, out)
@@ -123,24 +126,48 @@ class _Pass:
         return reports
 
     @torch.no_grad()
-    def _solve(self, block: Block) -> Iterator[LayerReport]:
+    def _solve(self, block: Block) -> list[LayerReport]:
+        """Solve a block's layers; its weights leave memory meanwhile, and the solved ones come back one by one."""
         layers = {name: layer for name, layer in self.stream.linears(block.index).items() if name in self.targets}
         with watched(layers, with_gram=self.solver.needs_gram) as watches:
             for _ in self.stream.run(block):
                 pass
-        for name, layer in layers.items():
-            statistics = watches[name].total()
-            weight = layer.weight.float().cpu()
-            solved = self.solver.solve(weight, statistics)
-            if not torch.isfinite(solved).all():
+        for layer in layers.values():
+            self.stream.drop(layer)
+        reports: dict[str, LayerReport] = {}
+        # What takes the most memory to solve comes while no weight is back yet.
+        watches.sort(key=lambda watch: watch.in_features)
+        while watches:
+            self._solve_together(watches.pop(), layers, reports)
+        missing = [name for name in layers if name not in reports]
+        if missing:
+            raise RunError(f"no calibration row reaches {missing[0]}; add it to exclude")
+        return [reports[name] for name in layers]
+
+    def _solve_together(self, watch: Watch, layers: dict[str, nn.Linear], reports: dict[str, LayerReport]) -> None:
+        """Solve the layers that share their inputs."""
+        statistics = watch.total()
+        energies = self._energies(watch, statistics)
+        solve = self.solver.prepare(statistics)
+        for name in watch.names:
+            solution = solve(self.stream.weight(name))
+            weight = solution.weight
+            if not all(map(math.isfinite, (float(end) for end in weight.aminmax()))):
                 raise RunError(f"{name}: {self.technique} gave non-finite weights; look at the calibration data")
-            layer.weight.copy_(solved)
-            yield LayerReport(
+            reports[name] = LayerReport(
                 name=name,
                 technique=self.technique,
-                zero_fraction=(layer.weight == 0).float().mean().item(),
-                output_error=_output_error(weight, layer.weight.float().cpu(), statistics),
+                zero_fraction=1 - int(weight.count_nonzero()) / weight.numel(),
+                output_error=None if solution.squared_error is None else solution.squared_error / energies[name],
             )
+            self.stream.put(layers[name], weight)
+
+    def _energies(self, watch: Watch, statistics: InputStatistics) -> dict[str, float]:
+        """||W X||^2 of each layer, where the gram matrix of X is known."""
+        if statistics.gram is None:
+            return {}
+        tiny = torch.finfo(torch.float32).tiny
+        return {name: max(tiny, statistics.gram.energy(self.stream.weight(name))) for name in watch.names}
 
     def _write(self, block: Block) -> None:
         """Write the block's tensors; what no pass touched as it was stored, bit for bit."""
@@ -186,14 +213,6 @@ def check_pass(config: PassConfig, shapes: Mapping[str, tuple[int, int]]) -> fro
     for name in sorted(taken):
         solver.check(name, shapes[name])
     return frozenset(taken)
-
-
-def _output_error(before: Tensor, after: Tensor, statistics: InputStatistics) -> float | None:
-    if statistics.gram is None:
-        return None
-    change = after - before
-    energy = ((before @ statistics.gram) * before).sum()
-    return float(((change @ statistics.gram) * change).sum() / energy.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _calibration(recipe: CompressRecipe, folder: Path, ranks: Ranks) -> list[dict[str, Tensor]]:

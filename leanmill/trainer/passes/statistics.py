@@ -8,27 +8,35 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.errors import RunError
+from leanmill.core.gram import Gram
 from leanmill.core.passes import InputStatistics
 from leanmill.parallel.collectives import sum_over_ranks
 
 
 @contextmanager
-def watched(layers: Mapping[str, nn.Linear], *, with_gram: bool) -> Iterator[dict[str, Watch]]:
-    """Collect the inputs' statistics of each layer while the block runs.
+def watched(layers: Mapping[str, nn.Linear], *, with_gram: bool) -> Iterator[list[Watch]]:
+    """Collect statistics of the layers' inputs while the block runs, one `Watch` for each input.
 
-    Layers that are called with one and the same tensor (query, key, value) share what is computed.
+    Layers that are called with one and the same tensor (query, key, value) share it. Afterwards the list
+    holds one watch for every layer that was called, in the order of the calls.
     """
-    watches = {name: Watch(layer.in_features, with_gram) for name, layer in layers.items()}
-    last: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+    watches: list[Watch] = []
+    watch_of: dict[str, Watch] = {}
 
-    def hook(watch: Watch, tokens: Tensor) -> None:
-        if id(tokens) not in last or last[id(tokens)][0] is not tokens:
-            last.clear()
-            last[id(tokens)] = (tokens, *_sums(tokens, with_gram))
-        watch.add(tokens, *last[id(tokens)][1:])
+    def hook(name: str, layer: nn.Linear, tokens: Tensor) -> None:
+        if name not in watch_of:
+            # The first call of a layer decides whose inputs it shares.
+            watch = next((w for w in watches if w.last is tokens), None)
+            if watch is None:
+                watch = Watch(layer.in_features, with_gram)
+                watches.append(watch)
+            watch.names.append(name)
+            watch_of[name] = watch
+        watch_of[name].see(name, tokens)
 
     handles = [
-        layer.register_forward_pre_hook(lambda _, inputs, watch=watches[name]: hook(watch, inputs[0]))
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: hook(name, module, inputs[0]))
         for name, layer in layers.items()
     ]
     try:
@@ -36,32 +44,56 @@ def watched(layers: Mapping[str, nn.Linear], *, with_gram: bool) -> Iterator[dic
     finally:
         for handle in handles:
             handle.remove()
+        for watch in watches:
+            watch.last = None
 
 
 class Watch:
-    """Running sums over the inputs of one layer."""
+    """Running sums over the inputs that some layers share."""
 
     def __init__(self, in_features: int, with_gram: bool) -> None:
+        self.names: list[str] = []
+        """Of the layers; the first is the first that is called."""
+        self.in_features = in_features
+        self.last: Tensor | None = None
+        """What the first layer was called with last."""
         self._num_tokens = 0
         self._square_sum = torch.zeros(in_features)
-        self._gram = torch.zeros(in_features, in_features) if with_gram else None
+        self._gram = Gram(in_features) if with_gram else None
 
-    def add(self, tokens: Tensor, square_sum: Tensor, gram: Tensor | None) -> None:
-        """Add what was summed over `tokens` [..., in]."""
-        self._num_tokens += tokens.shape[:-1].numel()
-        self._square_sum += square_sum.cpu()
-        if self._gram is not None and gram is not None:
-            self._gram += gram.cpu()
+    def see(self, name: str, tokens: Tensor) -> None:
+        """Take note that a layer is called with `tokens` [..., in].
+
+        Raises:
+            RunError: Layers that shared their input before do not now.
+        """
+        if name != self.names[0]:
+            if tokens is not self.last:
+                raise RunError(
+                    f"{name} and {self.names[0]} share their input on some calibration rows and not on others; "
+                    f"add one of them to exclude"
+                )
+            return
+        self.last = tokens
+        rows = tokens.detach().reshape(-1, self.in_features).float()
+        self._num_tokens += len(rows)
+        self._square_sum += rows.square().sum(0).cpu()
+        if self._gram is not None:
+            self._gram.add(rows)
 
     def total(self) -> InputStatistics:
-        """Return the sums over all ranks. A collective."""
+        """Return the sums over all ranks; those of this rank are used up. A collective.
+
+        Raises:
+            RunError: They are not finite.
+        """
+        square_sum = sum_over_ranks(self._square_sum)
+        if not torch.isfinite(square_sum).all():
+            raise RunError(
+                f"the inputs of {self.names[0]} are not finite on the calibration rows; look at model and data"
+            )
+        if self._gram is not None:
+            self._gram.reduce(sum_over_ranks)
         return InputStatistics(
-            num_tokens=int(sum_over_ranks(torch.tensor(self._num_tokens))),
-            square_sum=sum_over_ranks(self._square_sum),
-            gram=None if self._gram is None else sum_over_ranks(self._gram),
+            num_tokens=int(sum_over_ranks(torch.tensor(self._num_tokens))), square_sum=square_sum, gram=self._gram
         )
-
-
-def _sums(tokens: Tensor, with_gram: bool) -> tuple[Tensor, Tensor | None]:
-    rows = tokens.detach().reshape(-1, tokens.shape[-1]).float()
-    return rows.square().sum(0), rows.t() @ rows if with_gram else None

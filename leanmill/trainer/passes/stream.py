@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,7 @@ from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import draw
 from leanmill.trainer.passes.folder import SourceFolder
+from leanmill.trainer.passes.memory import give_back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ class BlockStream:
             module.to(self.device, self.dtype).requires_grad_(False)
             yield Block(index=index, prefix=prefix, module=module)
             module.to("meta")
-            _give_back()
+            give_back()
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         tensors = self.source.read(name for name in self.source.keys if name.startswith(prefix))
@@ -102,6 +101,19 @@ class BlockStream:
             args, kwargs = _to(calls[block.index], self.device, self.dtype)
             out = block.module(hidden.to(self.device, self.dtype), *args, **kwargs)
             yield (out[0] if isinstance(out, tuple) else out).cpu()
+
+    def weight(self, name: str) -> Tensor:
+        """Return the weight of a layer as it is stored, fp32 on the CPU, in memory of its own."""
+        key = f"{name}.weight"
+        return self.source.read([key])[key].float()
+
+    def drop(self, layer: nn.Linear) -> None:
+        """Give back the memory of a layer's weight, until `put`."""
+        layer.weight = nn.Parameter(torch.empty_like(layer.weight, device="meta"), requires_grad=False)
+
+    def put(self, layer: nn.Linear, weight: Tensor) -> None:
+        """Give a layer another weight [out, in]."""
+        layer.weight = nn.Parameter(weight.to(self.device, self.dtype), requires_grad=False)
 
     def advance(self, block: Block) -> None:
         """Make the block's outputs, as its weights are now, the next one's inputs."""
@@ -135,7 +147,7 @@ class BlockStream:
             self.hidden.append(recorders[0].hidden)
             self._calls.append([recorder.take() for recorder in recorders])
         base.to("meta")
-        _give_back()
+        give_back()
 
 
 class _Recorder(nn.Module):
@@ -182,9 +194,3 @@ def _to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_to(item, device, dtype) for item in value)
     return value
-
-
-def _give_back() -> None:
-    """Return freed memory to the system: glibc keeps blocks of a size it has seen freed, in pieces no tensor fits."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
