@@ -7,6 +7,7 @@ the calibration inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +46,10 @@ class Factor:
     """On and above the diagonal, fp64."""
     ridge: Tensor
     """What was added to the diagonal of the Hessian [n], fp64."""
+
+    def diagonal(self, dtype: torch.dtype) -> Tensor:
+        """Return the diagonal [n]."""
+        return torch.cat([self.tiles[i, i].diagonal() for i in range(len(self.parts))]).to(dtype)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Return U[first:last, first:]."""
@@ -126,17 +131,17 @@ def solve_columns(weight: Tensor, factor: Factor, rule: ColumnRule, *, group_siz
     """
     before, weight, num_in = weight, weight.clone(), weight.shape[1]
     damped_error = 0.0
-    num_lazy = -(-LAZY_COLUMNS // group_size) * group_size
-    for first in range(0, num_in, num_lazy):
-        last = min(first + num_lazy, num_in)
+    diagonal = factor.diagonal(weight.dtype)
+    for first, last in _spans(num_in, group_size):
         block, rows = weight[:, first:last], factor.rows(first, last, weight.dtype)
         errors = torch.empty_like(block)
         for index in range(last - first):
-            if index % group_size == 0:
-                group = slice(index, index + group_size)
-                rule.start_group(block[:, group], rows.diagonal()[group])
+            place = (first + index) % group_size
+            if place == 0:
+                group = slice(first + index, first + index + group_size)
+                rule.start_group(weight[:, group], diagonal[group])
             column = block[:, index].clone()
-            value = rule.value(column, index % group_size)
+            value = rule.value(column, place)
             errors[:, index] = (column - value) / rows[index, index]
             block[:, index + 1 :] -= errors[:, index : index + 1] * rows[index, index + 1 : last - first]
             block[:, index] = value
@@ -144,6 +149,16 @@ def solve_columns(weight: Tensor, factor: Factor, rule: ColumnRule, *, group_siz
         damped_error += float(errors.square().sum(dtype=torch.float64))
     # W - W' is E U, and U H U^T the identity: the squares of E sum up to the error under H.
     return weight, max(0.0, damped_error - _ridge_error(before, weight, factor.ridge))
+
+
+def _spans(num_in: int, group_size: int) -> Iterator[tuple[int, int]]:
+    """Yield the columns whose corrections wait for each other: whole groups, or parts of one that is larger."""
+    num_lazy = -(-LAZY_COLUMNS // group_size) * group_size
+    for first in range(0, num_in, num_lazy):
+        last = min(first + num_lazy, num_in)
+        step = last - first if group_size <= LAZY_COLUMNS else LAZY_COLUMNS
+        for start in range(first, last, step):
+            yield start, min(start + step, last)
 
 
 def _ridge_error(before: Tensor, after: Tensor, ridge: Tensor) -> float:

@@ -40,7 +40,7 @@ class Rule:
         return column.mul(4).round().div(4)
 
 
-@pytest.mark.parametrize(("num_in", "group_size"), [(12, 4), (300, 100), (300, 7), (130, 130), (5, 64)])
+@pytest.mark.parametrize(("num_in", "group_size"), [(12, 4), (300, 100), (300, 7), (300, 300), (130, 130), (5, 64)])
 def test_columns_equal_optimal_brain_surgery(num_in, group_size, monkeypatch):
     monkeypatch.setattr(gram_module, "TILE", 64)
     torch.manual_seed(0)
