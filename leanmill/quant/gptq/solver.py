@@ -61,8 +61,9 @@ class GptqSolver:
 
         def solve(weight: Tensor) -> Solution:
             group_size = self.group_size or weight.shape[1]
-            given = weight if order is None else weight[:, order]
-            found, error = solve_columns(given, factor, self.rule, group_size=group_size)
+            if order is not None:
+                weight.copy_(weight[:, order])
+            found, error = solve_columns(weight, factor, self.rule, group_size=group_size)
             if order is not None:
                 weight[:, order] = found
                 found = weight
@@ -78,7 +79,9 @@ class _Grid:
         self.scale = torch.empty(0)
 
     def start_group(self, columns: Tensor, diagonal: Tensor) -> None:
-        self.scale = symmetric_scale(columns, self.num_bits, self.rule, "row", None)[:, 0]
+        # Some rows at a time, since a group may be the whole matrix.
+        parts = [symmetric_scale(rows, self.num_bits, self.rule, "row", None)[:, 0] for rows in columns.split(64)]
+        self.scale = torch.cat(parts)
 
     def value(self, column: Tensor, index: int) -> Tensor:
         safe = torch.where(self.scale == 0, 1.0, self.scale)
