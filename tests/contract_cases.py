@@ -173,6 +173,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
     "turns": ("lisa", "nm_sparsity"),
+    "hidden_distill+ternary": ("hidden_distill", "ternary"),
 }
 
 ENGINES: dict[str, dict[str, Any]] = {

@@ -11,7 +11,10 @@ from leanmill.export import export_model
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.evaluate_checkpoint import evaluate_checkpoint
 from leanmill.trainer.run import run
+from tests import contract_cases
 from tests.data.samples import write_jsonl
+from tests.distributed import run_ranks
+from tests.parallel.cases import ranks_here
 
 
 SIZES = {
@@ -93,3 +96,42 @@ def test_logged_resumed_evaluated_and_exported(folder):
     export_model(last, folder / "exported")
     exported = AutoModelForCausalLM.from_pretrained(folder / "exported")
     assert list(exported.state_dict()) == list(AutoModelForCausalLM.from_config(exported.config).state_dict())
+
+
+COMBINATIONS = {"experts": ("mixtral", "router_balance"), "hidden": ("hidden_distill", "distill", "nm_sparsity")}
+
+
+def _trained(engine, teacher, ranks, activation_checkpointing="none", compile_blocks=False):
+    """Parameters, and what the ledger holds, of every combination."""
+    results = {}
+    for key, names in COMBINATIONS.items():
+        plain = contract_cases.recipe_of(names, engine, teacher, ranks.world_size)
+        changes = {"compile": compile_blocks, "activation_checkpointing": activation_checkpointing}
+        changed = plain.model_copy(update={"train": plain.train.model_copy(update=changes)})
+        torch._dynamo.reset()
+        trained, _ = contract_cases.train(changed, ranks)
+        results[key] = contract_cases.full_parameters(trained), trained.module.ledger.take()
+        trained.close()
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("engine_name", ["ddp", "fsdp", "zero2"])
+def test_compiled_and_recomputed_on_two_ranks(engine_name, mode, tmp_path, monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="aot_eager"))
+    teacher = contract_cases.save_teacher(tmp_path / "teacher")
+    wanted = _trained({"type": "single"}, teacher, ranks_here())
+    engine = contract_cases.ENGINES[engine_name]
+    got = run_ranks(lambda: _trained(engine, teacher, ranks_here(), mode, True), 2, timeout_seconds=280)
+    for key, (parameters, sums) in wanted.items():
+        for name, value in parameters.items():
+            torch.testing.assert_close(
+                got[0][key][0][name], value, rtol=1e-4, atol=2e-5, msg=lambda m, n=f"{key} {name}": f"{n}: {m}"
+            )
+        everywhere = got[0][key][1] + got[1][key][1]
+        assert everywhere[:, 2].equal(2 * sums[:, 2]), "each micro-batch counts once, though it is recomputed"
+        # Balance is a mean over micro-batches, of which two ranks have twice as many; distances are sums.
+        share = 2 if key == "experts" else 1
+        torch.testing.assert_close(everywhere[:, :2], share * sums[:, :2], rtol=1e-4, atol=1e-4)
