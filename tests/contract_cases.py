@@ -313,18 +313,24 @@ def train_in_bf16(engine: dict[str, Any], teacher: str, ranks: Ranks) -> dict[st
 
 
 def staged_in_forward(engine: Engine) -> dict[str, Tensor]:
-    """What the last stage of every site returns in a forward of this engine, by site. A collective."""
+    """The weight that every site multiplies with in a forward of this engine, by site. A collective."""
     found: dict[str, Tensor] = {}
-    handles = []
-    for name, site in iter_sites(engine.module.model):
-        last = site.weight_stages()[-1]
-        handles.append(
-            last.register_forward_hook(lambda *call, n=name: found.__setitem__(n, call[-1].detach().clone()))
-        )
+    sites = dict(iter_sites(engine.module.model))
+
+    def watched(name: str, site: Any) -> Any:
+        def operands() -> Any:
+            captured = type(site).operands(site)
+            found[name] = captured.bound(captured.tensors).weight().detach().clone()
+            return captured
+
+        return operands
+
+    for name, site in sites.items():
+        site.operands = watched(name, site)  # type: ignore[method-assign]
     rows = FixedRows().next_rows(2, rank=0, world_size=1)
     engine.evaluate(rows)
-    for handle in handles:
-        handle.remove()
+    for site in sites.values():
+        del site.operands
     return found
 
 

@@ -73,7 +73,8 @@ def make_loop(recipe: Recipe) -> Loop:
     tokenizer, data = tokenizer_and_data(recipe)
     model = build_on_meta(recipe.model, vocab_size=len(tokenizer))
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
-    engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=recipe.train.precision, model_bytes=0)
+    assert isinstance(recipe.engine, SingleEngine)
+    engine, _ = build_engine(recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=0)
     num_micro_batches = recipe.batch.tokens_per_step // recipe.batch.tokens_per_micro_batch
     prepared = prepare(recipe, model, engine, num_micro_batches=num_micro_batches)
     loop = Loop(

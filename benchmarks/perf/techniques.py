@@ -18,7 +18,10 @@ TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "dense": [],
     "nm_sparsity_2_4": [{"type": "nm_sparsity"}],
     "ternary": [{"type": "ternary"}],
+    "lsq": [{"type": "lsq", "weight_bits": 4}],
 }
+TOKENS = 4096
+"""Of a micro-batch."""
 
 
 def kept_bytes(loop: Loop) -> int:
@@ -38,10 +41,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=DEFAULTS["techniques"]["rounds"])
     parser.add_argument("--warmup", type=int, default=2, help="uncounted steps; 0 where a step takes minutes")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--micro-batches", type=int, default=1, help=f"of {TOKENS} tokens a step")
+    parser.add_argument("--staging", default="auto", choices=["auto", "per_step", "per_use"])
     arguments = parser.parse_args()
+    num_micro_batches, staging = arguments.micro_batches, arguments.staging
+    sections = {
+        "batch": {"tokens_per_step": num_micro_batches * TOKENS, "tokens_per_micro_batch": TOKENS},
+        "engine": {"type": "single", "staging": staging},
+    }
     rounds, warmup, precision = arguments.rounds, arguments.warmup, arguments.precision
     measured_under = conditions()
-    recipes = {name: recipe_15m(precision=precision, techniques=chosen) for name, chosen in TECHNIQUES.items()}
+    recipes = {
+        name: recipe_15m(precision=precision, techniques=chosen, **sections) for name, chosen in TECHNIQUES.items()
+    }
     precision = recipes["dense"].train.precision
     loops = {name: make_loop(recipe) for name, recipe in recipes.items()}
     seconds = interleaved({name: stepper(loop) for name, loop in loops.items()}, rounds=rounds, warmup=warmup)
@@ -49,6 +61,8 @@ def main() -> None:
     kept = {name: kept_bytes(loop) for name, loop in loops.items()}
     figures: dict[str, Any] = {
         "precision": precision,
+        "micro_batches": num_micro_batches,
+        "staging": staging,
         "dense_step_seconds_median": statistics.median(seconds["dense"]),
         "rounds": rounds,
     }
@@ -56,7 +70,9 @@ def main() -> None:
         if name != "dense":
             figures[f"{name}_over_dense"] = ratio(seconds, name, "dense")
             figures[f"{name}_kept_for_backward_over_weights"] = (kept[name] - kept["dense"]) / weight_bytes
-    write_result(f"techniques_{precision}", figures, measured_under)
+    variant = "" if num_micro_batches == 1 else f"_{num_micro_batches}_micro_batches"
+    variant += "" if staging == "auto" else f"_{staging}"
+    write_result(f"techniques_{precision}{variant}", figures, measured_under)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.operands import recomputed
-from leanmill.core.product import grouped
+from leanmill.core.product import compute_dtype, grouped
 from leanmill.core.site import ExpertSite
 from leanmill.kernels.moe_permute.op import sort_by_expert
 from leanmill.kernels.swiglu.op import swiglu
@@ -112,11 +112,13 @@ def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: 
     assert isinstance(site, ExpertSite)
     site()  # so that hooks of a sharding engine run
     operands = site.operands()
+    if operands.is_plain:
+        return grouped(rows, operands.tensors[0], None, offsets, **routing)
 
     def product(tokens: Tensor, *tensors: Tensor) -> Tensor:
         bound = operands.bound(tensors)
         tokens = bound.tokens(tokens)
         # Staged in the parameter's dtype, multiplied in that of the rows (see `linear`).
-        return grouped(tokens, bound.weight().to(tokens.dtype), bound.backward_weight(), offsets, **routing)
+        return grouped(tokens, bound.weight().to(compute_dtype(tokens)), bound.backward_weight(), offsets, **routing)
 
     return recomputed(product, rows, *operands.tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,29 @@ def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     )
 
 
+def lend(weight: Tensor, held: Tensor) -> Tensor:
+    """Return `held` for a matmul; the gradient goes to `weight`, in its dtype.
+
+    Args:
+        weight: The parameter, whose `grad` then adds up the gradient of the staged weight.
+        held: Its staged weight, of the same shape and any dtype.
+    """
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return held
+    return _Lend.apply(weight, held)  # type: ignore[no-any-return]
+
+
+class _Lend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, held: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return held.view_as(held)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad.to(ctx.dtype), None
+
+
 class Operands:
     """The raw weight and the state of every stage of one site, captured where forward began.
 
@@ -46,6 +70,11 @@ class Operands:
             tensors += named.values()
         self.tensors: tuple[Tensor, ...] = tuple(tensors)
         """The weight, then the parameters of each stage; pass them through `recomputed`."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing happens to either operand any more."""
+        return not self.stages and not self.inputs
 
     @property
     def has_product(self) -> bool:

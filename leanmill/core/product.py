@@ -24,7 +24,7 @@ def linear(tokens: Tensor, weight: Tensor, backward_weight: Tensor | None, bias:
     """
     if backward_weight is None:
         # A sharding engine that computes in bf16 hands over what is staged in fp32.
-        return F.linear(tokens, weight.to(tokens.dtype), bias)
+        return F.linear(tokens, weight.to(compute_dtype(tokens)), bias)
     dtype = compute_dtype(tokens)
     tokens, weight, backward_weight = tokens.to(dtype), weight.to(dtype), backward_weight.to(dtype)
     product: Tensor = _OtherWeightBackward.apply(tokens, weight, backward_weight)

@@ -1,8 +1,9 @@
 """Sites: places with a weight `[..., out, in]` that own their matmul and carry stages.
 
 A site replaces a plain module in place and shares its parameter under the same key, so checkpoints
-of the plain model load unchanged. The staged weight is recomputed in backward (`recomputed`), so
-what is kept alive between forward and backward does not grow with the weights.
+of the plain model load unchanged. Where an engine has not staged it ahead for the whole step
+(`leanmill.core.staging`), the staged weight is recomputed in backward (`recomputed`), so what is kept
+alive between forward and backward does not grow with the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.operands import Operands, recomputed
+from leanmill.core.operands import Operands, lend, recomputed
 from leanmill.core.product import compute_dtype, linear
 from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
 
@@ -32,6 +33,10 @@ class Site(ABC):
     """Dotted name of the weight's owner in the plain model, e.g. `model.layers.0.mlp.up_proj`."""
     takes_inputs: ClassVar[bool] = True
     """Whether activations enter a matmul here; a table of rows has none."""
+    held: Tensor | None = None
+    """The staged weight of this optimizer step, where an engine staged it ahead of its uses."""
+    arrives_staged: bool = False
+    """Whether the weight that a sharding engine gathers for a forward is the staged one."""
 
     @property
     @abstractmethod
@@ -127,6 +132,10 @@ class Site(ABC):
 
     def operands(self) -> Operands:
         """Capture what the staged matmul needs, as of now."""
+        if self.arrives_staged:
+            return Operands(self.raw_weight, (), self.input_stages())
+        if self.held is not None:
+            return Operands(lend(self.raw_weight, self.held), (), self.input_stages())
         return Operands(self.raw_weight, self.weight_stages(), self.input_stages())
 
 
@@ -151,6 +160,8 @@ class LinearSite(Site, nn.Linear):
         if not self.is_staged:
             return F.linear(input, self.weight, self.bias)
         operands = self.operands()
+        if operands.is_plain:
+            return F.linear(input, operands.tensors[0], self.bias)
         if operands.has_product:
             return operands.product(input.to(compute_dtype(input)), self.bias)
 
@@ -196,6 +207,8 @@ class EmbeddingSite(Site, nn.Embedding):
         if not self.is_staged:
             return self._lookup(input, self.weight)
         operands = self.operands()
+        if operands.is_plain:
+            return self._lookup(input, operands.tensors[0])
 
         def lookup(ids: Tensor, *tensors: Tensor) -> Tensor:
             return self._lookup(ids, operands.bound(tensors).weight())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from leanmill.kernels.fake_quant.grid import Kind
@@ -89,6 +90,32 @@ class Codes:
     """The code, or the middle between two, that stands for zero."""
 
 
+@dataclass(frozen=True)
+class Statistic:
+    """What a stage that holds a part of a weight asks of the whole: its own share, to be combined with the others'."""
+
+    value: Tensor
+    """Any floating shape and dtype, the same for every part. Sums of many are in fp64, so that their order does not
+    show."""
+    over_parts: Literal["sum", "max"] = "sum"
+
+
+PartStaging = Generator[Statistic, Tensor, Tensor]
+"""Staging of a part of a weight: yields statistics, is sent those of the whole, returns the staged part."""
+
+
+class Packing(Protocol):
+    """A form in which a staged weight takes fewer bytes and loses nothing."""
+
+    def pack(self, part: Tensor) -> tuple[Tensor, ...]:
+        """Pack neighbours along the weight's first dim, [n, ...] with n >= 1, into tensors of any dtype."""
+        ...
+
+    def unpack(self, packed: Sequence[Tensor]) -> Tensor:
+        """Return the parts in a row, given each tensor of `pack`, those of all parts in a row along their first dim."""
+        ...
+
+
 class TechniqueModule(nn.Module):
     """A module that a technique brought: no part of the plain model, whose export is without it."""
 
@@ -133,17 +160,44 @@ class Stage(OperandStage):
       rule schedules are non-persistent fp32 buffers of shape (1,).
     - A stage may be called many times in a step: by micro-batches, chunks of a loss, recomputation. What
       its backward adds of its own accord (a decay) is to be used up by the first one and filled by a step rule.
-    - Keep nothing weight-sized alive after `forward`: the site recomputes it in backward.
+    - Keep nothing weight-sized alive after `forward`: the site recomputes it in backward. References to
+      its input are free.
     - Random numbers come from `leanmill.core.noise`: torch's generators would draw others in backward.
     - `forward` may run on other tensors than the module's own (`torch.func.functional_call`): read
       state through `self`, keep none of it between calls.
     """
 
     slot: ClassVar[Slot]
+    once_a_step: ClassVar[bool] = False
+    """Whether an engine may run this stage once an optimizer step, for all uses of the weight.
+
+    It may where `forward` depends on the weight and on own tensors that nothing writes between the first
+    forward and the last backward of a step. Its backward then runs once too, on the gradient of all
+    micro-batches and ranks, and on that alone does the gradient of own parameters depend."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the staged weight, same shape and dtype."""
         raise NotImplementedError
+
+    def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging | None:
+        """Stage a shard of a weight, for stages that run `once_a_step`.
+
+        Args:
+            part: [n, ...], n >= 0 neighbours along the first dim of the weight.
+            shape: Of the whole weight.
+
+        Returns:
+            None where a stage needs the whole weight. `self.by_itself(part)` where rows (experts of a
+            stacked weight) do not depend on each other. Else a generator that asks for what it needs; the
+            number of its questions must not depend on the part. Own parameters whose first dim is that
+            of the weight are the part's, others are whole; statistics carry no gradient.
+        """
+        return None
+
+    def by_itself(self, part: Tensor) -> PartStaging:
+        """Stage `part` as if it were the whole weight."""
+        return self(part)  # type: ignore[no-any-return]
+        yield
 
     def for_backward(self, weight: Tensor) -> Tensor:
         """Return the weight that the gradient of the input is multiplied with, where it is another.
@@ -168,6 +222,10 @@ class Stage(OperandStage):
         Called after `reset_parameters`, on full fp32 tensors on the CPU, without gradients; a resumed
         run overwrites the result with what it saved.
         """
+
+    def packing(self, shape: torch.Size) -> Packing | None:
+        """Return a smaller form of weights of `shape` that this stage, and perhaps stages after it, have staged."""
+        return None
 
     def pattern(self) -> tuple[int, int] | None:
         """N and M, where the staged weight keeps at most N of every M neighbours along its last dim."""

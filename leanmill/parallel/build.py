@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
-import torch
-
 from leanmill.core.errors import ConfigError
-from leanmill.parallel.collectives import max_over_ranks
 from leanmill.parallel.config import (
     AutoEngine,
     DdpEngine,
@@ -19,6 +15,7 @@ from leanmill.parallel.config import (
 )
 from leanmill.parallel.engine import Engine
 from leanmill.parallel.launch import Ranks, ensure_process_group
+from leanmill.parallel.rank_memory import smallest_rank_memory
 
 
 COMFORTABLE_SHARE = 0.5
@@ -45,7 +42,9 @@ def build_engine(
     """
     why = "as the recipe asks"
     if isinstance(config, AutoEngine):
+        staging = config.staging
         config, why = choose_engine(ranks=ranks, precision=precision, model_bytes=model_bytes)
+        config = config.model_copy(update={"staging": staging})
     engine = _make(config, ranks, precision)
     places = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     return engine, f"engine {engine.name} on {places} ({ranks.device.type}, {precision}): {why}"
@@ -67,7 +66,7 @@ def choose_engine(
     # fp32 weights, gradients and AdamW's two moments; autocast adds the weights in bf16.
     factor = 4.5 if precision == "bf16" else 4.0
     needed = factor * model_bytes
-    memory = memory_bytes if memory_bytes is not None else _smallest_memory(ranks)
+    memory = memory_bytes if memory_bytes is not None else smallest_rank_memory(ranks)
     limit = COMFORTABLE_SHARE * memory
     sizes = (
         f"a replica needs {_gib(needed)} for weights, gradients and optimizer state ({factor:g} x {_gib(model_bytes)})"
@@ -97,25 +96,6 @@ def _make(config: EngineConfig, ranks: Ranks, precision: Literal["fp32", "bf16"]
         ensure_process_group(ranks)
         return DeepSpeed(config, device=ranks.device, precision=precision)
     raise ConfigError(f"engine {config!r} is unknown; type engine=auto, single, ddp, fsdp or deepspeed")
-
-
-def _smallest_memory(ranks: Ranks) -> int:
-    # Negated maximum: all ranks must decide alike, or they would wait for each other for ever.
-    mine = torch.tensor([-float(_rank_memory(ranks))], dtype=torch.float64)
-    return int(-max_over_ranks(mine).item())
-
-
-def _rank_memory(ranks: Ranks) -> int:
-    """Bytes this rank may use: its GPU, or its share of the machine's (or container's) memory."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.get_device_properties(ranks.device).total_memory
-    import psutil
-
-    total = psutil.virtual_memory().total
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-        total = min(total, int(text))
-    return total // (ranks.local_world_size or ranks.world_size)
 
 
 def _gib(num_bytes: float) -> str:

@@ -10,25 +10,34 @@ from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 
 
-class AutoEngine(Config):
+class NativeEngineConfig(Config):
+    """What the engines on torch alone share."""
+
+    staging: Literal["auto", "per_step", "per_use"] = "auto"
+    """When masks, quantisers and rotations of weights run. `per_step`: once an optimizer step, on each rank's own
+    shard under FSDP2, and backward through them once. `per_use`: in every forward and again in backward, which
+    keeps no copy. `auto`: once a step wherever a technique allows it and the copies take little memory."""
+
+
+class AutoEngine(NativeEngineConfig):
     """Let Leanmill pick the engine; the log says which and why."""
 
     type: Literal["auto"] = "auto"
 
 
-class SingleEngine(Config):
+class SingleEngine(NativeEngineConfig):
     """One process, no sharding."""
 
     type: Literal["single"] = "single"
 
 
-class DdpEngine(Config):
+class DdpEngine(NativeEngineConfig):
     """Replicate the model on every rank; all-reduce gradients (torch DDP)."""
 
     type: Literal["ddp"] = "ddp"
 
 
-class FsdpEngine(Config):
+class FsdpEngine(NativeEngineConfig):
     """Shard parameters, gradients and optimizer state with torch FSDP2."""
 
     type: Literal["fsdp"] = "fsdp"
@@ -41,6 +50,18 @@ class FsdpEngine(Config):
     """Keep parameters, gradients and optimizer state in host memory."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the gradient reduction."""
+    gather: Literal["full", "packed"] = "full"
+    """How weights that are staged once a step travel: as they are multiplied with, or `packed`: ternary ones as 2
+    bits a weight, N:M ones as kept values and indices. Fewer bytes, the same losses."""
+
+    @model_validator(mode="after")
+    def _packs_what_is_staged(self) -> FsdpEngine:
+        if self.gather == "packed" and self.staging == "per_use":
+            raise ConfigError(
+                "engine.gather=packed sends weights that are staged before they are gathered, which "
+                "engine.staging=per_use rules out; set engine.staging=per_step, or engine.gather=full"
+            )
+        return self
 
 
 class DeepSpeedOffload(Config):
@@ -70,9 +91,16 @@ class DeepSpeedEngine(Config):
     """Offload of optimizer state; needs stage >= 1."""
     offload_parameters: DeepSpeedOffload | None = None
     """Offload of parameters; needs stage 3."""
+    staging: Literal["auto", "per_step", "per_use"] = "auto"
+    """When masks, quantisers and rotations of weights run: at every use; `per_step` is refused here."""
 
     @model_validator(mode="after")
     def _check(self) -> DeepSpeedEngine:
+        if self.staging == "per_step":
+            raise ConfigError(
+                "engine.staging=per_step is not for DeepSpeed, whose flat partitions hold no whole rows of a weight; "
+                "set engine.staging=per_use, or type engine=fsdp"
+            )
         if self.offload_optimizer is not None and self.stage == 0:
             raise ConfigError("offload_optimizer needs stage 1, 2 or 3, got stage 0; set engine.stage=2")
         if self.offload_parameters is not None and self.stage != 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from leanmill.parallel.engine import Losses, Preparation
 from leanmill.parallel.launch import Ranks, ensure_process_group
 from leanmill.parallel.native import NativeEngine
 from leanmill.parallel.single import freeze
+from leanmill.parallel.staging import ReplicaStaging
 
 
 # Renamed in torch 2.13, where the old spelling warns.
@@ -37,12 +39,15 @@ class DdpEngine(NativeEngine):
 
     def __init__(self, config: DdpConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
         super().__init__(ranks=ranks, precision=precision)
+        self.config = config
         ensure_process_group(ranks)
         self._replica: DistributedDataParallel | None = None
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        self.staging = ReplicaStaging(self._staged_once(module, self.config.staging), self.precision)
         preparation.materialise(module)
         self.module = module.to(self.device)
+        _leave_out(self.module, [p for weight in self.staging.weights for p in weight.own])
         self._make_optimizer(preparation)
 
     @property
@@ -75,3 +80,10 @@ class DdpEngine(NativeEngine):
     def close(self) -> None:
         super().close()
         self._replica = None
+
+
+def _leave_out(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Have DDP wait for no gradient of `parameters`: theirs come from reduced ones."""
+    left_out = {id(p) for p in parameters}
+    names = [name for name, p in module.named_parameters(remove_duplicate=False) if id(p) in left_out]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)

@@ -49,6 +49,8 @@ class Engine(ABC):
     data_size: int
     module: nn.Module
     """The train module, live (after sharding; not the DDP or DeepSpeed wrapper)."""
+    notes: tuple[str, ...] = ()
+    """Lines on what `prepare` decided, for the log."""
 
     @abstractmethod
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:

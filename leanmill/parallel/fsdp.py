@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite
 from leanmill.core.sites import iter_sites, staged_parameters
+from leanmill.core.staging import StagedOnce
 from leanmill.parallel.config import FsdpEngine as FsdpConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks, ensure_process_group
 from leanmill.parallel.native import NativeEngine
 from leanmill.parallel.single import freeze
+from leanmill.parallel.staging_shards import ShardStaging
 
 
 class FsdpEngine(NativeEngine):
@@ -29,9 +31,11 @@ class FsdpEngine(NativeEngine):
     - The order is shard on meta, materialise each rank's shares, then build the optimizer.
     - `bf16` gathers and computes in bf16 and keeps fp32 shares for the optimizer; gradients are
       reduced in `reduce_dtype` and added up in fp32.
-    - Weights that carry stages are gathered in fp32: masks and scales come from the values that the
-      optimizer writes and an export reads, not from their rounding. Before PyTorch 2.12, whose groups
-      share one policy, a model with such weights gathers all in fp32 and computes under autocast.
+    - Masks and scales come from the values that the optimizer writes and an export reads, not from
+      their rounding. Most weights are staged once a step on their shards (`ShardStaging`), and gathered
+      as they are multiplied with. Those that are staged at use are gathered in fp32; before PyTorch
+      2.12, whose groups share one policy, a model with such weights gathers all in fp32 and computes
+      under autocast.
     - Gradients are reduce-scattered in every micro-batch, so no rank ever holds more than its share
       and one block's full gradient; in a hybrid mesh the all-reduce between replicas waits for the
       last. With `reshard_after_forward: false`, full weights stay in memory anyway, and so do full
@@ -58,13 +62,28 @@ class FsdpEngine(NativeEngine):
         """Whether everything is gathered in fp32 and autocast gives bf16."""
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
-        is_staged = any(True for _ in staged_parameters(module))
-        self.autocasts = self.precision == "bf16" and is_staged and not has_groups_of_their_own()
+        group = self.mesh.get_group("shard")
+        weights = self._staged_once(module, self.config.staging, num_shards=group.size())
+        if self.config.gather == "packed" and not any(weight.packing for weight in weights):
+            raise ConfigError(
+                "engine.gather=packed, but no weight here is staged once a step into a form that packs (ternary and "
+                "nm_sparsity have one); set engine.gather=full"
+            )
+        staged_at_use = _staged_at_use(module, weights)
+        self.autocasts = self.precision == "bf16" and bool(staged_at_use) and not has_groups_of_their_own()
+        self.staging = staging = ShardStaging(
+            weights,
+            group,
+            dtype=torch.bfloat16 if self._gathers_bf16 else None,
+            packs=self.config.gather == "packed",
+            device=self.device,
+        )
         for block in decoder_blocks(module.model):  # type: ignore[arg-type]
             self._shard(block, reshard_after_forward=self.config.reshard_after_forward)
         # The root's weights are used at the end of forward and at the start of backward: freeing
         # them in between would only gather them twice.
         self._shard(module, reshard_after_forward=False)
+        staging.adopt(module)
         if self._gathers_bf16:
             _return_bf16(module)
         if self.config.cpu_offload and self.device.type != "cpu":
@@ -83,7 +102,7 @@ class FsdpEngine(NativeEngine):
             reshard_after_forward=reshard_after_forward,
         )
         if self._gathers_bf16:
-            _split_off_staged(module, self._mixed_precision("fp32"))
+            _split_off_staged(module, self.staging.weights, self._mixed_precision("fp32"))
 
     @property
     def _gathers_bf16(self) -> bool:
@@ -141,8 +160,14 @@ class FsdpEngine(NativeEngine):
         return model
 
 
-def _split_off_staged(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
-    """Gather what the staged weights of `module`'s own group are computed from by a second group.
+def _staged_at_use(module: nn.Module, once: Sequence[StagedOnce]) -> set[int]:
+    """Ids of the parameters that stages read in forward: all staged ones but those of `once`."""
+    elsewhere = {id(p) for weight in once for p in (weight.raw, *weight.own)}
+    return {id(parameter) for parameter in staged_parameters(module)} - elsewhere
+
+
+def _split_off_staged(module: nn.Module, once: Sequence[StagedOnce], policy: MixedPrecisionPolicy) -> None:
+    """Gather what the weights that `module`'s own group stages at use are computed from by a second group.
 
     Both groups hang on the module's own hooks, so a compiled block stays whole and activation
     checkpointing recomputes inside of them. FSDP2 knows several groups a module (for parameters on
@@ -150,11 +175,12 @@ def _split_off_staged(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
 
     Args:
         module: What `fully_shard` was just called on.
+        once: Weights that are staged before they are gathered.
         policy: Of the second group.
     """
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-    staged = {id(parameter) for parameter in staged_parameters(module)}
+    staged = _staged_at_use(module, once)
     if not staged:
         return
     state: Any = module._get_fsdp_state()  # type: ignore[operator]

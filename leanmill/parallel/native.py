@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from leanmill.core.batches import Batch
 from leanmill.core.errors import RunError
 from leanmill.core.names import state_name
+from leanmill.core.staging import StagedOnce
 from leanmill.core.views import Views
 from leanmill.parallel.engine import Engine, Losses, Preparation
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.optimizer_state import allocate_state
+from leanmill.parallel.rank_memory import smallest_rank_memory
+from leanmill.parallel.staging import ReplicaStaging, Staging, StepStaging, choose
 from leanmill.parallel.tensors import assign, full, global_norm, scale_to_norm
 from leanmill.parallel.views import NativeViews
 
@@ -31,10 +34,12 @@ class NativeEngine(Engine):
     """
 
     def __init__(self, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
-        self.device = ranks.device
+        self.device, self._ranks = ranks.device, ranks
         self.data_rank, self.data_size = ranks.rank, ranks.world_size
         self.precision = precision
         self._optimizer: torch.optim.Optimizer | None = None
+        self.staging: StepStaging = ReplicaStaging((), precision)
+        """The weights that are staged once a step; those of `prepare`."""
 
     # How engines differ.
 
@@ -65,6 +70,18 @@ class NativeEngine(Engine):
             raise RuntimeError("the engine is not prepared, or closed")
         return self._optimizer
 
+    def _staged_once(self, module: nn.Module, staging: Staging, num_shards: int | None = None) -> list[StagedOnce]:
+        """The weights to stage once a step, chosen before anything is sharded."""
+        weights, line = choose(
+            module,
+            staging,
+            precision=self.precision,
+            num_shards=num_shards,
+            memory_bytes=lambda: smallest_rank_memory(self._ranks),
+        )
+        self.notes = (line,) if line else ()
+        return weights
+
     def _make_optimizer(self, preparation: Preparation) -> None:
         self._optimizer = preparation.make_optimizer(self.module)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -75,6 +92,7 @@ class NativeEngine(Engine):
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
         scale = self._begin_backward(len(micro_batches), num_valid_tokens)
+        self.staging.begin()
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             with self._micro_batch(is_last=index == len(micro_batches) - 1):
@@ -83,6 +101,7 @@ class NativeEngine(Engine):
                 (losses["total"] * scale).backward()
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        self.staging.finish()
         return sums
 
     def _gradients(self) -> list[Tensor]:
@@ -107,6 +126,7 @@ class NativeEngine(Engine):
         elif not skip:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.staging.forget()
 
     def set_trainable(self, names: Collection[str]) -> None:
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -128,7 +148,7 @@ class NativeEngine(Engine):
         was_training = self.module.training
         self.module.eval()
         try:
-            with self._autocast():
+            with self._autocast(), self.staging.for_evaluation():
                 return self.module(batch, per_token=True) if per_token else self.module(batch)  # type: ignore[no-any-return]
         finally:
             self.module.train(was_training)
@@ -168,6 +188,7 @@ class NativeEngine(Engine):
         known: dict[str, Tensor] = dict(state_parameters(self._model, aliases=True))
         known |= dict(state_buffers(self._model))
         _load(known, state, "model")
+        self.staging.forget()
 
     def optimizer_state(self) -> dict[str, Tensor]:
         optimizer = self.optimizer

@@ -13,6 +13,7 @@ from leanmill.parallel.config import SingleEngine as SingleConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.native import NativeEngine
+from leanmill.parallel.staging import ReplicaStaging
 
 
 class SingleEngine(NativeEngine):
@@ -36,8 +37,10 @@ class SingleEngine(NativeEngine):
                 f"type engine=ddp or engine=fsdp, or start one process"
             )
         super().__init__(ranks=ranks, precision=precision)
+        self.config = config
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        self.staging = ReplicaStaging(self._staged_once(module, self.config.staging), self.precision)
         preparation.materialise(module)
         self.module = module.to(self.device)
         self._make_optimizer(preparation)

@@ -72,12 +72,20 @@ def _best(cases: Iterator[Case], peak_bytes: Callable[[Case], int], memory_bytes
 
 def _sharded(case: Case) -> Iterator[Case]:
     if case.world_size > 1 and not isinstance(case.engine, FsdpEngine):
-        yield _with_engine(case, FsdpEngine(), "engine=fsdp")
+        yield _with_engine(case, FsdpEngine(staging=case.engine.staging))
 
 
 def _recomputed(case: Case) -> Iterator[Case]:
     if case.recipe.train.activation_checkpointing != "full":
         yield _with_setting(case, "train", "activation_checkpointing", "full")
+
+
+def _staged_at_use(case: Case) -> Iterator[Case]:
+    if case.engine.staging == "auto":
+        engine = case.engine.model_copy(update={"staging": "per_use"})
+        asked = case.recipe.engine.model_copy(update={"staging": "per_use"})
+        recipe = case.recipe.model_copy(update={"engine": asked})
+        yield replace(case, recipe=recipe, engine=engine, typed=(*case.typed, "engine.staging=per_use"))
 
 
 def _smaller_micro_batch(case: Case) -> Iterator[Case]:
@@ -89,7 +97,7 @@ def _smaller_micro_batch(case: Case) -> Iterator[Case]:
 
 def _offloaded(case: Case) -> Iterator[Case]:
     if not (isinstance(case.engine, FsdpEngine) and case.engine.cpu_offload):
-        yield _with_engine(case, FsdpEngine(cpu_offload=True), "'engine={type: fsdp, cpu_offload: true}'")
+        yield _with_engine(case, FsdpEngine(cpu_offload=True, staging=case.engine.staging))
 
 
 def _more_ranks(case: Case) -> Iterator[Case]:
@@ -103,6 +111,7 @@ def _more_ranks(case: Case) -> Iterator[Case]:
 _STEPS: tuple[Callable[[Case], Iterator[Case]], ...] = (
     _sharded,
     _recomputed,
+    _staged_at_use,
     _smaller_micro_batch,
     _offloaded,
     _more_ranks,
@@ -110,11 +119,19 @@ _STEPS: tuple[Callable[[Case], Iterator[Case]], ...] = (
 """From what costs nothing to what costs most."""
 
 
-def _with_engine(case: Case, engine: EngineConfig, typed: str) -> Case:
+def _with_engine(case: Case, engine: EngineConfig) -> Case:
     # One engine is typed, however many were tried.
-    others = tuple(text for text in case.typed if "engine=" not in text)
+    others = tuple(text for text in case.typed if "engine=" not in text and "engine." not in text)
     recipe = case.recipe.model_copy(update={"engine": engine})
-    return replace(case, recipe=recipe, engine=engine, typed=(*others, typed))
+    return replace(case, recipe=recipe, engine=engine, typed=(*others, _typed(engine)))
+
+
+def _typed(engine: EngineConfig) -> str:
+    options = engine.model_dump(exclude={"type"}, exclude_defaults=True)
+    if not options:
+        return f"engine={engine.type}"
+    given = ", ".join(f"{key}: {str(value).lower()}" for key, value in options.items())
+    return f"'engine={{type: {engine.type}, {given}}}'"
 
 
 def _with_setting(case: Case, section: str, key: str, value: Any) -> Case:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from leanmill.optim.config import Adam8bit, Lion, OptimizerConfig
 from leanmill.parallel.config import DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, SingleEngine
+from leanmill.parallel.staging import extra_bytes
 
 
 ZERO3_MAX_LIVE_ELEMENTS = 1_000_000_000
@@ -34,6 +35,12 @@ class Weight:
     """Index of the decoder block it lies in; None outside."""
     staged: bool = False
     """Whether a staged weight is computed from it."""
+    once_whole: bool = False
+    """Whether that may be done once a step where a rank has all of it."""
+    once_in_parts: bool = False
+    """Whether that may be done once a step on shards."""
+    is_table: bool = False
+    """Whether rows are looked up in it."""
 
     @property
     def numel(self) -> int:
@@ -93,8 +100,25 @@ def estimate(
     if isinstance(engine, DeepSpeedEngine) and engine.stage > 0:
         return _zero12(engine, optimizer, weights, world_size, precision, num_micro_batches)
     if isinstance(engine, SingleEngine | DdpEngine | DeepSpeedEngine):
-        return _replicated(optimizer, weights, precision)
+        return _replicated(engine, optimizer, weights, precision)
     raise TypeError(f"the engine must be chosen first, got {engine.type!r}")
+
+
+def is_staged_once(weight: Weight, engine: EngineConfig) -> bool:
+    """Whether `engine` stages it once a step, where its copies fit."""
+    if engine.staging == "per_use" or isinstance(engine, DeepSpeedEngine):
+        return False
+    return weight.once_in_parts if isinstance(engine, FsdpEngine) else weight.once_whole
+
+
+def staged_copies(engine: EngineConfig, weights: Sequence[Weight], world_size: int, precision: str) -> float:
+    """Return the bytes that a rank holds more because weights are staged once a step, as an engine counts them."""
+    size = (engine.shard_size or world_size) if isinstance(engine, FsdpEngine) else None
+    return sum(
+        extra_bytes(w.numel, w.itemsize, is_table=w.is_table, precision=precision, num_shards=size)
+        for w in weights
+        if is_staged_once(w, engine)
+    )
 
 
 def optimizer_bytes(optimizer: OptimizerConfig, sizes: Iterable[int]) -> float:
@@ -113,15 +137,22 @@ def optimizer_bytes(optimizer: OptimizerConfig, sizes: Iterable[int]) -> float:
     return total
 
 
-def _replicated(optimizer: OptimizerConfig, weights: Sequence[Weight], precision: str) -> Memory:
+def _replicated(engine: EngineConfig, optimizer: OptimizerConfig, weights: Sequence[Weight], precision: str) -> Memory:
     """Every rank holds everything: single, DDP, ZeRO-0."""
     memory = Memory()
     _add_whole_weights(memory, weights)
     trained = [w for w in weights if w.trainable]
     memory.add("held", "gradients", sum(w.num_bytes for w in trained))
     memory.add("held", "optimizer state", optimizer_bytes(optimizer, (w.numel for w in trained)))
-    memory.add("transient", "bf16 copies", _autocast_copies(weights, precision))
+    once = [w for w in weights if is_staged_once(w, engine)]
+    memory.add("transient", "staged weights", sum(w.numel * copy_itemsize(w, precision) for w in once))
+    memory.add("transient", "bf16 copies", _autocast_copies([w for w in weights if w not in once], precision))
     return memory
+
+
+def copy_itemsize(weight: Weight, precision: str) -> int:
+    """Bytes an element of a whole staged weight: of what autocast multiplies in bf16, 2."""
+    return 2 if precision == "bf16" and not weight.is_table else weight.itemsize
 
 
 def _add_whole_weights(memory: Memory, weights: Sequence[Weight]) -> None:
@@ -161,12 +192,17 @@ def _fsdp(
     if size == 1 and not engine.cpu_offload:
         return memory
     reduce = 2 if engine.reduce_dtype == "bf16" else 4
-    groups = _groups(weights, size, precision, reduce)
+    groups = _groups(engine, weights, size, precision, reduce)
     root, blocks = groups.pop(None, _Group()), list(groups.values())
     largest = max((group.gathered for group in blocks), default=0)
     # One block is prefetched.
     gathered = sum(group.gathered for group in blocks) if not engine.reshard_after_forward else 2 * largest
     memory.add("transient", "gathered weights", root.gathered + gathered)
+    memory.add(
+        "transient" if state == "held" else "host",
+        "staged weights",
+        staged_copies(engine, weights, world_size, precision),
+    )
     gradients = max(group.gradients for group in [*blocks, root])
     if not engine.reshard_after_forward and num_micro_batches > 1:
         gradients += reduce * sum(group.num_trained for group in [*blocks, root])
@@ -185,14 +221,17 @@ class _Group:
     """Bytes: as they were computed, in the dtype of the reduction where that is another, and the share."""
 
 
-def _groups(weights: Sequence[Weight], size: int, precision: str, reduce: int) -> dict[int | None, _Group]:
+def _groups(
+    engine: FsdpEngine, weights: Sequence[Weight], size: int, precision: str, reduce: int
+) -> dict[int | None, _Group]:
     """Return the group of each block, and of the rest, over `size` ranks."""
     groups: dict[int | None, _Group] = {}
     for w in weights:
         group = groups.setdefault(w.block, _Group())
         whole = shard_numel(w, size) * size
-        # bf16 gathers masks and what is staged as they are.
-        width = 2 if precision == "bf16" and w.itemsize > 1 and not w.staged else w.itemsize
+        # bf16 gathers masks, and what is staged at use, as they are.
+        at_use = w.staged and not is_staged_once(w, engine)
+        width = 2 if precision == "bf16" and w.itemsize > 1 and not at_use else w.itemsize
         group.gathered += whole * width
         if w.trainable:
             group.num_trained += whole

@@ -6,7 +6,7 @@ device is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.parameters import TrainableSchedule
 from leanmill.core.paths import expand_user
 from leanmill.core.sites import staged_parameters
+from leanmill.core.staging import staged_once
 from leanmill.core.technique import InstallContext
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
 from leanmill.models.build import build_on_meta
@@ -33,8 +34,9 @@ from leanmill.parallel.config import (
     SingleEngine,
 )
 from leanmill.parallel.naming import state_parameters
+from leanmill.parallel.staging import fits, is_table
 from leanmill.plan.fit import Case, remedies
-from leanmill.plan.memory import Memory, Weight, estimate
+from leanmill.plan.memory import Memory, Weight, estimate, staged_copies
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
 from leanmill.trainer.prepare import install_techniques, with_precision
@@ -146,12 +148,12 @@ def plan(
     weights = list(_weights(model, techniques.trainable_schedule))
     engine, why = _engine(recipe, world_size, per_node, 4 * num_total, rank_memory_gib)
 
-    teachers = _teacher_sizes(recipe)
+    teachers, available = _teacher_sizes(recipe), int(rank_memory_gib * 2**30)
 
     def memory_of(case: Case) -> Memory:
         changed, config = case.recipe, model.config
         memory = estimate(
-            case.engine,
+            _with_staging_settled(case.engine, weights, case, available),
             changed.optimizer,
             weights,
             world_size=case.world_size,
@@ -164,7 +166,7 @@ def plan(
         return memory
 
     asked = Case(recipe=recipe, engine=engine, world_size=world_size)
-    memory, available = memory_of(asked), int(rank_memory_gib * 2**30)
+    memory = memory_of(asked)
     tried = [] if memory.peak <= available else remedies(asked, lambda case: memory_of(case).peak, available)
     num_all = sum(w.numel for w in weights)
     return Plan(
@@ -243,6 +245,9 @@ def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[W
     at_once = None if schedule is None else Turns(schedule, model).heaviest()
     block_of = {id(p): index for index, block in enumerate(decoder_blocks(model)) for p in block.parameters()}
     staged = {id(p) for p in staged_parameters(model)}
+    whole, in_parts = (staged_once(model, in_parts=in_parts)[0] for in_parts in (False, True))
+    once, once_in_parts = ({id(weight.raw) for weight in found} for found in (whole, in_parts))
+    tables = {id(weight.raw) for weight in whole if is_table(weight)}
     for name, parameter in state_parameters(model):
         yield Weight(
             tuple(parameter.shape),
@@ -250,7 +255,20 @@ def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[W
             parameter.requires_grad and (at_once is None or name in at_once),
             block_of.get(id(parameter)),
             staged=id(parameter) in staged,
+            once_whole=id(parameter) in once,
+            once_in_parts=id(parameter) in once_in_parts,
+            is_table=id(parameter) in tables,
         )
+
+
+def _with_staging_settled(
+    engine: EngineConfig, weights: Sequence[Weight], case: Case, memory_bytes: int
+) -> EngineConfig:
+    """Return the engine with `staging: auto` replaced by what a rank of so much memory takes."""
+    if engine.staging != "auto":
+        return engine
+    copies = staged_copies(engine, weights, case.world_size, case.recipe.train.precision)
+    return engine.model_copy(update={"staging": "per_step" if fits(copies, memory_bytes) else "per_use"})
 
 
 def _engine(

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.stage import Slot, Stage
+from leanmill.core.stage import PartStaging, Slot, Stage
 
 
 class ZeroMask(Stage):
@@ -21,6 +21,7 @@ class ZeroMask(Stage):
     """
 
     slot: ClassVar[Slot] = Slot.MASK
+    once_a_step: ClassVar[bool] = True
     kept: nn.Parameter
     """[..., out, in] bool: which weights may be other than zero."""
 
@@ -41,3 +42,6 @@ class ZeroMask(Stage):
     def forward(self, weight: Tensor) -> Tensor:
         # Not a product: what is zero stays zero beside an infinity too.
         return torch.where(self.kept, weight, weight.new_zeros(()))
+
+    def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
+        return self.by_itself(part)

@@ -201,7 +201,13 @@ class _Run:
             num_parameters=num_total,
             num_trainable=prepared.num_trainable,
             flops_per_token=flops,
-            notes=(why, prepared.conversion, *self._data_notes(num_steps), *self._resume_note(state)),
+            notes=(
+                why,
+                prepared.conversion,
+                *self.engine.notes,
+                *self._data_notes(num_steps),
+                *self._resume_note(state),
+            ),
         )
         return self._train(loop, info)
 

@@ -218,3 +218,32 @@ def test_json_holds_the_totals():
     values = json.loads(json.dumps(result.to_json()))
     assert values["num_nodes"] == 2
     assert values["held_bytes"] == result.held_bytes == sum(values["memory"]["held"].values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_copies_of_weights_that_are_staged_once_a_step(precision):
+    def memory(engine, world_size, **technique):
+        techniques = [{"type": "ternary", **technique}]
+        train = {"steps": 10, "precision": precision}
+        return plan(_recipe(engine, techniques=techniques, train=train), world_size).memory.transient
+
+    in_blocks = 3 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 344 * 128)
+    size = 2 if precision == "bf16" else 4
+    once, at_use = memory("single", 1), memory({"type": "single", "staging": "per_use"}, 1)
+    assert once["staged weights"] == size * in_blocks
+    assert "staged weights" not in at_use
+    # In the place of autocast's own copies, or beside the weights.
+    assert once.get("bf16 copies", 0) == at_use.get("bf16 copies", 0) - (2 * in_blocks if precision == "bf16" else 0)
+    shards, at_use = memory("fsdp", 2), memory({"type": "fsdp", "staging": "per_use"}, 2)
+    assert shards["staged weights"] == size * in_blocks / 2
+    assert (shards["gathered weights"] < at_use["gathered weights"]) == (precision == "bf16")
+    # Its scale takes a sort of the whole weight.
+    assert "staged weights" not in memory("fsdp", 2, scale="mse")
+    assert memory("ddp", 2, scale="mse")["staged weights"] == size * in_blocks
+
+
+def test_auto_counts_no_copies_that_do_not_fit():
+    recipe = _recipe("single", techniques=[{"type": "ternary"}], train={"steps": 10, "precision": "fp32"})
+    assert "staged weights" in plan(recipe, rank_memory_gib=1).memory.transient
+    small = plan(recipe, rank_memory_gib=0.01)
+    assert "staged weights" not in small.memory.transient

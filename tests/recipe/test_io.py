@@ -109,7 +109,7 @@ def test_bad_overrides(load, override, message):
     [
         ("trian.steps=3", ["unknown key trian", "did you mean 'train'?"]),
         ("train.precison=bf16", ["unknown key train.precison", "did you mean 'precision'?"]),
-        ("engine={type: fsdp, sharding: 3}", ["unknown key engine.sharding", "did you mean 'shard_size'?"]),
+        ("engine={type: fsdp, shards_size: 3}", ["unknown key engine.shards_size", "did you mean 'shard_size'?"]),
         ("engine={type: fdsp}", ["engine.type='fdsp'", "known types: auto, single, ddp, fsdp", "did you mean 'fsdp'"]),
         ("optimizer={type: sgd}", ["optimizer.type='sgd'", "adamw, lion, adamw8bit"]),
         ("data.source={path: x}", ["data.source needs a `type`", "local_corpus, hf, mixture"]),
@@ -292,4 +292,4 @@ def test_python_callers_meet_the_same_rules():
 def test_resolved_yaml_writes_defaults_out(load):
     values = yaml.safe_load(resolved_yaml(load()))
     assert values["train"]["precision"] == "auto"
-    assert values["engine"] == {"type": "auto"}
+    assert values["engine"] == {"type": "auto", "staging": "auto"}

@@ -42,8 +42,8 @@ class IntQuant(SharedScales):
 
         selected = sites.select(self.targets, self.exclude)
         check_groups(selected, self.type, self.group_size)
-        for site in selected:
-            site.put(IntWeights(self.weight_bits, self.scale, self.granularity, self.group_size))
-            if self.activation_bits is not None:
+        sites.put(selected, lambda site: IntWeights(self.weight_bits, self.scale, self.granularity, self.group_size))
+        if self.activation_bits is not None:
+            for site in selected:
                 site.put_input(IntActivations(self.activation_bits))
         return Installation()

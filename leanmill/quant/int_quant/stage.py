@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanmill.core.stage import Codes, InputSlot, InputStage, Slot, Stage
+from leanmill.core.stage import Codes, InputSlot, InputStage, PartStaging, Slot, Stage, Statistic
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.quant.codes import grid_codes
 from leanmill.quant.scales import Granularity, symmetric_scale
@@ -25,6 +25,7 @@ class IntWeights(Stage):
 
     slot: ClassVar[Slot] = Slot.QUANT
     technique: ClassVar[str] = "int_quant"
+    once_a_step: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -37,7 +38,20 @@ class IntWeights(Stage):
         self.num_bits, self.scale, self.granularity, self.group_size = num_bits, scale, granularity, group_size
 
     def forward(self, weight: Tensor) -> Tensor:
-        scale = self._scale_of(weight)
+        return self._rounded(weight, self._scale_of(weight))
+
+    def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging | None:
+        if self.granularity != "tensor" or len(shape) > 2:
+            return self.by_itself(part)  # each expert has a scale of its own
+        return self._with_absmax(part) if self.scale == "absmax" else None
+
+    def _with_absmax(self, part: Tensor) -> PartStaging:
+        exact = part.detach().to(torch.promote_types(part.dtype, torch.float32))
+        largest = torch.cat([exact.abs().flatten(), exact.new_zeros(1)]).amax().reshape(1)
+        absmax = yield Statistic(largest, "max")
+        return self._rounded(part, absmax.to(exact.dtype) / (2 ** (self.num_bits - 1) - 1))
+
+    def _rounded(self, weight: Tensor, scale: Tensor) -> Tensor:
         return fake_quant(weight, scale, num_bits=self.num_bits, grid="symmetric", gradient="straight_through")
 
     def codes(self, weight: Tensor) -> Codes:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
+from leanmill.core.stage import InputSlot, InputStage, PartStaging, Slot, Stage
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.kernels.hadamard.naive import CLIPS
 from leanmill.kernels.hadamard.op import hadamard, quest_quantise
@@ -18,6 +18,7 @@ class HadamardWeight(Stage):
 
     slot: ClassVar[Slot] = Slot.ROTATE
     technique: ClassVar[str] = "quest"
+    once_a_step: ClassVar[bool] = True
 
     def __init__(self, block_size: int) -> None:
         super().__init__()
@@ -25,6 +26,9 @@ class HadamardWeight(Stage):
 
     def forward(self, weight: Tensor) -> Tensor:
         return hadamard(weight, self.block_size)
+
+    def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
+        return self.by_itself(part)
 
     def undo(self, weight: Tensor) -> Tensor:
         return hadamard(weight, self.block_size)  # its own inverse
@@ -43,6 +47,7 @@ class QuestWeight(Stage):
 
     slot: ClassVar[Slot] = Slot.QUANT
     technique: ClassVar[str] = "quest"
+    once_a_step: ClassVar[bool] = True
 
     def __init__(self, num_bits: int) -> None:
         super().__init__()
@@ -60,6 +65,9 @@ class QuestWeight(Stage):
         rounded = fake_quant(weight, step, num_bits=self.num_bits, grid="midrise")
         # Zero in value only: what a mask pruned keeps its gradient.
         return rounded - (rounded * is_zero).detach()
+
+    def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
+        return self.by_itself(part)
 
     def extra_repr(self) -> str:
         return f"num_bits={self.num_bits}"

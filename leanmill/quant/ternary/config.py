@@ -39,8 +39,9 @@ class Ternary(TechniqueConfig):
         """Put a quantiser stage on every target."""
         from leanmill.quant.ternary.stage import Int8Activations, TernaryStage
 
-        for site in sites.select(self.targets, self.exclude):
-            site.put(TernaryStage(self.scale, self.granularity))
-            if self.activation_bits is not None:
+        selected = sites.select(self.targets, self.exclude)
+        sites.put(selected, lambda site: TernaryStage(self.scale, self.granularity))
+        if self.activation_bits is not None:
+            for site in selected:
                 site.put_input(Int8Activations())
         return Installation()
