@@ -124,7 +124,10 @@ def test_trained_weights_keep_their_promises(combination, teacher):
         if "lsq_row" in names:
             assert all(row.unique().numel() <= 8 for row in weight), name
         if isinstance(site, torch.nn.Linear) and site.in_features == 32:
-            exact = not any(stage.undo(weight) is not weight for stage in site.weight_stages())
+            # A low-rank delta may multiply without a merged weight.
+            exact = not any(
+                stage.undo(weight) is not weight or stage.low_rank() is not None for stage in site.weight_stages()
+            )
             for stage in [stage for stage in site.input_stages() if not stage.is_cancelled]:
                 site.inputs.pop(stage.slot.key)
                 if stage.unrounded() is not None:
