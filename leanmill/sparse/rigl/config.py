@@ -37,7 +37,7 @@ class Rigl(WeightTechniqueConfig):
     update_every_steps: int = Field(default=100, ge=1)
     """Optimizer steps between updates (Delta T in the paper)."""
     drop_fraction: float = Field(default=0.3, ge=0, le=1)
-    """Share of the active weights dropped at the beginning (alpha); falls to 0 as a cosine."""
+    """Share of the active weights dropped at the beginning (alpha); falls to 0 as a cosine. 0 keeps the first masks."""
     update_until: float = Field(default=0.75, gt=0, le=1)
     """Share of the run after which masks rest (T_end)."""
 

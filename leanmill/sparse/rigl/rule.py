@@ -34,7 +34,7 @@ class Schedule:
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether masks move in `step`; never in the first one, whose weights have not trained."""
-        return step > 0 and step % self.every_steps == 0 and step < self.until * num_steps
+        return self.drop_fraction > 0 and step > 0 and step % self.every_steps == 0 and step < self.until * num_steps
 
     def fraction(self, step: int, num_steps: int) -> float:
         """Return alpha / 2 (1 + cos(pi t / T_end))."""

@@ -178,6 +178,11 @@ def test_another_number_of_active_weights_is_reached_by_the_next_update():
     assert int(setting.mask.sum()) == 20
 
 
+def test_without_dropping_masks_rest_and_every_step_is_the_optimizers():
+    still = Schedule(every_steps=EVERY, drop_fraction=0.0, until=UNTIL)
+    assert not any(still.is_due(step, NUM_STEPS) for step in range(NUM_STEPS))
+
+
 @pytest.mark.parametrize("method", ["rigl", "set"])
 def test_a_layer_that_does_not_train_for_a_while_keeps_its_mask(method):
     setting = Setting(method)
