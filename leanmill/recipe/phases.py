@@ -13,6 +13,7 @@ from leanmill.core.passes import PassConfig
 from leanmill.core.registry import parse_pass
 from leanmill.core.secrets import shown
 from leanmill.recipe.compress import CalibrationConfig
+from leanmill.recipe.yaml_source import MAX_DEPTH
 
 
 BASE = "base"
@@ -26,6 +27,8 @@ def _nested(value: Any) -> Any:
     found: dict[str, Any] = {}
     for key, item in value.items():
         *sections, leaf = str(key).split(".")
+        if len(sections) >= MAX_DEPTH:
+            raise ConfigError(f"overrides: a key has {len(sections) + 1} levels; a recipe needs about six")
         inner = {leaf: _nested(item)}
         for section in reversed(sections):
             inner = {section: inner}

@@ -15,6 +15,7 @@ from torch import nn
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import optimized_names, read_document
+from leanmill.core.errors import ConfigError
 from leanmill.core.rules import state_of
 from leanmill.core.stage import is_added_tensor
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
@@ -115,6 +116,8 @@ def run(recipe: Recipe) -> RunResult:
         RunError: Something failed on the way.
         KeyboardInterrupt: Ctrl-C before training began, twice, or not served within its limit.
     """
+    if recipe.phases:
+        raise ConfigError("a recipe with phases is more than one stretch of training; call leanmill.phases.run.run")
     with processes(recipe) as given:
         return run_in(given, recipe)
 

@@ -112,6 +112,11 @@ def test_equals_the_same_by_hand(home, three, tmp_path):
         assert_equal(weights(three, part), weights(tmp_path / "retrained", part))
 
 
+def test_one_stretch_of_training_is_not_what_phases_ask_for(home, tmp_path):
+    with pytest.raises(ConfigError, match=r"call leanmill\.phases\.run\.run"):
+        run_one(recipe(home, tmp_path / "run", DENSE))
+
+
 def test_finished_phases_are_not_done_again(home, three, monkeypatch):
     def never(*_):
         raise AssertionError("done again")

@@ -161,6 +161,7 @@ def test_what_no_phase_changes_is_refused_with_what_to_do(key, value, says):
         ([DENSE, {"passes": [{"type": "wnda"}]}], "did you mean wanda"),
         ([DENSE, {"passes": [{**WANDA, "num_kpt": 2}]}], "phases.1.passes.0.num_kpt; did you mean 'num_kept'?"),
         ([{**DENSE, "name": "a/b"}], "must be a short folder name"),
+        ([{"overrides": {"a" + ".a" * 5000: 1}}], "a key has 5001 levels"),
         ([DENSE, {"rewind_to": "dense"}], "rewind_to is for a phase with passes"),
         ([DENSE, {"passes": [WANDA], "rewind_to": "base"}], "rewind_to must name a phase that trains"),
         ([DENSE, {"passes": [WANDA], "rewind_to": "dens@1"}], "rewind_to: dens@1 must name an earlier phase"),
