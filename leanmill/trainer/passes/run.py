@@ -27,7 +27,7 @@ from leanmill.recipe.compress import CompressRecipe
 from leanmill.recipe.sections import ClusterConfig
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.memory import return_large_blocks
-from leanmill.trainer.passes.statistics import Watch, watched
+from leanmill.trainer.passes.statistics import Watch, check_reached, watched
 from leanmill.trainer.passes.stream import Block, BlockStream
 
 
@@ -132,6 +132,7 @@ class _Pass:
         with watched(layers, with_gram=self.solver.needs_gram) as watches:
             for _ in self.stream.run(block):
                 pass
+        check_reached(layers, watches)
         for layer in layers.values():
             self.stream.drop(layer)
         reports: dict[str, LayerReport] = {}
@@ -139,9 +140,6 @@ class _Pass:
         watches.sort(key=lambda watch: watch.in_features)
         while watches:
             self._solve_together(watches.pop(), layers, reports)
-        missing = [name for name in layers if name not in reports]
-        if missing:
-            raise RunError(f"no calibration row reaches {missing[0]}; add it to exclude")
         return [reports[name] for name in layers]
 
     def _solve_together(self, watch: Watch, layers: dict[str, nn.Linear], reports: dict[str, LayerReport]) -> None:

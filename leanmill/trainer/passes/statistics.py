@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from leanmill.core.errors import RunError
 from leanmill.core.gram import Gram
 from leanmill.core.passes import InputStatistics
-from leanmill.parallel.collectives import sum_over_ranks
+from leanmill.parallel.collectives import gather_objects, same_on_all_ranks, sum_over_ranks
 
 
 @contextmanager
@@ -46,6 +46,21 @@ def watched(layers: Mapping[str, nn.Linear], *, with_gram: bool) -> Iterator[lis
             handle.remove()
         for watch in watches:
             watch.last = None
+
+
+def check_reached(layers: Iterable[str], watches: Sequence[Watch]) -> None:
+    """Make sure that every layer was called, and that ranks saw the same ones share inputs. A collective.
+
+    Raises:
+        RunError: On every rank.
+    """
+    called = [name for watch in watches for name in watch.names]
+    missing = gather_objects(sorted(set(layers) - set(called)))
+    for names in missing:
+        if names:
+            raise RunError(f"no calibration row of a rank reaches {names[0]}; add it to exclude, or take more rows")
+    if not same_on_all_ranks([watch.names for watch in watches]):
+        raise RunError(f"the layers around {called[0]} share inputs on some ranks and not on others; exclude them")
 
 
 class Watch:
