@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from enum import IntEnum
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from leanmill.core.stage import AROUND, TechniqueModule
 
@@ -57,6 +58,33 @@ class Around(TechniqueModule):
         """Return what the module returns; call `call(*args, **kwargs)`, at most once, to run it."""
         raise NotImplementedError
 
+    @property
+    def module(self) -> nn.Module:
+        """What it stands around."""
+        return self.__dict__["_module"]  # type: ignore[no-any-return]
+
+    def without_running(self, hidden: Tensor) -> Tensor:
+        """Return `hidden`, and give all weights of the module gradients of zero.
+
+        For a forward that does not call the module: a weight without any gradient would hang DDP, be passed
+        over by some engines' optimizers, and keep its gradient of the last step under ZeRO-3, where even
+        this does not help since weights are not there: see `TechniqueConfig.leaves_modules_out`.
+        """
+        weights = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return _WithoutRunning.apply(hidden, *weights)  # type: ignore[no-any-return]
+
+    def unfold(self, module: nn.Module) -> None:
+        """Change `module`, in place, so that within this it computes what it did alone: undo a `fold`.
+
+        Called on a full copy in fp32 on the CPU, after weights were loaded from an existing model, if
+        `unfolds`; not on resume.
+        """
+
+    @property
+    def unfolds(self) -> bool:
+        """Whether weights that are loaded have been folded."""
+        return False
+
     def fold(self, module: nn.Module) -> None:
         """Change `module`, in place, so that alone it computes in eval mode what it does within this.
 
@@ -65,6 +93,21 @@ class Around(TechniqueModule):
         Raises:
             ConfigError: No plain module computes it; the message says what to type.
         """
+
+
+class _WithoutRunning(torch.autograd.Function):
+    """Identity on the first argument; the others get gradients of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *weights: Tensor) -> Tensor:
+        ctx.like = [(weight.shape, weight.dtype, weight.device) for weight in weights]
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        # Without memory until they are accumulated.
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like]
+        return gradient, *zeros
 
 
 class _Rings:
@@ -100,6 +143,8 @@ def put_around(module: nn.Module, around: Around) -> None:
     in_order = sorted(members, key=lambda name: members[name].ring)
     module._modules[AROUND] = nn.ModuleDict({name: members[name] for name in in_order})
     module.forward = _Rings(module).call
+    # Past nn.Module's registration, which would make a cycle of parents.
+    around.__dict__["_module"] = module
     around.train(module.training)
 
 

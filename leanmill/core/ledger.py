@@ -153,12 +153,19 @@ def write_late(buffer: Tensor, value: Tensor) -> None:
 class Ledger(nn.Module):
     """The accounts of a run, part of its train module; techniques open them at installation."""
 
+    output_factor: Tensor
+    """fp32 (1,): what cross-entropy of the model's output is multiplied with in training, if it `shares_output`;
+    step rules write it."""
+
     def __init__(self) -> None:
         super().__init__()
         self.scales = Scales()
         self.accounts = nn.ModuleList()
         self._before_forward: list[Callable[[Batch], None]] = []
         self._after_forward: list[Callable[[], None]] = []
+        self.shares_output = False
+        """Whether a loss in the model takes a share of the cross-entropy of its output."""
+        self.register_buffer("output_factor", torch.ones(1), persistent=False)
 
     def open(self, name: str, *, per: Per, weight: float = 1.0) -> Account:
         """Open an account.

@@ -16,6 +16,7 @@ from torch import nn
 from leanmill.core.around import Around, put_around
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.branches import plain_modules
+from leanmill.core.stage import AROUND
 
 
 Kind = Literal["block", "attention", "router", "norm", "mlp"]
@@ -59,11 +60,11 @@ def find_modules(model: nn.Module, kind: Kind) -> Iterator[tuple[str, int | None
 
 def _tests(model: nn.Module, blocks: list[nn.Module]) -> dict[Kind, _Test]:
     block_ids = {id(block) for block in blocks}
-    child_ids = {id(child) for block in blocks for child in block.children()}
+    child_ids = {id(child) for block in blocks for name, child in block.named_children() if name != AROUND}
     is_attention, is_router = _recorded(model, "attentions"), _recorded(model, "router_logits")
 
     def is_mlp(path: str, module: nn.Module) -> bool:
-        if id(module) not in child_ids or not _holds_matmul(module) or _OF_MIXERS & _arguments(module):
+        if id(module) not in child_ids or not holds_matmul(module) or _OF_MIXERS & _arguments(module):
             return False
         return not any(is_attention(f"{path}.{inner}".rstrip("."), m) for inner, m in module.named_modules())
 
@@ -91,16 +92,18 @@ def _recorded(model: nn.Module, key: str) -> _Test:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a layer or RMS norm: an epsilon and at most a vector of weights and one of biases."""
-    own = dict(module.named_parameters())
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
     return (
         any(hasattr(module, name) for name in _EPSILONS)
+        and module._modules.keys() <= {AROUND}
         and own.keys() <= {"weight", "bias"}
         and all(p.dim() == 1 for p in own.values())
     )
 
 
-def _holds_matmul(module: nn.Module) -> bool:
-    return any(p.dim() > 1 for p in module.parameters())
+def holds_matmul(module: nn.Module) -> bool:
+    """Whether `module` has a weight of at least 2 dims, beside what stands around it."""
+    return any(p.dim() > 1 and AROUND not in path.split(".") for path, p in module.named_parameters())
 
 
 def _arguments(module: nn.Module) -> set[str]:

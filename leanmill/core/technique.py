@@ -59,6 +59,8 @@ class InstallContext:
     frozen_config: Callable[[str], Any] | None = None
     """The transformers configuration of a model in a folder or hub repository, for shapes that depend on it;
     None where nothing will train."""
+    cross_entropy_weight: float = 1.0
+    """Weight of next-token cross-entropy in the loss (`train.cross_entropy_weight`)."""
     ledger: Ledger = field(default_factory=_new_ledger)
     """Where losses that arise inside the model are attached; its train module's."""
     open_weights: Callable[[str], Callable[[str, Tensor], Tensor]] | None = None
@@ -125,6 +127,13 @@ class TechniqueConfig(Config):
     def is_for_training_only(self, name: str) -> bool:
         """Whether a tensor of this name in a checkpoint serves training alone and is nothing to an export."""
         return False
+
+    def leaves_modules_out(self) -> str | None:
+        """Return what to set so that every step calls every module that has weights; None where that is so already.
+
+        Under ZeRO-3 a weight that a step does not use keeps its gradient of the last one.
+        """
+        return None
 
     def own_settings(self) -> ParamSettings:
         """Return how the parameters that this technique brings are trained."""

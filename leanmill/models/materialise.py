@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from leanmill.core.around import iter_arounds
 from leanmill.core.branches import branch_modules, is_branched, plain_modules, reset_branch
 from leanmill.core.copies import cpu_copy
 from leanmill.core.errors import RunError
@@ -52,9 +53,25 @@ def make_materialiser(
         model = _causal_lm(module)
         loaded = _load(config, model) if config.path is not None else frozenset()
         _Filler(module, model, seed, loaded, reset_branches or reset_branch).fill()
+        if loaded:
+            _unfold_arounds(model)
         initialise_stages(model)
 
     return materialise
+
+
+@torch.no_grad()
+def _unfold_arounds(model: nn.Module) -> None:
+    """Let what stands around modules undo what an export has folded into their loaded weights. A collective."""
+    for _, module, around in iter_arounds(model):
+        if around.unfolds:
+            own = {
+                name: full(parameter.detach()).to("cpu", torch.float32) for name, parameter in module.named_parameters()
+            }
+            twin = cpu_copy(module, own)
+            around.unfold(twin)
+            for name, parameter in module.named_parameters():
+                assign(parameter, twin.get_parameter(name).to(parameter.device))
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _rates(recipe)
     yield from _views(recipe)
     yield from _turns(recipe)
+    yield from _modules_left_out(recipe)
     yield from _secrets(recipe)
 
 
@@ -199,6 +200,18 @@ def _turns(recipe: Sections) -> Iterator[str]:
             yield (
                 f"{name} moves weights by their gradients, which {turning} lets rest in some steps; remove one of the "
                 f"two from `techniques`"
+            )
+
+
+def _modules_left_out(recipe: Sections) -> Iterator[str]:
+    if recipe.engine.type != "deepspeed" or recipe.engine.stage != 3:
+        return
+    for config in recipe.techniques:
+        remedy = config.leaves_modules_out()
+        if remedy is not None:
+            yield (
+                f"{config.type} leaves modules out of a step, and engine.stage=3 would give their weights the gradient "  # type: ignore[attr-defined]
+                f"of the step before; set {remedy}, or engine.stage=2 or engine=fsdp"
             )
 
 

@@ -121,6 +121,7 @@ def _context(
         tokenizer_fingerprint=tokenizer_fingerprint,
         fingerprint_of_tokenizer=fingerprint_of,
         seed=recipe.seed,
+        cross_entropy_weight=recipe.train.cross_entropy_weight,
         frozen_config=lambda path: pretrained_config(
             ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code)
         ),

@@ -8,9 +8,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.batches import Batch
 from leanmill.core.head import HeadForm, head_extras, known_head_form
+from leanmill.core.head_loss import is_plain_head
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.parallel.engine import Engine
-from leanmill.trainer.losses import is_plain_head, loss_in_head, loss_on_body, model_inputs
+from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
 
 
 class TokenLosses:

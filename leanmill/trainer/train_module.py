@@ -18,11 +18,12 @@ from torch.nn import functional as F  # noqa: N812
 from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
+from leanmill.core.head_loss import HeadLoss, is_plain_head
 from leanmill.core.ledger import Ledger
 from leanmill.core.losses import HeadLossTerm, LossTerm
 from leanmill.core.operands import recomputed
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
-from leanmill.trainer.losses import HeadLoss, is_plain_head, loss_in_head, loss_on_body, model_inputs
+from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
 from leanmill.trainer.scoring import TokenLosses
 
 
@@ -97,7 +98,7 @@ class TrainModule(nn.Module):
             sums = self._sums(logits.flatten(0, 1), labels, terms, extras)
         else:
             sums = self._chunked_sums(batch, labels, terms, extras, chunk)
-        weights = [self.cross_entropy_weight, *(term.weight for term in terms)]
+        weights = [self._output_weight(), *(term.weight for term in terms)]
         # Only `total` is differentiated; the others are there to be read.
         names = ["cross_entropy", *(self.term_names if terms else ())]
         losses = dict(zip(names, sums.detach(), strict=True))
@@ -115,7 +116,7 @@ class TrainModule(nn.Module):
         form = known_head_form(model.config)
         if not terms:
             loss = self._cross_entropy_of(labels, form or HeadForm(), losses)
-        elif len(terms) == 1 and isinstance(terms[0], HeadLossTerm) and form is None:
+        elif len(terms) == 1 and isinstance(terms[0], HeadLossTerm) and form is None and not self.ledger.shares_output:
             loss = self._both_of(labels, terms[0], extras[0], losses)
         else:
             return None
@@ -145,7 +146,7 @@ class TrainModule(nn.Module):
                 chunk_tokens=self._fused_chunk,
             ).float()
             losses["cross_entropy"] = found.detach()
-            return self.cross_entropy_weight * found
+            return self._output_weight() * found
 
         return loss
 
@@ -166,6 +167,12 @@ class TrainModule(nn.Module):
             return total
 
         return loss
+
+    def _output_weight(self) -> float | Tensor:
+        """What the cross-entropy of the model's output counts in `total`."""
+        if not (self.training and self.ledger.shares_output):
+            return self.cross_entropy_weight
+        return self.cross_entropy_weight * self.ledger.output_factor[0]
 
     @property
     def _fused_chunk(self) -> int | None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -101,11 +100,10 @@ def test_gradients_are_those_of_the_formula():
     torch.testing.assert_close(module.around["gain"].gain.grad, gain.grad)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_calls_its_own_parts(copied):
+def test_a_copy_calls_its_own_parts():
     model, ids = _model(), tokens()
     expected = loss_of(model, ids)
-    twin = copied(model)
+    twin = copy.deepcopy(model)
     twin.model.layers[0].around["mask"].keep.zero_()
     assert not torch.equal(loss_of(twin, ids), expected)
     assert torch.equal(loss_of(model, ids), expected)
@@ -123,6 +121,21 @@ def test_stands_outside_of_activation_checkpointing(mode):
     for (name, got), (_, parameter) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         torch.testing.assert_close(got.grad, parameter.grad, msg=name)
     assert [block.around["mask"].num_calls for block in model.model.layers] == [1, 1]
+
+
+def test_what_stands_inside_of_blocks_compiles_once_for_all_layers():
+    from torch._dynamo.utils import counters
+
+    model = tiny()
+    for place in [*Sites(model).modules("norm"), *Sites(model).modules("mlp")]:
+        if place.layer is not None:
+            place.around(Gain())
+    torch._dynamo.reset()
+    counters.clear()
+    for block in model.model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    loss_of(model, tokens()).backward()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_block_compiles_whole_and_once_for_all_layers():

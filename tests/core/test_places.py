@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from leanmill.core.around import Around, Ring
 from leanmill.core.errors import ConfigError
 from leanmill.core.sites import Sites
 from tests.core.tiny import FAMILIES, MIXTURES, install, tiny
@@ -39,6 +40,16 @@ def _on_meta(family, **changes):
     config = AutoConfig.for_model(family, **{**sizes, **{**FAMILIES, **_OTHERS}[family], **changes})
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+class _Weighed(Around):
+    """Something with a matrix of its own."""
+
+    technique, ring = "weighed", Ring.SCALE
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
 
 
 def _names(model, kind):
@@ -104,4 +115,7 @@ def test_stages_and_adapters_change_no_place():
     before = {kind: [(p.name, p.layer) for p in Sites(model).modules(kind)] for kind in kinds}
     lora = {"type": "lora", "rank": 2, "alpha": 2, "where": "branch", "targets": ["q_proj"]}
     install(model, {"type": "ternary"}, lora)
+    for kind in kinds:
+        for place in Sites(model).modules(kind):
+            place.around(_Weighed())
     assert {kind: [(p.name, p.layer) for p in Sites(model).modules(kind)] for kind in kinds} == before

@@ -9,13 +9,14 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from leanmill.core.head import _KNOWN_FAMILIES
+from leanmill.core.head_loss import is_plain_head
 from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.distill.logits.config import Distill
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import FsdpEngine, SingleEngine
 from leanmill.parallel.deepspeed import DeepSpeedEngine
-from leanmill.trainer.losses import is_plain_head, loss_in_head
+from leanmill.trainer.losses import loss_in_head
 from leanmill.trainer.train_module import TrainModule
 from tests.core.tiny import FAMILIES, context, term_of, tiny
 from tests.distributed import run_ranks
