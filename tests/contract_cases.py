@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
     },
+    # Exits of the first and of the last block count nothing.
+    "deeper": MODEL | {"num_hidden_layers": 4},
 }
 """Other models; a combination that names one trains it."""
 
@@ -83,6 +85,15 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "granularity": "row",
         "activation_bits": 4,
         "targets": ["o_proj", "up_proj"],
+    },
+    "stochastic_depth": {"type": "stochastic_depth", "rate": 0.5, "over_layers": "linear"},
+    "dropped_steps": {"type": "stochastic_depth", "rate": 0.6, "over_layers": "uniform", "granularity": "batch"},
+    "layernorm_scaling": {"type": "layernorm_scaling"},
+    "layer_skip": {
+        "type": "stochastic_depth",
+        "rate": 0.5,
+        "over_time": "exponential",
+        "early_exit": {"scale": 1.0, "rotation": 2},
     },
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "hidden_distill": {"type": "hidden_distill", "teacher": "TEACHER", "loss": "normalised_mse", "weight": 0.5},
@@ -134,14 +145,19 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "lsq_activations",
             "rigl",
             "set",
+            "stochastic_depth",
+            "layernorm_scaling",
         )
     },
+    "layer_skip": ("deeper", "layer_skip"),
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),
     "lisa": ("lisa",),
     "turns": ("lisa", "nm_sparsity", "lsq_row"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
+    "layers": ("stochastic_depth", "layernorm_scaling", "nm_sparsity", "ternary"),
+    "exits": ("deeper", "layer_skip", "ternary", "lora", "distill"),
     "lora_in_steps": ("lora", "lsq_row"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
@@ -174,6 +190,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "mask_lora": ("perp", "lora"),
     "turns": ("lisa", "nm_sparsity"),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
+    "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
 }
 
 ENGINES: dict[str, dict[str, Any]] = {

@@ -101,6 +101,16 @@ TECHNIQUES: dict[str, Entry] = {
         "match a frozen teacher's hidden states in chosen layers",
         "Jiao et al. 2019, arXiv:1909.10351",
     ),
+    "layernorm_scaling": Entry(
+        "leanmill.architecture.layernorm_scaling.config:LayerNormScaling",
+        "scale the norms before attention and MLP by 1 / sqrt(depth)",
+        "Sun et al. 2025, arXiv:2502.05795",
+    ),
+    "stochastic_depth": Entry(
+        "leanmill.architecture.stochastic_depth.config:StochasticDepth",
+        "drop blocks at random in training, with losses at early exits (LayerSkip)",
+        "Huang et al. 2016, arXiv:1603.09382; Elhoushi et al. 2024, arXiv:2404.16710",
+    ),
     "rho1": Entry(
         "leanmill.distill.rho1.config:Rho1",
         "train on the tokens whose loss exceeds a reference model's most",

@@ -21,6 +21,7 @@ from tests.models.families import FAMILIES, tiny_config
 
 SPARSE = {"type": "nm_sparsity"}
 TERNARY = {"type": "ternary"}
+LAYERS = [{"type": "layernorm_scaling"}, {"type": "stochastic_depth", "early_exit": {}}, {"type": "ternary"}]
 LORA = {"type": "lora", "rank": 3, "alpha": 6}
 BRANCH = {**LORA, "where": "branch"}
 
@@ -58,8 +59,8 @@ def test_every_family_with_mask_and_ternary(family: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "techniques",
-    [[], [SPARSE], [TERNARY], [LORA], [BRANCH], [LORA, SPARSE, TERNARY], [{**TERNARY, "granularity": "row"}]],
-    ids=["none", "sparse", "ternary", "lora", "branch", "all", "rows"],
+    [[], [SPARSE], [TERNARY], [LORA], [BRANCH], [LORA, SPARSE, TERNARY], [{**TERNARY, "granularity": "row"}], LAYERS],
+    ids=["none", "sparse", "ternary", "lora", "branch", "all", "rows", "layers"],
 )
 def test_every_technique(techniques: list[dict], tmp_path: Path) -> None:
     model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", techniques)

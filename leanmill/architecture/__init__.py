@@ -1,0 +1,1 @@
+"""Techniques that change how a model's layers are put together."""

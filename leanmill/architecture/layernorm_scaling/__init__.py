@@ -1,0 +1,1 @@
+"""Norms scaled down with depth."""

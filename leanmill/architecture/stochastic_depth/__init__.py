@@ -1,0 +1,1 @@
+"""Blocks dropped at random in training, with losses at early exits."""
