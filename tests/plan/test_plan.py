@@ -15,7 +15,8 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DeepSpeedOffload
 from leanmill.parallel.launch import Ranks
 from leanmill.plan.memory import Weight, optimizer_bytes, shard_numel
-from leanmill.plan.plan import activation_bytes, logits_bytes, plan
+from leanmill.plan.plan import plan
+from leanmill.plan.transient import activation_bytes, logits_bytes
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import prepare
 from tests.distributed import run_ranks

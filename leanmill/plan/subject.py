@@ -1,0 +1,161 @@
+"""The model of a run as shapes: built on the meta device with its techniques installed, and the memory it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from leanmill.core.blocks import decoder_blocks
+from leanmill.core.errors import ConfigError
+from leanmill.core.parameters import TrainableSchedule
+from leanmill.core.paths import expand_user
+from leanmill.core.sites import staged_parameters
+from leanmill.core.staging import staged_once
+from leanmill.core.technique import InstallContext
+from leanmill.models.build import build_on_meta
+from leanmill.models.config import ModelConfig
+from leanmill.models.counting import num_active_parameters, num_parameters
+from leanmill.models.flops import flops_per_token
+from leanmill.parallel.config import (
+    EngineConfig,
+    FsdpEngine,
+)
+from leanmill.parallel.naming import state_parameters
+from leanmill.parallel.staging import fits, is_table
+from leanmill.plan.fit import Case
+from leanmill.plan.memory import Memory, Weight, estimate, staged_copies
+from leanmill.plan.transient import activation_bytes, logits_bytes
+from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import derive_steps
+from leanmill.trainer.prepare import install_techniques
+from leanmill.trainer.turns import Turns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What of a run's model decides its memory and work."""
+
+    num_parameters: int
+    """Of the plain model, tied weights once."""
+    num_active: int
+    """Parameters one token passes through: of experts, only the chosen ones."""
+    flops_per_token: float
+    weights: list[Weight]
+    """Every parameter, those of techniques included."""
+    teacher_sizes: tuple[int, int]
+    """Elements of the frozen models beside it, each once, and those of their blocks."""
+    config: Any
+    """The model's own."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Subject:
+        """Build the model of a recipe and install its techniques, without memory.
+
+        Raises:
+            ConfigError: A technique does not fit the model, or a frozen model is not there.
+        """
+        trained_tokenizer = recipe.data.tokenizer.path is None
+        model = build_on_meta(
+            recipe.model,
+            vocab_size=recipe.data.tokenizer.vocab_size if trained_tokenizer else None,
+            sequence_length=recipe.data.sequence_length,
+            device_type="cpu" if recipe.device == "cpu" else "cuda",
+        )
+        # Before techniques add theirs.
+        num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
+        flops = flops_per_token(model, recipe.data.sequence_length)
+        context = InstallContext(
+            load_frozen_model=_no_loading,
+            vocab_size=model.config.vocab_size,
+            seed=recipe.seed,
+            frozen_config=lambda path: _frozen_model(recipe, path).config,
+        )
+        techniques = install_techniques(recipe.techniques, model, context)
+        return cls(
+            num_parameters=num_total,
+            num_active=num_active,
+            flops_per_token=flops,
+            weights=list(_weights(model, techniques.trainable_schedule)),
+            teacher_sizes=_teacher_sizes(recipe),
+            config=model.config,
+        )
+
+    def memory(self, case: Case, rank_memory_bytes: int) -> Memory:
+        """Return what a rank holds in one case."""
+        changed, config = case.recipe, self.config
+        memory = estimate(
+            _with_staging_settled(case.engine, self.weights, case, rank_memory_bytes),
+            changed.optimizer,
+            self.weights,
+            world_size=case.world_size,
+            precision=changed.train.precision,
+            num_micro_batches=derive_steps(changed, case.world_size)[0],
+        )
+        memory.add("transient", "activations", activation_bytes(changed, config))
+        memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
+        memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
+        return memory
+
+
+def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[Weight]:
+    """Every parameter; of those that take turns, the set that takes the most memory counts as trained."""
+    at_once = None if schedule is None else Turns(schedule, model).heaviest()
+    block_of = {id(p): index for index, block in enumerate(decoder_blocks(model)) for p in block.parameters()}
+    staged = {id(p) for p in staged_parameters(model)}
+    whole, in_parts = (staged_once(model, in_parts=in_parts)[0] for in_parts in (False, True))
+    once, once_in_parts = ({id(weight.raw) for weight in found} for found in (whole, in_parts))
+    tables = {id(weight.raw) for weight in whole if is_table(weight)}
+    for name, parameter in state_parameters(model):
+        yield Weight(
+            tuple(parameter.shape),
+            parameter.element_size(),
+            parameter.requires_grad and (at_once is None or name in at_once),
+            block_of.get(id(parameter)),
+            staged=id(parameter) in staged,
+            once_whole=id(parameter) in once,
+            once_in_parts=id(parameter) in once_in_parts,
+            is_table=id(parameter) in tables,
+        )
+
+
+def _with_staging_settled(
+    engine: EngineConfig, weights: Sequence[Weight], case: Case, memory_bytes: int
+) -> EngineConfig:
+    """Return the engine with `staging: auto` replaced by what a rank of so much memory takes."""
+    if engine.staging != "auto":
+        return engine
+    copies = staged_copies(engine, weights, case.world_size, case.recipe.train.precision)
+    return engine.model_copy(update={"staging": "per_step" if fits(copies, memory_bytes) else "per_use"})
+
+
+def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
+    """Elements of the frozen models that techniques read, each once, and those of their blocks; 0 without any."""
+    whole = in_blocks = 0
+    for path in {path for t in recipe.techniques for path in t.frozen_models().values()}:
+        teacher = _frozen_model(recipe, path)
+        whole += sum(p.numel() for p in teacher.parameters())
+        in_blocks += sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
+    return whole, in_blocks
+
+
+def _frozen_model(recipe: Recipe, path: str) -> Any:
+    key = next(key for t in recipe.techniques for key, named in t.frozen_models().items() if named == path)
+    if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
+        raise ConfigError(f"{key} {path!r} does not exist; correct the path")
+    return build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+
+
+def _teacher_bytes(sizes: tuple[int, int], case: Case) -> float:
+    """Bytes of the teachers on one rank; whole but for FSDP, which shards its blocks."""
+    whole, blocks = sizes
+    size = 2 if case.recipe.train.precision == "bf16" else 4
+    if not isinstance(case.engine, FsdpEngine):
+        return float(size * whole)
+    return size * (whole - blocks + blocks / (case.engine.shard_size or case.world_size))
+
+
+def _no_loading(path: str) -> nn.Module:
+    raise ConfigError(f"planning loads no weights, but a technique asked for {path} at installation")

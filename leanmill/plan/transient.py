@@ -1,0 +1,57 @@
+"""What a micro-batch keeps until its backward, estimated from shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
+from leanmill.recipe.root import Recipe
+
+
+def activation_bytes(recipe: Recipe, config: Any) -> int:
+    """Estimate the activations that one micro-batch keeps for backward.
+
+    For each token and layer of a pre-norm block with gated MLP, in compute dtype: two norms' outputs,
+    query, key, value, attention's output in and out of its reshape (4 widths), and 4 tensors of
+    the MLP's width (of top_k experts); in fp32: what each of the two norms keeps. With `full` recomputation a
+    layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs.
+    """
+    size = 2 if recipe.train.precision == "bf16" else 4
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries = heads * head_dim
+    keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if isinstance(top_k, int):
+        inner = top_k * (getattr(config, "moe_intermediate_size", None) or inner)
+    whole = size * (2 * hidden + 3 * queries + 2 * keys + 4 * inner) + 4 * 4 * hidden
+    matmuls = size * (2 * hidden + 2 * queries + 2 * keys + 2 * inner)
+    tokens, layers = recipe.batch.tokens_per_micro_batch, config.num_hidden_layers
+    kept = {
+        "none": layers * whole,
+        "selective": layers * (matmuls + size * hidden) + whole,
+        "full": layers * size * hidden + whole,
+    }
+    return int(tokens * kept[recipe.train.activation_checkpointing])
+
+
+def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:
+    """Estimate what the loss keeps at once: logits of a chunk of tokens and the head's fp32 gradient.
+
+    That gradient is made with the loss, before backward reaches the head. A teacher brings logits of
+    its own.
+    """
+    size = 2 if recipe.train.precision == "bf16" else 4
+    num_models = 1 + sum(technique.num_frozen_logits() for technique in recipe.techniques)
+    chunk = recipe.train.logits_chunk_tokens
+    rows = rows_a_chunk(
+        torch.empty(0, hidden_size, dtype=torch.bfloat16 if size == 2 else torch.float32),
+        torch.empty(vocab_size, 0),
+        None if chunk == "auto" else chunk,
+        logits_alive=num_models,
+    )
+    tokens = min(rows, recipe.batch.tokens_per_micro_batch)
+    return num_models * tokens * vocab_size * size + 4 * vocab_size * hidden_size
