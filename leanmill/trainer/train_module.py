@@ -9,37 +9,25 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.batches import Batch
-from leanmill.core.errors import ConfigError
-from leanmill.core.head import HeadForm, head_extras, known_head_form
-from leanmill.core.head_loss import HeadLoss, is_plain_head
 from leanmill.core.ledger import Ledger
-from leanmill.core.losses import HeadLossTerm, LossTerm
-from leanmill.core.operands import recomputed
-from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
-from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
+from leanmill.core.losses import LossTerm
+from leanmill.trainer.loss_paths import FromLogits, Job, LossPath, choose_path
 from leanmill.trainer.scoring import TokenLosses
 
 
 log = logging.getLogger(__name__)
 
-AUTO_CHUNK_BYTES = 256 * 2**20
-"""Where logits are made at all, `auto` keeps those of a micro-batch at once up to this size (fp32)."""
-
 
 class TrainModule(nn.Module):
     """Un-normalised training losses of a causal LM.
 
-    Where the head is a plain matmul, cross-entropy (alone, or beside one `HeadLossTerm`) is computed
-    inside the head's call: gradients are built with the loss, a chunk of tokens at a time. Terms that
-    take logits, adapters around the head and families that treat logits in ways of their own get
-    logits, whole up to `AUTO_CHUNK_BYTES` and in chunks that backward recomputes above.
+    How they are computed is chosen once, see `loss_paths.py`: where the head is a plain matmul, cross-entropy
+    (alone, or beside one `HeadLossTerm`) in the head's call or place, and otherwise from logits.
 
     Args:
         model: The Hugging Face causal LM.
@@ -66,8 +54,8 @@ class TrainModule(nn.Module):
         self.term_names = distinct_names(loss_terms)
         self.cross_entropy_weight = cross_entropy_weight
         self.chunk_tokens = chunk_tokens
-        self._may_fuse = True
-        self._score = TokenLosses(model, self._fused_chunk)
+        self._paths: dict[bool, LossPath] = {}
+        self._score = TokenLosses(model, None if chunk_tokens == "auto" else chunk_tokens)
 
     def forward(self, batch: Batch, *, per_token: bool = False) -> dict[str, Tensor]:
         """Return fp32 sums over tokens with a label: `cross_entropy`, one entry a term (`term_names`), and `total`.
@@ -87,140 +75,41 @@ class TrainModule(nn.Module):
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         terms = self.loss_terms if self.training else ()
-        extras = [_flat(term.prepare(batch)) for term in terms]
-        labels = batch["labels"].reshape(-1)
-        fused = self._fused(batch, labels, terms, extras)
-        if fused is not None:
-            return fused
-        chunk = self._chunk_size(labels.numel())
-        if chunk >= labels.numel():
-            logits = self.model(**model_inputs(batch)).logits
-            sums = self._sums(logits.flatten(0, 1), labels, terms, extras)
-        else:
-            sums = self._chunked_sums(batch, labels, terms, extras, chunk)
-        weights = [self._output_weight(), *(term.weight for term in terms)]
-        # Only `total` is differentiated; the others are there to be read.
-        names = ["cross_entropy", *(self.term_names if terms else ())]
-        losses = dict(zip(names, sums.detach(), strict=True))
-        losses["total"] = sum((w * value for w, value in zip(weights, sums, strict=True)), sums.new_zeros(()))
+        job = Job(
+            batch=batch,
+            labels=batch["labels"].reshape(-1),
+            terms=terms,
+            names=self.term_names if terms else (),
+            extras=[_flat(term.prepare(batch)) for term in terms],
+            output_weight=self._output_weight(),
+        )
+        losses = self._path(terms)(job)
+        if losses is None:
+            # Once: what a family does does not change from batch to batch.
+            log.info("this model family changes its logits after the head, so losses are computed from logits")
+            self.use_logits()
+            losses = self._path(terms)(job)
+            assert losses is not None
         return losses
 
-    def _fused(
-        self, batch: Batch, labels: Tensor, terms: Sequence[LossTerm], extras: Sequence[Mapping[str, Tensor]]
-    ) -> dict[str, Tensor] | None:
-        """Return the losses without making all logits, or None where that is not known to be the same."""
-        model, head = self.model, self.model.get_output_embeddings()  # type: ignore[operator]
-        if not self._may_fuse or not is_plain_head(head):
-            return None
-        losses: dict[str, Tensor] = {}
-        form = known_head_form(model.config)
-        if not terms:
-            loss = self._cross_entropy_of(labels, form or HeadForm(), losses)
-        elif len(terms) == 1 and isinstance(terms[0], HeadLossTerm) and form is None and not self.ledger.shares_output:
-            loss = self._both_of(labels, terms[0], extras[0], losses)
-        else:
-            return None
-        if form is not None:
-            return losses | {"total": loss_on_body(model, model_inputs(batch), loss)}
-        if head_extras(model.config):
-            self._may_fuse = False
-            return None
-        total = loss_in_head(model, model_inputs(batch), labels.numel(), loss)
-        if total is None:
-            # Once: what a family does does not change from batch to batch.
-            self._may_fuse = False
-            log.info("this model family changes its logits after the head, so losses are computed from logits")
-            return None
-        return losses | {"total": total}
+    def use_logits(self) -> None:
+        """Compute losses from whole logits from here on: for a model that changes them after its head."""
+        self._paths = dict.fromkeys((False, True), FromLogits(self.model, self.chunk_tokens, is_special=True))
 
-    def _cross_entropy_of(self, labels: Tensor, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
-        def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            found = linear_cross_entropy(
-                hidden,
-                weight,
-                labels,
-                bias,
-                reduction="sum",
-                logit_scale=form.scale,
-                softcap=form.softcap,
-                chunk_tokens=self._fused_chunk,
-            ).float()
-            losses["cross_entropy"] = found.detach()
-            return self._output_weight() * found
-
-        return loss
-
-    def _both_of(
-        self, labels: Tensor, term: HeadLossTerm, extras: Mapping[str, Tensor], losses: dict[str, Tensor]
-    ) -> HeadLoss:
-        def loss(*head: Any) -> Tensor:
-            total, losses["cross_entropy"], losses[self.term_names[0]] = (
-                value.float()
-                for value in term.with_cross_entropy(
-                    head,
-                    labels,
-                    extras,
-                    cross_entropy_weight=self.cross_entropy_weight,
-                    chunk_tokens=self._fused_chunk,
-                )
-            )
-            return total
-
-        return loss
+    def _path(self, terms: Sequence[LossTerm]) -> LossPath:
+        """With and without terms a path is chosen once, when it is first asked for: adapters may come last."""
+        path = self._paths.get(bool(terms))
+        if path is None:
+            shares_output = self.training and self.ledger.shares_output
+            path = choose_path(self.model, terms, self.chunk_tokens, shares_output=shares_output)
+            self._paths[bool(terms)] = path
+        return path
 
     def _output_weight(self) -> float | Tensor:
         """What the cross-entropy of the model's output counts in `total`."""
         if not (self.training and self.ledger.shares_output):
             return self.cross_entropy_weight
         return self.cross_entropy_weight * self.ledger.output_factor[0]
-
-    @property
-    def _fused_chunk(self) -> int | None:
-        return None if self.chunk_tokens == "auto" else self.chunk_tokens
-
-    def _chunk_size(self, num_tokens: int) -> int:
-        if self.chunk_tokens != "auto":
-            return self.chunk_tokens
-        vocab_size: int = self.model.config.vocab_size  # type: ignore[union-attr, assignment]
-        if 4 * num_tokens * vocab_size <= AUTO_CHUNK_BYTES or self._head_is_special():
-            return num_tokens
-        return max(1, AUTO_CHUNK_BYTES // (4 * vocab_size))
-
-    def _chunked_sums(
-        self,
-        batch: Batch,
-        labels: Tensor,
-        terms: Sequence[LossTerm],
-        extras: Sequence[Mapping[str, Tensor]],
-        chunk: int,
-    ) -> Tensor:
-        if self._head_is_special():
-            raise ConfigError(
-                "this model family scales or caps its logits after the head, which chunked losses would "
-                "leave out; remove train.logits_chunk_tokens"
-            )
-        hidden = self.model.base_model(**model_inputs(batch)).last_hidden_state.flatten(0, 1)  # type: ignore[operator, union-attr]
-        head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
-        sums = hidden.new_zeros(1 + len(terms), dtype=torch.float32)
-        for start in range(0, labels.numel(), chunk):
-            part = slice(start, start + chunk)
-            cut = [{name: value[part] for name, value in extra.items()} for extra in extras]
-
-            def chunk_sums(rows: Tensor, part: slice = part, cut: list[dict[str, Tensor]] = cut) -> Tensor:
-                return self._sums(head(rows), labels[part], terms, cut)
-
-            sums = sums + recomputed(chunk_sums, hidden[part])
-        return sums
-
-    def _head_is_special(self) -> bool:
-        return not self._may_fuse or bool(head_extras(self.model.config))
-
-    def _sums(
-        self, logits: Tensor, labels: Tensor, terms: Sequence[LossTerm], extras: Sequence[Mapping[str, Tensor]]
-    ) -> Tensor:
-        cross_entropy = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
-        others = [term(logits, labels, extra) for term, extra in zip(terms, extras, strict=True)]
-        return torch.stack([cross_entropy, *others])
 
 
 def distinct_names(terms: Sequence[LossTerm]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from leanmill.distill.logits.config import Distill
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import FsdpEngine, SingleEngine
 from leanmill.parallel.deepspeed import DeepSpeedEngine
+from leanmill.trainer.loss_paths import FromLogits
 from leanmill.trainer.losses import loss_in_head
 from leanmill.trainer.train_module import TrainModule
 from tests.core.tiny import FAMILIES, context, term_of, tiny
@@ -233,12 +234,13 @@ def trained(kind, tied):
         engine, _ = build_engine(config, ranks=cases.ranks_here(), precision="fp32", model_bytes=0)
     plain = cases.make_module(torch.float32, tied=tied).model
     module = TrainModule(plain, chunk_tokens=10 if kind != "reference" else "auto")
-    module._may_fuse = kind != "reference"
+    if kind == "reference":
+        module.use_logits()
     preparation = cases.preparation(lambda live: cases.adamw(live, foreach=False))
     engine.prepare(module, preparation)
     found = cases.train(engine, max_norm=None)
     found["evaluated"] = engine.evaluate(cases.rows(9))["cross_entropy"].item()
-    assert module._may_fuse == (kind != "reference")
+    assert isinstance(module._paths[False], FromLogits) == (kind == "reference")
     return found
 
 
@@ -264,7 +266,7 @@ def test_distillation_beside_cross_entropy_is_that_of_logits(divergence, weight,
     config = Distill(teacher="t", divergence=divergence, temperature=2.0, weight=0.3)
     batch = batch_of()
     whole = TrainModule(model, [term_of(config, context(teacher))], weight)
-    whole._may_fuse = False
+    whole.use_logits()
     expected = whole(batch)
     expected["total"].backward()
     wanted, rows = gradients(model), head_rows(model)
@@ -282,10 +284,10 @@ def test_distillation_under_autocast_and_from_a_teacher_with_a_head_of_its_own()
     module = TrainModule(model, [term_of(Distill(teacher="t"), context(teacher))])
     with torch.autocast("cpu", torch.bfloat16):
         fused = module(batch)
-        module._may_fuse = False
+        module.use_logits()
         whole = module(batch)
     torch.testing.assert_close(fused, whole, rtol=2e-2, atol=2e-2)
-    module._may_fuse = True
+    module._paths.clear()
     expected = module(batch)
     teacher.lm_head = nn.Sequential(teacher.lm_head)
     torch.testing.assert_close(module(batch), expected)

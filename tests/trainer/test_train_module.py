@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.core.errors import ConfigError
+from leanmill.trainer.loss_paths import FromLogits
 from leanmill.trainer.train_module import TrainModule
 
 
@@ -108,7 +109,8 @@ def test_chunking_a_head_that_scales_its_logits_is_refused():
 
 
 def test_auto_keeps_small_logits_whole_and_cuts_large_ones():
-    module = TrainModule(_model())
-    assert module._chunk_size(1000) == 1000
-    module.model.config.vocab_size = 2**18
-    assert module._chunk_size(4096) == 256
+    model = _model()
+    path = FromLogits(model, "auto")
+    assert path.chunk_size(1000) == 1000
+    model.config.vocab_size = 2**18
+    assert path.chunk_size(4096) == 256

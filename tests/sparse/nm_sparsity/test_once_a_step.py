@@ -18,6 +18,7 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.engine import Preparation
 from leanmill.sparse.nm_sparsity.stage import NMSparsityStage
+from leanmill.trainer.loss_paths import FromLogits
 from leanmill.trainer.train_module import TrainModule
 from tests.core.tiny import install, tiny, tokens
 from tests.parallel.cases import ranks_here
@@ -64,7 +65,8 @@ def step(
     if compiles:
         compile_blocks(model)
     module = TrainModule(model, chunk_tokens=chunk_tokens)
-    module._fused = lambda *_: None  # chunks are for heads and terms that cannot be fused
+    # Chunks are for heads and terms that cannot be fused.
+    module._paths = dict.fromkeys((False, True), FromLogits(model, chunk_tokens))
     engine, _ = build_engine(SingleEngine(), ranks=ranks_here(), precision="fp32", model_bytes=0)
 
     def sgd(live):

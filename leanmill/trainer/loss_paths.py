@@ -1,0 +1,203 @@
+"""Three ways to a micro-batch's losses: in the head's call, in the head's place, or from logits.
+
+`choose_path` picks one for a model and its terms. The first two never hold all logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from leanmill.core.batches import Batch
+from leanmill.core.errors import ConfigError
+from leanmill.core.head import HeadForm, head_extras, known_head_form
+from leanmill.core.head_loss import HeadLoss, is_plain_head
+from leanmill.core.losses import HeadLossTerm, LossTerm
+from leanmill.core.operands import recomputed
+from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
+from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
+
+
+AUTO_CHUNK_BYTES = 256 * 2**20
+"""Where logits are made at all, `auto` keeps those of a micro-batch at once up to this size (fp32)."""
+
+ChunkTokens = int | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The losses of one micro-batch that are asked for."""
+
+    batch: Batch
+    labels: Tensor
+    """[N] int64."""
+    terms: Sequence[LossTerm]
+    names: Sequence[str]
+    """Of the terms' losses."""
+    extras: Sequence[Mapping[str, Tensor]]
+    """What each term prepared, flattened to [N, ...]."""
+    output_weight: float | Tensor
+    """Of cross-entropy in `total`."""
+
+
+class LossPath(Protocol):
+    """Computes `cross_entropy`, one loss a term, and `total`, which alone carries gradients: fp32 sums."""
+
+    def __call__(self, job: Job) -> dict[str, Tensor] | None:
+        """Return the losses; None where the model family turns out to do more than this path knows."""
+        ...
+
+
+def choose_path(
+    model: nn.Module, terms: Sequence[LossTerm], chunk_tokens: ChunkTokens, *, shares_output: bool
+) -> LossPath:
+    """Return the path that holds the fewest logits of those that this model and these terms allow.
+
+    Args:
+        model: A causal LM, its techniques in place.
+        terms: The terms that will be asked for.
+        chunk_tokens: Tokens whose logits exist at once, or `auto`.
+        shares_output: Whether losses inside the model take a share of the output's weight.
+    """
+    form = known_head_form(model.config)
+    one_in_head = len(terms) == 1 and isinstance(terms[0], HeadLossTerm) and form is None and not shares_output
+    if not is_plain_head(model.get_output_embeddings()) or (terms and not one_in_head):  # type: ignore[operator]
+        return FromLogits(model, chunk_tokens)
+    if form is not None:
+        return OnBody(model, chunk_tokens, form)
+    return FromLogits(model, chunk_tokens) if head_extras(model.config) else InHead(model, chunk_tokens)
+
+
+class InHead:
+    """Inside the head's call, for a model that leaves its logits alone; whether one does shows in the first call."""
+
+    def __init__(self, model: nn.Module, chunk_tokens: ChunkTokens) -> None:
+        self._model, self._chunk = model, _fused_chunk(chunk_tokens)
+
+    def __call__(self, job: Job) -> dict[str, Tensor] | None:
+        """See `LossPath`."""
+        losses: dict[str, Tensor] = {}
+        loss = _both_of(job, self._chunk, losses) if job.terms else _cross_entropy(job, self._chunk, HeadForm(), losses)
+        total = loss_in_head(self._model, model_inputs(job.batch), job.labels.numel(), loss)
+        return None if total is None else losses | {"total": total}
+
+
+class OnBody:
+    """On the body's last hidden states, for a family whose head scales or caps its logits in a known way."""
+
+    def __init__(self, model: nn.Module, chunk_tokens: ChunkTokens, form: HeadForm) -> None:
+        self._model, self._chunk, self._form = model, _fused_chunk(chunk_tokens), form
+
+    def __call__(self, job: Job) -> dict[str, Tensor]:
+        """See `LossPath`."""
+        losses: dict[str, Tensor] = {}
+        loss = _cross_entropy(job, self._chunk, self._form, losses)
+        return losses | {"total": loss_on_body(self._model, model_inputs(job.batch), loss)}
+
+
+class FromLogits:
+    """From logits: whole up to `AUTO_CHUNK_BYTES`, and above in chunks of tokens that backward recomputes.
+
+    Args:
+        model: A causal LM.
+        chunk_tokens: Tokens whose logits exist at once, or `auto`.
+        is_special: Whether the model is known to change its logits after the head, so that they cannot be cut.
+    """
+
+    def __init__(self, model: nn.Module, chunk_tokens: ChunkTokens, *, is_special: bool = False) -> None:
+        self._model, self._chunk_tokens, self._is_special = model, chunk_tokens, is_special
+
+    def __call__(self, job: Job) -> dict[str, Tensor]:
+        """See `LossPath`."""
+        chunk = self.chunk_size(job.labels.numel())
+        if chunk >= job.labels.numel():
+            logits = self._model(**model_inputs(job.batch)).logits
+            sums = _sums(logits.flatten(0, 1), job.labels, job.terms, job.extras)
+        else:
+            sums = self._in_chunks(job, chunk)
+        weights = [job.output_weight, *(term.weight for term in job.terms)]
+        # Only `total` is differentiated; the others are there to be read.
+        losses = dict(zip(["cross_entropy", *job.names], sums.detach(), strict=True))
+        losses["total"] = sum((w * value for w, value in zip(weights, sums, strict=True)), sums.new_zeros(()))
+        return losses
+
+    def chunk_size(self, num_tokens: int) -> int:
+        """Return how many of these tokens have logits at once."""
+        if self._chunk_tokens != "auto":
+            return self._chunk_tokens
+        vocab_size: int = self._model.config.vocab_size  # type: ignore[union-attr, assignment]
+        if 4 * num_tokens * vocab_size <= AUTO_CHUNK_BYTES or self._cannot_cut:
+            return num_tokens
+        return max(1, AUTO_CHUNK_BYTES // (4 * vocab_size))
+
+    @property
+    def _cannot_cut(self) -> bool:
+        return self._is_special or bool(head_extras(self._model.config))
+
+    def _in_chunks(self, job: Job, chunk: int) -> Tensor:
+        if self._cannot_cut:
+            raise ConfigError(
+                "this model family scales or caps its logits after the head, which chunked losses would "
+                "leave out; remove train.logits_chunk_tokens"
+            )
+        body: Any = self._model.base_model
+        hidden = body(**model_inputs(job.batch)).last_hidden_state.flatten(0, 1)
+        head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
+        sums = hidden.new_zeros(1 + len(job.terms), dtype=torch.float32)
+        for start in range(0, job.labels.numel(), chunk):
+            part = slice(start, start + chunk)
+            cut = [{name: value[part] for name, value in extra.items()} for extra in job.extras]
+
+            def chunk_sums(rows: Tensor, part: slice = part, cut: list[dict[str, Tensor]] = cut) -> Tensor:
+                return _sums(head(rows), job.labels[part], job.terms, cut)
+
+            sums = sums + recomputed(chunk_sums, hidden[part])
+        return sums
+
+
+def _fused_chunk(chunk_tokens: ChunkTokens) -> int | None:
+    return None if chunk_tokens == "auto" else chunk_tokens
+
+
+def _cross_entropy(job: Job, chunk: int | None, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        found = linear_cross_entropy(
+            hidden,
+            weight,
+            job.labels,
+            bias,
+            reduction="sum",
+            logit_scale=form.scale,
+            softcap=form.softcap,
+            chunk_tokens=chunk,
+        ).float()
+        losses["cross_entropy"] = found.detach()
+        return job.output_weight * found
+
+    return loss
+
+
+def _both_of(job: Job, chunk: int | None, losses: dict[str, Tensor]) -> HeadLoss:
+    term, weight = job.terms[0], job.output_weight
+    assert isinstance(term, HeadLossTerm)
+    assert isinstance(weight, float | int)
+
+    def loss(*head: Any) -> Tensor:
+        found = term.with_cross_entropy(
+            head, job.labels, job.extras[0], cross_entropy_weight=weight, chunk_tokens=chunk
+        )
+        total, losses["cross_entropy"], losses[job.names[0]] = (value.float() for value in found)
+        return total
+
+    return loss
+
+
+def _sums(logits: Tensor, labels: Tensor, terms: Sequence[LossTerm], extras: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    cross_entropy = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    others = [term(logits, labels, extra) for term, extra in zip(terms, extras, strict=True)]
+    return torch.stack([cross_entropy, *others])
