@@ -180,14 +180,7 @@ class _Run:
             rule_states=state.get("rules") or self._rules_to_begin_with(),
         )
         self.saved = saved_part(recipe, model, prepared)
-        if state:
-            if prepared.techniques.trainable_schedule is not None:
-                # What trained in the step that was saved, and so has state; the next step may change it.
-                self.engine.set_trainable(prepared.trained & optimized_names(self.resumed_from))
-            self.manager.load(self.resumed_from, self.engine, **self.saved)
-            self.data.load_state_dict(state["data"])
-        elif self.start is not None:
-            self._begin_with(self.start)
+        self._load(prepared, state)
         self.manager.clear_away()
         num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
         self._write_recipe(tokenizer)
@@ -204,13 +197,7 @@ class _Run:
             num_parameters=num_total,
             num_trainable=prepared.num_trainable,
             flops_per_token=flops,
-            notes=(
-                why,
-                prepared.conversion,
-                *self.engine.notes,
-                *self._data_notes(num_steps),
-                *self._resume_note(state),
-            ),
+            notes=(why, prepared.conversion, *self.engine.notes, *self._notes(num_steps, state)),
         )
         return self._train(loop, info)
 
@@ -296,6 +283,17 @@ class _Run:
         self.resumed_from = path
         return state
 
+    def _load(self, prepared: Prepared, state: dict[str, Any]) -> None:
+        """Go on from what `_find` found, or begin with what the run was given."""
+        if state:
+            if prepared.techniques.trainable_schedule is not None:
+                # What trained in the step that was saved, and so has state; the next step may change it.
+                self.engine.set_trainable(prepared.trained & optimized_names(self.resumed_from))
+            self.manager.load(self.resumed_from, self.engine, **self.saved)
+            self.data.load_state_dict(state["data"])
+        elif self.start is not None:
+            self._begin_with(self.start)
+
     def _rules_to_begin_with(self) -> dict[str, Any]:
         if self.start is None or not self.start.model:
             return {}
@@ -308,6 +306,9 @@ class _Run:
             self.data.load_state_dict(data)
         if start.model:
             self.manager.load(start.checkpoint, self.engine, optimizer=start.optimizer, **self.saved)
+
+    def _notes(self, num_steps: int, state: dict[str, Any]) -> list[str]:
+        return [*self._data_notes(num_steps), *self._resume_note(state)]
 
     def _data_notes(self, num_steps: int) -> list[str]:
         num_rows = num_steps * self.recipe.batch.tokens_per_step // self.recipe.data.sequence_length
