@@ -39,6 +39,7 @@ def test_a_technique_sets_rate_and_decay_of_the_parameters_it_brought(where):
     first, lsq, second = recipe["techniques"]
     first |= {"where": where, "lr_factor": 4.0}
     lsq |= {"weight_decay": 0.05}
+    second |= {"lr_factor": None, "weight_decay": None}
     model = build_on_meta(Recipe.model_validate(recipe).model)
     ranks = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     engine, _ = build_engine(Recipe.model_validate(recipe).engine, ranks=ranks, precision="fp32", model_bytes=0)
