@@ -28,7 +28,7 @@ from leanmill.checkpoint.finding import newest_sound
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.checkpoint.snapshot import Snapshot, Snapshots
 from leanmill.cli.main import main
-from leanmill.parallel.native import NativeEngine
+from leanmill.parallel.torch_engine import TorchEngine
 from leanmill.report.loggers.jsonl import JsonlLog
 from leanmill.trainer.run_lock import RunLock
 
@@ -36,8 +36,8 @@ from leanmill.trainer.run_lock import RunLock
 POINTS: dict[str, tuple[Any, str]] = {
     "batch": (trainer.Loop, "_next_batch"),
     "backward": (torch.Tensor, "backward"),
-    "clip": (NativeEngine, "clip"),
-    "update": (NativeEngine, "step"),
+    "clip": (TorchEngine, "clip"),
+    "update": (TorchEngine, "step"),
     "record": (JsonlLog, "_write"),
     "snapshot": (Snapshots, "take"),
     "copies": (Snapshot, "finish_host_copies"),

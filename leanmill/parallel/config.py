@@ -10,7 +10,7 @@ from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 
 
-class NativeEngineConfig(Config):
+class TorchEngineConfig(Config):
     """What the engines on torch alone share."""
 
     staging: Literal["auto", "per_step", "per_use"] = "auto"
@@ -19,25 +19,25 @@ class NativeEngineConfig(Config):
     keeps no copy. `auto`: once a step wherever a technique allows it and the copies take little memory."""
 
 
-class AutoEngine(NativeEngineConfig):
+class AutoEngine(TorchEngineConfig):
     """Let Leanmill pick the engine; the log says which and why."""
 
     type: Literal["auto"] = "auto"
 
 
-class SingleEngine(NativeEngineConfig):
+class SingleEngine(TorchEngineConfig):
     """One process, no sharding."""
 
     type: Literal["single"] = "single"
 
 
-class DdpEngine(NativeEngineConfig):
+class DdpEngine(TorchEngineConfig):
     """Replicate the model on every rank; all-reduce gradients (torch DDP)."""
 
     type: Literal["ddp"] = "ddp"
 
 
-class FsdpEngine(NativeEngineConfig):
+class FsdpEngine(TorchEngineConfig):
     """Shard parameters, gradients and optimizer state with torch FSDP2."""
 
     type: Literal["fsdp"] = "fsdp"

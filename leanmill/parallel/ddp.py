@@ -14,9 +14,9 @@ from leanmill.core.batches import Batch
 from leanmill.parallel.config import DdpEngine as DdpConfig
 from leanmill.parallel.engine import Losses, Preparation
 from leanmill.parallel.launch import Ranks, ensure_process_group
-from leanmill.parallel.native import NativeEngine
 from leanmill.parallel.single import freeze
 from leanmill.parallel.staging import ReplicaStaging
+from leanmill.parallel.torch_engine import TorchEngine
 
 
 # Renamed in torch 2.13, where the old spelling warns.
@@ -26,7 +26,7 @@ _NO_BUFFERS: dict[str, Any] = {
 }
 
 
-class DdpEngine(NativeEngine):
+class DdpEngine(TorchEngine):
     """Replicas whose gradients are averaged in the last micro-batch's backward. bf16 is autocast.
 
     Args:

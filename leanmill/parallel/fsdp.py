@@ -20,12 +20,12 @@ from leanmill.core.staging import StagedOnce
 from leanmill.parallel.config import FsdpEngine as FsdpConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks, ensure_process_group
-from leanmill.parallel.native import NativeEngine
 from leanmill.parallel.single import freeze
 from leanmill.parallel.staging_shards import ShardStaging
+from leanmill.parallel.torch_engine import TorchEngine
 
 
-class FsdpEngine(NativeEngine):
+class FsdpEngine(TorchEngine):
     """Shards every parameter along its first dim: one group a decoder block, one for the rest.
 
     - The order is shard on meta, materialise each rank's shares, then build the optimizer.

@@ -12,11 +12,11 @@ from leanmill.core.errors import ConfigError
 from leanmill.parallel.config import SingleEngine as SingleConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks
-from leanmill.parallel.native import NativeEngine
 from leanmill.parallel.staging import ReplicaStaging
+from leanmill.parallel.torch_engine import TorchEngine
 
 
-class SingleEngine(NativeEngine):
+class SingleEngine(TorchEngine):
     """One process, nothing sharded. bf16 is autocast over fp32 weights.
 
     Args:

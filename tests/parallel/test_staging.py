@@ -206,7 +206,7 @@ def test_packed_gathers_need_something_to_pack():
 
 
 def test_auto_stages_at_use_where_copies_are_large(monkeypatch):
-    monkeypatch.setattr("leanmill.parallel.native.smallest_rank_memory", lambda ranks: 100_000)
+    monkeypatch.setattr("leanmill.parallel.torch_engine.smallest_rank_memory", lambda ranks: 100_000)
     found = {}
     for precision in ("fp32", "bf16"):
         engine, _ = train(

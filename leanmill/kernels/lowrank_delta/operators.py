@@ -10,7 +10,7 @@ from torch import Tensor
 
 from leanmill.kernels.fake_quant.grid import make_grid
 from leanmill.kernels.lowrank_delta import naive
-from leanmill.kernels.lowrank_delta.blocks import Gradients, Merged, Quantiser
+from leanmill.kernels.lowrank_delta.merged import Gradients, Merged, Quantiser
 
 
 def _merged(tensors: Sequence[Tensor | None], settings: Sequence[Any]) -> Merged:

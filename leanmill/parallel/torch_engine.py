@@ -25,7 +25,7 @@ from leanmill.parallel.tensors import assign, full, global_norm, scale_to_norm
 from leanmill.parallel.views import NativeViews
 
 
-class NativeEngine(Engine):
+class TorchEngine(Engine):
     """Base of the engines whose optimizer sees the module's own parameters.
 
     Args:
