@@ -121,12 +121,22 @@ _OF_PRUNED = {"static_mask", "perp"}
 _EXCLUDING = [{"lora", "lora_branch"}, {"nm_sparsity", "bdwp"}, {"ternary", "quest"}]
 """Pairs that want the same slot."""
 _PAIRS = [pair for pair in itertools.combinations(TECHNIQUES, 2) if set(pair) not in _EXCLUDING]
-_RARE = [{"lora_branch", "quest"}, {"lora_branch", "bdwp"}, {"distill", "quest"}, {"distill", "bdwp"}]
-"""Pairs that share no mechanism which another pair does not have; trained with the slow tests."""
+_RARE = [
+    {"lora_branch", "quest"},
+    {"lora_branch", "bdwp"},
+    *({"distill", other} for other in ("nm_sparsity", "ternary", "quest", "bdwp", "lora_branch")),
+    *({"lora", other} for other in ("quest", "bdwp")),
+    {"quest", "bdwp"},
+]
+"""Pairs that share no mechanism which another pair, or three together, do not have; trained with the slow tests."""
 
 SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} in _RARE},
-    **{name: (name,) for name in ("quest_weights", "lsq_tensor", "second_lora", "nm_sparsity_tied", "perp")},
+    **{
+        name: (name,) for name in ("quest_weights", "lsq_tensor", "lsq_tied", "second_lora", "nm_sparsity_tied", "perp")
+    },
+    **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "lisa")},
+    "ternary experts": ("mixtral", "ternary"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
@@ -139,21 +149,17 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "ternary_int8",
             "int_quant",
             "lsq_row",
-            "lsq_tied",
             "rho1",
             "mask_llm",
             "lsq_activations",
             "rigl",
             "set",
-            "stochastic_depth",
-            "layernorm_scaling",
         )
     },
     "layer_skip": ("deeper", "layer_skip"),
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),
-    "lisa": ("lisa",),
     "turns": ("lisa", "nm_sparsity", "lsq_row"),
     "mask_in_steps": ("nm_sparsity", "lsq_row", "lora"),
     "layers": ("stochastic_depth", "layernorm_scaling", "nm_sparsity", "ternary"),
@@ -168,7 +174,6 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "hidden states and logits": ("hidden_distill", "distill", "nm_sparsity", "lora"),
     "experts": ("mixtral", "router_balance"),
     "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
-    "ternary experts": ("mixtral", "ternary"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
