@@ -9,6 +9,8 @@ from pathlib import Path
 
 
 BENCHMARKS = ("command_line", "step_time", "techniques", "checkpoint_stall", "plan_memory", "kernels", "quickstart")
+ARGUMENTS = {"techniques": [[], ["--micro-batches", "2"]]}
+"""Of benchmarks that run several times."""
 
 
 def main() -> None:
@@ -16,7 +18,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=BENCHMARKS, help=f"of {', '.join(BENCHMARKS)}; default all")
     folder = Path(__file__).parent
     for name in parser.parse_args().names:
-        subprocess.run([sys.executable, str(folder / f"{name}.py")], check=True, cwd=folder)
+        for arguments in ARGUMENTS.get(name, [[]]):
+            subprocess.run([sys.executable, str(folder / f"{name}.py"), *arguments], check=True, cwd=folder)
 
 
 if __name__ == "__main__":
