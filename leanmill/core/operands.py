@@ -74,15 +74,15 @@ class Operands:
     @property
     def is_plain(self) -> bool:
         """Whether nothing happens to either operand any more."""
-        return not self.stages and not self.inputs
+        return len(self.stages) + len(self.inputs) == 0  # compiled code knows no truth of tuples
 
     @property
     def has_product(self) -> bool:
         """Whether the matmul has a leaner way than through the staged weight (`Stage.product`)."""
         first, *rest = self.stages or (None,)
-        if first is None or not first.has_product or self.inputs or len(rest) > 1:
+        if first is None or not first.has_product or len(self.inputs) > 0 or len(rest) > 1:
             return False
-        return not rest or rest[0].learned_grid() is not None
+        return len(rest) == 0 or rest[0].learned_grid() is not None
 
     def product(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by that way. It is not computed again in backward, so stages give their state as it is now."""

@@ -126,7 +126,7 @@ def test_gradients_are_reduced_as_asked_and_state_comes_back(reduce_dtype):
 
     def on_rank():
         engine, loop = train(wanted, ranks_here(), num_steps=1)
-        engine.forward_backward([FixedRows().next_rows(2, rank=engine.data_rank, world_size=2)], torch.tensor(9.0))
+        engine.forward_backward([FixedRows().next_rows(4, rank=engine.data_rank, world_size=2)], torch.tensor(9.0))
         is_bf16 = {name: torch.equal(g, g.bfloat16().float()) for name, g in engine.gradients()}
         engine.step(torch.tensor(True))
         states = [
