@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanmill.kernels.fake_quant import cpu
 from leanmill.kernels.fake_quant.op import fake_quant
-from leanmill.kernels.lowrank_delta import blocks, naive
+from leanmill.kernels.lowrank_delta import merged as by_rows
+from leanmill.kernels.lowrank_delta import naive
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
 from tests.kernels.launcher import DEVICE, DTYPES
 
@@ -54,7 +55,7 @@ def grads(out, upstream, t):
 
 @pytest.fixture(params=[7, 10**6], ids=["many-blocks", "one-block"])
 def _block_elements(request, monkeypatch):
-    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), request.param))
+    monkeypatch.setattr(by_rows, "_BLOCK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), request.param))
 
 
 CASES = list(itertools.product([(6, 8), (3, 4, 8), (2, 2, 3, 4)], [None, 3], [False, True]))
@@ -151,7 +152,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_backward_makes_nothing_of_the_weights_size(monkeypatch):
-    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", {"cpu": 8 * 64, "cuda": 8 * 64})
+    monkeypatch.setattr(by_rows, "_BLOCK_ELEMENTS", {"cpu": 8 * 64, "cuda": 8 * 64})
     made = []
     new = cpu.large_empty
 
