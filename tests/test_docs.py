@@ -110,3 +110,10 @@ def test_every_technique_has_a_page_with_its_paper(name):
     page = (ROOT / "docs/techniques" / f"{name}.md").read_text(encoding="utf-8")
     for identifier in re.findall(r"arXiv:(\d+\.\d+)", registry.TECHNIQUES[name].paper):
         assert identifier in page
+
+
+@pytest.mark.parametrize("name", sorted(registry.TECHNIQUES))
+def test_every_technique_has_its_configuration_in_the_reference(name):
+    module = registry.TECHNIQUES[name].target.partition(":")[0]
+    page = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
+    assert f"## {name}\n\n::: {module}\n" in page
