@@ -203,7 +203,7 @@ def claims_page() -> str:
         measured = [(name, found) for name in CLAIMS if (found := load(kind, f"claims_{name}"))]
         if measured:
             text += f"\n## {KINDS.get(kind, kind)}\n" + "".join(claim_section(*one) for one in measured)
-    return text
+    return text if text != CLAIMS_HEAD else text + "\nNone has been measured yet.\n"
 
 
 def claim_section(name: str, result: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -17,8 +16,6 @@ from leanmill.kernels.native.dtypes import SUFFIXES
 from leanmill.kernels.native.processor import multiplies_natively
 from leanmill.kernels.sharded import TokenLayout, is_dtensor
 
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = (*SUFFIXES, torch.float64)
 

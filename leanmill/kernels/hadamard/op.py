@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,6 @@ from leanmill.kernels.hadamard import cpu, naive
 from leanmill.kernels.sharded import on_local_rows
 
 
-logger = logging.getLogger(__name__)
 LARGEST_BLOCK = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

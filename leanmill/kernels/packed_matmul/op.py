@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
@@ -14,7 +12,6 @@ from leanmill.kernels.packing.encoding import TERNARY, Encoding, number_of, pack
 from leanmill.kernels.sharded import is_dtensor
 
 
-logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIDDLE = {1: 0.5, 2: 2.0, 4: 8.0, 8: 128.0, TERNARY: 0.0}
 

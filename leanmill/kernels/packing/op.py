@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,6 @@ from leanmill.kernels.packing.encoding import (
 from leanmill.kernels.sharded import is_dtensor
 
 
-logger = logging.getLogger(__name__)
 _CODE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
