@@ -20,6 +20,7 @@ from leanmill.kernels.swiglu import naive as gate
 from leanmill.kernels.swiglu.op import swiglu
 from leanmill.kernels.topk_router import naive as router
 from leanmill.kernels.topk_router.op import topk_router
+from leanmill.kernels.topk_router.settings import Settings as RouterSettings
 
 
 NUM_TOKENS, HIDDEN, WIDTH, NUM_EXPERTS, TOP_K = 4096, 512, 256, 32, 4
@@ -138,8 +139,9 @@ def router_by_definition() -> Callable[[Tensor], Tensor]:
     define = compiled(router.topk_router)
 
     def call(logits: Tensor) -> Tensor:
-        options = {"is_sigmoid": False, "normalise": True, "scaling": 1.0}
-        weights, _, counts, z_loss, mean_probability = define(logits, None, TOP_K, **options)
+        weights, _, counts, z_loss, mean_probability = define(
+            logits, None, None, RouterSettings(TOP_K, False, True, 1.0)
+        )
         return weights.square().sum() + z_loss + (mean_probability * counts).sum()
 
     return call

@@ -31,6 +31,8 @@ class Ring(IntEnum):
     """Adds to what comes out."""
     SCALE = 3
     """Changes what comes out, next to the module."""
+    DECIDE = 4
+    """Computes what comes out in the module's place, from its weights."""
 
 
 class Around(TechniqueModule):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanmill.kernels.native import compiler, threads
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
+from leanmill.kernels.topk_router.settings import Settings
 
 
 _BLOCK_ROWS = 512
@@ -33,13 +34,19 @@ def library() -> ctypes.CDLL | None:
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
+def covers(token_mask: Tensor | None, settings: Settings) -> bool:
+    """Whether `topk_router` knows these."""
+    return token_mask is None and settings.num_groups == settings.num_sequences == 1
+
+
 def topk_router(
-    logits: Tensor, bias: Tensor | None, top_k: int, *, is_sigmoid: bool, normalise: bool, scaling: float
+    logits: Tensor, bias: Tensor | None, token_mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what `naive.topk_router` does, for contiguous logits."""
     num_tokens, num_experts = logits.shape
+    top_k = settings.top_k
     bias = None if bias is None else bias.float().contiguous()
-    router = _router(bias, num_experts, top_k, is_sigmoid=is_sigmoid, normalise=normalise, scaling=scaling)
+    router = _router(bias, num_experts, settings)
     num_blocks = -(-num_tokens // _BLOCK_ROWS)
     index = torch.empty(num_tokens, top_k, dtype=torch.int64)
     weights = torch.empty(num_tokens, top_k)
@@ -57,22 +64,20 @@ def topk_router(
 
     threads.parallel_for(run, num_blocks, _BLOCK_ROWS * num_experts * _ELEMENT_COST)
     means = (sums.sum(0) / max(num_tokens, 1)).float()
-    return weights, index, counts.sum(0), means[0].clone(), means[1:].clone()
+    return weights, index, counts.sum(0, keepdim=True), means[0].clone(), means[None, 1:].clone()
 
 
 def backward(
     logits: Tensor,
     index: Tensor,
+    token_mask: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
-    *,
-    is_sigmoid: bool,
-    normalise: bool,
-    scaling: float,
+    settings: Settings,
 ) -> Tensor:
     """Return what `naive.backward` does, for contiguous logits."""
     num_tokens, num_experts = logits.shape
     grad_weights, grad_z, grad_mean = (grad.float().contiguous() for grad in grads)
-    router = _router(None, num_experts, index.shape[1], is_sigmoid=is_sigmoid, normalise=normalise, scaling=scaling)
+    router = _router(None, num_experts, settings)
     out = torch.empty_like(logits)
     function = _function("route_backward", logits.dtype)
     upstream_z = ctypes.c_float(grad_z.item())
@@ -88,11 +93,10 @@ def backward(
     return out
 
 
-def _router(
-    bias: Tensor | None, num_experts: int, top_k: int, *, is_sigmoid: bool, normalise: bool, scaling: float
-) -> _Router:
+def _router(bias: Tensor | None, num_experts: int, settings: Settings) -> _Router:
     address = None if bias is None else bias.data_ptr()
-    return _Router(address, num_experts, top_k, int(is_sigmoid), int(normalise), scaling)
+    numbers = settings.top_k, int(settings.is_sigmoid), int(settings.normalise)
+    return _Router(address, num_experts, *numbers, settings.scaling)
 
 
 def _function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanmill.kernels.topk_router.settings import Settings
+
 
 _ROWS_A_PROGRAM = 64
 _TAKEN = tl.constexpr(-(2**31))
@@ -181,10 +183,11 @@ def _route_backward_kernel(
 
 
 def topk_router(
-    logits: Tensor, bias: Tensor | None, top_k: int, *, is_sigmoid: bool, normalise: bool, scaling: float
+    logits: Tensor, bias: Tensor | None, token_mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what `naive.topk_router` does."""
     num_tokens, num_experts = logits.shape
+    top_k = settings.top_k
     rows, rounds = _rows(num_experts)
     num_programs = triton.cdiv(num_tokens, rows * rounds)
     index = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
@@ -194,10 +197,10 @@ def topk_router(
     if num_programs:
         _route_kernel[(num_programs,)](
             *(logits, logits if bias is None else bias.contiguous(), index, weights, counts, sums),
-            *(num_tokens, num_experts, top_k, scaling),
+            *(num_tokens, num_experts, top_k, settings.scaling),
             HAS_BIAS=bias is not None,
-            IS_SIGMOID=is_sigmoid,
-            NORMALISE=normalise,
+            IS_SIGMOID=settings.is_sigmoid,
+            NORMALISE=settings.normalise,
             ROWS=rows,
             EXPERTS=triton.next_power_of_2(num_experts),
             TOP_K=triton.next_power_of_2(top_k),
@@ -205,17 +208,15 @@ def topk_router(
             num_warps=4,
         )
     means = (sums.sum(0, dtype=torch.float64) / max(num_tokens, 1)).float()
-    return weights, index, counts.sum(0, dtype=torch.int64), means[0].clone(), means[1:].clone()
+    return weights, index, counts.sum(0, keepdim=True, dtype=torch.int64), means[0].clone(), means[None, 1:].clone()
 
 
 def backward(
     logits: Tensor,
     index: Tensor,
+    token_mask: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
-    *,
-    is_sigmoid: bool,
-    normalise: bool,
-    scaling: float,
+    settings: Settings,
 ) -> Tensor:
     """Return what `naive.backward` does."""
     num_tokens, num_experts = logits.shape
@@ -225,9 +226,9 @@ def backward(
     if num_tokens:
         _route_backward_kernel[(triton.cdiv(num_tokens, rows),)](
             *(logits, index, grad_weights, grad_z, grad_mean, out),
-            *(num_tokens, num_experts, index.shape[1], scaling),
-            IS_SIGMOID=is_sigmoid,
-            NORMALISE=normalise,
+            *(num_tokens, num_experts, settings.top_k, settings.scaling),
+            IS_SIGMOID=settings.is_sigmoid,
+            NORMALISE=settings.normalise,
             ROWS=rows,
             EXPERTS=triton.next_power_of_2(num_experts),
             num_warps=4,

@@ -13,7 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.ledger import Account, Ledger, add_once, write_late
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.sites import Sites
-from leanmill.moe.router_balance.routing import Affinity, affinities, routing_of
+from leanmill.moe.routing.policy import Policy, affinities, policy_of
 from leanmill.parallel.collectives import sum_over_ranks
 
 
@@ -27,8 +27,7 @@ class Balance(Around):
     Args:
         ledger: Of the run.
         layer: What the losses are logged by.
-        affinity: How the router scores.
-        num_experts: E.
+        policy: Of the router.
         weight: Of this layer's load-balance loss in the objective.
         z_weight: Of this layer's z-loss.
     """
@@ -42,22 +41,20 @@ class Balance(Around):
     coefficients: Tensor
     """fp32 [E]: E x f."""
 
-    def __init__(
-        self, ledger: Ledger, layer: int, *, affinity: Affinity, num_experts: int, weight: float, z_weight: float
-    ) -> None:
+    def __init__(self, ledger: Ledger, layer: int, *, policy: Policy, weight: float, z_weight: float) -> None:
         super().__init__()
-        self.affinity: Affinity = affinity
+        self.score = policy.score
         self.balance: Account = ledger.open(f"router_balance/{layer}", per="micro_batch", weight=weight)
         self.z = ledger.open(f"router_z/{layer}", per="micro_batch", weight=z_weight)
         for name in ("counts", "shares", "coefficients"):
-            self.register_buffer(name, torch.zeros(num_experts), persistent=False)
+            self.register_buffer(name, torch.zeros(policy.num_experts), persistent=False)
 
     def forward(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         if not self.training:
             return output
         logits, weights, experts, *rest = output
-        shares = affinities(logits, self.affinity).mean(0)
+        shares = affinities(logits, self.score).mean(0)
         each = torch.arange(logits.shape[-1], device=experts.device)
         add_once(self.counts, (experts.unsqueeze(-1) == each).sum((0, 1)).float())
         add_once(self.shares, shares.detach())
@@ -128,12 +125,10 @@ def balance_routers(sites: Sites, ledger: Ledger, *, weight: float, z_weight: fl
     for index, place in enumerate(places):
         if any(around.technique == Balance.technique for around in arounds(place.module)):
             raise ConfigError("router_balance is listed twice; keep one entry, whose `weight` is the sum of both")
-        affinity, num_experts = routing_of(place.module, place.name, hidden_size)
         balance = Balance(
             ledger,
             index if place.layer is None else place.layer,
-            affinity=affinity,
-            num_experts=num_experts,
+            policy=policy_of(place.module, place.name, hidden_size),
             weight=weight / len(places),
             z_weight=z_weight / len(places),
         )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from leanmill.kernels.topk_router import cpu, naive
 from leanmill.kernels.topk_router.op import _route, topk_router
+from leanmill.kernels.topk_router.settings import Settings
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
 from tests.kernels.linear_cross_entropy.compiled import assert_compiles
 
@@ -50,6 +51,11 @@ def outputs_and_gradient(function, logits, seed=0):
     return weights.detach(), index, counts, z_loss.detach(), mean.detach(), grad
 
 
+def by_definition(logits, bias, told):
+    *first, counts, z_loss, means = naive.topk_router(logits, bias, None, told)
+    return *first, counts[0], z_loss, means[0]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 30),
@@ -68,9 +74,9 @@ def test_outputs_and_gradient_equal_the_definition(num_tokens, num_experts, data
     got = outputs_and_gradient(
         lambda x: topk_router(x, top_k, score=score, normalise=normalise, bias=bias, scaling=1.5), logits
     )
-    options = {"is_sigmoid": is_sigmoid, "normalise": normalise, "scaling": 1.5}
+    told = Settings(top_k, is_sigmoid, normalise, 1.5)
     reference = logits.to(torch.promote_types(dtype, torch.float32))
-    expected = outputs_and_gradient(lambda x: naive.topk_router(x, bias, top_k, **options), reference)
+    expected = outputs_and_gradient(lambda x: by_definition(x, bias, told), reference)
     assert torch.equal(got[1], expected[1])
     assert torch.equal(got[2], expected[2])
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 2e-5)
@@ -87,16 +93,16 @@ def test_triton_equals_the_definition(dtype, is_sigmoid, normalise):
     for num_tokens, num_experts, top_k in ((70, 5, 2), (3, 9, 9)):
         logits = (torch.randn(num_tokens, num_experts) * 3).to(dtype)
         bias = torch.randn(num_experts) if num_experts == 5 else None
-        options = {"is_sigmoid": is_sigmoid, "normalise": normalise, "scaling": 1.5}
+        told = Settings(top_k, is_sigmoid, normalise, 1.5)
         on = logits.to(DEVICE), None if bias is None else bias.to(DEVICE)
-        got = [t.cpu() for t in kernel.topk_router(*on, top_k, **options)]
-        expected = naive.topk_router(logits, bias, top_k, **options)
+        got = [t.cpu() for t in kernel.topk_router(*on, None, told)]
+        expected = naive.topk_router(logits, bias, None, told)
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        grads = torch.randn(num_tokens, top_k), torch.randn(()), torch.randn(num_experts) * 30
+        grads = torch.randn(num_tokens, top_k), torch.randn(()), torch.randn(1, num_experts) * 30
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-        got_grad = kernel.backward(on[0], got[1].to(DEVICE), tuple(g.to(DEVICE) for g in grads), **options).cpu()
-        expected_grad = naive.backward(logits, expected[1], grads, **options)
+        got_grad = kernel.backward(on[0], got[1].to(DEVICE), None, tuple(g.to(DEVICE) for g in grads), told).cpu()
+        expected_grad = naive.backward(logits, expected[1], None, grads, told)
         torch.testing.assert_close(got_grad, expected_grad, rtol=tolerance, atol=tolerance)
 
 
@@ -127,8 +133,7 @@ def device_of(path):
 def choice(path, logits, top_k, *, is_sigmoid=False, bias=None):
     device = device_of(path)
     bias = None if bias is None else bias.to(device)
-    options = {"is_sigmoid": is_sigmoid, "normalise": True, "scaling": 1.0}
-    return path.topk_router(logits.to(device), bias, top_k, **options)[1].tolist()
+    return path.topk_router(logits.to(device), bias, None, Settings(top_k, is_sigmoid, True, 1.0))[1].tolist()
 
 
 @on_every_path
@@ -190,16 +195,16 @@ def test_tokens_whose_sigmoids_all_vanish(path, normalise, dtype):
     logarithms = torch.nn.functional.logsigmoid(exact)
     weights = logarithms.gather(-1, index).softmax(-1) if normalise else exact.sigmoid().gather(-1, index)
     mean = logarithms.softmax(-1).mean(0)
-    options = {"is_sigmoid": True, "normalise": normalise, "scaling": 1.5}
+    told = Settings(2, True, normalise, 1.5)
     on_device = logits.to(device_of(path))
-    got = path.topk_router(on_device, None, 2, **options)
+    got = path.topk_router(on_device, None, None, told)
     assert torch.equal(got[1].cpu(), index)
     torch.testing.assert_close(got[0].double().cpu(), 1.5 * weights.detach(), rtol=1e-5, atol=1e-30)
-    torch.testing.assert_close(got[4].double().cpu(), mean.detach(), rtol=1e-5, atol=0)
-    upstream = torch.randn(9, 2), torch.zeros(()), torch.randn(6) * 30
+    torch.testing.assert_close(got[4][0].double().cpu(), mean.detach(), rtol=1e-5, atol=0)
+    upstream = torch.randn(9, 2), torch.zeros(()), torch.randn(1, 6) * 30
     total = (1.5 * weights * upstream[0]).sum() + (mean * upstream[2]).sum()
     (expected,) = torch.autograd.grad(total, exact)
-    found = path.backward(on_device, got[1], tuple(g.to(on_device.device) for g in upstream), **options)
+    found = path.backward(on_device, got[1], None, tuple(g.to(on_device.device) for g in upstream), told)
     close = {torch.float32: 2e-5, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(found.double().cpu(), expected, rtol=close, atol=1e-6)
 
@@ -209,7 +214,7 @@ def test_tokens_whose_sigmoids_all_vanish(path, normalise, dtype):
 def test_weights_of_vanishing_scores_still_sum_to_one(path, is_sigmoid):
     device = device_of(path)
     logits = torch.tensor([[-60.0, -61.0, -62.0, -63.0]]) - (0.0 if is_sigmoid else 100.0)
-    weights = path.topk_router(logits.to(device), None, 2, is_sigmoid=is_sigmoid, normalise=True, scaling=1.0)[0].cpu()
+    weights = path.topk_router(logits.to(device), None, None, Settings(2, is_sigmoid, True, 1.0))[0].cpu()
     share = 1 / (1 + math.exp(-1))
     torch.testing.assert_close(weights, torch.tensor([[share, 1 - share]]), rtol=1e-5, atol=0)
 
@@ -224,7 +229,9 @@ def test_gradcheck_and_opcheck():
                 return routed.weights, routed.z_loss, routed.mean_probability
 
             assert torch.autograd.gradcheck(outputs, logits)
-    torch.library.opcheck(_route, (torch.randn(4, 5, requires_grad=True), torch.randn(5), 2, True, True, 1.5))
+    numbers = Settings(2, True, True, 1.5, num_sequences=2).numbers()
+    mask = torch.tensor([True, False, True, True])
+    torch.library.opcheck(_route, (torch.randn(4, 5, requires_grad=True), torch.randn(5), mask, 1.5, numbers))
 
 
 @pytest.mark.parametrize("normalise", [False, True])

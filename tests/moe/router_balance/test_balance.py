@@ -225,17 +225,3 @@ def test_a_second_entry_is_refused():
 def test_an_entry_that_adds_nothing_is_refused():
     with pytest.raises(ValueError, match="weight: 0.01"):
         parse_technique({"type": "router_balance", "weight": 0, "z_weight": 0})
-
-
-class Strange(nn.Linear):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = super().forward(x)
-        weights, experts = logits.exp().square().topk(2)
-        return logits, weights, experts
-
-
-def test_a_router_with_other_scores_is_refused():
-    from leanmill.moe.router_balance.routing import routing_of
-
-    with pytest.raises(ConfigError, match="some.gate.*softmax or sigmoid"):
-        routing_of(Strange(8, 4, bias=False), "some.gate", 8)
