@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from leanmill.core.experts import IMPLEMENTATION, _use_our_compute
+from leanmill.core.experts import IMPLEMENTATION, use_our_compute
 from leanmill.kernels.grouped_gemm import naive as grouped
 from leanmill.kernels.moe_permute import naive as permute
 from leanmill.kernels.moe_permute.op import moe_permute, moe_unpermute, sort_by_expert
@@ -43,7 +43,7 @@ def experts_module(implementation: str, dtype: torch.dtype) -> nn.Module:
             parameter.normal_(std=0.02, generator=generator)
     module = module.to(dtype)
     if implementation == IMPLEMENTATION:
-        _use_our_compute(module)
+        use_our_compute(module, "experts", remedy="cannot be measured")
     else:
         config._experts_implementation = implementation
     return module

@@ -2,14 +2,19 @@
 
 Transformers keeps the experts of a layer in one module with 3-D parameters `gate_up_proj`
 [E, 2I, H] and `down_proj` [E, H, I], and lets a model's config name the function that computes
-them. We register one such function: it sorts token copies by expert and runs each weight as one
-grouped matmul whose staged weight is recomputed in backward.
+them. We register one such function: the module's dispatch (`leanmill.core.dispatch`) brings tokens to
+where their experts are, token copies are sorted by expert, and each weight runs as one grouped matmul
+whose staged weight is recomputed in backward.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor, nn
 
+from leanmill.core.dispatch import ATTRIBUTE, Dispatch, dispatch_of
 from leanmill.core.errors import ConfigError
 from leanmill.core.operands import recomputed
 from leanmill.core.product import compute_dtype, grouped
@@ -37,8 +42,44 @@ def attach_expert_site(module: nn.Module, parameter_name: str, name: str) -> Exp
     """Return the site of one stacked weight, hanging it below `module` the first time.
 
     Raises:
+        ConfigError: Our compute does not cover the module, see `use_our_compute`.
+    """
+    if "sites" not in module._modules:
+        use_our_compute(module, name, remedy=f"cannot carry stages; add {name!r} to `exclude`")
+        module.add_module("sites", nn.ModuleDict())
+    sites = module._modules["sites"]
+    assert isinstance(sites, nn.ModuleDict)
+    if parameter_name not in sites:
+        sites[parameter_name] = ExpertSite(module, parameter_name, name)
+    return sites[parameter_name]  # type: ignore[return-value]
+
+
+def set_dispatch(module: nn.Module, dispatch: Dispatch, name: str) -> None:
+    """Let `dispatch` bring tokens to the experts of `module`, and have them computed by us.
+
+    Args:
+        module: Stacked experts.
+        dispatch: One object a module.
+        name: Dotted name of the module, for messages.
+
+    Raises:
+        ConfigError: Our compute does not cover the module.
+    """
+    use_our_compute(module, name, remedy="cannot be spread over ranks; remove layout.ep")
+    setattr(module, ATTRIBUTE, dispatch)
+
+
+def use_our_compute(module: nn.Module, name: str, *, remedy: str) -> None:
+    """Have transformers call `experts_forward` for the stacked experts of this model.
+
+    Args:
+        module: Stacked experts.
+        name: Of them, for messages.
+        remedy: End of the message: what they cannot do, and what to type.
+
+    Raises:
         ConfigError: The module's weights are transposed, interleaved or biased, which our grouped
-            compute does not cover.
+            compute does not cover, or it does not ask transformers' interface.
     """
     unsupported = {
         "transposed weights": getattr(module, "is_transposed", False),
@@ -49,18 +90,7 @@ def attach_expert_site(module: nn.Module, parameter_name: str, name: str) -> Exp
     }
     found = [what for what, present in unsupported.items() if present]
     if found:
-        raise ConfigError(f"{name}: experts with {', '.join(found)} cannot carry stages; add {name!r} to `exclude`")
-    if "sites" not in module._modules:
-        module.add_module("sites", nn.ModuleDict())
-        _use_our_compute(module)
-    sites = module._modules["sites"]
-    assert isinstance(sites, nn.ModuleDict)
-    if parameter_name not in sites:
-        sites[parameter_name] = ExpertSite(module, parameter_name, name)
-    return sites[parameter_name]  # type: ignore[return-value]
-
-
-def _use_our_compute(module: nn.Module) -> None:
+        raise ConfigError(f"{name}: experts with {', '.join(found)} {remedy}")
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
@@ -78,21 +108,35 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Args:
         self: The experts module.
         hidden_states: Tokens [T, H].
-        top_k_index: Chosen experts [T, K] int64.
+        top_k_index: Chosen experts [T, K] int64; the number of experts stands for a dropped copy.
         top_k_weights: Their combine weights [T, K].
 
     Returns:
         [T, H] in the dtype of `hidden_states`.
     """
-    num_experts: int = self.num_experts  # type: ignore[assignment]
-    _, positions, counts = sort_by_expert(top_k_index, num_experts)
+    out = dispatch_of(self)(partial(compute_experts, self), hidden_states, top_k_index, top_k_weights)
+    return out.to(hidden_states.dtype)
+
+
+def compute_experts(
+    module: nn.Module,
+    tokens: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *,
+    num_experts: int | None = None,
+    num_copies: int | None = None,
+) -> Tensor:
+    """Compute the experts whose weights `module` holds; see `ExpertCompute`."""
+    held: int = module.num_experts if num_experts is None else num_experts  # type: ignore[assignment]
+    _, positions, counts = sort_by_expert(top_k_index, held)
     offsets = counts.cumsum(0)
     # Tokens are gathered while they are multiplied and summed while results are stored, so the only
     # copies of every token's K rows that exist are the two in the middle.
-    gate_up = _site_matmul(self, "gate_up_proj", hidden_states, offsets, gather_index=positions)
-    hidden = swiglu(gate_up) if _is_swiglu(self) else self._apply_gate(gate_up)  # type: ignore[operator]
-    out = _site_matmul(self, "down_proj", hidden, offsets, scatter_index=positions, scatter_weights=top_k_weights)
-    return out.to(hidden_states.dtype)
+    gate_up = _site_matmul(module, "gate_up_proj", tokens, offsets, gather_index=positions, num_rows=num_copies)
+    hidden = swiglu(gate_up) if _is_swiglu(module) else module._apply_gate(gate_up)  # type: ignore[operator]
+    routing: dict[str, Any] = {"scatter_index": positions, "scatter_weights": top_k_weights, "num_rows": num_copies}
+    return _site_matmul(module, "down_proj", hidden, offsets, **routing)
 
 
 def _is_swiglu(module: nn.Module) -> bool:
@@ -104,7 +148,7 @@ def _is_swiglu(module: nn.Module) -> bool:
     return gate is _default_apply_gate and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
 
 
-def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor, **routing: Tensor) -> Tensor:
+def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor, **routing: Any) -> Tensor:
     sites = module._modules.get("sites")
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
     if site is None or not site.is_staged:

@@ -31,7 +31,7 @@ def linear(tokens: Tensor, weight: Tensor, backward_weight: Tensor | None, bias:
     return product if bias is None else product + bias.to(dtype)
 
 
-def grouped(rows: Tensor, weight: Tensor, backward_weight: Tensor | None, offsets: Tensor, **routing: Tensor) -> Tensor:
+def grouped(rows: Tensor, weight: Tensor, backward_weight: Tensor | None, offsets: Tensor, **routing: Any) -> Tensor:
     """Multiply rows sorted by expert with their expert's weight, in autocast's dtype where it is on.
 
     Args:
@@ -39,7 +39,7 @@ def grouped(rows: Tensor, weight: Tensor, backward_weight: Tensor | None, offset
         weight: [E, out, in].
         backward_weight: As in `linear`, [E, out, in] or None.
         offsets: End row of each expert [E]; experts may have no rows.
-        routing: `gather_index`, `scatter_index` and `scatter_weights` of `grouped_gemm`.
+        routing: `gather_index`, `scatter_index`, `scatter_weights` and `num_rows` of `grouped_gemm`.
     """
     dtype = weight.dtype
     if torch.is_autocast_enabled(rows.device.type):
@@ -50,7 +50,9 @@ def grouped(rows: Tensor, weight: Tensor, backward_weight: Tensor | None, offset
     # The first product hands its gradient to the weight and the combine weights, the second to the
     # rows alone; its value is taken off again.
     to_weight = grouped_gemm(rows.detach(), weight, offsets, **routing)
-    constant = {name: value.detach() for name, value in routing.items()}
+    constant: dict[str, Any] = {
+        name: value.detach() if isinstance(value, Tensor) else value for name, value in routing.items()
+    }
     to_rows = grouped_gemm(rows, backward_weight.detach().to(dtype), offsets, **constant)
     return to_weight + (to_rows - to_rows.detach())
 

@@ -59,9 +59,8 @@ def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
             walk.outer(grad_weight, upstream, own, piece)
     grad_scatter_weights = None
     if dots is not None:
-        assert problem.scatter_index is not None
         assert problem.scatter_weights is not None
-        grad_scatter_weights = dots[problem.scatter_index].to(problem.scatter_weights.dtype)
+        grad_scatter_weights = problem.by_copy(dots).to(problem.scatter_weights.dtype)
     return Gradients(grad_rows.to(problem.rows.dtype) if needed.rows else None, grad_weight, grad_scatter_weights)
 
 
@@ -86,9 +85,10 @@ class _Walk:
         self.compute = dtype if multiplies_natively(dtype) else self.wide
         self.gather_tokens = self.scatter_tokens = self.scale = None
         if problem.gather_index is not None:
-            self.gather_tokens = order_of_positions(problem.gather_index) // problem.gather_index.shape[1]
+            copies = order_of_positions(problem.gather_index)[: problem.num_rows]
+            self.gather_tokens = copies // problem.gather_index.shape[1]
         if problem.scatter_index is not None:
-            copies = order_of_positions(problem.scatter_index)
+            copies = order_of_positions(problem.scatter_index)[: problem.num_rows]
             self.scatter_tokens = copies // problem.scatter_index.shape[1]
             if problem.scatter_weights is not None:
                 self.scale = problem.scatter_weights.reshape(-1)[copies].to(self.wide)

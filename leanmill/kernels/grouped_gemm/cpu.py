@@ -89,11 +89,9 @@ def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
             dot_index=order.gather_tokens,
         )
         if dots is not None:
-            assert problem.scatter_index is not None
             assert problem.scatter_weights is not None
             # <W x, g> = <x, W' g>: the product for the rows' gradient holds that of the weights.
-            by_row = dots.sum(-1)
-            grad_scatter_weights = by_row[problem.scatter_index].to(problem.scatter_weights.dtype)
+            grad_scatter_weights = problem.by_copy(dots.sum(-1)).to(problem.scatter_weights.dtype)
     if needed.weight:
         grad_weight = _outer_product(problem, grad, order)
     return Gradients(grad_rows if needed.rows else None, grad_weight, grad_scatter_weights)
@@ -105,9 +103,10 @@ class _Orders:
     def __init__(self, problem: Problem) -> None:
         self.gather_tokens = self.scatter_tokens = self.scale = None
         if problem.gather_index is not None:
-            self.gather_tokens = order_of_positions(problem.gather_index) // problem.gather_index.shape[1]
+            copies = order_of_positions(problem.gather_index)[: problem.num_rows]
+            self.gather_tokens = copies // problem.gather_index.shape[1]
         if problem.scatter_index is not None:
-            copies = order_of_positions(problem.scatter_index)
+            copies = order_of_positions(problem.scatter_index)[: problem.num_rows]
             self.scatter_tokens = copies // problem.scatter_index.shape[1]
             if problem.scatter_weights is not None:
                 self.scale = problem.scatter_weights.reshape(-1)[copies].float()

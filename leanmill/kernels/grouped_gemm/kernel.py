@@ -138,7 +138,7 @@ def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
 def _gather_tokens(problem: Problem) -> Tensor | None:
     if problem.gather_index is None:
         return None
-    return naive.invert(problem.gather_index) // problem.gather_index.shape[1]
+    return naive.invert(problem.gather_index)[: problem.num_rows] // problem.gather_index.shape[1]
 
 
 def _rows_product(problem: Problem, rows: Tensor, row_index: Tensor | None, *, to_input: bool) -> Tensor:

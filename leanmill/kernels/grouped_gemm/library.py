@@ -60,15 +60,15 @@ def backward_by(
     grad_rows = grad_weight = grad_scatter_weights = None
     if needed.rows or needed.scatter_weights:
         index, weights = problem.scatter_index, problem.scatter_weights
-        grad_rows = to_input(grad.contiguous() if index is None else _spread(grad, index, None))
+        grad_rows = to_input(grad.contiguous() if index is None else _spread(grad, index, None, problem.num_rows))
         if needed.scatter_weights:
             assert index is not None
             assert weights is not None
             # <W x, g> = <x, W' g>: the product for the rows' gradient holds that of the weights.
             by_row = (grad_rows.float() * sorted_rows(problem).float()).sum(-1)
-            grad_scatter_weights = by_row[index].to(weights.dtype)
+            grad_scatter_weights = problem.by_copy(by_row).to(weights.dtype)
         if index is not None and weights is not None:
-            factors = weights.reshape(-1)[order_of_positions(index)].float()
+            factors = weights.reshape(-1)[order_of_positions(index)[: problem.num_rows]].float()
             grad_rows = (grad_rows * factors.unsqueeze(-1)).to(grad.dtype)
         if problem.gather_index is not None and needed.rows:
             grad_rows = _combine(grad_rows, problem.gather_index, None)
@@ -79,7 +79,9 @@ def backward_by(
 
 def sorted_rows(problem: Problem) -> Tensor:
     """The rows in sorted order [N, in]."""
-    return problem.rows if problem.gather_index is None else _spread(problem.rows, problem.gather_index, None)
+    if problem.gather_index is None:
+        return problem.rows
+    return _spread(problem.rows, problem.gather_index, None, problem.num_rows)
 
 
 def combine_rows(problem: Problem, product: Tensor) -> Tensor:
@@ -93,7 +95,7 @@ def spread_grad(problem: Problem, grad: Tensor) -> Tensor:
     """The gradient of each row of the product [N, out]."""
     if problem.scatter_index is None:
         return grad.contiguous()
-    return _spread(grad, problem.scatter_index, problem.scatter_weights)
+    return _spread(grad, problem.scatter_index, problem.scatter_weights, problem.num_rows)
 
 
 def _ends(problem: Problem) -> Tensor:

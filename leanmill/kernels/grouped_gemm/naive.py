@@ -17,10 +17,11 @@ def grouped_gemm(
     gather_index: Tensor | None = None,
     scatter_index: Tensor | None = None,
     scatter_weights: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> Tensor:
     """Return what `op.grouped_gemm` does, one expert after the other."""
     if gather_index is not None:
-        rows = permute.spread(rows, gather_index)
+        rows = permute.spread(rows, gather_index, num_rows=num_rows)
     ends = offsets.tolist()
     # Unbound once: each backward of `weight[e]` would fill a gradient of all experts.
     pieces = [F.linear(rows[s:e], w) for s, e, w in zip([0, *ends[:-1]], ends, weight.unbind(0), strict=True)]

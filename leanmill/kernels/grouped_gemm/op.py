@@ -28,6 +28,7 @@ def grouped_gemm(
     gather_index: Tensor | None = None,
     scatter_index: Tensor | None = None,
     scatter_weights: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> Tensor:
     """Multiply rows sorted by expert with their expert's weight: `y[i] = weight[expert of i] @ rows[i]`.
 
@@ -45,6 +46,8 @@ def grouped_gemm(
             reads token t, so that the K copies of a token are never stored. N = T x K.
         scatter_index: [T, K] int64, likewise: the result is [T, out], the sum over a token's K rows.
         scatter_weights: [T, K], factors of that sum, differentiable: combine weights of a router.
+        num_rows: N, where not all T x K copies have an expert and the caller knows how many do: entries of
+            an index from N on belong to no expert, and nothing is stored for them. None makes N = T x K.
 
     Returns:
         [N, out], or [T, out] with `scatter_index`.
@@ -57,16 +60,16 @@ def grouped_gemm(
     ScatterMoE (Tan et al., 2024); we take the gradient of the combine weights from the product that
     the rows' gradient needs anyway, <W x, g> = <x, W' g>, instead of keeping W x.
     """
-    if is_dtensor(rows) and gather_index is None and scatter_index is None:
+    if is_dtensor(rows) and num_rows is None and gather_index is None and scatter_index is None:
         return _on_own_rows(rows, weight, offsets)
-    offsets = _checked(rows, weight, offsets, gather_index, scatter_index, scatter_weights)
-    arguments = (rows, weight, offsets, gather_index, scatter_index, scatter_weights)
+    offsets = _checked(rows, weight, offsets, gather_index, scatter_index, scatter_weights, num_rows)
+    arguments = (rows, weight, offsets, gather_index, scatter_index, scatter_weights, num_rows)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _product(*arguments)
     if not any(t.requires_grad for t in (rows, weight, scatter_weights) if t is not None):
         return _product(*arguments)
     collector = _Operands.apply(*arguments)
-    return _Compute.apply(collector, *(None if t is None else t.detach() for t in arguments))  # type: ignore[no-any-return]
+    return _Compute.apply(collector, *(t.detach() if isinstance(t, Tensor) else t for t in arguments))  # type: ignore[no-any-return]
 
 
 def _on_own_rows(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ def _checked(
     gather_index: Tensor | None,
     scatter_index: Tensor | None,
     scatter_weights: Tensor | None,
+    num_rows: int | None,
 ) -> Tensor:
     """Raise on operands that do not fit; return the offsets as int64."""
     tensors = {"rows": rows, "weight": weight, "offsets": offsets}
@@ -110,12 +114,26 @@ def _checked(
             raise ValueError(f"{shapes}: {name} must be int64 [T, K], the sorted row of each token's copies")
     if gather_index is not None and gather_index.shape[0] != rows.shape[0]:
         raise ValueError(f"{shapes}: with gather_index {tuple(gather_index.shape)}, rows must have as many tokens")
-    num_rows = rows.shape[0] if gather_index is None else gather_index.numel()
-    if scatter_index is not None and scatter_index.numel() != num_rows:
-        raise ValueError(f"{shapes}: scatter_index must have one entry for each of the {num_rows} sorted rows")
+    _check_num_rows(shapes, rows, gather_index, scatter_index, num_rows)
     if scatter_weights is not None and (scatter_index is None or scatter_weights.shape != scatter_index.shape):
         raise ValueError(f"{shapes}: scatter_weights must have the shape of a scatter_index given with them")
     return offsets.to(torch.int64)
+
+
+def _check_num_rows(
+    shapes: str, rows: Tensor, gather_index: Tensor | None, scatter_index: Tensor | None, num_rows: int | None
+) -> None:
+    if num_rows is not None and gather_index is None and num_rows != rows.shape[0]:
+        raise ValueError(f"{shapes}: num_rows is {num_rows}; without gather_index it is that of rows, or None")
+    if num_rows is not None and gather_index is not None and not 0 <= num_rows <= gather_index.numel():
+        raise ValueError(
+            f"{shapes}: num_rows is {num_rows}; it must be 0 to the {gather_index.numel()} of gather_index"
+        )
+    found = rows.shape[0] if gather_index is None else gather_index.numel()
+    if scatter_index is None or scatter_index.numel() == found:
+        return
+    if num_rows is None or scatter_index.numel() < num_rows or gather_index is not None:
+        raise ValueError(f"{shapes}: scatter_index must have one entry for each of the {found} sorted rows")
 
 
 def _path(problem: Problem) -> ModuleType:
@@ -137,6 +155,7 @@ def _problem(
     gather_index: Tensor | None,
     scatter_index: Tensor | None,
     scatter_weights: Tensor | None,
+    num_rows: int | None,
 ) -> Problem:
     """The operands as paths want them, with offsets checked where that does not stop a GPU."""
     gather_index, scatter_index = (
@@ -144,7 +163,7 @@ def _problem(
     )
     weights = None if scatter_weights is None else scatter_weights.detach().contiguous()
     operands = (rows.detach().contiguous(), weight.detach().contiguous(), offsets.contiguous())
-    problem = Problem(*operands, gather_index, scatter_index, weights)
+    problem = Problem(*operands, gather_index, scatter_index, weights, num_rows)
     if rows.device.type == "cpu":
         ends = offsets.tolist()
         if any(a > b for a, b in zip([0, *ends], [*ends, problem.num_rows], strict=True)):
@@ -160,8 +179,9 @@ def _product(
     gather_index: Tensor | None,
     scatter_index: Tensor | None,
     scatter_weights: Tensor | None,
+    num_rows: int | None,
 ) -> Tensor:
-    return _forward(rows, weight, offsets, gather_index, scatter_index, scatter_weights)
+    return _forward(rows, weight, offsets, gather_index, scatter_index, scatter_weights, num_rows)
 
 
 def _forward(*operands: Any) -> Tensor:
@@ -179,9 +199,9 @@ def _(
     gather_index: Tensor | None,
     scatter_index: Tensor | None,
     scatter_weights: Tensor | None,
+    num_rows: int | None,
 ) -> Tensor:
-    num_rows = rows.shape[0] if gather_index is None else gather_index.numel()
-    return rows.new_empty(num_rows if scatter_index is None else scatter_index.shape[0], weight.shape[1])
+    return rows.new_empty(_shape(rows, weight, gather_index, scatter_index, num_rows))
 
 
 @torch.library.custom_op("leanmill::grouped_gemm_backward", mutates_args=())
@@ -193,9 +213,10 @@ def _product_backward(
     gather_index: Tensor | None,
     scatter_index: Tensor | None,
     scatter_weights: Tensor | None,
+    num_rows: int | None,
     needed: list[bool],
 ) -> list[Tensor]:
-    return _backward(grad, rows, weight, offsets, gather_index, scatter_index, scatter_weights, needed)
+    return _backward(grad, rows, weight, offsets, gather_index, scatter_index, scatter_weights, num_rows, needed)
 
 
 def _backward(grad: Tensor, *operands_and_needed: Any) -> list[Tensor]:
@@ -216,21 +237,34 @@ def _(
     gather_index: Tensor | None,
     scatter_index: Tensor | None,
     scatter_weights: Tensor | None,
+    num_rows: int | None,
     needed: list[bool],
 ) -> list[Tensor]:
     wanted = zip((rows, weight, scatter_weights), needed, strict=True)
     return [tensor.new_empty(tensor.shape) for tensor, is_needed in wanted if is_needed and tensor is not None]
 
 
+def _shape(
+    rows: Tensor, weight: Tensor, gather_index: Tensor | None, scatter_index: Tensor | None, num_rows: int | None
+) -> tuple[int, int]:
+    """Shape of the product."""
+    if scatter_index is not None:
+        return scatter_index.shape[0], weight.shape[1]
+    if gather_index is None:
+        return rows.shape[0], weight.shape[1]
+    return gather_index.numel() if num_rows is None else num_rows, weight.shape[1]
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.num_rows = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx: Any, grad: Tensor, compute: Callable[..., list[Tensor]]) -> tuple[Tensor | None, ...]:
     needed = [ctx.needs_input_grad[place] for place in (0, 1, 5)]
-    found = iter(compute(grad, *ctx.saved_tensors, needed))
+    found = iter(compute(grad, *ctx.saved_tensors, ctx.num_rows, needed))
     rows, weight, scatter_weights = (next(found) if is_needed else None for is_needed in needed)
-    return rows, weight, None, None, None, scatter_weights
+    return rows, weight, None, None, None, scatter_weights, None
 
 
 def _through_op(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -250,10 +284,10 @@ class _Operands(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *operands: Any) -> Tensor:
-        ctx.save_for_backward(*operands)
-        rows, weight, _, gather_index, scatter_index, _ = operands
-        num_rows = rows.shape[0] if gather_index is None else gather_index.numel()
-        shape = (num_rows if scatter_index is None else scatter_index.shape[0], weight.shape[1])
+        *tensors, ctx.num_rows = operands
+        ctx.save_for_backward(*tensors)
+        rows, weight, _, gather_index, scatter_index, _, num_rows = operands
+        shape = _shape(rows, weight, gather_index, scatter_index, num_rows)
         return rows.new_empty(()).expand(shape)  # type: ignore[no-any-return]
 
     @staticmethod
@@ -270,4 +304,4 @@ class _Compute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return grad, None, None, None, None, None, None
+        return grad, *(None,) * 7

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -23,11 +24,22 @@ class Problem:
     """[T, K] int64: sorted rows that are summed to each token."""
     scatter_weights: Tensor | None = None
     """[T, K]: their factors."""
+    num_kept: int | None = None
+    """Rows in sorted order that exist, where entries of an index from there on have none."""
 
     @property
     def num_rows(self) -> int:
         """Rows in sorted order."""
-        return self.rows.shape[0] if self.gather_index is None else self.gather_index.numel()
+        if self.gather_index is None:
+            return self.rows.shape[0]
+        return self.gather_index.numel() if self.num_kept is None else self.num_kept
+
+    def by_copy(self, by_row: Tensor) -> Tensor:
+        """Values of sorted rows [N] as those of the copies of `scatter_index` [T, K]; zero for copies without a row."""
+        assert self.scatter_index is not None
+        if self.num_rows < self.scatter_index.numel():
+            by_row = torch.cat([by_row, by_row.new_zeros(self.scatter_index.numel() - self.num_rows)])
+        return by_row[self.scatter_index]
 
     @property
     def out_features(self) -> int:

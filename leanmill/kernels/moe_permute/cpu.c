@@ -37,10 +37,12 @@ int invert(const int64_t *positions, long n, int64_t *order) {
 #else
 /* The file includes itself once for each element type, with LOAD, STORE and NAME(function). */
 
-/* rows[positions[t][k]] = weights[t][k] * tokens[t] for tokens first..last; weights may be null. */
+/* rows[positions[t][k]] = weights[t][k] * tokens[t] for tokens first..last; weights may be null.
+ * Here and below, copies with places from num_rows on have no row. */
 void NAME(spread)(const T *tokens, const int64_t *positions, const float *weights, T *rows, long first, long last,
-                  long top_k, long width) {
+                  long top_k, long width, long num_rows) {
     for (long c = first * top_k; c < last * top_k; c++) {
+        if (positions[c] >= num_rows) continue;
         const T *restrict from = tokens + c / top_k * width;
         T *restrict to = rows + positions[c] * width;
         if (!weights) {
@@ -53,13 +55,14 @@ void NAME(spread)(const T *tokens, const int64_t *positions, const float *weight
 
 /* tokens[t] = sum over k, in order, of weights[t][k] * rows[positions[t][k]], in fp32, rounded once. */
 void NAME(combine)(const T *rows, const int64_t *positions, const float *weights, T *tokens, long first, long last,
-                   long top_k, long width) {
+                   long top_k, long width, long num_rows) {
     enum { STRIP = 256 };
     for (long t = first; t < last; t++)
         for (long start = 0; start < width; start += STRIP) {
             float sum[STRIP] = {0};
             long strip = width - start < STRIP ? width - start : STRIP;
             for (long k = 0; k < top_k; k++) {
+                if (positions[t * top_k + k] >= num_rows) continue;
                 const T *restrict from = rows + positions[t * top_k + k] * width + start;
                 float weight = weights ? weights[t * top_k + k] : 1.0f;
                 for (long j = 0; j < strip; j++) sum[j] += weight * LOAD(from + j);
@@ -70,8 +73,10 @@ void NAME(combine)(const T *rows, const int64_t *positions, const float *weights
 
 /* dots[t][k] = <rows[positions[t][k]], tokens[t]>. */
 void NAME(dots)(const T *rows, const int64_t *positions, const T *tokens, float *dots, long first, long last,
-                long top_k, long width) {
+                long top_k, long width, long num_rows) {
     for (long c = first * top_k; c < last * top_k; c++) {
+        dots[c] = 0.0f;
+        if (positions[c] >= num_rows) continue;
         const T *restrict a = rows + positions[c] * width, *restrict b = tokens + c / top_k * width;
         float lanes[16] = {0}, sum = 0.0f;
         long j = 0;

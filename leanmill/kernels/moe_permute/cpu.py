@@ -70,17 +70,17 @@ def invert(positions: Tensor) -> Tensor:
     return order
 
 
-def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None, num_rows: int | None = None) -> Tensor:
     """Return `naive.spread`, multiplied in fp32 and rounded once."""
-    rows = large_empty(tokens, positions.numel(), tokens.shape[1])
-    _over_tokens("spread", tokens, positions, weights, rows, width=tokens.shape[1])
+    rows = large_empty(tokens, positions.numel() if num_rows is None else num_rows, tokens.shape[1])
+    _over_tokens("spread", tokens, positions, weights, rows, num_rows=rows.shape[0])
     return rows
 
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return `naive.combine`: summed in fp32 in the order of k, rounded once."""
     tokens = large_empty(rows, positions.shape[0], rows.shape[1])
-    _over_tokens("combine", rows, positions, weights, tokens, width=rows.shape[1])
+    _over_tokens("combine", rows, positions, weights, tokens, num_rows=rows.shape[0])
     return tokens
 
 
@@ -88,12 +88,12 @@ def dots(rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Return `naive.dots`."""
     products = torch.empty(positions.shape, dtype=torch.float32)
     tokens = tokens.contiguous()
-    _over_tokens("dots", rows, positions, tokens, products, width=rows.shape[1])
+    _over_tokens("dots", rows, positions, tokens, products, num_rows=rows.shape[0])
     return products
 
 
 def _over_tokens(
-    name: str, source: Tensor, positions: Tensor, other: Tensor | None, out: Tensor, *, width: int
+    name: str, source: Tensor, positions: Tensor, other: Tensor | None, out: Tensor, *, num_rows: int
 ) -> None:
     function = _loaded()[f"{name}_{SUFFIXES[source.dtype]}"]
     source, positions = source.contiguous(), positions.contiguous()
@@ -102,10 +102,10 @@ def _over_tokens(
     if name != "dots" and other is not None:
         other = other.float().contiguous()
     middle = None if other is None else pointer(other)
-    num_tokens, top_k = positions.shape
+    (num_tokens, top_k), width = positions.shape, source.shape[1]
 
     def run(first: int, last: int) -> None:
-        sizes = _longs(first, last, top_k, width)
+        sizes = _longs(first, last, top_k, width, num_rows)
         function(pointer(source), pointer(positions), middle, pointer(out), *sizes)
 
     threads.parallel_for(run, num_tokens, top_k * width)

@@ -49,27 +49,32 @@ def _place_kernel(experts, starts, order, positions, num_copies, num_bins, BLOCK
 
 
 @triton.jit
-def _spread_kernel(tokens, positions, weights, rows, top_k, width, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):
+def _spread_kernel(
+    tokens, positions, weights, rows, top_k, width, num_rows, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
+):
     copy = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < width
+    row = tl.load(positions + copy)
+    mask = column < tl.where(row < num_rows, width, 0)
     token = (copy // top_k).to(tl.int64)
     value = tl.load(tokens + token * width + column, mask=mask).to(tl.float32)
     if HAS_WEIGHTS:
         value *= tl.load(weights + copy).to(tl.float32)
-    row = tl.load(positions + copy)
     tl.store(rows + row * width + column, value.to(rows.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _combine_kernel(rows, positions, weights, tokens, top_k, width, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    rows, positions, weights, tokens, top_k, width, num_rows, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr
+):
     token = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     total = tl.zeros((BLOCK,), tl.float32)
     for k in range(top_k):
         row = tl.load(positions + token * top_k + k)
-        value = tl.load(rows + row * width + column, mask=mask, other=0.0).to(tl.float32)
+        inside = column < tl.where(row < num_rows, width, 0)
+        value = tl.load(rows + row * width + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             value *= tl.load(weights + token * top_k + k).to(tl.float32)
         total += value
@@ -78,14 +83,14 @@ def _combine_kernel(rows, positions, weights, tokens, top_k, width, HAS_WEIGHTS:
 
 
 @triton.jit
-def _dots_kernel(rows, positions, tokens, dots, top_k, width, BLOCK: tl.constexpr):
+def _dots_kernel(rows, positions, tokens, dots, top_k, width, num_rows, BLOCK: tl.constexpr):
     copy = tl.program_id(0)
     row = tl.load(positions + copy)
     token = (copy // top_k).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        mask = column < width
+        mask = column < tl.where(row < num_rows, width, 0)
         a = tl.load(rows + row * width + column, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(tokens + token * width + column, mask=mask, other=0.0).to(tl.float32)
         total += a * b
@@ -110,17 +115,17 @@ def sort_by_expert(expert_index: Tensor, num_experts: int) -> tuple[Tensor, Tens
     return order, positions, counts.sum(0, dtype=torch.int64)[:num_experts]
 
 
-def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
+def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None, num_rows: int | None = None) -> Tensor:
     """Return `naive.spread`, multiplied in fp32 and rounded once."""
-    rows = tokens.new_empty(positions.numel(), tokens.shape[1])
-    _launch(_spread_kernel, positions.numel(), tokens, positions, weights, rows)
+    rows = tokens.new_empty(positions.numel() if num_rows is None else num_rows, tokens.shape[1])
+    _launch(_spread_kernel, positions.numel(), tokens, positions, weights, rows, num_rows=rows.shape[0])
     return rows
 
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return `naive.combine`: summed in fp32 in the order of k, rounded once."""
     tokens = rows.new_empty(positions.shape[0], rows.shape[1])
-    _launch(_combine_kernel, positions.shape[0], rows, positions, weights, tokens)
+    _launch(_combine_kernel, positions.shape[0], rows, positions, weights, tokens, num_rows=rows.shape[0])
     return tokens
 
 
@@ -131,7 +136,7 @@ def dots(rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     if positions.numel():
         block = min(triton.next_power_of_2(max(width, 1)), 1024)
         _dots_kernel[(positions.numel(),)](
-            rows, positions, tokens, products, positions.shape[1], width, BLOCK=block, num_warps=4
+            *(rows, positions, tokens, products, positions.shape[1], width, rows.shape[0]), BLOCK=block, num_warps=4
         )
     return products
 
@@ -143,6 +148,8 @@ def _launch(
     positions: Tensor,
     weights: Tensor | None,
     out: Tensor,
+    *,
+    num_rows: int,
 ) -> None:
     width = source.shape[1]
     if out.numel() == 0:
@@ -150,7 +157,7 @@ def _launch(
     block = min(triton.next_power_of_2(width), 1024)
     factors = source if weights is None else weights.contiguous()
     kernel[(num_programs, triton.cdiv(width, block))](
-        *(source, positions, factors, out, positions.shape[1], width),
+        *(source, positions, factors, out, positions.shape[1], width, num_rows),
         HAS_WEIGHTS=weights is not None,
         BLOCK=block,
         num_warps=4,

@@ -22,18 +22,18 @@ def invert(positions: Tensor) -> Tensor:
     return torch.empty_like(flat).scatter_(0, flat, torch.arange(flat.numel(), device=flat.device))
 
 
-def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return rows [N, H] with row `positions[t, k]` equal to `weights[t, k] * tokens[t]`."""
+def spread(tokens: Tensor, positions: Tensor, weights: Tensor | None = None, num_rows: int | None = None) -> Tensor:
+    """Return the first `num_rows` of rows [N, H] with row `positions[t, k]` equal to `weights[t, k] * tokens[t]`."""
     copies = tokens.unsqueeze(1).expand(-1, positions.shape[1], -1)
     if weights is not None:
         copies = copies * weights.to(tokens.dtype).unsqueeze(-1)
-    return copies.reshape(positions.numel(), tokens.shape[1])[invert(positions)]
+    return copies.reshape(positions.numel(), tokens.shape[1])[invert(positions)[:num_rows]]
 
 
 def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Return tokens [T, H]: sum over k of `weights[t, k] * rows[positions[t, k]]`."""
+    """Return tokens [T, H]: sum over k of `weights[t, k] * rows[positions[t, k]]`; rows past the last are zero."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    copies = rows[positions].to(wide)
+    copies = _all_rows(rows, positions)[positions].to(wide)
     if weights is not None:
         copies = copies * weights.to(wide).unsqueeze(-1)
     return copies.sum(1).to(rows.dtype)
@@ -42,4 +42,8 @@ def combine(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> T
 def dots(rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Return [T, K]: the inner products of each token with its K rows, in fp32 or wider."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return (rows[positions].to(wide) * tokens.to(wide).unsqueeze(1)).sum(-1)
+    return (_all_rows(rows, positions)[positions].to(wide) * tokens.to(wide).unsqueeze(1)).sum(-1)
+
+
+def _all_rows(rows: Tensor, positions: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(positions.numel() - rows.shape[0], rows.shape[1])])

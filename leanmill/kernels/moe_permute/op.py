@@ -45,7 +45,28 @@ def moe_permute(x: Tensor, top_k_index: Tensor, num_experts: int) -> Permuted:
     """
     order, positions, counts = sort_by_expert(top_k_index, num_experts)
     _check_tokens("x", x, top_k_index)
-    return Permuted(_spread(x, positions, None), order, positions, counts)
+    return Permuted(_spread(x, positions, None, None), order, positions, counts)
+
+
+def spread_rows(tokens: Tensor, positions: Tensor, num_rows: int) -> Tensor:
+    """Copy tokens to the first `num_rows` places of their sorted order; differentiable in `tokens`.
+
+    Args:
+        tokens: [T, H].
+        positions: [T, K] int64 as `sort_by_expert` returned them.
+        num_rows: Rows to return, 0 to T x K; copies with places from there on are left out, which are
+            those of no expert where it is the sum of the counts.
+
+    Raises:
+        ValueError: Shapes that do not fit, or a DTensor.
+    """
+    _check_index("positions", positions)
+    _check_tokens("tokens", tokens, positions)
+    if not 0 <= num_rows <= positions.numel():
+        raise ValueError(
+            f"num_rows is {num_rows}; with positions {tuple(positions.shape)} it must be 0 to their number"
+        )
+    return _spread(tokens, positions, None, num_rows)
 
 
 def moe_unpermute(rows: Tensor, positions: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -54,8 +75,8 @@ def moe_unpermute(rows: Tensor, positions: Tensor, weights: Tensor | None = None
     Summed over k in order, in fp32, and rounded once, so results repeat bitwise.
 
     Args:
-        rows: [N, H] in sorted order.
-        positions: [T, K] int64 as `moe_permute` returned them, N = T x K.
+        rows: [N, H] in sorted order, N up to T x K: copies with places from N on add nothing.
+        positions: [T, K] int64 as `moe_permute` returned them.
         weights: Combine weights [T, K]; none stands for ones.
 
     Raises:
@@ -63,10 +84,10 @@ def moe_unpermute(rows: Tensor, positions: Tensor, weights: Tensor | None = None
     """
     _check_index("positions", positions)
     _check_plain(rows=rows, weights=weights)
-    if rows.dim() != 2 or rows.shape[0] != positions.numel():
+    if rows.dim() != 2 or rows.shape[0] > positions.numel():
         raise ValueError(
             f"rows {tuple(rows.shape)} and positions {tuple(positions.shape)} do not fit: rows must be "
-            f"[{positions.numel()}, H], one for each entry of positions"
+            f"[{positions.numel()}, H], one for each entry of positions, or the first of these"
         )
     if weights is not None and weights.shape != positions.shape:
         raise ValueError(f"weights {tuple(weights.shape)} must have the shape of positions {tuple(positions.shape)}")
@@ -132,13 +153,13 @@ def _(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("leanmill::spread_rows", mutates_args=())
-def _spread(tokens: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
-    return _path(tokens).spread(tokens.contiguous(), positions.to(torch.int64).contiguous(), weights)
+def _spread(tokens: Tensor, positions: Tensor, weights: Tensor | None, num_rows: int | None) -> Tensor:
+    return _path(tokens).spread(tokens.contiguous(), positions.to(torch.int64).contiguous(), weights, num_rows)
 
 
 @_spread.register_fake
-def _(tokens: Tensor, positions: Tensor, weights: Tensor | None) -> Tensor:
-    return tokens.new_empty(positions.numel(), tokens.shape[1])
+def _(tokens: Tensor, positions: Tensor, weights: Tensor | None, num_rows: int | None) -> Tensor:
+    return tokens.new_empty(positions.numel() if num_rows is None else num_rows, tokens.shape[1])
 
 
 @torch.library.custom_op("leanmill::combine_rows", mutates_args=())
@@ -161,23 +182,24 @@ def _(rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     return rows.new_empty(positions.shape, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    operand, positions, weights = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    operand, positions, weights = inputs[:3]
+    ctx.num_rows = operand.shape[0]
     # Only the gradient of the weights looks at the operand.
     ctx.save_for_backward(operand if ctx.needs_input_grad[2] else None, positions, weights)
 
 
-def _spread_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+def _spread_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
     tokens, positions, weights = ctx.saved_tensors
     grad_tokens = _combine(grad, positions, weights) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[2]:
-        return grad_tokens, None, None
-    return grad_tokens, None, _dots(grad, positions, tokens).to(weights.dtype)
+        return grad_tokens, None, None, None
+    return grad_tokens, None, _dots(grad, positions, tokens).to(weights.dtype), None
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     rows, positions, weights = ctx.saved_tensors
-    grad_rows = _spread(grad, positions, weights) if ctx.needs_input_grad[0] else None
+    grad_rows = _spread(grad, positions, weights, ctx.num_rows) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[2]:
         return grad_rows, None, None
     return grad_rows, None, _dots(rows, positions, grad).to(weights.dtype)

@@ -87,6 +87,28 @@ def test_result_and_gradients_on_every_path(path, dtype, routing):
         compare(by_path(path, operands, upstream), expected_of(operands, upstream), dtype)
 
 
+@pytest.mark.parametrize("path", list(paths()), ids=lambda m: m.__name__.rsplit(".", 1)[-1])
+@pytest.mark.parametrize(("gather", "scatter"), [(True, False), (False, True), (True, True)])
+def test_copies_without_a_row_change_nothing(path, gather, scatter):
+    """The same product with zeros stored for copies that no expert takes, and without."""
+    counts, tail, weighted = [3, 0, 4], 5, scatter
+    operands = drawn(counts, 7, 9, top_k=2, tail=tail, gather=gather, scatter=scatter, weighted=weighted)
+    upstream = torch.randn(6 if scatter else 12, 9)
+    device = DEVICE if path.__name__.endswith("kernel") else "cpu"
+    rows, *rest = (None if t is None else t.to(device) for t in operands)
+    kept = sum(counts)
+    whole = by_path(path, (rows, *rest), upstream.to(device))
+    problem = Problem(rows if gather else rows[:kept].contiguous(), *rest, num_kept=kept)
+    part = upstream.to(device) if scatter else upstream[:kept].to(device)
+    found = path.backward(problem, part, Needed(True, True, weighted))
+    expected = [whole[0] if scatter else whole[0][:kept], whole[1] if gather else whole[1][:kept], *whole[2:]]
+    for got, other in zip(
+        (path.forward(problem), found.rows, found.weight, found.scatter_weights), expected, strict=True
+    ):
+        assert (got is None) == (other is None)
+        assert got is None or torch.equal(got, other)
+
+
 def test_torchs_own_kernel_takes_aligned_bf16():
     operands = drawn([8, 0, 24], 16, 32, top_k=2, gather=True, scatter=True, weighted=True, dtype=torch.bfloat16)
     upstream = torch.randn(16, 32).to(torch.bfloat16)
@@ -217,6 +239,21 @@ def test_compiles_whole():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_operator_knows_copies_without_a_row():
+    rows, weight, offsets, gather, scatter, weights = drawn(
+        [2, 0, 4], 3, 2, top_k=2, tail=4, gather=True, scatter=True, weighted=True
+    )
+    options = {"gather_index": gather, "num_rows": 6}
+    torch.library.opcheck(_product, (rows.requires_grad_(), weight.requires_grad_(), offsets, gather, None, None, 6))
+    hidden = grouped_gemm(rows, weight, offsets, **options)
+    assert hidden.shape == (6, 2)
+    back = weight.detach().transpose(1, 2).contiguous().requires_grad_()
+    out = grouped_gemm(hidden, back, offsets, scatter_index=scatter, scatter_weights=weights, num_rows=6)
+    assert out.shape == (5, 3)
+    out.sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in (rows, weight, back))
+
+
 def test_checkpointing_does_not_repeat_the_product(monkeypatch):
     calls = []
     original = op._forward
@@ -245,6 +282,9 @@ def test_wrong_input_is_refused_with_what_was_given():
         ({"gather_index": index}, "as many tokens"),
         ({"gather_index": index.float()}, "gather_index must be int64"),
         ({"scatter_weights": torch.ones(3, 2)}, "scatter_index given"),
+        ({"num_rows": 5}, "num_rows is 5"),
+        ({"rows": rows[:3], "gather_index": index, "num_rows": 7}, "num_rows is 7"),
+        ({"scatter_index": torch.arange(8).view(4, 2)}, "6 sorted rows"),
         ({"scatter_index": torch.zeros_like(index)}, "permutation"),
         ({"scatter_index": index + 1}, "permutation"),
     ]:

@@ -14,6 +14,7 @@ from leanmill.kernels.moe_permute.op import (
     moe_unpermute,
     order_of_positions,
     sort_by_expert,
+    spread_rows,
 )
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
 
@@ -82,6 +83,30 @@ def test_moves_equal_loops(path, dtype, is_weighted):
     torch.testing.assert_close(path.dots(rows, positions, tokens).float().cpu(), products, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", list(paths()), ids=lambda m: m.__name__.rsplit(".", 1)[-1])
+@pytest.mark.parametrize("num_rows", [0, 4])
+def test_copies_without_a_row_count_as_zero(path, num_rows):
+    device = DEVICE if path.__name__.endswith("kernel") else "cpu"
+    positions, weights = torch.randperm(6).view(3, 2).to(device), torch.randn(3, 2).to(device)
+    tokens, rows = torch.randn(3, 5).to(device), torch.randn(num_rows, 5).to(device)
+    padded = torch.cat([rows, rows.new_zeros(6 - num_rows, 5)])
+    assert torch.equal(
+        path.spread(tokens, positions, weights, num_rows), path.spread(tokens, positions, weights)[:num_rows]
+    )
+    assert torch.equal(path.combine(rows, positions, weights), path.combine(padded, positions, weights))
+    assert torch.equal(path.dots(rows, positions, tokens), path.dots(padded, positions, tokens))
+
+
+def test_spread_rows_leaves_out_the_copies_of_no_expert():
+    index = torch.tensor([[0, 2], [2, 1], [2, 2]])
+    order, positions, counts = sort_by_expert(index, 2)
+    tokens = torch.randn(3, 4, requires_grad=True)
+    rows = spread_rows(tokens, positions, int(counts.sum()))
+    assert torch.equal(rows, tokens[order[:2] // 2])
+    moe_unpermute(rows, positions).sum().backward()
+    assert torch.equal(tokens.grad, torch.tensor([[1.0], [1.0], [0.0]]).expand(3, 4))
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 12), st.integers(1, 4), st.integers(1, 6), st.integers(1, 40), st.booleans())
 def test_gradients_equal_those_of_the_definition(num_tokens, top_k, num_experts, width, is_transposed):
@@ -107,14 +132,14 @@ def test_gradcheck_in_fp64():
     rows = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     tokens = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda r, w: moe_unpermute(r, positions, w), (rows, weights))
-    assert torch.autograd.gradcheck(lambda t, w: _spread(t, positions, w), (tokens, weights))
+    assert torch.autograd.gradcheck(lambda t, w: _spread(t, positions, w, None), (tokens, weights))
 
 
 def test_operators_keep_the_rules_of_torch():
     positions = torch.randperm(8).view(4, 2)
     weights = torch.randn(4, 2, requires_grad=True)
     torch.library.opcheck(_combine, (torch.randn(8, 3, requires_grad=True), positions, weights))
-    torch.library.opcheck(_spread, (torch.randn(4, 3, requires_grad=True), positions, weights))
+    torch.library.opcheck(_spread, (torch.randn(4, 3, requires_grad=True), positions, weights, 5))
     torch.library.opcheck(_sort_by_expert, (torch.randint(3, (4, 2)), 3))
 
 
@@ -144,7 +169,9 @@ def test_wrong_input_is_refused_with_what_was_given():
     with pytest.raises(ValueError, match=r"\(3, 3\)"):
         moe_permute(x[:3], index, 3)
     with pytest.raises(ValueError, match=r"\[8, H\]"):
-        moe_unpermute(x, index)
+        moe_unpermute(torch.randn(9, 3), index)
+    with pytest.raises(ValueError, match="num_rows is 9"):
+        spread_rows(x, index, 9)
     with pytest.raises(ValueError, match="shape of positions"):
         moe_unpermute(torch.randn(8, 3), torch.arange(8).view(4, 2), torch.randn(4, 3))
     with pytest.raises(ValueError, match="permutation"):
