@@ -217,9 +217,9 @@ def test_gradcheck_in_fp64():
 
 def test_operator_keeps_the_rules_of_torch():
     operands = drawn([2, 0, 4], 3, 2, top_k=2, gather=True, scatter=True, weighted=True)
-    torch.library.opcheck(_product, tuple(t.requires_grad_() if t.is_floating_point() else t for t in operands))
+    torch.library.opcheck(_product, (*(t.requires_grad_() if t.is_floating_point() else t for t in operands), None))
     plain = drawn([2, 0, 4], 3, 2)
-    torch.library.opcheck(_product, (plain[0].requires_grad_(), *plain[1:]))
+    torch.library.opcheck(_product, (plain[0].requires_grad_(), *plain[1:], None))
 
 
 def test_compiles_whole():
