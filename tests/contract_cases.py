@@ -89,6 +89,9 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "stochastic_depth": {"type": "stochastic_depth", "rate": 0.5, "over_layers": "linear"},
     "dropped_steps": {"type": "stochastic_depth", "rate": 0.6, "over_layers": "uniform", "granularity": "batch"},
     "layernorm_scaling": {"type": "layernorm_scaling"},
+    "gamma_mod": {"type": "mixture_of_depths", "layers": [1, 2], "router_loss_weight": 0.1},
+    "p_mod": {"type": "mixture_of_depths", "method": "p_mod"},
+    "protected": {"type": "mixture_of_depths", "layers": [0, 1], "protect": "labels", "shared_router": False},
     "layer_skip": {
         "type": "stochastic_depth",
         "rate": 0.5,
@@ -137,6 +140,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     },
     **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "lisa")},
     "ternary experts": ("mixtral", "ternary"),
+    "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
@@ -157,6 +161,9 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
         )
     },
     "layer_skip": ("deeper", "layer_skip"),
+    "gamma_mod": ("deeper", "gamma_mod"),
+    "p_mod": ("deeper", "p_mod"),
+    "protected": ("protected",),
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),
@@ -194,6 +201,8 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
     "turns": ("lisa", "nm_sparsity"),
+    "gamma_mod": ("deeper", "gamma_mod"),
+    "protected": ("protected",),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
 }

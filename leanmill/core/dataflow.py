@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any
@@ -50,26 +51,46 @@ def pre_norms(model: nn.Module) -> set[int]:
     return found
 
 
-def check_blocks(model: Any, technique: str) -> None:
+def check_blocks(model: Any, technique: str, *, tensors: Collection[str] | None = None) -> None:
     """Refuse a family whose blocks take and return more than one tensor of hidden states.
+
+    Args:
+        model: A causal LM, perhaps on meta.
+        technique: For messages.
+        tensors: Names of the other arguments that may hold tensors; None allows any.
 
     Raises:
         ConfigError: It does, or it cannot be run without values.
     """
     calls: list[tuple[Any, Any]] = []
+    given: set[str] = set()
 
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append((args[0] if args else None, output))
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        named = dict(zip(names[1:], args[1:], strict=False)) | kwargs
+        given.update(name for name, value in named.items() if _holds_tensor(value))
 
     with ExitStack() as stack:
         for block in decoder_blocks(model):
-            stack.callback(block.register_forward_hook(note).remove)
+            stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
         _run(model)
+    others = sorted(given - set(tensors)) if tensors is not None else []
+    if others:
+        raise ConfigError(
+            f"{technique} does not know what to do with {others[0]!r}, which blocks of model type "
+            f"{model.config.model_type!r} are given beside hidden states; choose another family, e.g. llama"
+        )
     if not all(isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape for x, y in calls):
         raise ConfigError(
             f"{technique} needs decoder blocks that turn hidden states into hidden states, and those of model type "
             f"{model.config.model_type!r} return more; choose another family, e.g. llama"
         )
+
+
+def _holds_tensor(value: Any) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return isinstance(value, Tensor) or any(_holds_tensor(part) for part in parts)
 
 
 def final_norm(model: Any) -> nn.Module | None:

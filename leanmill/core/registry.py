@@ -116,6 +116,11 @@ TECHNIQUES: dict[str, Entry] = {
         "train on the tokens whose loss exceeds a reference model's most",
         "Lin et al. 2024, arXiv:2404.07965",
     ),
+    "mixture_of_depths": Entry(
+        "leanmill.moe.mixture_of_depths.config:MixtureOfDepths",
+        "run decoder blocks for the tokens that a router chooses: gamma-MoD, p-MoD",
+        "Luo et al. 2024, arXiv:2410.13859; Zhang et al. 2024, arXiv:2412.04449",
+    ),
     "router_balance": Entry(
         "leanmill.moe.router_balance.config:RouterBalance",
         "keep experts equally loaded: load-balance loss over micro-batch or global batch, router z-loss",

@@ -135,6 +135,14 @@ class TechniqueConfig(Config):
         """
         return None
 
+    def token_shares(self, num_layers: int) -> Mapping[int, float]:
+        """Return what share of a row's tokens decoder blocks run for in training, by index; all where none is given.
+
+        Raises:
+            ConfigError: It does not fit a model of so many blocks.
+        """
+        return {}
+
     def own_settings(self) -> ParamSettings:
         """Return how the parameters that this technique brings are trained."""
         return ParamSettings()
@@ -150,6 +158,15 @@ class TechniqueConfig(Config):
                     f"remove it, or set optimizer.{key.removesuffix('_factor')} for the whole model"
                 )
         return raw
+
+
+def token_shares(configs: Sequence[TechniqueConfig], num_layers: int) -> list[float]:
+    """Return what share of a row's tokens each of a model's blocks runs for, under all its techniques."""
+    shares = [1.0] * num_layers
+    for config in configs:
+        for layer, share in config.token_shares(num_layers).items():
+            shares[layer] *= share
+    return shares
 
 
 class TrainedTechniqueConfig(TechniqueConfig):

@@ -13,6 +13,7 @@ document mask saves is not subtracted, as in the paper, so utilisation compares 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts, stacked_parameters
 from leanmill.core.stage import added_parameters
@@ -38,7 +40,7 @@ From NVIDIA's data sheets, without structured sparsity (B200: HGX, half of the s
 _MATMUL_SIZE = 1024
 
 
-def flops_per_token(model: nn.Module, sequence_length: int) -> float:
+def flops_per_token(model: nn.Module, sequence_length: int, token_shares: Sequence[float] | None = None) -> float:
     """Return the training FLOPs (forward and backward) of one token.
 
     `6 * N + 12 * L * H * Q * S`, see the module's docstring. N holds every weight of at least 2 dims
@@ -49,12 +51,21 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     Args:
         model: Causal LM, meta or materialised. What techniques added is not counted.
         sequence_length: S, tokens of a row.
+        token_shares: Of a row's tokens, the share c that each block runs for: of its weights c count, and of its
+            pairs of tokens c^2. None is all of them.
     """
-    return 6.0 * active_matmul_parameters(model) + attention_flops_per_token(model.config, sequence_length)
+    attention = attention_flops_per_token(model.config, sequence_length)
+    if token_shares:
+        attention *= sum(share**2 for share in token_shares) / len(token_shares)
+    return 6.0 * active_matmul_parameters(model, token_shares) + attention
 
 
-def active_matmul_parameters(model: nn.Module) -> float:
-    """Return N: the weights that multiply one token, experts by the share that is used."""
+def active_matmul_parameters(model: nn.Module, token_shares: Sequence[float] | None = None) -> float:
+    """Return N: the weights that multiply one token, experts and blocks by the share that is used."""
+    of_block: dict[int, float] = {}
+    if token_shares:
+        for block, share in zip(decoder_blocks(model), token_shares, strict=True):
+            of_block.update((id(module), share) for module in block.modules())
     skipped = {id(p) for p in added_parameters(model)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -65,7 +76,7 @@ def active_matmul_parameters(model: nn.Module) -> float:
         }
     total = 0.0
     for module in model.modules():
-        share = _share_of_experts(model, module)
+        share = _share_of_experts(model, module) * of_block.get(id(module), 1.0)
         for parameter in module.parameters(recurse=False):
             if parameter.dim() >= 2 and id(parameter) not in skipped:
                 skipped.add(id(parameter))  # a tied weight is met twice

@@ -14,7 +14,7 @@ from leanmill.core.parameters import TrainableSchedule
 from leanmill.core.paths import expand_user
 from leanmill.core.sites import staged_parameters
 from leanmill.core.staging import staged_once
-from leanmill.core.technique import InstallContext
+from leanmill.core.technique import InstallContext, token_shares
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.counting import num_active_parameters, num_parameters
@@ -47,6 +47,8 @@ class Subject:
     """Every parameter, those of techniques included."""
     teacher_sizes: tuple[int, int]
     """Elements of the frozen models beside it, each once, and those of their blocks."""
+    token_shares: list[float]
+    """Of a row's tokens, what each block runs for."""
     config: Any
     """The model's own."""
 
@@ -66,7 +68,8 @@ class Subject:
         )
         # Before techniques add theirs.
         num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
-        flops = flops_per_token(model, recipe.data.sequence_length)
+        shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
+        flops = flops_per_token(model, recipe.data.sequence_length, shares)
         context = InstallContext(
             load_frozen_model=_no_loading,
             vocab_size=model.config.vocab_size,
@@ -80,6 +83,7 @@ class Subject:
             flops_per_token=flops,
             weights=list(_weights(model, techniques.trainable_schedule)),
             teacher_sizes=_teacher_sizes(recipe),
+            token_shares=shares,
             config=model.config,
         )
 
@@ -94,7 +98,7 @@ class Subject:
             precision=changed.train.precision,
             num_micro_batches=derive_steps(changed, case.world_size)[0],
         )
-        memory.add("transient", "activations", activation_bytes(changed, config))
+        memory.add("transient", "activations", activation_bytes(changed, config, self.token_shares))
         memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
         memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
         return memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
 from leanmill.recipe.root import Recipe
 
 
-def activation_bytes(recipe: Recipe, config: Any) -> int:
+def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float]) -> int:
     """Estimate the activations that one micro-batch keeps for backward.
 
     For each token and layer of a pre-norm block with gated MLP, in compute dtype: two norms' outputs,
     query, key, value, attention's output in and out of its reshape (4 widths), and 4 tensors of
     the MLP's width (of top_k experts); in fp32: what each of the two norms keeps. With `full` recomputation a
-    layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs.
+    layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs. Layers that run
+    for a share of the tokens keep that share.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
     hidden, heads = config.hidden_size, config.num_attention_heads
@@ -29,7 +31,7 @@ def activation_bytes(recipe: Recipe, config: Any) -> int:
         inner = top_k * (getattr(config, "moe_intermediate_size", None) or inner)
     whole = size * (2 * hidden + 3 * queries + 2 * keys + 4 * inner) + 4 * 4 * hidden
     matmuls = size * (2 * hidden + 2 * queries + 2 * keys + 2 * inner)
-    tokens, layers = recipe.batch.tokens_per_micro_batch, config.num_hidden_layers
+    tokens, layers = recipe.batch.tokens_per_micro_batch, sum(token_shares)
     kept = {
         "none": layers * whole,
         "selective": layers * (matmuls + size * hidden) + whole,

@@ -15,9 +15,11 @@ from torch import nn
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import optimized_names, read_document
+from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.rules import state_of
 from leanmill.core.stage import is_added_tensor
+from leanmill.core.technique import token_shares
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.evaluation import EvalDomain
@@ -169,7 +171,8 @@ class _Run:
         num_micro_batches, _ = derive_steps(recipe, self.engine.data_size)
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         state = self._find()
-        flops = flops_per_token(model, recipe.data.sequence_length)
+        shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
+        flops = flops_per_token(model, recipe.data.sequence_length, shares)
         num_total, _ = num_parameters(model)
         prepared = prepare(
             recipe,

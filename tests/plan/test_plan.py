@@ -184,13 +184,26 @@ def test_small_parameters_stay_fp32_under_8_bit_adam():
 def test_recomputation_and_chunking_shrink_what_they_should():
     config = build_on_meta(_recipe().model).config
     sizes = [
-        activation_bytes(_recipe(train={"steps": 1, "activation_checkpointing": mode}), config)
+        activation_bytes(
+            _recipe(train={"steps": 1, "activation_checkpointing": mode}), config, [1.0] * config.num_hidden_layers
+        )
         for mode in ("none", "selective", "full")
     ]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
     chunked = _recipe(train={"steps": 1, "precision": "bf16", "logits_chunk_tokens": 8})
     assert logits_bytes(chunked, 100, 16) == 8 * 100 * 2 + 4 * 100 * 16
+
+
+def test_what_blocks_leave_out_is_not_counted():
+    whole = plan(_recipe())
+    part = plan(_recipe(techniques=[{"type": "mixture_of_depths", "layers": [0, 2], "capacity": 0.25}]))
+    config = build_on_meta(_recipe().model).config
+    block = 4 * 128 * 128 - 2 * 64 * 128 + 3 * 128 * 344
+    pairs = 12 * config.hidden_size * 32
+    left_out = 6 * block * 2 * 0.75 + pairs * 2 * (1 - 0.25**2)
+    assert part.flops_per_token == pytest.approx(whole.flops_per_token - left_out)
+    assert part.memory.transient["activations"] == pytest.approx(whole.memory.transient["activations"] / 2, rel=1e-6)
 
 
 def test_auto_is_decided_by_the_memory_of_a_rank():

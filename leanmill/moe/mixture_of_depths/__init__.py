@@ -1,0 +1,1 @@
+"""Blocks that run for a share of the tokens."""
