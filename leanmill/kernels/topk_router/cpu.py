@@ -11,19 +11,23 @@ from torch import Tensor
 
 from leanmill.kernels.native import compiler, threads
 from leanmill.kernels.native.dtypes import SUFFIXES, pointer
-from leanmill.kernels.topk_router.settings import Settings
+from leanmill.kernels.topk_router.settings import Settings, num_counted
 
 
 _BLOCK_ROWS = 512
 """Rows summed on their own: sums are the same on any number of threads."""
 _ELEMENT_COST = 32
 """A logit costs as much as this many elements of a plain pass."""
+_NUMBERS = (
+    *("num_experts", "top_k", "is_sigmoid", "normalise", "num_groups", "open_groups", "num_best"),
+    "sequence_length",
+)
 
 
 class _Router(ctypes.Structure):
     _fields_ = [
         ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_experts", "top_k", "is_sigmoid", "normalise")),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
         ("scaling", ctypes.c_float),
     ]
 
@@ -34,37 +38,34 @@ def library() -> ctypes.CDLL | None:
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
-def covers(token_mask: Tensor | None, settings: Settings) -> bool:
-    """Whether `topk_router` knows these."""
-    return token_mask is None and settings.num_groups == settings.num_sequences == 1
-
-
 def topk_router(
     logits: Tensor, bias: Tensor | None, token_mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return what `naive.topk_router` does, for contiguous logits."""
     num_tokens, num_experts = logits.shape
-    top_k = settings.top_k
+    num_sequences = settings.num_sequences
     bias = None if bias is None else bias.float().contiguous()
-    router = _router(bias, num_experts, settings)
-    num_blocks = -(-num_tokens // _BLOCK_ROWS)
-    index = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    weights = torch.empty(num_tokens, top_k)
+    mask = None if token_mask is None else token_mask.contiguous()
+    router = _router(bias, logits, settings)
+    num_blocks = -(-router.sequence_length // _BLOCK_ROWS) * num_sequences
+    index = torch.empty(num_tokens, settings.top_k, dtype=torch.int64)
+    weights = torch.empty(num_tokens, settings.top_k)
     counts = torch.empty(num_blocks, num_experts, dtype=torch.int64)
     sums = torch.empty(num_blocks, num_experts + 1, dtype=torch.float64)
     function = _function("route", logits.dtype)
 
-    def run(first_block: int, last_block: int) -> None:
-        scratch = torch.empty(5 * num_experts)
-        for block in range(first_block, last_block):
-            first, last = block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, num_tokens)
-            outputs = map(pointer, (index, weights, counts[block], sums[block], scratch))
-            rows = (ctypes.c_long(first), ctypes.c_long(last))
-            function(ctypes.byref(router), pointer(logits, first * num_experts), *outputs, *rows)
+    def run(first: int, last: int) -> None:
+        scratch = torch.empty(9 * num_experts)
+        operands = (pointer(logits), _address(mask), *map(pointer, (index, weights, counts, sums, scratch)))
+        function(ctypes.byref(router), *operands, *map(ctypes.c_long, (_BLOCK_ROWS, first, last)))
 
-    threads.parallel_for(run, num_blocks, _BLOCK_ROWS * num_experts * _ELEMENT_COST)
-    means = (sums.sum(0) / max(num_tokens, 1)).float()
-    return weights, index, counts.sum(0, keepdim=True), means[0].clone(), means[None, 1:].clone()
+    rows = min(_BLOCK_ROWS, router.sequence_length)
+    threads.parallel_for(run, num_blocks, rows * num_experts * _ELEMENT_COST)
+    by_sequence = sums.view(num_sequences, -1, num_experts + 1).sum(1)
+    counted = num_counted(logits, token_mask, settings)
+    z_loss = by_sequence[:, 0].sum() / counted.sum().clamp(min=1)
+    means = by_sequence[:, 1:] / counted.clamp(min=1).unsqueeze(-1)
+    return weights, index, counts.view(num_sequences, -1, num_experts).sum(1), z_loss.float(), means.float()
 
 
 def backward(
@@ -76,27 +77,33 @@ def backward(
 ) -> Tensor:
     """Return what `naive.backward` does, for contiguous logits."""
     num_tokens, num_experts = logits.shape
-    grad_weights, grad_z, grad_mean = (grad.float().contiguous() for grad in grads)
-    router = _router(None, num_experts, settings)
+    grad_weights, grad_z, grad_mean = (grad.float() for grad in grads)
+    counted = num_counted(logits, token_mask, settings)
+    operands = index, grad_weights.contiguous(), grad_mean / counted.clamp(min=1).unsqueeze(-1)
+    upstream_z = ctypes.c_float(float(grad_z / counted.sum().clamp(min=1)))
+    mask = None if token_mask is None else token_mask.contiguous()
+    router = _router(None, logits, settings)
     out = torch.empty_like(logits)
     function = _function("route_backward", logits.dtype)
-    upstream_z = ctypes.c_float(grad_z.item())
 
     def run(first: int, last: int) -> None:
         scratch = torch.empty(6 * num_experts)
-        inputs = map(pointer, (logits, index, grad_weights, grad_mean))
-        outputs = map(pointer, (out, scratch))
+        inputs = (pointer(logits), _address(mask), *map(pointer, operands))
         rows = (ctypes.c_long(first), ctypes.c_long(last))
-        function(ctypes.byref(router), *inputs, upstream_z, ctypes.c_long(num_tokens), *outputs, *rows)
+        function(ctypes.byref(router), *inputs, upstream_z, *map(pointer, (out, scratch)), *rows)
 
     threads.parallel_for(run, num_tokens, num_experts * _ELEMENT_COST)
     return out
 
 
-def _router(bias: Tensor | None, num_experts: int, settings: Settings) -> _Router:
+def _address(tensor: Tensor | None) -> ctypes.c_void_p | None:
+    return None if tensor is None else pointer(tensor)
+
+
+def _router(bias: Tensor | None, logits: Tensor, settings: Settings) -> _Router:
     address = None if bias is None else bias.data_ptr()
-    numbers = settings.top_k, int(settings.is_sigmoid), int(settings.normalise)
-    return _Router(address, num_experts, *numbers, settings.scaling)
+    *numbers, num_sequences = settings.numbers()
+    return _Router(address, logits.shape[1], *numbers, logits.shape[0] // num_sequences, settings.scaling)
 
 
 def _function(name: str, dtype: torch.dtype) -> ctypes._NamedFuncPointer:

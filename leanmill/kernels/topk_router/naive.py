@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.kernels.topk_router.settings import Settings
+from leanmill.kernels.topk_router.settings import Settings, num_counted
 
 
 def topk_router(
@@ -49,13 +49,6 @@ def side_sums(
     return _counts(index, logits.shape[1], settings), squares.sum() / counted.sum().clamp(min=1), means
 
 
-def num_counted(logits: Tensor, token_mask: Tensor | None, settings: Settings) -> Tensor:
-    """Return how many tokens of each sequence are not masked, int64 [S]."""
-    if token_mask is not None:
-        return token_mask.reshape(settings.num_sequences, -1).sum(-1)
-    return torch.full((settings.num_sequences,), logits.shape[0] // settings.num_sequences, device=logits.device)
-
-
 def _wide(logits: Tensor, token_mask: Tensor | None) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Whatever a masked token holds, and NaN too, reaches nobody.
@@ -92,10 +85,12 @@ def _open_experts(keys: Tensor, scores: Tensor, bias: Tensor | None, settings: S
         keys = scores.masked_fill(keys == -torch.inf, -torch.inf)
     size = keys.shape[1] // settings.num_groups
     members = keys.unflatten(1, (settings.num_groups, size))
-    values = members.sort(dim=-1, descending=True).values[..., : settings.num_best].sum(-1)
-    best = values.sort(dim=-1, descending=True, stable=True).indices[:, : settings.open_groups]
-    is_open = torch.zeros_like(values, dtype=torch.bool).scatter_(1, best, True)
-    return is_open.repeat_interleave(size, 1)
+    values = members.sort(dim=-1, descending=True).values[..., : settings.num_best]
+    is_open = values != -torch.inf
+    sums = values.masked_fill(~is_open, 0).sum(-1).masked_fill(~is_open.any(-1), -torch.inf)
+    best = sums.sort(dim=-1, descending=True, stable=True).indices[:, : settings.open_groups]
+    is_best = torch.zeros_like(sums, dtype=torch.bool).scatter_(1, best, True)
+    return is_best.repeat_interleave(size, 1)
 
 
 def _counts(index: Tensor, num_experts: int, settings: Settings) -> Tensor:

@@ -178,11 +178,9 @@ def _check_tokens(logits: Tensor, token_mask: Tensor | None, num_sequences: int 
         raise ValueError(f"{num_sequences} sequences do not divide {logits.shape[0]} tokens")
 
 
-def _path(logits: Tensor, token_mask: Tensor | None, settings: Settings) -> ModuleType:
+def _path(logits: Tensor) -> ModuleType:
     """The module that computes for these tensors."""
-    is_covered = cpu.covers(token_mask, settings)
-    code = choose("topk_router", logits, c=cpu.library if is_covered else None, triton=lambda: is_covered)
-    return implementation(__package__, code)
+    return implementation(__package__, choose("topk_router", logits, c=cpu.library))
 
 
 @torch.library.custom_op("leanmill::topk_router", mutates_args=())
@@ -190,7 +188,7 @@ def _route(
     logits: Tensor, bias: Tensor | None, token_mask: Tensor | None, scaling: float, numbers: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = Settings.of(scaling, numbers)
-    return _path(logits, token_mask, settings).topk_router(logits.contiguous(), bias, token_mask, settings)  # type: ignore[no-any-return]
+    return _path(logits).topk_router(logits.contiguous(), bias, token_mask, settings)  # type: ignore[no-any-return]
 
 
 @_route.register_fake
@@ -218,7 +216,7 @@ def _route_backward(
 ) -> Tensor:
     settings = Settings.of(scaling, numbers)
     operands = logits.contiguous(), index.contiguous(), token_mask, tuple(grads)
-    return _path(logits, token_mask, settings).backward(*operands, settings)  # type: ignore[no-any-return]
+    return _path(logits).backward(*operands, settings)  # type: ignore[no-any-return]
 
 
 @_route_backward.register_fake

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Settings(NamedTuple):
     """See `op.topk_router`."""
@@ -28,3 +31,10 @@ class Settings(NamedTuple):
         """Return what `numbers` was made from."""
         top_k, is_sigmoid, normalise, *others = numbers
         return cls(top_k, bool(is_sigmoid), bool(normalise), scaling, *others)
+
+
+def num_counted(logits: Tensor, token_mask: Tensor | None, settings: Settings) -> Tensor:
+    """Return how many tokens of each sequence are not masked, int64 [S]."""
+    if token_mask is None:
+        return torch.full((settings.num_sequences,), len(logits) // settings.num_sequences, device=logits.device)
+    return token_mask.reshape(settings.num_sequences, -1).sum(-1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmill.kernels.topk_router import cpu, naive
-from leanmill.kernels.topk_router.op import _route, topk_router
+from leanmill.kernels.topk_router.op import Groups, _route, topk_router
 from leanmill.kernels.topk_router.settings import Settings
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
 from tests.kernels.linear_cross_entropy.compiled import assert_compiles
@@ -51,32 +51,48 @@ def outputs_and_gradient(function, logits, seed=0):
     return weights.detach(), index, counts, z_loss.detach(), mean.detach(), grad
 
 
-def by_definition(logits, bias, told):
-    *first, counts, z_loss, means = naive.topk_router(logits, bias, None, told)
-    return *first, counts[0], z_loss, means[0]
+@st.composite
+def calls(draw):
+    """(logits, bias, token mask, settings) of every kind; logits on a grid, so that they are equal or clearly apart."""
+    num_groups, size = draw(st.integers(1, 5)), draw(st.integers(1, 8))
+    num_experts = num_groups * size
+    top_k = draw(st.integers(1, num_experts))
+    open_groups = draw(st.integers(-(-top_k // size), num_groups))
+    num_sequences = draw(st.integers(1, 4))
+    num_tokens = num_sequences * draw(st.integers(0, 9))
+    forms = draw(st.booleans()), draw(st.booleans()), 1.5
+    told = Settings(top_k, *forms, num_groups, open_groups, draw(st.integers(1, size)), num_sequences)
+    logits = (torch.randn(num_experts, num_tokens) * 4).round().t() / 4
+    if draw(st.booleans()):
+        closed = torch.rand(num_tokens, num_experts) < 0.4
+        closed[:, draw(st.integers(0, num_experts - 1))] = False
+        logits = logits.masked_fill(closed, -torch.inf)
+    bias = torch.randn(num_experts) if draw(st.booleans()) else None
+    mask = torch.rand(num_tokens) < 0.7 if draw(st.booleans()) else None
+    return logits, bias, mask, told
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    st.integers(0, 30),
-    st.integers(1, 40),
-    st.data(),
-    st.booleans(),
-    st.booleans(),
-    st.sampled_from([*DTYPES, torch.float64]),
-)
-def test_outputs_and_gradient_equal_the_definition(num_tokens, num_experts, data, is_sigmoid, normalise, dtype):
-    top_k = data.draw(st.integers(1, num_experts))
-    # On a grid, so that logits are equal or clearly apart, whatever the rounding of exponentials.
-    logits = ((torch.randn(num_experts, num_tokens) * 12).round() / 4).to(dtype).t()
-    bias = torch.randn(num_experts) if data.draw(st.booleans()) else None
-    score = "sigmoid" if is_sigmoid else "softmax"
+@settings(max_examples=60, deadline=None)
+@given(calls(), st.sampled_from([*DTYPES, torch.float64]))
+def test_outputs_and_gradient_equal_the_definition(call, dtype):
+    logits, bias, mask, told = call
+    logits = logits.to(dtype)
     got = outputs_and_gradient(
-        lambda x: topk_router(x, top_k, score=score, normalise=normalise, bias=bias, scaling=1.5), logits
+        lambda x: topk_router(
+            x,
+            told.top_k,
+            score="sigmoid" if told.is_sigmoid else "softmax",
+            normalise=told.normalise,
+            bias=bias,
+            scaling=told.scaling,
+            groups=Groups(told.num_groups, told.open_groups, told.num_best),
+            token_mask=mask,
+            num_sequences=told.num_sequences,
+        ),
+        logits,
     )
-    told = Settings(top_k, is_sigmoid, normalise, 1.5)
     reference = logits.to(torch.promote_types(dtype, torch.float32))
-    expected = outputs_and_gradient(lambda x: by_definition(x, bias, told), reference)
+    expected = outputs_and_gradient(lambda x: naive.topk_router(x, bias, mask, told), reference)
     assert torch.equal(got[1], expected[1])
     assert torch.equal(got[2], expected[2])
     tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 2e-5)
@@ -90,28 +106,42 @@ def test_outputs_and_gradient_equal_the_definition(num_tokens, num_experts, data
 @pytest.mark.parametrize("normalise", [False, True])
 def test_triton_equals_the_definition(dtype, is_sigmoid, normalise):
     kernel = kernel_module("topk_router")
-    for num_tokens, num_experts, top_k in ((70, 5, 2), (3, 9, 9)):
-        logits = (torch.randn(num_tokens, num_experts) * 3).to(dtype)
-        bias = torch.randn(num_experts) if num_experts == 5 else None
-        told = Settings(top_k, is_sigmoid, normalise, 1.5)
-        on = logits.to(DEVICE), None if bias is None else bias.to(DEVICE)
-        got = [t.cpu() for t in kernel.topk_router(*on, None, told)]
-        expected = naive.topk_router(logits, bias, None, told)
+    plain = Settings(2, is_sigmoid, normalise, 1.5)
+    grouped = plain._replace(top_k=3, num_groups=3, open_groups=2, num_best=2, num_sequences=2)
+    for shape, told in (((70, 5), plain), ((3, 9), plain._replace(top_k=9)), ((16, 12), grouped)):
+        logits = (torch.randn(shape) * 3).to(dtype)
+        bias = torch.randn(shape[1]) if shape[1] == 5 else None
+        mask = torch.rand(shape[0]) < 0.7 if shape[1] == 12 else None
+        if mask is not None:
+            logits[:, ::2] = -torch.inf
+            logits[~mask] = torch.nan
+        on = [None if x is None else x.to(DEVICE) for x in (logits, bias, mask)]
+        got = [t.cpu() for t in kernel.topk_router(*on, told)]
+        expected = naive.topk_router(logits, bias, mask, told)
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        grads = torch.randn(num_tokens, top_k), torch.randn(()), torch.randn(1, num_experts) * 30
+        means = (told.num_sequences, shape[1])
+        grads = torch.randn(shape[0], told.top_k), torch.randn(()), torch.randn(means) * 30
         tolerance = 1e-4 if dtype == torch.float32 else 1e-2
-        got_grad = kernel.backward(on[0], got[1].to(DEVICE), None, tuple(g.to(DEVICE) for g in grads), told).cpu()
-        expected_grad = naive.backward(logits, expected[1], None, grads, told)
+        upstream = tuple(g.to(DEVICE) for g in grads)
+        got_grad = kernel.backward(on[0], got[1].to(DEVICE), on[2], upstream, told).cpu()
+        expected_grad = naive.backward(logits, expected[1], mask, grads, told)
         torch.testing.assert_close(got_grad, expected_grad, rtol=tolerance, atol=tolerance)
 
 
 def test_triton_compiles_for_a_gpu():
     types = {"logits_at": "*bf16", "bias_at": "*fp32", "index_at": "*i64", "weights_at": "*fp32", "counts_at": "*i32"}
-    types |= dict.fromkeys(["sums_at", "grad_weights_at", "grad_z_at", "grad_mean_at"], "*fp32")
-    types |= {"grad_at": "*bf16", "scaling": "fp32"} | dict.fromkeys(["num_tokens", "num_experts", "top_k"], "i32")
-    forms = [{"IS_SIGMOID": sigmoid, "NORMALISE": sigmoid, "ROWS": 32, "EXPERTS": 64} for sigmoid in (False, True)]
-    forward = [form | {"HAS_BIAS": form["IS_SIGMOID"], "TOP_K": 8, "ROUNDS": 2} for form in forms]
+    types |= dict.fromkeys(["sums_at", "grad_weights_at", "grad_z_at", "grad_mean_at"], "*fp32") | {"mask_at": "*u8"}
+    numbers = ["num_tokens", "length", "num_experts", "top_k", "num_groups", "open_groups", "num_best"]
+    types |= {"grad_at": "*bf16", "scaling": "fp32"} | dict.fromkeys(numbers, "i32")
+    forms = [
+        {"IS_SIGMOID": sigmoid, "NORMALISE": sigmoid, "HAS_MASK": sigmoid, "ROWS": 32, "EXPERTS": 64}
+        for sigmoid in (False, True)
+    ]
+    more = {"TOP_K": 8, "ROUNDS": 2, "SUMS_SCORES": False}
+    forward = [
+        form | more | {"HAS_BIAS": form["IS_SIGMOID"], "GROUPS": 8 if form["IS_SIGMOID"] else 1} for form in forms
+    ]
     for name, variants in {"_route_kernel": forward, "_route_backward_kernel": forms}.items():
         assert_compiles("leanmill.kernels.topk_router.kernel", name, types, variants)
 
