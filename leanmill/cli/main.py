@@ -24,6 +24,7 @@ _VERBS: dict[str, str] = {
     "schema": "write the JSON schema of a recipe, for editors",
     "eval": "score a checkpoint on held-out text",
     "compress": "prune or quantise a model folder in one shot, with calibration text, a block in memory at a time",
+    "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
     "report": "rebuild the HTML report of a run",
 }
@@ -188,6 +189,11 @@ def _compress(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder to write")
 
 
+def _arank(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--num-layers", type=_positive, metavar="N", help="layers to name (half of them)")
+
+
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
     parser.add_argument("--to", required=True, help="hf, bitnet, packed, adapter, or a format of an installed package")
@@ -233,6 +239,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "schema": _schema,
     "eval": _eval,
     "compress": _compress,
+    "arank": _arank,
     "export": _export,
     "report": _report,
 }

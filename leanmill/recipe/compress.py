@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -23,8 +23,8 @@ class CalibrationConfig(Config):
     """Rows that go through a block at once."""
 
 
-class CompressRecipe(Config):
-    """One-shot compression of a model with calibration text, for `leanmill compress`."""
+class CalibratedRecipe(Config):
+    """What looks at a model that exists with calibration text."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of the choice of rows."""
@@ -39,11 +39,16 @@ class CompressRecipe(Config):
     """Where calibration rows come from; without a tokenizer it is the model's own."""
     calibration: CalibrationConfig = Field(default_factory=CalibrationConfig)
     """How many rows."""
-    passes: list[Annotated[SerializeAsAny[PassConfig], BeforeValidator(parse_pass)]] = Field(min_length=1)
-    """Passes, each `{type: name, ...}`, in the order they run."""
 
     @model_validator(mode="after")
-    def _has_a_model(self) -> CompressRecipe:
+    def _has_a_model(self) -> Self:
         if self.model.path is None:
-            raise ConfigError("compress works on a model that exists; set model.path to its folder or hub name")
+            raise ConfigError("calibration looks at a model that exists; set model.path to its folder or hub name")
         return self
+
+
+class CompressRecipe(CalibratedRecipe):
+    """One-shot compression of a model with calibration text, for `leanmill compress`."""
+
+    passes: list[Annotated[SerializeAsAny[PassConfig], BeforeValidator(parse_pass)]] = Field(min_length=1)
+    """Passes, each `{type: name, ...}`, in the order they run."""

@@ -23,7 +23,7 @@ from leanmill.models.pretrained import local_folder, pretrained_config
 from leanmill.parallel.collectives import barrier, broadcast_object
 from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
-from leanmill.recipe.compress import CompressRecipe
+from leanmill.recipe.compress import CalibratedRecipe, CompressRecipe
 from leanmill.recipe.sections import ClusterConfig
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.memory import return_large_blocks
@@ -71,7 +71,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[LayerRe
     """Do what `compress` does in processes that were joined before and are kept; see there."""
     pretrained_config(recipe.model)  # says what is wrong with the path in one line
     folder = local_folder(str(recipe.model.path), recipe.model.revision)
-    batches = _calibration(recipe, folder, ranks)
+    batches = calibration_rows(recipe, folder, ranks)
     dtype = torch.bfloat16 if resolve_precision(recipe.precision, ranks.device.type) == "bf16" else torch.float32
     reports: list[LayerReport] = []
     with new_folder(out) if ranks.rank == 0 else nullcontext() as made:
@@ -213,7 +213,12 @@ def check_pass(config: PassConfig, shapes: Mapping[str, tuple[int, int]]) -> fro
     return frozenset(taken)
 
 
-def _calibration(recipe: CompressRecipe, folder: Path, ranks: Ranks) -> list[dict[str, Tensor]]:
+def calibration_rows(recipe: CalibratedRecipe, folder: Path, ranks: Ranks) -> list[dict[str, Tensor]]:
+    """Return this rank's batches of calibration rows, `input_ids` and `position_ids` [B, S].
+
+    Raises:
+        ConfigError: They do not divide over the ranks.
+    """
     data = recipe.data
     if data.tokenizer.path is None:
         data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"path": str(folder)})})
