@@ -15,7 +15,6 @@ from leanmill.core.around import arounds
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
-from leanmill.core.head_loss import other_body
 from leanmill.core.places import holds_matmul, is_norm
 
 
@@ -162,8 +161,21 @@ def _plain_layers(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             plain = _plain_forward(module)
             if plain is not None:
-                stack.enter_context(other_body(module, MethodType(plain, module)))
+                stack.enter_context(_other_body(module, MethodType(plain, module)))
         yield
+
+
+@contextmanager
+def _other_body(module: nn.Module, body: Callable[..., Tensor]) -> Iterator[None]:
+    outer = vars(module).get("forward")
+    module.forward = body
+    try:
+        yield
+    finally:
+        if outer is None:
+            del module.forward
+        else:
+            module.forward = outer
 
 
 def _plain_forward(module: nn.Module) -> Callable[..., Any] | None:

@@ -1,16 +1,18 @@
 """Losses computed in the place of an output head's logits.
 
-The head module is called as ever, and hooks that a sharding engine put on it run; only its body is
-another for that call: it takes the hidden states and returns a loss in the place of logits.
+The head module is called as ever, and hooks that a sharding engine put on it run; what stands around it
+takes the hidden states and returns a loss in the place of logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from leanmill.core.around import Around, Call, Ring, arounds, put_around
 from leanmill.core.operands import recomputed
 from leanmill.core.product import compute_dtype
 from leanmill.core.site import LinearSite
@@ -20,31 +22,52 @@ HeadLoss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """Given hidden states [N, H], the head's weight [V, H] and its bias: a scalar."""
 
 
+class LossPlace(Around):
+    """Innermost around an output head: lets a call compute something else of what the head is given."""
+
+    technique: ClassVar[str] = "losses"
+    ring: ClassVar[Ring] = Ring.DECIDE
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._instead: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        """Return the logits, or what is asked for `instead`."""
+        return call(*args, **kwargs) if self._instead is None else self._instead(*args, **kwargs)
+
+    @contextmanager
+    def instead(self, compute: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Let calls of the head return `compute` of their hidden states; contexts nest."""
+        outer, self._instead = self._instead, compute
+        try:
+            yield
+        finally:
+            self._instead = outer
+
+
 def is_plain_head(head: nn.Module | None) -> bool:
     """Whether the head is nothing but a matmul with one weight, staged or not."""
     if isinstance(head, LinearSite) and any(stage.has_backward_weight for stage in head.weight_stages()):
         return False
-    return type(head) in (nn.Linear, LinearSite) and "forward" not in vars(head)
+    if head is None or type(head) not in (nn.Linear, LinearSite):
+        return False
+    return all(isinstance(around, LossPlace) for around in arounds(head))
+
+
+def loss_place(head: nn.Module) -> LossPlace:
+    """Return the place for losses in a head that `is_plain_head`, made where there is none yet."""
+    found = next((around for around in arounds(head) if isinstance(around, LossPlace)), None)
+    if found is None:
+        found = LossPlace()
+        put_around(head, found)
+    return found
 
 
 def loss_of_head(head: nn.Module, hidden: Tensor, loss: HeadLoss) -> Tensor:
     """Call a head that `is_plain_head` on hidden states [..., H] and return `loss` of what it would multiply."""
-    with other_body(head, lambda hidden: loss(*head_operands(head, hidden))):  # type: ignore[arg-type]
+    with loss_place(head).instead(lambda hidden: loss(*head_operands(head, hidden))):  # type: ignore[arg-type]
         return head(hidden)  # type: ignore[no-any-return]
-
-
-@contextmanager
-def other_body(module: nn.Module, body: Callable[..., Tensor]) -> Iterator[None]:
-    """Let calls of `module` run `body`, inside its hooks; contexts nest."""
-    outer = vars(module).get("forward")
-    module.forward = body
-    try:
-        yield
-    finally:
-        if outer is None:
-            del module.forward
-        else:
-            module.forward = outer
 
 
 def head_operands(head: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
 from leanmill.core.head import known_head_form
-from leanmill.core.head_loss import HeadLoss, head_operands, loss_of_head, other_body
+from leanmill.core.head_loss import HeadLoss, head_operands, loss_of_head, loss_place
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def loss_in_head(model: nn.Module, inputs: dict[str, Any], num_tokens: int, loss
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]
     found: list[Tensor] = []
 
-    def body(hidden: Tensor) -> Tensor:
+    def in_its_place(hidden: Tensor) -> Tensor:
         vocab_size = head.weight.shape[0]
         if hidden.shape[:-1].numel() != num_tokens or found:
             found.append(hidden.new_zeros(()))
@@ -43,7 +43,7 @@ def loss_in_head(model: nn.Module, inputs: dict[str, Any], num_tokens: int, loss
         # scales what it takes for logits shows.
         return found[0].expand(1, 1, vocab_size)
 
-    with other_body(head, body):
+    with loss_place(head).instead(in_its_place):
         logits: Tensor = model(**inputs).logits
     is_untouched = len(found) == 1 and logits.data_ptr() == found[0].data_ptr() and logits.stride()[-1:] == (0,)
     if not is_untouched or logits.shape != (1, 1, head.weight.shape[0]):
