@@ -1,5 +1,6 @@
 """One thread a process: ranks and test workers share few cores, and oversubscription is the big cost."""
 
+import gc
 import logging
 import os
 import signal
@@ -28,6 +29,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items):
     """Tests that run in one worker come first, so that the other one is not done long before."""
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+def pytest_collection_finish():
+    """Modules and tests stay: collecting garbage among them all would take a second each time."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Some libraries count, at the end, what nobody has freed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

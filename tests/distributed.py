@@ -8,6 +8,7 @@ compute with one thread each: a child that uses OpenMP threads its parent alread
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -141,6 +142,8 @@ def _rank_main(
     # Registered with an open file, since pytest may have replaced stderr by something without one.
     stack_file = (folder / f"stack-{rank}.txt").open("w")
     faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
+    # What the test process holds stays: DeepSpeed collects garbage with every engine, a second each over all of that.
+    gc.freeze()
     try:
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))

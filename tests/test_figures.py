@@ -75,7 +75,7 @@ def test_every_variant_of_a_claim_is_a_recipe(monkeypatch):
     for claim in claims.CLAIMS.values():
         for variant in claim.variants.values():
             given = [f"techniques={json.dumps(variant.techniques)}"]
-            assert load_recipe(FOLDER / "claims" / "base.yaml", given).train.steps == 400
+            assert load_recipe(FOLDER / "claims" / "base.yaml", given).train.steps == 450
             assert all(parse_pass(item) for item in variant.passes or ())
 
 
