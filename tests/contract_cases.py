@@ -45,6 +45,25 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "tie_word_embeddings": False,
     },
+    "pr_moe": MODEL
+    | {
+        "model_type": "pr_moe",
+        "num_experts_by_layer": [2, 4],
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 24,
+        "head_dim": 16,
+        "residual_expert": True,
+    },
+    "ernie4_5_moe": MODEL
+    | {
+        "model_type": "ernie4_5_moe",
+        "moe_num_experts": 7,
+        "moe_k": 3,
+        "moe_intermediate_size": 12,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 1,
+    },
     # Exits of the first and of the last block count nothing.
     "deeper": MODEL | {"num_hidden_layers": 4},
 }
@@ -141,6 +160,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "lisa")},
     "ternary experts": ("mixtral", "ternary"),
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
+    "shared experts": ("ernie4_5_moe", "router_balance"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
@@ -181,6 +201,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "hidden states and logits": ("hidden_distill", "distill", "nm_sparsity", "lora"),
     "experts": ("mixtral", "router_balance"),
     "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
+    "pyramid of experts": ("pr_moe", "router_balance"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),

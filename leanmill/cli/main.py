@@ -196,7 +196,9 @@ def _arank(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
-    parser.add_argument("--to", required=True, help="hf, bitnet, packed, adapter, or a format of an installed package")
+    parser.add_argument(
+        "--to", required=True, help="hf, hf_code, bitnet, packed, adapter, or a format of an installed package"
+    )
     parser.add_argument(
         "--activations",
         choices=["trained", "float"],

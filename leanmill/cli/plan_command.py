@@ -43,6 +43,8 @@ def _show(result: Plan, *, is_told: bool) -> None:
 
     console = Console(highlight=False)
     console.print(f"{result.recipe} on {result.world_size} ranks, engine {result.engine}: {result.why_engine}")
+    for line in result.mixture:
+        console.print(line, soft_wrap=True, markup=False)
     for table in (_run_table(result), _memory_table(result), _engines_table(result)):
         console.print(table)
     for line in _verdict(result, is_told=is_told):

@@ -27,6 +27,7 @@ Activations = Literal["trained", "float"]
 
 FORMATS: dict[str, str] = {
     "hf": "leanmill.export.hf:HfFormat",
+    "hf_code": "leanmill.export.own_code:HfCodeFormat",
     "bitnet": "leanmill.export.bitnet:BitnetFormat",
     "packed": "leanmill.export.packed:PackedFormat",
     "adapter": "leanmill.export.adapter:AdapterFormat",

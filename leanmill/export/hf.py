@@ -11,6 +11,11 @@ from leanmill.export.formats import Checked
 from leanmill.models.pretrained import quiet_transformers
 
 
+def is_own_family(model: Any) -> bool:
+    """Whether Leanmill, and not transformers, has the code of this model's family."""
+    return type(model).__module__.startswith("leanmill.")
+
+
 class HfFormat(FoldedFormat):
     """Config, safetensors and tokenizer: any model, quantised weights de-quantised."""
 
@@ -26,7 +31,7 @@ class HfFormat(FoldedFormat):
             self.model.save_pretrained(folder, safe_serialization=True)
 
     def check(self, folder: Path) -> Checked:
-        reloaded = reload(folder)
+        reloaded = self.reload(folder)
         difference = check_same(sample_logits(reloaded), self.expected, "the reloaded export")
         self.check_weights(reloaded)
         return Checked(
@@ -34,5 +39,19 @@ class HfFormat(FoldedFormat):
             tolerance=allowed(self.expected),
             num_parameters=self.num_parameters,
             sparsity=self.sparsity,
-            notes=self.notes,
+            notes=(*self.notes, *self.loading_notes()),
+        )
+
+    def reload(self, folder: Path) -> Any:
+        """Load what was written."""
+        return reload(folder)
+
+    def loading_notes(self) -> tuple[str, ...]:
+        """What whoever loads the folder must know."""
+        if not is_own_family(self.model):
+            return ()
+        family = self.model.config.model_type
+        return (
+            f"transformers has no family {family}: load it after `import leanmill.models.{family}.register`, or export "
+            f"it with --to hf_code, which writes the Python files too",
         )

@@ -202,6 +202,8 @@ def load(folder: str | Path) -> Any:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    import leanmill.models.pr_moe.register  # noqa: F401
+
     folder = Path(folder)
     if not (folder / LAYERS).is_file():
         raise ConfigError(f"{folder} holds no {LAYERS}; give a folder that `leanmill export --to packed` wrote")

@@ -39,7 +39,8 @@ def build_on_meta(
     """
     from transformers import AutoModelForCausalLM
 
-    hf_config = pretrained_config(config) if config.path is not None else mapped_config(config.config, vocab_size)
+    mapping = config.family_config
+    hf_config = pretrained_config(config) if config.path is not None else mapped_config(mapping, vocab_size)
     _check_sizes(hf_config, config, vocab_size, sequence_length)
     hf_config.use_cache = False
     try:
@@ -51,10 +52,10 @@ def build_on_meta(
                 trust_remote_code=config.trust_remote_code,
             )
     except Exception as error:
-        raise refuse_build(error, hf_config.model_type, config.config) from error
+        raise refuse_build(error, hf_config.model_type, mapping) from error
     check_num_parameters(model)
-    if config.config is not None:
-        check_forward(hf_config, config.config)
+    if mapping is not None:
+        check_forward(hf_config, mapping)
     return model.train()
 
 

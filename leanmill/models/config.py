@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
+from leanmill.models.mixture.config import MixtureConfig
+from leanmill.models.mixture.translate import Mixture, translate
 
 
 class ModelConfig(Config):
@@ -15,6 +17,8 @@ class ModelConfig(Config):
 
     config: dict[str, Any] | None = None
     """transformers config as a mapping, `model_type` included; weights are drawn from `seed`."""
+    moe: MixtureConfig | None = None
+    """Experts of a new model, beside `config`, whose `model_type` may then be missing: the family is chosen."""
     path: str | None = None
     """Local folder or hub name of a checkpoint; safetensors only."""
     revision: str | None = None
@@ -34,8 +38,26 @@ class ModelConfig(Config):
                 f"give exactly one of model.config (random weights) and model.path (a checkpoint), {both} given; "
                 f"type e.g. model.path=Qwen/Qwen3-0.6B, and model.config=null to drop a config"
             )
-        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+        if self.moe is not None and self.config is None:
+            raise ConfigError(
+                "model.moe describes a new model, and model.path one that is there; remove model.moe, or give "
+                "model.config"
+            )
+        if self.moe is not None:
+            translate(self.moe, self.config or {})  # raises where no family has it
+        elif self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ConfigError("model.config needs a model_type of transformers; add e.g. model_type: llama")
         if self.config is not None and self.revision is not None:
             raise ConfigError("model.revision belongs to a hub checkpoint; give model.path, or remove it")
         return self
+
+    @property
+    def mixture(self) -> Mixture | None:
+        """What `moe` comes to, if it is given."""
+        return None if self.moe is None else translate(self.moe, self.config or {})
+
+    @property
+    def family_config(self) -> dict[str, Any] | None:
+        """`config` as transformers gets it: what `moe` says written in."""
+        mixture = self.mixture
+        return self.config if mixture is None else mixture.config

@@ -78,7 +78,9 @@ def active_matmul_parameters(model: nn.Module, token_shares: Sequence[float] | N
     for module in model.modules():
         share = _share_of_experts(model, module) * of_block.get(id(module), 1.0)
         for parameter in module.parameters(recurse=False):
-            if parameter.dim() >= 2 and id(parameter) not in skipped:
+            # Some routers keep a bias, which no gradient trains, as a matrix of one row.
+            is_bias = parameter.shape[:1] == (1,) and not parameter.requires_grad
+            if parameter.dim() >= 2 and not is_bias and id(parameter) not in skipped:
                 skipped.add(id(parameter))  # a tied weight is met twice
                 total += share * parameter.numel()
     return total

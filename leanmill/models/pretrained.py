@@ -101,6 +101,8 @@ def pretrained_config(config: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
+    import leanmill.models.pr_moe.register  # noqa: F401
+
     path = str(config.path)
     folder = expand_user(path)
     if folder.is_dir():

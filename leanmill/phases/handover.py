@@ -118,7 +118,7 @@ class Handover:
         return folder if (folder / "tokenizer.json").is_file() else None
 
     def _at(self, folder: Path) -> ModelConfig:
-        return self.recipe.model.model_copy(update={"path": str(folder), "config": None, "revision": None})
+        return self.recipe.model.model_copy(update={"path": str(folder), "config": None, "moe": None, "revision": None})
 
     def _checkpoint(self, index: int, step: int | None) -> Path:
         folder = self.folder(index)

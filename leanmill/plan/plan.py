@@ -38,6 +38,8 @@ class Plan:
     """Of the plain model, tied weights once."""
     num_active: int
     """Parameters one token passes through: of experts, only the chosen ones."""
+    mixture: tuple[str, ...]
+    """What `model.moe` came to, in words; empty without it."""
     num_trainable: int
     """With techniques installed; where parameters take turns, the most that train at once."""
     num_technique: int
@@ -125,6 +127,7 @@ def plan(
         why_engine=why,
         num_parameters=subject.num_parameters,
         num_active=subject.num_active,
+        mixture=() if recipe.model.mixture is None else tuple(recipe.model.mixture.lines()),
         num_trainable=sum(w.numel for w in subject.weights if w.trainable),
         num_technique=sum(w.numel for w in subject.weights) - subject.num_parameters,
         memory=memory,

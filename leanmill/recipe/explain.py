@@ -136,7 +136,7 @@ def _passes(phase: PhaseConfig) -> Iterator[str]:
 
 def _sections(recipe: Recipe, world_sizes: Sequence[int]) -> dict[str, list[str]]:
     return {
-        "model": [_model(recipe)],
+        "model": _model(recipe),
         "data": _data(recipe.data),
         "techniques": _techniques(recipe),
         "engine": [_engine(recipe)],
@@ -159,17 +159,18 @@ def _listed(sections: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def _model(recipe: Recipe) -> str:
+def _model(recipe: Recipe) -> list[str]:
     model = recipe.model
     if model.path is not None:
         revision = f" at revision {model.revision}" if model.revision else ""
         remote = ", running Python code that comes with it" if model.trust_remote_code else ""
-        return f"weights and configuration of {model.path}{revision}{remote}"
-    config = model.config or {}
+        return [f"weights and configuration of {model.path}{revision}{remote}"]
+    config, mixture = model.family_config or {}, model.mixture
     sizes = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
     known = [f"{config[key]} {name}" for name, key in sizes.items() if key in config]
     tied = ", tied embeddings" if config.get("tie_word_embeddings") else ""
-    return f"{config.get('model_type')} with random weights of seed {recipe.seed}: {', '.join(known)}{tied}"
+    family = f"{config.get('model_type')} with random weights of seed {recipe.seed}: {', '.join(known)}{tied}"
+    return [family, *(mixture.lines() if mixture else [])]
 
 
 def _data(data: DataConfig) -> list[str]:

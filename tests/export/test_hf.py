@@ -57,6 +57,25 @@ def test_every_family_with_mask_and_ternary(family: str, tmp_path: Path) -> None
     assert min(report.sparsity.values()) >= 0.5
 
 
+def test_a_family_of_our_own_can_bring_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model, checkpoint = checkpoint_of(tmp_path / "run", "pr_moe", [SPARSE])
+    assert "import leanmill.models.pr_moe.register" in str(export_model(checkpoint, tmp_path / "out"))
+    report = export_model(checkpoint, tmp_path / "code", to="hf_code")
+    assert "trust_remote_code=True" in str(report)
+    settings = json.loads((report.path / "config.json").read_text())
+    assert settings["auto_map"]["AutoModelForCausalLM"] == "modeling_pr_moe.PrMoeForCausalLM"
+    code = {path.name: path.read_text() for path in report.path.glob("*.py")}
+    assert sorted(code) == ["__init__.py", "configuration_pr_moe.py", "modeling_pr_moe.py"][-len(code) :]
+    assert not any("import leanmill" in text or "from leanmill" in text for text in code.values())
+    torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-4, atol=1e-5)
+    # What is saved later brings no code again.
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    _, other = checkpoint_of(tmp_path / "other", "llama", [])
+    with pytest.raises(ConfigError, match="llama built in .* --to hf$"):
+        export_model(other, tmp_path / "not", to="hf_code")
+
+
 @pytest.mark.parametrize(
     "techniques",
     [[], [SPARSE], [TERNARY], [LORA], [BRANCH], [LORA, SPARSE, TERNARY], [{**TERNARY, "granularity": "row"}], LAYERS],

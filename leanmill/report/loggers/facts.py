@@ -23,7 +23,7 @@ def run_facts(info: RunInfo) -> dict[str, Any]:
         "seed": recipe.seed,
         "engine": info.engine.name,
         "precision": recipe.train.precision,
-        "model": model_label(recipe.model.path, recipe.model.config),
+        "model": model_label(recipe.model.path, recipe.model.family_config),
         "techniques": [technique.type for technique in recipe.techniques],  # type: ignore[attr-defined]
         "world_size": info.world_size,
         "start_step": info.start_step,
