@@ -50,7 +50,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     positions = torch.cat([torch.arange(7), torch.arange(10)]).expand(2, -1)
     logits = model(input_ids=ids, position_ids=positions).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 class CountOps(TorchDispatchMode):
