@@ -18,6 +18,7 @@ ROOMS = {entry.target.split(".")[1] for entry in (TECHNIQUES | PASSES).values()}
 """Kernels are not looked at: no technique's object reaches them."""
 LIBRARIES = {
     "logits": "what transformers' models return",
+    "groups": "what a match of a regular expression holds",
     "init": "what starts a run of Weights & Biases",
 }
 """Attributes of other libraries that share their name with one of a technique."""
