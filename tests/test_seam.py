@@ -86,11 +86,11 @@ def test_nothing_outside_names_an_attribute_of_a_technique():
 
 def test_the_check_sees_what_it_should():
     own = only_of_techniques(TREES)
-    assert {"num_kept", "teacher", "lora_A", "weight_bits", "decay_left"} <= own
+    assert {"activation_bits", "teacher", "lora_A", "weight_bits", "decay_left"} <= own
     path = PACKAGE / "trainer/new.py"
-    for line in ("x = stage.num_kept", "x.lora_A = 1", "hasattr(t, 'teacher')", "attrgetter('stage.num_kept')(x)"):
+    for line in ("x = stage.activation_bits", "x.lora_A = 1", "hasattr(t, 'teacher')", "attrgetter('stage.activation_bits')(x)"):
         assert len(found({**TREES, path: ast.parse(line)})) == 1, line
-    assert found({**TREES, path: ast.parse("def f(num_kept): return num_kept")}) == []
+    assert found({**TREES, path: ast.parse("def f(activation_bits): return activation_bits")}) == []
 
 
 def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
