@@ -86,11 +86,16 @@ def test_nothing_outside_names_an_attribute_of_a_technique():
 
 def test_the_check_sees_what_it_should():
     own = only_of_techniques(TREES)
-    assert {"activation_bits", "teacher", "lora_A", "weight_bits", "decay_left"} <= own
+    assert {"decay_left", "teacher", "lora_A", "weight_bits"} <= own
     path = PACKAGE / "trainer/new.py"
-    for line in ("x = stage.activation_bits", "x.lora_A = 1", "hasattr(t, 'teacher')", "attrgetter('stage.activation_bits')(x)"):
+    for line in (
+        "x = stage.decay_left",
+        "x.lora_A = 1",
+        "hasattr(t, 'teacher')",
+        "attrgetter('stage.decay_left')(x)",
+    ):
         assert len(found({**TREES, path: ast.parse(line)})) == 1, line
-    assert found({**TREES, path: ast.parse("def f(activation_bits): return activation_bits")}) == []
+    assert found({**TREES, path: ast.parse("def f(decay_left): return decay_left")}) == []
 
 
 def _texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
