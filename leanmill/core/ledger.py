@@ -11,7 +11,8 @@ part of the graph.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -161,8 +162,12 @@ class Ledger(nn.Module):
         super().__init__()
         self.scales = Scales()
         self.accounts = nn.ModuleList()
+        self._before_step: list[Callable[[Sequence[Batch]], None]] = []
+        self._after_look: list[Callable[[], None]] = []
         self._before_forward: list[Callable[[Batch], None]] = []
         self._after_forward: list[Callable[[], None]] = []
+        self.is_looking = False
+        """Whether the forward under way only looks ahead, see `look_ahead`."""
         self.shares_output = False
         """Whether a loss in the model takes a share of the cross-entropy of its output."""
         self.register_buffer("output_factor", torch.ones(1), persistent=False)
@@ -185,6 +190,20 @@ class Ledger(nn.Module):
         taken = {account.name.partition("/")[0] for account in self.open_accounts}
         numbered = (f"{name}_{number}" for number in itertools.count(2))
         return next(free for free in itertools.chain((name,), numbered) if free not in taken)
+
+    def before_step(self, function: Callable[[Sequence[Batch]], None]) -> None:
+        """Call `function` with all micro-batches that this rank has in a step, before the first forward."""
+        self._before_step.append(function)
+
+    def look_ahead(self, function: Callable[[], None]) -> None:
+        """Have every step begin with a forward of all its micro-batches, in training mode and without gradients.
+
+        `function` is called after the last one, on every rank: for what must be known of the whole step before the
+        backward of its first micro-batch. It costs a forward, however many ask for it. The functions of
+        `before_forward` and `after_forward` are called in it too, and tell by `is_looking`; accounts take no note
+        of it, and torch's random numbers are those of the forwards that follow.
+        """
+        self._after_look.append(function)
 
     def before_forward(self, function: Callable[[Batch], None]) -> None:
         """Call `function` with each micro-batch before its training forward, on every rank."""
@@ -214,6 +233,35 @@ class Ledger(nn.Module):
         """
         self.scales.token.copy_(token_scale)
         self.scales.micro_batch.fill_(1 / num_micro_batches)
+
+    def see_step(self, batches: Sequence[Batch], look: Callable[[Batch], None]) -> None:
+        """Called by the engine with the micro-batches of a step, after `begin_step`.
+
+        Args:
+            batches: This rank's, in their order.
+            look: Runs the train module on one, in training mode and without gradients.
+        """
+        for function in self._before_step:
+            function(batches)
+        if self._after_look:
+            with self._looking(batches[0]["input_ids"].device):
+                for batch in batches:
+                    look(batch)
+        for after in self._after_look:
+            after()
+
+    @contextmanager
+    def _looking(self, device: torch.device) -> Iterator[None]:
+        noted = [account.sums.clone() for account in self.open_accounts]
+        devices = [] if device.type == "cpu" else [device]
+        self.is_looking = True
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type):
+                yield
+        finally:
+            self.is_looking = False
+        for account, sums in zip(self.open_accounts, noted, strict=True):
+            account.sums.copy_(sums)
 
     @torch.no_grad()
     def take(self) -> Tensor:

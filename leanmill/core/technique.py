@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from leanmill.core.ledger import Ledger
     from leanmill.core.sites import Sites
     from leanmill.core.taps import FrozenTaps
+
+
+_Shared = TypeVar("_Shared")
 
 
 def _new_ledger() -> Ledger:
@@ -68,6 +71,7 @@ class InstallContext:
     weight's plain name and a tensor of the shape it must have, and gives the weight, whole, on the CPU; a
     collective, for `Stage.initialise`. None where what is initialised will be overwritten."""
     _taps: dict[str, FrozenTaps] = field(default_factory=dict, repr=False)
+    _shared: dict[type, Any] = field(default_factory=dict, repr=False)
 
     def taps(self, path: str) -> FrozenTaps:
         """Return the taps on a frozen model, the same for all who ask, so that it runs once a micro-batch."""
@@ -75,6 +79,20 @@ class InstallContext:
             self._taps[path] = taps = _new_taps(lambda: self.load_frozen_model(path))
             self.ledger.after_forward(taps.release)
         return self._taps[path]
+
+    def shared(self, kind: type[_Shared], make: Callable[[], _Shared]) -> _Shared:
+        """Return the one object of `kind` that the techniques of a run share; the first to ask has it made.
+
+        One that is a step rule becomes a rule of the run.
+        """
+        if kind not in self._shared:
+            self._shared[kind] = make()
+        found: _Shared = self._shared[kind]
+        return found
+
+    def shared_rules(self) -> list[StepRule]:
+        """Return the shared objects that are step rules, in the order they were made."""
+        return [one for one in self._shared.values() if isinstance(one, StepRule)]
 
 
 @dataclass(frozen=True, kw_only=True)

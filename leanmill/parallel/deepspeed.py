@@ -140,7 +140,7 @@ class DeepSpeedEngine(Engine):
             )
         # DeepSpeed averages over ranks as the others do; its division by the accumulation steps is
         # switched off, since micro-batches weigh by their tokens.
-        scale = self._begin_backward(len(micro_batches), num_valid_tokens)
+        scale = self._begin_backward(micro_batches, num_valid_tokens)
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
@@ -150,6 +150,9 @@ class DeepSpeedEngine(Engine):
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         self._zero.has_gradients = True
         return sums
+
+    def _look(self, batch: Batch) -> None:
+        self._engine(batch)
 
     @torch.no_grad()
     def clip(self, max_norm: float | None) -> Tensor:

@@ -70,16 +70,21 @@ class Engine(ABC):
             Losses summed over this rank's micro-batches (not over ranks), detached.
         """
 
-    def _begin_backward(self, num_micro_batches: int, num_valid_tokens: Tensor) -> Tensor:
-        """Return what a sum over tokens is multiplied with before backward, and write it for losses in the model.
+    def _begin_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Tensor:
+        """Return what a sum over tokens is multiplied with before backward, and let losses in the model begin a step.
 
         Reductions over ranks average, so what is to be summed is scaled up by their number.
         """
         scale = self.data_size / num_valid_tokens
         ledger = ledger_of(self.module)
         if ledger is not None:
-            ledger.begin_step(token_scale=scale, num_micro_batches=num_micro_batches)
+            ledger.begin_step(token_scale=scale, num_micro_batches=len(micro_batches))
+            ledger.see_step(micro_batches, self._look)
         return scale
+
+    @abstractmethod
+    def _look(self, batch: Batch) -> None:
+        """Run a forward in training mode; called without gradients, for what it leaves in the modules."""
 
     @abstractmethod
     def clip(self, max_norm: float | None) -> Tensor:

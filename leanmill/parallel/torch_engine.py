@@ -91,8 +91,8 @@ class TorchEngine(Engine):
         )
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
-        scale = self._begin_backward(len(micro_batches), num_valid_tokens)
         self.staging.begin()
+        scale = self._begin_backward(micro_batches, num_valid_tokens)
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             with self._micro_batch(is_last=index == len(micro_batches) - 1):
@@ -103,6 +103,11 @@ class TorchEngine(Engine):
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         self.staging.finish()
         return sums
+
+    def _look(self, batch: Batch) -> None:
+        with self._autocast():
+            self.module(batch)
+        self._settle()
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.module.parameters() if p.grad is not None]

@@ -179,6 +179,7 @@ def install_techniques(
         if part.add_branches is not None:
             branches.append((config, part.add_branches))
             installed.reset_branch = part.reset_branch
+    installed.step_rules.extend(context.shared_rules())
     base = {id(parameter) for parameter in _base_parameters(model)}
     for config, add_branches in branches:
         with _own_parameters(config, model, installed.param_rules):

@@ -88,6 +88,8 @@ class TrainModule(nn.Module):
             # Once: what a family does does not change from batch to batch.
             log.info("this model family changes its logits after the head, so losses are computed from logits")
             self.use_logits()
+            if self.training:
+                self.ledger.begin_forward(batch)  # a second forward of the batch, and the one that counts
             losses = self._path(terms)(job)
             assert losses is not None
         return losses
