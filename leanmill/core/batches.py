@@ -16,7 +16,8 @@ Batch = Mapping[str, "Tensor"]
 """One micro-batch on its device: `input_ids` [B, S] int64, `labels` [B, S] int64 (already shifted:
 `labels[b, t]` is the target of position t, -100 where there is none), `position_ids` [B, S] int64
 (restarting at 0 in each document). In training also `row_ids` [B] int64: numbers of the rows in the
-order of the data, the same on any number of ranks."""
+order of the data, the same on any number of ranks. Where rows may be padded, in training also `token_mask`
+[B, S] bool: false in padding. A position without a label is a token all the same."""
 
 
 class Score(Protocol):

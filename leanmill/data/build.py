@@ -11,7 +11,7 @@ from leanmill.data.documents import Documents, StreamingDocuments, open_document
 from leanmill.data.encoding import Document, Encoder, num_chars
 from leanmill.data.evaluation import EvalDomain, eval_domain
 from leanmill.data.identity import data_identity
-from leanmill.data.sources import MapSource, Source
+from leanmill.data.sources import MapSource, Source, keeps_documents_whole
 from leanmill.data.store import token_store
 from leanmill.data.stream_source import StreamSource
 from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
@@ -70,7 +70,13 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
             sources.append(MapSource(store, documents, config, pad_id=pad_id, seed=own_seed))
     content = {"tokenizer": tokenizer_key, **{f"text of {s.name!r}": s.text_fingerprint for s in sources}}
     identity = data_identity(config, seed=seed, content=content)
-    return TrainData(sources, sequence_length=config.sequence_length, seed=seed, identity=identity)
+    return TrainData(
+        sources,
+        sequence_length=config.sequence_length,
+        seed=seed,
+        identity=identity,
+        pads_rows=keeps_documents_whole(config),
+    )
 
 
 def build_eval_data(

@@ -34,6 +34,8 @@ class Row:
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     position_ids: NDArray[np.int64]
+    is_token: NDArray[np.bool_]
+    """False where the row is padded."""
 
 
 class Source(Protocol):
@@ -80,7 +82,7 @@ def render_row(plan: RowPlan, tokens: NDArray[Any], is_target: NDArray[np.bool_]
     if is_target is not None:
         has_target &= is_target[at]
     labels = np.where(has_target, tokens[at].astype(np.int64), IGNORED)
-    return Row(inputs, labels, plan.positions)
+    return Row(inputs, labels, plan.positions, plan.inputs != NONE)
 
 
 class MapSource:

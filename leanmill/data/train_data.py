@@ -22,7 +22,15 @@ _FIELDS = ("input_ids", "labels", "position_ids")
 class TrainData:
     """Rows by global number: row g is the same in every run of the same data, tokenizer and seed."""
 
-    def __init__(self, sources: Sequence[Source], *, sequence_length: int, seed: int, identity: Identity) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        sequence_length: int,
+        seed: int,
+        identity: Identity,
+        pads_rows: bool = False,
+    ) -> None:
         """Start at row 0.
 
         Args:
@@ -30,7 +38,9 @@ class TrainData:
             sequence_length: Tokens of a row.
             seed: Seed of the order.
             identity: What decides the rows.
+            pads_rows: Whether rows may hold padding.
         """
+        self._pads_rows = pads_rows
         self.sequence_length = sequence_length
         self._sources = list(sources)
         self._schedule = MixtureSchedule([source.weight for source in sources], seed)
@@ -64,7 +74,8 @@ class TrainData:
         Returns:
             `input_ids`, `labels` (shifted; -100 where nothing is predicted) and `position_ids`,
             each [num_rows / world_size, S] int64 on the CPU, and `row_ids` [num_rows / world_size]
-            int64: the number of each row in the global order.
+            int64: the number of each row in the global order. Where rows may be padded, also `token_mask`,
+            bool [num_rows / world_size, S]: false in padding.
 
         Raises:
             ConfigError: `num_rows` does not divide.
@@ -83,7 +94,10 @@ class TrainData:
                 mine.append(self._sources[source].row(number))
             else:
                 self._sources[source].skip(number)
-        return stack_rows(mine) | {"row_ids": torch.arange(first, first + share)}
+        batch = stack_rows(mine) | {"row_ids": torch.arange(first, first + share)}
+        if self._pads_rows:
+            batch["token_mask"] = torch.from_numpy(np.stack([row.is_token for row in mine]))
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what the data is; JSON-able, the same on every rank."""

@@ -99,12 +99,28 @@ def test_shapes_types_and_position(folder, tokenizer, kind):
     config = config_of(kind, folder)
     data = build_train_data(config, tokenizer, seed=0)
     batch = data.next_rows(6, rank=1, world_size=2)
+    assert ("token_mask" in batch) == ("whole" in kind or kind.startswith("sft")), "what is split is never padded"
+    is_token = batch.pop("token_mask", torch.ones(3, config.sequence_length, dtype=torch.bool))
+    assert is_token.dtype == torch.bool
     assert set(batch) == {"input_ids", "labels", "position_ids", "row_ids"}
     assert batch.pop("row_ids").tolist() == [3, 4, 5]
     assert all(t.shape == (3, config.sequence_length) and t.dtype == torch.int64 for t in batch.values())
     assert data.position_tokens == 6 * config.sequence_length
     assert (batch["labels"] != -100).any()
     assert batch["input_ids"].max() < len(tokenizer)
+    assert (batch["labels"][~is_token] == -100).all()
+    assert batch["input_ids"][~is_token].unique().numel() <= 1
+
+
+def test_padding_is_told_apart_from_prompts_and_ends_of_documents(folder, tokenizer):
+    batch = build_train_data(config_of("sft_map", folder), tokenizer, seed=0).next_rows(8)
+    is_token, positions = batch["token_mask"], batch["position_ids"]
+    assert (is_token & (batch["labels"] == -100)).any(), "prompts"
+    assert not is_token.all()
+    for row in range(8):
+        num_tokens = int(is_token[row].sum())
+        assert is_token[row, :num_tokens].all(), "padding comes last"
+        assert num_tokens == 128 or positions[row, num_tokens] == 0, "and is a document of its own"
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from leanmill.core.around import arounds
+from leanmill.core.batches import Batch
 from leanmill.core.ledger import Ledger
 from leanmill.core.places import Place
 from leanmill.core.sites import Sites
@@ -51,7 +52,22 @@ def _stand(sites: Sites, ledger: Ledger, places: list[Place]) -> None:
         if key not in known:
             known[key] = policy_of(place.module, place.name, hidden_size)
         place.around(Decision(known[key], tokens, place.name))
-    ledger.before_forward(tokens.begin_forward)
+    experts = [module for module in sites.model.modules() if hasattr(module, "_is_expert_parallel")]
+
+    def begin_forward(batch: Batch) -> None:
+        tokens.begin_forward(batch)
+        _leave_empty_places(experts, has_padding=tokens.mask is not None)
+
+    ledger.before_forward(begin_forward)
+
+
+def _leave_empty_places(experts: list[Any], *, has_padding: bool) -> None:
+    """Have transformers' experts take no notice of the places that masked tokens leave empty.
+
+    They know such places from expert parallelism alone; elsewhere a grouped product would leave rows unwritten.
+    """
+    for module in experts:
+        module._is_expert_parallel = has_padding
 
 
 def _settings(router: nn.Module) -> Any:
