@@ -1,139 +1,125 @@
-"""The losses of every router, and the counting they need."""
+"""The losses around one router. Counting is `leanmill.moe.loads`'s."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from leanmill.core.around import Around, Call, Ring, arounds
-from leanmill.core.errors import ConfigError
-from leanmill.core.ledger import Account, Ledger, add_once, write_late
-from leanmill.core.rules import StepContext, StepRule
-from leanmill.core.sites import Sites
-from leanmill.moe.routing.policy import Policy, affinities, policy_of
-from leanmill.parallel.collectives import sum_over_ranks
+from leanmill.core.ledger import Account, Ledger, add_once
+from leanmill.moe.loads.loads import RouterLoads, Sum
+from leanmill.moe.loads.tokens import TokenShare
+from leanmill.moe.router_balance.factors import Devices, of_experts
+from leanmill.moe.routing.decision import Reader, Routing
 
 
-class Balance(Around):
-    """Both losses of one router, attached to the combine weights it returns.
+Kind = Literal["router_balance", "router_device", "router_communication"]
+"""A loss sum_i factor_i P_i, by the name it is logged as; `factors` has what the factors are."""
 
-    The load-balance loss is E x sum_i f_i P_i: P_i, the mean share of affinity to expert i, is that of the
-    micro-batch and carries the gradient; f_i, the share of places at expert i, is a constant that is
-    written between forward and backward.
+
+class Balanced(nn.Module):
+    """One loss of one router whose factors are written between forward and backward."""
+
+    factors: Tensor
+    """fp32 [E]."""
+
+    def __init__(self, account: Account, num_experts: int) -> None:
+        super().__init__()
+        self.account = account
+        self.register_buffer("factors", torch.zeros(num_experts), persistent=False)
+
+
+class Balance(Reader):
+    """The balance losses and the z-loss of one router, attached to its combine weights.
+
+    A balance loss is sum_i factor_i P_i: P_i, the mean share of affinity to expert i, carries the gradient, and
+    factor_i, which depends on where tokens were sent, is a constant. Over rows both are known in forward;
+    else P is the micro-batch's own and the factors are written before its backward (`BalanceRule`).
 
     Args:
         ledger: Of the run.
-        layer: What the losses are logged by.
-        policy: Of the router.
-        weight: Of this layer's load-balance loss in the objective.
+        loads: What counts this router's choices.
+        tokens: Of the run.
+        weights: Of each balance loss of this layer in the objective.
         z_weight: Of this layer's z-loss.
+        over_rows: Whether the balance loss is a mean over rows, each by itself.
+        devices: For the losses of devices, if there are some.
+        sent: Where to count what is sent to devices, if that is needed.
     """
 
     technique = "router_balance"
-    ring = Ring.SCALE
-    counts: Tensor
-    """fp32 [E]: tokens of this micro-batch sent to each expert."""
     shares: Tensor
     """fp32 [E]: P of this micro-batch."""
-    coefficients: Tensor
-    """fp32 [E]: E x f."""
 
-    def __init__(self, ledger: Ledger, layer: int, *, policy: Policy, weight: float, z_weight: float) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        loads: RouterLoads,
+        tokens: TokenShare,
+        *,
+        weights: dict[Kind, float],
+        z_weight: float,
+        over_rows: bool,
+        devices: Devices | None,
+        sent: Sum | None,
+    ) -> None:
         super().__init__()
-        self.score = policy.score
-        self.balance: Account = ledger.open(f"router_balance/{layer}", per="micro_batch", weight=weight)
-        self.z = ledger.open(f"router_z/{layer}", per="micro_batch", weight=z_weight)
-        for name in ("counts", "shares", "coefficients"):
-            self.register_buffer(name, torch.zeros(policy.num_experts), persistent=False)
-
-    def forward(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
-        output = call(*args, **kwargs)
-        if not self.training:
-            return output
-        logits, weights, experts, *rest = output
-        shares = affinities(logits, self.score).mean(0)
-        each = torch.arange(logits.shape[-1], device=experts.device)
-        add_once(self.counts, (experts.unsqueeze(-1) == each).sum((0, 1)).float())
-        add_once(self.shares, shares.detach())
-        weights = self.balance.inject(weights, shares, self.coefficients)
-        weights = self.z.attach(weights, logits.float().logsumexp(-1).square().mean())
-        return (logits, weights, experts, *rest)
-
-
-class BalanceRule(StepRule):
-    """Turns counts into the coefficients of a micro-batch, for all layers at once, and reports loads.
-
-    Args:
-        balances: Of all layers.
-        is_global: Whether loads are those of all ranks and all micro-batches of the step so far, at one
-            reduction a micro-batch, or of the rank's micro-batch alone.
-    """
-
-    name = "router_balance"
-
-    def __init__(self, balances: list[Balance], *, is_global: bool) -> None:
-        self._balances, self._is_global = balances, is_global
-        self._sizes = [balance.counts.numel() for balance in balances]
-        self._step_counts: Tensor | None = None
-        """fp32, [E] of every layer in a row: of the step so far; of all ranks where loads are."""
-
-    def begin_step(self, context: StepContext) -> None:
-        self._step_counts = None
-
-    def before_optimizer(self, context: StepContext) -> None:
-        if self._step_counts is not None and not self._is_global:
-            self._step_counts = sum_over_ranks(self._step_counts)
-
-    @torch.no_grad()
-    def end_forward(self) -> None:
-        """Write the coefficients of the micro-batch whose forward has ended; where loads are global, a collective."""
-        counts = torch.cat([balance.counts for balance in self._balances])
-        if self._is_global:
-            counts = sum_over_ranks(counts)
-        self._step_counts = counts if self._step_counts is None else self._step_counts + counts
-        loads = (self._step_counts if self._is_global else counts).split(self._sizes)
-        for balance, load in zip(self._balances, loads, strict=True):
-            coefficients = load * (len(load) / load.sum())
-            write_late(balance.coefficients, coefficients)
-            balance.balance.note((coefficients * balance.shares).sum().reshape(1))
-        torch._foreach_zero_([b for balance in self._balances for b in (balance.counts, balance.shares)])
-
-    def metrics(self) -> Mapping[str, float]:
-        """Return the largest load of the last step's tokens over the mean load: each layer's, and their mean."""
-        if self._step_counts is None:
-            return {}
-        loads = self._step_counts.split(self._sizes)
-        ratios = torch.stack([load.max() / load.mean() for load in loads]).tolist()
-        layers = [balance.balance.name.rpartition("/")[-1] for balance in self._balances]
-        return {"max_load": sum(ratios) / len(ratios)} | {
-            f"max_load/{layer}": ratio for layer, ratio in zip(layers, ratios, strict=True)
-        }
-
-
-def balance_routers(sites: Sites, ledger: Ledger, *, weight: float, z_weight: float, is_global: bool) -> BalanceRule:
-    """Stand around every router of the model; both losses are means over layers.
-
-    Raises:
-        ConfigError: The model has no routers, ones whose output is not understood, or another entry has them.
-    """
-    places = sites.modules("router")
-    hidden_size: int = sites.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
-    balances = []
-    for index, place in enumerate(places):
-        if any(around.technique == Balance.technique for around in arounds(place.module)):
-            raise ConfigError("router_balance is listed twice; keep one entry, whose `weight` is the sum of both")
-        balance = Balance(
-            ledger,
-            index if place.layer is None else place.layer,
-            policy=policy_of(place.module, place.name, hidden_size),
-            weight=weight / len(places),
-            z_weight=z_weight / len(places),
+        self.policy, self.tokens, self.over_rows, self.devices = loads.policy, tokens, over_rows, devices
+        self.losses = nn.ModuleDict(
+            {
+                kind: Balanced(
+                    ledger.open(f"{kind}/{loads.layer}", per="micro_batch", weight=weight), self.policy.num_experts
+                )
+                for kind, weight in weights.items()
+            }
         )
-        place.around(balance)
-        balances.append(balance)
-    rule = BalanceRule(balances, is_global=is_global)
-    ledger.after_forward(rule.end_forward)
-    return rule
+        self.z = ledger.open(f"router_z/{loads.layer}", per="micro_batch", weight=z_weight)
+        self.sent = sent
+        self.register_buffer("shares", torch.zeros(self.policy.num_experts), persistent=False)
+
+    def forward(self, routing: Routing) -> Tensor:
+        if not self.training:
+            return routing.weights
+        weights = self._balance_rows(routing) if self.over_rows else self._balance(routing)
+        z = routing.z_loss
+        return self.z.attach(weights, z if routing.token_mask is None else z * self.tokens.share)
+
+    def _balance(self, routing: Routing) -> Tensor:
+        weights, mask = routing.weights, routing.token_mask
+        shares = _over_tokens(routing.mean_probability, mask)
+        add_once(self.shares, shares.detach())
+        if self.sent is not None and self.devices is not None:
+            reached = self.devices.reached(routing.experts, self.policy.num_experts)
+            self.sent.add((reached if mask is None else reached & mask.unsqueeze(-1)).sum(0).float())
+        for loss in self.losses.values():
+            weights = loss.account.inject(weights, shares, loss.factors)  # type: ignore[operator, union-attr]
+        return weights
+
+    def _balance_rows(self, routing: Routing) -> Tensor:
+        """Attach the loss of rows, each by itself (arXiv:2412.19437, eq. 17 to 20)."""
+        factors = of_experts(self._counts_by_affinity(routing))
+        (loss,) = self.losses.values()
+        mean = (factors * routing.mean_probability).sum(-1).mean()
+        attached: Tensor = loss.account.attach(routing.weights, mean)  # type: ignore[operator, union-attr]
+        return attached
+
+    def _counts_by_affinity(self, routing: Routing) -> Tensor:
+        """Return how often affinity alone would choose each expert, fp32 [S, E]: as the equations have it."""
+        if self.policy.bias is None and self.policy.groups is None:
+            return routing.counts.float()
+        num_rows, num_experts = routing.counts.shape
+        chosen = routing.logits.detach().topk(self.policy.top_k).indices
+        if routing.token_mask is not None:
+            chosen = chosen.masked_fill(~routing.token_mask.unsqueeze(-1), num_experts)
+        chosen = chosen.reshape(num_rows, -1)
+        counts = torch.zeros(num_rows, num_experts + 1, device=chosen.device)
+        return counts.scatter_add(1, chosen, torch.ones_like(chosen, dtype=counts.dtype))[:, :-1]
+
+
+def _over_tokens(means: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over all tokens, of means over the tokens of each row [S, E]; of padding alone it is 0."""
+    if mask is None:
+        return means.mean(0)
+    counts = mask.view(len(means), -1).sum(1).to(means.dtype)
+    return (means * counts.unsqueeze(1)).sum(0) / counts.sum().clamp(min=1)
