@@ -64,7 +64,8 @@ class MixtureOfDepths(TrainedTechniqueConfig):
     @model_validator(mode="after")
     def _fits_the_method(self) -> Self:
         for name, method in _OF_ONE_METHOD.items():
-            if name in self.model_fields_set and method != self.method:
+            # By value: a recipe that a checkpoint holds names every key.
+            if method != self.method and getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(
                     f"mixture_of_depths.{name} belongs to method {method}, and method is {self.method}; remove it, "
                     f"or set method: {method}"

@@ -330,6 +330,12 @@ def test_contradictions_are_refused_with_what_to_type(fields, message):
         parse_technique({"type": "mixture_of_depths", **fields})
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_checkpoint_says_of_it_is_read_back(method):
+    config = MixtureOfDepths(**METHODS[method])
+    assert parse_technique(config.model_dump(mode="json")) == config
+
+
 def test_models_it_does_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"choose in none of the 2 blocks.*layers: \[1\]"):
         install_techniques([MixtureOfDepths()], tiny(), context())
