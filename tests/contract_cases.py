@@ -109,6 +109,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "dropped_steps": {"type": "stochastic_depth", "rate": 0.6, "over_layers": "uniform", "granularity": "batch"},
     "layernorm_scaling": {"type": "layernorm_scaling"},
     "gamma_mod": {"type": "mixture_of_depths", "layers": [1, 2], "router_loss_weight": 0.1},
+    "router_tuning": {"type": "router_tuning", "num_layers": 2, "target_capacity": 0.3, "capacity_weight": 0.1},
     "p_mod": {"type": "mixture_of_depths", "method": "p_mod"},
     "protected": {"type": "mixture_of_depths", "layers": [0, 1], "protect": "labels", "shared_router": False},
     "layer_skip": {
@@ -161,6 +162,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "ternary experts": ("mixtral", "ternary"),
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),
+    "routers beside adapters": ("deeper", "router_tuning", "lora", "ternary", "distill"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
@@ -184,6 +186,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "gamma_mod": ("deeper", "gamma_mod"),
     "p_mod": ("deeper", "p_mod"),
     "protected": ("protected",),
+    "router_tuning": ("deeper", "router_tuning"),
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),
@@ -224,6 +227,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "turns": ("lisa", "nm_sparsity"),
     "gamma_mod": ("deeper", "gamma_mod"),
     "protected": ("protected",),
+    "router_tuning": ("deeper", "router_tuning"),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
 }

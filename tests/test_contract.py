@@ -93,7 +93,7 @@ def test_trained_weights_keep_their_promises(combination, teacher):
     assert all(torch.isfinite(value).all() for value in after.values())
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed, "training moved nothing"
-    if any(name.startswith(("lora", "mask_llm", "perp")) for name in names):
+    if any(name.startswith(("lora", "mask_llm", "perp", "router_tuning")) for name in names):
         trained = ("lora_", ".stages.", ".around.", *(("norm", ".bias") if "perp" in names else ()))
         assert all(any(part in name for part in trained) for name in changed), "the base must stay frozen"
     inputs = torch.randn(3, 5, 32)

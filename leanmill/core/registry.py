@@ -121,6 +121,11 @@ TECHNIQUES: dict[str, Entry] = {
         "run decoder blocks for the tokens that a router chooses: gamma-MoD, p-MoD",
         "Luo et al. 2024, arXiv:2410.13859; Zhang et al. 2024, arXiv:2412.04449",
     ),
+    "router_tuning": Entry(
+        "leanmill.moe.router_tuning.config:RouterTuning",
+        "train routers that skip attention for whole sequences, the model frozen (MindSkip)",
+        "He et al. 2024, arXiv:2410.13184",
+    ),
     "router_balance": Entry(
         "leanmill.moe.router_balance.config:RouterBalance",
         "keep experts equally loaded: load-balance loss over micro-batch or global batch, router z-loss",

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.checkpoint.reading import read_full_state
+from leanmill.core.errors import ConfigError
 from leanmill.export import export_model
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.evaluate_checkpoint import evaluate_checkpoint
@@ -22,6 +23,7 @@ TECHNIQUES = {
         {"type": "stochastic_depth", "rate": 0.5, "early_exit": {"scale": 1.0, "rotation": 2}},
         {"type": "layernorm_scaling", "start": "as_loaded"},
     ],
+    "routers": [{"type": "mixture_of_depths", "layers": [1]}, {"type": "router_tuning", "num_layers": 2}],
     "both": [{"type": "mask_llm"}, {"type": "lsq", "activation_bits": 8}],
 }
 
@@ -72,6 +74,11 @@ def test_resume_is_bitwise(name, home, tmp_path):
         assert all(torch.equal(got[key], value) for key, value in expected.items()), part
     scores = evaluate_checkpoint(tmp_path / "whole" / last).scores
     assert scores["all"].loss == pytest.approx(whole.scores["all"].loss, rel=1e-6)
+    if name == "routers":
+        assert all(".around." in key for key in read_full_state(tmp_path / "whole" / last, "model"))
+        with pytest.raises(ConfigError, match="no plain transformers model"):
+            export_model(tmp_path / "whole" / last, tmp_path / "out")
+        return
     report = export_model(tmp_path / "whole" / last, tmp_path / "out", activations="float")
     assert report.path.is_dir()
     if name in ("mask_llm", "both"):

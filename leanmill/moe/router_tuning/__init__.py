@@ -1,0 +1,1 @@
+"""Routers that skip attention in a frozen model."""
