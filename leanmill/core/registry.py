@@ -155,6 +155,16 @@ PASSES: dict[str, Entry] = {
         "one-shot: round columns in turn and correct the later ones",
         "Frantar et al. 2022, arXiv:2210.17323",
     ),
+    "upcycle": Entry(
+        "leanmill.moe.upcycle.config:Upcycle",
+        "surgery: a dense model becomes a mixture of experts that computes the same",
+        "Komatsuzaki et al. 2022, arXiv:2212.05055; He et al. 2024, arXiv:2410.07524",
+    ),
+    "expert_upcycle": Entry(
+        "leanmill.moe.upcycle.config:ExpertUpcycle",
+        "surgery: a mixture of experts gets copies of its experts",
+        "Dwivedi et al. 2026, arXiv:2604.19835",
+    ),
 }
 """Passes of `leanmill compress`, by name."""
 GROUP = "leanmill.techniques"
