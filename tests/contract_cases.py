@@ -121,6 +121,8 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "hidden_distill": {"type": "hidden_distill", "teacher": "TEACHER", "loss": "normalised_mse", "weight": 0.5},
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
+    "router": {"type": "router", "jitter": 0.05, "capacity_factor": 0.75, "capacity_over": "sequence"},
+    "expert_choice": {"type": "router", "expert_choice": {"experts_a_token": 1.5}},
     # Masks move in the second step, and the third trains what has grown; `set` moves them in both.
     "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
     "set": {"type": "rigl", "method": "set", "density": 0.4, "update_every_steps": 1, "update_until": 1.0},
@@ -136,9 +138,6 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
     "static_mask": {"type": "static_mask"},
     "perp": {"type": "perp", "train": ["biases", "norms"]},
-    # No sub-model has the other half of the neurons.
-    "matformer": {"type": "matformer", "granularities": [2, 4]},
-    "matformer_sum": {"type": "matformer", "mode": "sum", "granularities": [1, 4]},
 }
 """Variants and further tenants of a slot."""
 
@@ -163,10 +162,11 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     },
     **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "lisa")},
     "ternary experts": ("mixtral", "ternary"),
+    "experts that choose": ("mixtral", "expert_choice"),
+    "adapted routed experts": ("mixtral", "router", "lora", "nm_sparsity"),
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),
     "routers beside adapters": ("deeper", "router_tuning", "lora", "ternary", "distill"),
-    "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
@@ -184,7 +184,6 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "lsq_activations",
             "rigl",
             "set",
-            "matformer",
         )
     },
     "layer_skip": ("deeper", "layer_skip"),
@@ -208,6 +207,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "hidden_distill": ("hidden_distill",),
     "hidden states and logits": ("hidden_distill", "distill", "nm_sparsity", "lora"),
     "experts": ("mixtral", "router_balance"),
+    "routed experts": ("mixtral", "router", "router_balance"),
     "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
     "pyramid of experts": ("pr_moe", "router_balance"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
@@ -233,7 +233,6 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "gamma_mod": ("deeper", "gamma_mod"),
     "protected": ("protected",),
     "router_tuning": ("deeper", "router_tuning"),
-    "nested": ("matformer",),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
 }

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from leanmill.core.around import Around, Call, Ring
+from leanmill.core.errors import ConfigError
 from leanmill.core.stage import TechniqueModule
 from leanmill.kernels.topk_router import naive
 from leanmill.kernels.topk_router.op import topk_router
@@ -52,11 +53,32 @@ class Reader(TechniqueModule):
         raise NotImplementedError
 
 
+class Option(TechniqueModule):
+    """One thing that a decision does otherwise; brought by `Decision.add`. What is not overridden changes nothing."""
+
+    key: ClassVar[str]
+    """What a recipe calls it; an option of each key at most."""
+    changes_inference: ClassVar[bool] = False
+    """Whether it is there in eval mode too, so that no plain model computes the same."""
+
+    def on_hidden(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Change what logits are computed from [T, H]; the experts see it as it was."""
+        return hidden
+
+    def on_logits(self, logits: Tensor, tokens: Tokens) -> Tensor:
+        """Change the logits [T, E], fp32; -inf closes an expert to a token."""
+        return logits
+
+    def on_routing(self, routing: Routing) -> Routing:
+        """Change what was chosen."""
+        return routing
+
+
 class Decision(Around):
     """Decides in the router's place, by `topk_router`, in fp32 whatever the model computes in.
 
-    In eval mode, and where the policy is not exact, the router decides itself, and readers are shown that.
-    Ranks and recomputation see the same numbers: nothing is drawn, nothing is kept.
+    In eval mode without options that change inference, and where the policy is not exact, the router decides
+    itself, and readers are shown that.
 
     Args:
         policy: Of the router.
@@ -70,25 +92,45 @@ class Decision(Around):
     def __init__(self, policy: Policy, tokens: Tokens, name: str) -> None:
         super().__init__()
         self.policy, self.tokens, self.name = policy, tokens, name
-        self.readers = nn.ModuleDict()
+        self.readers, self.options = nn.ModuleDict(), nn.ModuleDict()
+        self.skips_empty = False
+        """Whether the experts know that expert E is nobody; else empty places hold expert 0 with weight 0."""
 
     def tell(self, reader: Reader) -> None:
         """Show `reader` every forward."""
-        held = {**self.readers._modules, reader.technique: reader}
-        self.readers = nn.ModuleDict({name: held[name] for name in sorted(held)})
-        self.readers.train(self.training)
+        self.readers = _with(self.readers, reader.technique, reader)
+        self.train(self.training)
+
+    def add(self, option: Option) -> None:
+        """Decide with `option`.
+
+        Raises:
+            ConfigError: It is not known what this router computes.
+        """
+        if not self.policy.is_exact:
+            raise ConfigError(
+                f"the router {self.name} computes more than a choice by score, which {option.key} cannot change; "
+                f"remove it, or choose a model of mixtral, qwen3_moe, olmoe, deepseek_v2, deepseek_v3 or gpt_oss"
+            )
+        self.options = _with(self.options, option.key, option)
+        self.train(self.training)
 
     def reset_parameters(self) -> None:
-        for reader in self.readers.values():
-            reader.reset_parameters()  # type: ignore[operator]
+        for part in (*self.readers.values(), *self.options.values()):
+            part.reset_parameters()  # type: ignore[operator]
+
+    @property
+    def changes_inference(self) -> bool:
+        """Whether it decides in eval mode too."""
+        return any(option.changes_inference for option in self.options.values())
 
     def forward(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         """Return (logits [T, E], combine weights [T, K], experts [T, K]), and what else the router returns.
 
-        Of what is decided here, logits and weights are fp32. Copies that are not computed have weight 0 and
-        expert E.
+        Of what is decided here, logits and weights are fp32. Copies that are not computed have weight 0, and
+        expert E where experts skip it (see `skips_empty`).
         """
-        if self.training and self.policy.is_exact:
+        if self.policy.is_exact and (self.training or self.changes_inference):
             routing, rest = self._decide(args[0]), []
         else:
             output = call(*args, **kwargs)
@@ -98,13 +140,19 @@ class Decision(Around):
             routing = self._observe(logits, weights, experts)
         for reader in self.readers.values():
             routing = routing._replace(weights=reader(routing))
-        return (routing.logits, routing.weights, routing.experts, *rest)
+        return (routing.logits, routing.weights, self._sent_to(routing), *rest)
 
     def _decide(self, hidden: Tensor) -> Routing:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         router, policy = self.module, self.policy
-        logits = project(hidden, router.weight, getattr(router, "bias", None))  # type: ignore[arg-type]
-        mask, num_sequences = self.tokens.of(len(hidden))
+        options: list[Option] = list(self.options.values())  # type: ignore[arg-type]
+        shaken = hidden
+        for option in options:
+            shaken = option.on_hidden(shaken, self.tokens)
+        logits = project(shaken, router.weight, getattr(router, "bias", None))  # type: ignore[arg-type]
+        for option in options:
+            logits = option.on_logits(logits, self.tokens)
+        mask, num_sequences = self.tokens.of(len(hidden), is_training=self.training)
         routed = topk_router(
             logits,
             policy.top_k,
@@ -117,10 +165,41 @@ class Decision(Around):
             num_sequences=num_sequences,
         )
         sums = routed.counts, routed.z_loss, routed.mean_probability
-        return Routing(logits, routed.weights, routed.experts, None, *sums, mask)
+        routing = Routing(logits, routed.weights, routed.experts, None, *sums, mask)
+        for option in options:
+            routing = option.on_routing(routing)
+        return routing
 
     def _observe(self, logits: Tensor, weights: Tensor, experts: Tensor) -> Routing:
-        mask, num_sequences = self.tokens.of(len(logits)) if self.training else (None, 1)
+        mask, num_sequences = self.tokens.of(len(logits), is_training=self.training)
         settings = Settings(1, self.policy.score == "sigmoid", True, 1.0, num_sequences=num_sequences)
         sums = naive.side_sums(logits, experts, mask, settings)
         return Routing(logits, weights, experts, None, *sums, mask)
+
+    def _sent_to(self, routing: Routing) -> Tensor:
+        experts = routing.experts
+        if routing.is_kept is None and routing.token_mask is None and not self.options:
+            return experts
+        if routing.is_kept is not None:
+            experts = experts.masked_fill(~routing.is_kept, self.policy.num_experts)
+        if self.skips_empty:
+            return experts
+        return experts.masked_fill(experts == self.policy.num_experts, 0)
+
+    def fold(self, module: nn.Module) -> None:
+        """Leave the router as it is, which computes in eval mode what was trained.
+
+        Raises:
+            ConfigError: An option changes that.
+        """
+        changing = [name for name, option in self.options.items() if option.changes_inference]
+        if changing:
+            raise ConfigError(
+                f"{self.name} was trained with router.{changing[0]}, which no plain router of transformers computes, "
+                f"so an export would be another model; score the checkpoint with `leanmill eval`, or train without it"
+            )
+
+
+def _with(held: nn.ModuleDict, name: str, module: nn.Module) -> nn.ModuleDict:
+    members = {**held._modules, name: module}
+    return nn.ModuleDict({name: members[name] for name in sorted(members)})  # type: ignore[misc]

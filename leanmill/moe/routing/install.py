@@ -8,6 +8,7 @@ from torch import nn
 
 from leanmill.core.around import arounds
 from leanmill.core.batches import Batch
+from leanmill.core.experts import IMPLEMENTATION, is_stacked_experts
 from leanmill.core.ledger import Ledger
 from leanmill.core.places import Place
 from leanmill.core.sites import Sites
@@ -47,27 +48,24 @@ def _decision(router: nn.Module) -> Decision:
 def _stand(sites: Sites, ledger: Ledger, places: list[Place]) -> None:
     hidden_size: int = sites.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
     tokens, known = Tokens(), dict[Any, Policy]()
+    found = []
     for place in places:
         key = _settings(place.module)
         if key not in known:
             known[key] = policy_of(place.module, place.name, hidden_size)
-        place.around(Decision(known[key], tokens, place.name))
-    experts = [module for module in sites.model.modules() if hasattr(module, "_is_expert_parallel")]
+        found.append(Decision(known[key], tokens, place.name))
+        place.around(found[-1])
 
-    def begin_forward(batch: Batch) -> None:
+    configs = [getattr(module, "config", None) for module in sites.model.modules() if is_stacked_experts(module)]
+
+    def look(batch: Batch) -> None:
+        # Asked here, since techniques installed later may choose how experts are computed.
+        implementations = {getattr(config, "_experts_implementation", None) for config in configs}
+        for decision in found:
+            decision.skips_empty = implementations == {IMPLEMENTATION}
         tokens.begin_forward(batch)
-        _leave_empty_places(experts, has_padding=tokens.mask is not None)
 
-    ledger.before_forward(begin_forward)
-
-
-def _leave_empty_places(experts: list[Any], *, has_padding: bool) -> None:
-    """Have transformers' experts take no notice of the places that masked tokens leave empty.
-
-    They know such places from expert parallelism alone; elsewhere a grouped product would leave rows unwritten.
-    """
-    for module in experts:
-        module._is_expert_parallel = has_padding
+    ledger.before_forward(look)
 
 
 def _settings(router: nn.Module) -> Any:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -76,16 +75,11 @@ class TargetFolder:
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self._written.append((file, list(tensors), num_bytes))
 
-    def close(self, source: SourceFolder, config: Any = None) -> None:
+    def close(self, source: SourceFolder) -> None:
         """Name the files as transformers does, write the index, copy configuration and tokenizer, look at it all.
 
-        Args:
-            source: Where the model came from.
-            config: The transformers configuration of a model of another architecture; None is the source's, whose
-                tensors the folder must have.
-
         Raises:
-            RunError: Not every tensor was written.
+            RunError: Not every tensor of the source was written.
         """
         index: dict[str, str] = {}
         for number, (file, names, _) in enumerate(self._written, 1):
@@ -99,14 +93,12 @@ class TargetFolder:
             for file in source.path.glob(pattern):
                 if file.name != _INDEX:
                     shutil.copyfile(file, self.path / file.name)
-        if config is not None:
-            config.save_pretrained(self.path)
-        self._check(source.keys if config is None else index.keys())
+        self._check(source)
 
-    def _check(self, wanted: Set[str]) -> None:
+    def _check(self, source: SourceFolder) -> None:
         written = SourceFolder(self.path)
-        if written.keys != wanted:
-            differing = sorted(wanted ^ written.keys)
+        if written.keys != source.keys:
+            differing = sorted(source.keys ^ written.keys)
             raise RunError(
                 f"{self.path}: {len(differing)} tensors are missing or new ({differing[0]}); nothing was kept"
             )

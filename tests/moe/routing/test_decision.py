@@ -96,12 +96,18 @@ def test_readers_are_shown_what_losses_need(family, is_training):
     torch.testing.assert_close(seen.z_loss, logits.logsumexp(-1).square().mean())
 
 
-def test_masked_tokens_are_not_routed_and_count_nowhere():
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_masked_tokens_are_not_routed_and_count_nowhere(is_ours):
     model, readers, ledger = decided("mixtral")
+    if is_ours:
+        Sites(model).select(["gate_up_proj"])
     ids, mask = tokens(3, 5), torch.ones(3, 5, dtype=torch.bool)
     mask[0, 3:], mask[2] = False, False
+    expected = spread(tiny("mixtral"))(ids).logits
     ledger.begin_forward({"input_ids": ids, "token_mask": mask})
-    model(ids)
+    found = model(ids).logits
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    assert found.isfinite().all()
     seen, real = readers[0].routings[0], mask.flatten()
     assert (seen.experts[~real] == 4).all()
     assert not seen.weights[~real].any()
@@ -112,7 +118,7 @@ def test_masked_tokens_are_not_routed_and_count_nowhere():
     torch.testing.assert_close(seen.mean_probability[1], share[1].mean(0))
     torch.testing.assert_close(seen.z_loss, seen.logits.logsumexp(-1).square()[real].mean())
     assert not seen.mean_probability[2].any()
-    with pytest.raises(RunError, match="10 of 15 tokens.*long_documents: split"):
+    with pytest.raises(RunError, match="10 of .* 15 tokens.*long_documents: split"):
         model(ids[:2])
 
 
@@ -140,20 +146,3 @@ def test_a_second_asker_gets_the_same_decisions():
     assert [decision_of(place.module) for place, _ in again] == [decision for _, decision in again]
     assert len(ledger._before_forward) == 1
     assert len({id(decision.tokens) for _, decision in again}) == 1
-
-
-def test_layers_share_one_compiled_graph():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model, _, ledger = decided("mixtral")
-    for block in model.model.layers:
-        for decision in (d for m in block.modules() if (d := decision_of(m))):
-            decision.readers = nn.ModuleDict()
-        block.compile(backend="aot_eager")
-    expected, _, _ = decided("mixtral")
-    ledger.begin_forward({"input_ids": tokens()})
-    want, got = gradients(expected, tokens()), gradients(model, tokens())
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-6)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,1 +1,0 @@
-"""Nested MLPs, and smaller models cut out of them."""
