@@ -138,6 +138,9 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
     "static_mask": {"type": "static_mask"},
     "perp": {"type": "perp", "train": ["biases", "norms"]},
+    # No sub-model has the other half of the neurons.
+    "matformer": {"type": "matformer", "granularities": [2, 4]},
+    "matformer_sum": {"type": "matformer", "mode": "sum", "granularities": [1, 4]},
 }
 """Variants and further tenants of a slot."""
 
@@ -167,6 +170,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),
     "routers beside adapters": ("deeper", "router_tuning", "lora", "ternary", "distill"),
+    "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
 }
@@ -184,6 +188,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "lsq_activations",
             "rigl",
             "set",
+            "matformer",
         )
     },
     "layer_skip": ("deeper", "layer_skip"),
@@ -233,6 +238,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "gamma_mod": ("deeper", "gamma_mod"),
     "protected": ("protected",),
     "router_tuning": ("deeper", "router_tuning"),
+    "nested": ("matformer",),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
 }

@@ -96,6 +96,12 @@ def test_trained_weights_keep_their_promises(combination, teacher):
     if any(name.startswith(("lora", "mask_llm", "perp", "router_tuning")) for name in names):
         trained = ("lora_", ".stages.", ".around.", *(("norm", ".bias") if "perp" in names else ()))
         assert all(any(part in name for part in trained) for name in changed), "the base must stay frozen"
+    if "matformer" in names:
+        for name in (name for name in after if name.endswith(("gate_proj.weight", "up_proj.weight"))):
+            # Weight decay alone moves what gets no gradient.
+            ratio = after[name][24:] / before[name][24:]
+            torch.testing.assert_close(ratio, ratio.median().expand_as(ratio), rtol=1e-5, atol=0)
+            assert not torch.equal(after[name][:24], before[name][:24] * ratio.median())
     inputs = torch.randn(3, 5, 32)
     for name, site in iter_sites(engine.module.model.eval()):
         weight = site.effective_weight().detach()

@@ -74,8 +74,8 @@ def test_every_variant_of_a_claim_is_a_recipe(monkeypatch):
     claims = load(FOLDER / "claims" / "claims.py", monkeypatch)
     for claim in claims.CLAIMS.values():
         for variant in claim.variants.values():
-            given = [f"techniques={json.dumps(variant.techniques)}"]
-            assert load_recipe(FOLDER / "claims" / "base.yaml", given).train.steps == 450
+            given = [f"techniques={json.dumps(variant.techniques)}", *variant.overrides]
+            assert load_recipe(FOLDER / "claims" / claim.base, given).train.steps == 450
             assert all(parse_pass(item) for item in variant.passes or ())
 
 
@@ -84,8 +84,9 @@ def test_a_claims_section_has_its_losses_and_verdicts(figures):
     losses = {"quest": [1.0, 2.0], "lsq": [3.0, 4.0]}
     order = {"better": "quest", "worse": "lsq", "gap": 2.0, "verdict": "holds"}
     under = {"date": "2026-01-01", "processor": "some"}
-    text = figures.claim_section(
-        name, {"figures": {"losses": losses, "orders": [order], "steps": 7}, "conditions": under}
-    )
-    assert "| quest | 1.000, 2.000 | 1.500 |" in text
+    also = {"load": {"quest": [5.0, 6.0], "lsq": [7.0, 8.0]}}
+    found = {"losses": losses, "orders": [order], "steps": 7, "also": also}
+    text = figures.claim_section(name, {"figures": found, "conditions": under})
+    assert "| variant | losses of seeds | mean | load |\n|---|---|---|---|" in text
+    assert "| quest | 1.000, 2.000 | 1.500 | 5.500 |" in text
     assert "quest below lsq by 2.000: **holds**" in text

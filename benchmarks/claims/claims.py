@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,16 @@ class Variant:
 
     techniques: list[dict[str, Any]] = field(default_factory=list)
     passes: list[dict[str, Any]] | None = None
-    """For `leanmill compress`; None trains."""
+    """For `leanmill compress`; None trains from the start of the recipe."""
+    overrides: Sequence[str] = ()
+    """Of the recipe."""
+    continues: bool = False
+    """Whether it trains again, the whole recipe, from the model that was trained dense and went through `passes`."""
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether it begins with the model that was trained dense."""
+        return self.passes is not None or self.continues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +32,10 @@ class Claim:
     says: str
     source: str
     variants: Mapping[str, Variant]
+    base: str = "base.yaml"
+    """The recipe that variants change."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """What is read beside losses: its name, and the metric of the last step's record."""
 
 
 def _low_bit(bits: int) -> dict[str, Variant]:
@@ -39,6 +52,18 @@ def _one_shot(name: str) -> Variant:
 
 
 _RIGL = {"type": "rigl", "density": 0.1, "update_every_steps": 20}
+
+_LOAD = {"largest load over the mean": "router_balance/max_load"}
+
+
+def _balanced(scope: str) -> Variant:
+    return Variant(techniques=[{"type": "router_balance", "weight": 0.02, "scope": scope}])
+
+
+def _split(granularity: int, num_shared_experts: int) -> Variant:
+    split = [f"model.moe.granularity={granularity}", f"model.moe.num_shared_experts={num_shared_experts}"]
+    return Variant(techniques=_balanced("global_batch").techniques, overrides=split)
+
 
 CLAIMS: dict[str, Claim] = {
     "low_bit_w4a4": Claim(
@@ -63,5 +88,23 @@ CLAIMS: dict[str, Claim] = {
             "rigl": Variant(techniques=[_RIGL]),
             "static": Variant(techniques=[{**_RIGL, "drop_fraction": 0.0}]),
         },
+    ),
+    "moe_balance_scope": Claim(
+        says="experts balanced over the global batch end below experts balanced within each micro-batch",
+        source="Qiu et al. 2025, arXiv:2501.11873",
+        variants={
+            "global batch": _balanced("global_batch"),
+            "micro-batch": _balanced("micro_batch"),
+            "sequence": _balanced("sequence"),
+        },
+        base="moe.yaml",
+        also=_LOAD,
+    ),
+    "moe_fine_grained": Claim(
+        says="fine-grained experts, and one of them shared, end below as many weights in coarse ones",
+        source="Dai et al. 2024, arXiv:2401.06066",
+        variants={"fine-grained and shared": _split(4, 1), "fine-grained": _split(4, 0), "coarse": _split(1, 0)},
+        base="moe.yaml",
+        also=_LOAD,
     ),
 }

@@ -12,8 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from machine import conditions, write_result  # noqa: E402
 
 NUM_SEEDS = 3
 
+Task = tuple[str, str, int]
+"""Claim, variant and seed."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -43,24 +46,41 @@ def main() -> None:
         (name, variant, seed) for name in args.names for variant in CLAIMS[name].variants for seed in range(NUM_SEEDS)
     ]
     args.folder.mkdir(parents=True, exist_ok=True)
-    # The corpus and its tokenizer are made once, before several runs would make them.
-    _train(args.folder / "warm-up", Variant(), 0, ["train.steps=1", "eval.tokens_per_domain=1024"])
-    if any(CLAIMS[name].variants[variant].passes is not None for name, variant, _ in tasks):
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(
-                pool.map(
-                    lambda seed: _train(args.folder / f"dense-{seed}", Variant(), seed, overrides), range(NUM_SEEDS)
-                )
-            )
     with ThreadPoolExecutor(args.jobs) as pool:
-        losses = list(pool.map(lambda task: _loss(args.folder, *task, overrides), tasks))
+        prepare(args.folder, tasks, overrides, pool)
+        found = pool.map(lambda task: measure(args.folder, *task, overrides), tasks)
+        measured = dict(zip(tasks, found, strict=True))
     for name in args.names:
-        found = {variant: [] for variant in CLAIMS[name].variants}
-        for (of, variant, _), loss in zip(tasks, losses, strict=True):
-            if of == name:
-                found[variant].append(loss)
-        figures = {"losses": found, "orders": orders(found), "steps": _steps(args.folder, name)}
+        figures = figures_of(name, measured) | {"steps": num_steps(args.folder, name)}
         write_result(f"claims_{name}", figures, measured_under | {"seconds": round(time.time() - started)})
+
+
+def prepare(folder: Path, tasks: Sequence[Task], overrides: Sequence[str], pool: Executor) -> None:
+    """Make what several runs share: the corpus, its tokenizer, and models trained dense to start from."""
+    bases = sorted({FOLDER / CLAIMS[name].base for name, _, _ in tasks})
+    for base in bases:
+        once = ["train.steps=1", "eval.tokens_per_domain=1024"]
+        _train(folder / f"warm-up-{base.stem}", base, Variant(), 0, once)
+    wanted = {
+        (FOLDER / CLAIMS[name].base, seed)
+        for name, variant, seed in tasks
+        if CLAIMS[name].variants[variant].starts_trained
+    }
+    list(pool.map(lambda key: _train(_dense(folder, *key), key[0], Variant(), key[1], overrides), sorted(wanted)))
+
+
+def figures_of(name: str, measured: Mapping[Task, Mapping[str, float]]) -> dict[str, Any]:
+    """Return losses by variant and seed, the orders they have, and what the claim reads beside them."""
+    claim = CLAIMS[name]
+
+    def by_variant(metric: str) -> dict[str, list[float]]:
+        return {
+            variant: [measured[name, variant, seed][metric] for seed in range(NUM_SEEDS)] for variant in claim.variants
+        }
+
+    losses = by_variant("loss")
+    also = {what: by_variant(metric) for what, metric in claim.also.items()}
+    return {"losses": losses, "orders": orders(losses), "also": also}
 
 
 def orders(losses: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -79,57 +99,77 @@ def orders(losses: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
     return found
 
 
-def _loss(folder: Path, claim: str, variant: str, seed: int, overrides: Sequence[str]) -> float:
-    given = CLAIMS[claim].variants[variant]
-    run_dir = folder / f"{variant.replace(' ', '-')}-{seed}"
-    if given.passes is None:
-        return _train(run_dir, given, seed, overrides)
-    model = folder / f"{variant}-{seed}-model"
-    if not model.exists():
-        _compress(folder / f"dense-{seed}", given, seed, model)
+def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequence[str]) -> dict[str, float]:
+    """Train or compress one variant; return its held-out loss and the metrics of its last step."""
+    claim, given = CLAIMS[name], CLAIMS[name].variants[variant]
+    run_dir = folder / f"{name}-{variant.replace(' ', '-')}-{seed}"
+    base = FOLDER / claim.base
+    if not given.starts_trained:
+        return _train(run_dir, base, given, seed, overrides)
+    model = _exported(folder, base, seed)
+    if given.passes:
+        compressed = run_dir.with_name(f"{run_dir.name}-model")
+        if not compressed.exists():
+            _compress(model, base, given, seed, compressed)
+        model = compressed
+    start = [f"model={{path: {model}}}", f"data.tokenizer.path={model}"]
+    if given.continues:
+        return _train(run_dir, base, given, seed, [*start, *overrides])
     # Nothing moves at this rate: the run is there for its evaluation.
-    unmoved = [f"model={{path: {model}}}", "train.steps=1", "optimizer.lr=1.0e-12", f"data.tokenizer.path={model}"]
-    return _train(run_dir, Variant(), seed, unmoved)
+    return _train(run_dir, base, Variant(), seed, [*start, "train.steps=1", "optimizer.lr=1.0e-12"])
 
 
-def _compress(dense: Path, variant: Variant, seed: int, out: Path) -> None:
+def _dense(folder: Path, base: Path, seed: int) -> Path:
+    return folder / f"dense-{base.stem}-{seed}"
+
+
+def _exported(folder: Path, base: Path, seed: int) -> Path:
+    dense = _dense(folder, base, seed)
     exported = dense / "exported"
     if not exported.exists():
         _leanmill("export", "--checkpoint", str(dense), "--to", "hf", "--out", str(exported))
-    base = yaml.safe_load((FOLDER / "base.yaml").read_text(encoding="utf-8"))
-    data = base["data"] | {"tokenizer": {"path": str(exported)}}
-    recipe = {"seed": seed, "model": {"path": str(exported)}, "data": data, "passes": variant.passes}
+    return exported
+
+
+def _compress(model: Path, base: Path, variant: Variant, seed: int, out: Path) -> None:
+    recipe = yaml.safe_load(base.read_text(encoding="utf-8"))
+    data = recipe["data"] | {"tokenizer": {"path": str(model)}}
+    passes = {"seed": seed, "model": {"path": str(model)}, "data": data, "passes": variant.passes}
     path = out.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path.write_text(yaml.safe_dump(passes), encoding="utf-8")
     _leanmill("compress", str(path), "--out", str(out))
 
 
-def _train(run_dir: Path, variant: Variant, seed: int, overrides: Sequence[str]) -> float:
-    """Train where that was not done before; return the last held-out loss, nats a token."""
-    found = _scored(run_dir)
+def _train(run_dir: Path, base: Path, variant: Variant, seed: int, overrides: Sequence[str]) -> dict[str, float]:
+    """Train where that was not done before; return the last held-out loss, nats a token, and the rules' metrics."""
+    found = _measured(run_dir)
     if found is not None:
         return found
-    given = [f"run_dir={run_dir}", f"seed={seed}", f"techniques={json.dumps(variant.techniques)}", *overrides]
-    _leanmill("train", str(FOLDER / "base.yaml"), *given)
-    loss = _scored(run_dir)
-    assert loss is not None
-    print(f"{run_dir.name}: {loss:.4f}", flush=True)
-    return loss
+    given = [f"run_dir={run_dir}", f"seed={seed}", f"techniques={json.dumps(variant.techniques)}"]
+    _leanmill("train", str(base), *given, *variant.overrides, *overrides)
+    found = _measured(run_dir)
+    assert found is not None
+    print(f"{run_dir.name}: {found['loss']:.4f}", flush=True)
+    return found
 
 
-def _scored(run_dir: Path) -> float | None:
+def _measured(run_dir: Path) -> dict[str, float] | None:
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return None
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not any(record["kind"] == "end" and record["status"] == "finished" for record in records):
         return None
-    return float([record for record in records if record["kind"] == "eval"][-1]["domains"]["all"]["loss"])
+    last = {record["kind"]: record for record in records}
+    return {**last["step"]["metrics"], "loss": float(last["eval"]["domains"]["all"]["loss"])}
 
 
-def _steps(folder: Path, claim: str) -> int:
-    variant = next(iter(CLAIMS[claim].variants))
-    run_dir = folder / ("dense-0" if CLAIMS[claim].variants[variant].passes else f"{variant.replace(' ', '-')}-0")
+def num_steps(folder: Path, name: str) -> int:
+    """Return how long a claim's models trained."""
+    claim = CLAIMS[name]
+    variant = next(iter(claim.variants))
+    trained = claim.variants[variant].passes is None or claim.variants[variant].continues
+    run_dir = folder / f"{name}-{variant.replace(' ', '-')}-0" if trained else _dense(folder, FOLDER / claim.base, 0)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return int([record for record in records if record["kind"] == "step"][-1]["step"])
 

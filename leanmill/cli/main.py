@@ -23,7 +23,7 @@ _VERBS: dict[str, str] = {
     "methods": "list the techniques",
     "schema": "write the JSON schema of a recipe, for editors",
     "eval": "score a checkpoint on held-out text",
-    "compress": "prune or quantise a model folder in one shot, with calibration text, a block in memory at a time",
+    "compress": "prune, quantise or upcycle a model folder in one shot, a block in memory at a time",
     "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
     "report": "rebuild the HTML report of a run",

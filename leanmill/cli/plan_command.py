@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
 
     world_size = args.nodes * args.gpus_per_node
     memory_gib = args.rank_memory_gib or DEFAULT_RANK_MEMORY_GIB
-    trained = recipe.training_phases() or [recipe]
+    from leanmill.phases.models import training_recipes
+
+    trained = training_recipes(recipe) or [recipe]
     results = [plan(phase, world_size, args.gpus_per_node, rank_memory_gib=memory_gib) for phase in trained]
     if args.json:
         import json

@@ -30,7 +30,7 @@ class Ring(IntEnum):
     BRANCH = 2
     """Adds to what comes out."""
     SCALE = 3
-    """Changes what comes out, next to the module."""
+    """Changes what goes in or comes out, next to the module."""
     DECIDE = 4
     """Computes what comes out in the module's place, from its weights."""
 

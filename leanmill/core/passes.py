@@ -1,14 +1,15 @@
-"""Passes: one-shot compression of a model folder into another one, a block at a time. Importing this imports no torch.
+"""Passes: a model folder turned into another one, a block at a time. Importing this imports no torch.
 
-A pass is a validated configuration that solves one linear layer after another, given what the layer's
-inputs looked like on calibration text. It never sees the trainer, which streams the blocks through.
+A pass is a validated configuration of one of two kinds. A layer pass solves one linear layer after
+another, given what the layer's inputs looked like on calibration text. A surgery makes a model of another
+architecture of the tensors, and looks at no text. Neither sees the trainer, which streams the blocks through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
 
@@ -70,8 +71,55 @@ class LayerSolver(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredBlock:
+    """The tensors of one decoder block as a folder stores them, read when asked for."""
+
+    index: int
+    """Of the block, from 0."""
+    names: frozenset[str]
+    """Of its tensors, relative to the block, such as `mlp.up_proj.weight`."""
+    read: Callable[[str], Tensor]
+    """Returns a tensor by such a name, on the CPU, in memory of its own."""
+
+
+class Surgeon(Protocol):
+    """Makes a model of another architecture of a model's tensors."""
+
+    def config(self, before: Any) -> Any:
+        """Return the transformers configuration of the new model; cheap, and called before anything is read.
+
+        Args:
+            before: The configuration of the model there is; it stays as it is.
+
+        Raises:
+            ConfigError: The model cannot become what was asked for; the message says what to type.
+        """
+        ...
+
+    def block(self, block: StoredBlock) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the new block by name, relative to it, as few at a time in memory as can be.
+
+        Called after `config`, for one block after another.
+        """
+        ...
+
+    def describe(self) -> str:
+        """Return in one line what was made; called last."""
+        ...
+
+
 class PassConfig(Config):
     """Base of every pass's configuration; subclasses add `type: Literal["name"]`."""
+
+    reads_text: ClassVar[bool] = True
+    """Whether it looks at calibration rows."""
+    changes_architecture: ClassVar[bool] = False
+    """Whether the model has other tensors afterwards."""
+
+
+class LayerPassConfig(PassConfig):
+    """Base of passes that solve linear layers."""
 
     targets: list[str] | None = None
     """Patterns of weights to take; None takes every linear weight of the decoder blocks."""
@@ -80,4 +128,19 @@ class PassConfig(Config):
 
     def solver(self) -> LayerSolver:
         """Return what solves a layer."""
+        raise NotImplementedError
+
+
+class SurgeryConfig(PassConfig):
+    """Base of passes that make another architecture."""
+
+    reads_text: ClassVar[bool] = False
+    changes_architecture: ClassVar[bool] = True
+
+    def surgeon(self, seed: int) -> Surgeon:
+        """Return what operates on one model.
+
+        Args:
+            seed: The recipe's, for what is drawn.
+        """
         raise NotImplementedError

@@ -136,6 +136,11 @@ TECHNIQUES: dict[str, Entry] = {
         "keep experts equally loaded: load-balance loss over micro-batch or global batch, router z-loss",
         "Fedus et al. 2021, arXiv:2101.03961; Qiu et al. 2025, arXiv:2501.11873",
     ),
+    "matformer": Entry(
+        "leanmill.moe.matformer.config:MatFormer",
+        "nested MLPs: the first neurons are trained to do without the others",
+        "Devvrit et al. 2023, arXiv:2310.07707",
+    ),
 }
 
 
@@ -159,6 +164,21 @@ PASSES: dict[str, Entry] = {
         "leanmill.quant.gptq.config:Gptq",
         "one-shot: round columns in turn and correct the later ones",
         "Frantar et al. 2022, arXiv:2210.17323",
+    ),
+    "upcycle": Entry(
+        "leanmill.moe.upcycle.config:Upcycle",
+        "surgery: a dense model becomes a mixture of experts that computes the same",
+        "Komatsuzaki et al. 2022, arXiv:2212.05055; He et al. 2024, arXiv:2410.07524",
+    ),
+    "expert_upcycle": Entry(
+        "leanmill.moe.upcycle.config:ExpertUpcycle",
+        "surgery: a mixture of experts gets copies of its experts",
+        "Dwivedi et al. 2026, arXiv:2604.19835",
+    ),
+    "mix_n_match": Entry(
+        "leanmill.moe.matformer.config:MixNMatch",
+        "surgery: the first neurons of every MLP become a smaller model",
+        "Devvrit et al. 2023, arXiv:2310.07707",
     ),
 }
 """Passes of `leanmill compress`, by name."""

@@ -79,6 +79,13 @@ def mapped_config(mapping: Mapping[str, Any] | None, vocab_size: int | None) -> 
     return hf_config
 
 
+def mapping_of(hf_config: Any) -> dict[str, Any]:
+    """Return the section `model.config` that describes a model, its special tokens left out."""
+    known = _known_keys(type(hf_config)) - set(_SPECIAL_TOKENS)
+    values = {key: value for key, value in hf_config.to_diff_dict().items() if key in known}
+    return {"model_type": hf_config.model_type, **values}
+
+
 def check_forward(hf_config: Any, mapping: Mapping[str, Any] | None) -> None:
     """Refuse sizes that do not fit each other: run a few tokens through the model, without storage.
 
@@ -136,8 +143,12 @@ def _config_class(model_type: Any) -> Any:
     )
 
 
+def _known_keys(config_class: Any) -> set[str]:
+    return {*config_class().to_dict(), *config_class.attribute_map, *_UNDECLARED_KEYS}
+
+
 def _check_keys(values: Mapping[str, Any], config_class: Any, path: str) -> None:
-    known = {*config_class().to_dict(), *config_class.attribute_map, *_UNDECLARED_KEYS}
+    known = _known_keys(config_class)
     for key, value in values.items():
         below = f"{path}.{key}"
         if key not in known:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
 
 from torch import nn
 
-from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import PassConfig
 from leanmill.export.folding import check_mergeable
-from leanmill.models.build import build_on_meta
 from leanmill.parallel.naming import state_buffers, state_parameters
-from leanmill.recipe.on_this_machine import local_model
+from leanmill.phases.models import model_after
 from leanmill.recipe.phases import phase_names, source_of
 from leanmill.recipe.root import Recipe
-from leanmill.trainer.passes.run import check_pass
 from leanmill.trainer.trial import try_model
 
 
@@ -36,7 +31,9 @@ def check_phases(recipe: Recipe, done: Collection[int] = ()) -> None:
 
     def model_of(index: int) -> nn.Module | None:
         if index not in models:
-            models[index] = try_model(recipes[index])
+            section = model_after(recipe, index)
+            here = recipes[index].model_copy(update={"model": section})
+            models[index] = None if section is None else try_model(here)
         return models[index]
 
     for index, phase in enumerate(phases):
@@ -44,7 +41,7 @@ def check_phases(recipe: Recipe, done: Collection[int] = ()) -> None:
             continue
         try:
             if phase.passes:
-                _check_passes(recipe, phase.passes)
+                model_after(recipe, index)
             mine = model_of(index) if phase.trains else None
             source, _ = source_of(phases, index)
             if source is None or not phases[source].trains or (theirs := model_of(source)) is None:
@@ -56,25 +53,6 @@ def check_phases(recipe: Recipe, done: Collection[int] = ()) -> None:
         except ConfigError as error:
             lines = "\n".join(f"phases.{index} ({names[index]}): {line}" for line in str(error).splitlines())
             raise ConfigError(lines) from error
-
-
-def _check_passes(recipe: Recipe, passes: Collection[PassConfig]) -> None:
-    model_config = local_model(recipe.model)
-    if model_config is None:
-        return
-    vocab_size = recipe.data.tokenizer.vocab_size if recipe.data.tokenizer.path is None else None
-    model = build_on_meta(model_config, vocab_size=vocab_size, device_type="cpu", packed=False)
-    shapes = dict(_linear_shapes(model))
-    for config in passes:
-        check_pass(config, shapes)
-
-
-def _linear_shapes(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    names = {id(module): name for name, module in model.named_modules()}
-    for block in decoder_blocks(model):
-        for module in block.modules():
-            if isinstance(module, nn.Linear):
-                yield names[id(module)], (module.out_features, module.in_features)
 
 
 def _check_same_state(before: nn.Module, now: nn.Module | None, name: str) -> None:

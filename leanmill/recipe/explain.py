@@ -131,7 +131,8 @@ def _passes(phase: PhaseConfig) -> Iterator[str]:
         options = config.model_dump(mode="json", exclude={"type"}, exclude_defaults=True)
         given = ", ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
         name = str(config.type)  # type: ignore[attr-defined]
-        yield f"{name} ({given}): {PASSES[name].summary}; {phase.calibration.num_rows} rows of calibration"
+        rows = f"; {phase.calibration.num_rows} rows of calibration" if config.reads_text else ""
+        yield f"{name} ({given}): {PASSES[name].summary}{rows}"
 
 
 def _sections(recipe: Recipe, world_sizes: Sequence[int]) -> dict[str, list[str]]:

@@ -80,6 +80,8 @@ def _rewind_problem(recipe: Sections, names: Sequence[str], index: int) -> str:
         return ""
     if not phase.passes:
         return "rewind_to is for a phase with passes, whose zeros stay; add passes, or type start_from instead"
+    if any(config.changes_architecture for config in phase.passes):
+        return "rewind_to needs the tensors of the earlier model, and its passes make others; remove one of the two"
     problem = _start_problem(names, index, phase.rewind_to, key="rewind_to")
     if problem or phase.rewind_to == BASE:
         return problem or f"rewind_to must name a phase that trains; type e.g. rewind_to: {names[0]}@100"

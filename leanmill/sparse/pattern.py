@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import PassConfig
+from leanmill.core.passes import LayerPassConfig
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PruningPass(PassConfig):
+class PruningPass(LayerPassConfig):
     """Base of one-shot pruning: the pattern."""
 
     num_kept: int | None = Field(default=None, ge=1)

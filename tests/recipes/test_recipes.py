@@ -39,11 +39,12 @@ def test_is_commented_and_says_how_to_start_it(path):
 
 @pytest.mark.parametrize("path", [p for p in RECIPES if load_recipe(p).model.config is not None], ids=lambda p: p.stem)
 def test_models_given_inline_can_be_planned_on_8_ranks_or_2(path):
+    from leanmill.phases.models import training_recipes
     from leanmill.plan.plan import plan
 
     recipe = load_recipe(path, ["techniques=[]"])  # teachers would be fetched
     world_size = 8 if recipe.batch.tokens_per_step >= 8 * recipe.batch.tokens_per_micro_batch else 2
-    for one in recipe.training_phases() or [recipe]:
+    for one in training_recipes(recipe) or [recipe]:
         result = plan(one, world_size)
         assert result.num_parameters > 1e6
         assert result.peak_bytes < 80 * 2**30

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from leanmill.core.passes import LayerSolver, PassConfig
+from leanmill.core.passes import LayerPassConfig, LayerSolver
 
 
-class Gptq(PassConfig):
+class Gptq(LayerPassConfig):
     """Round columns in turn, the later ones making up for each error (Frantar et al. 2022, arXiv:2210.17323).
 
     Codes are symmetric integers. A group's scale is taken from its weights as they are when it begins,

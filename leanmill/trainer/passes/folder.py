@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -75,11 +76,16 @@ class TargetFolder:
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self._written.append((file, list(tensors), num_bytes))
 
-    def close(self, source: SourceFolder) -> None:
+    def close(self, source: SourceFolder, config: Any = None) -> None:
         """Name the files as transformers does, write the index, copy configuration and tokenizer, look at it all.
 
+        Args:
+            source: Where the model came from.
+            config: The transformers configuration of a model of another architecture; None is the source's, whose
+                tensors the folder must have.
+
         Raises:
-            RunError: Not every tensor of the source was written.
+            RunError: Not every tensor was written.
         """
         index: dict[str, str] = {}
         for number, (file, names, _) in enumerate(self._written, 1):
@@ -93,12 +99,14 @@ class TargetFolder:
             for file in source.path.glob(pattern):
                 if file.name != _INDEX:
                     shutil.copyfile(file, self.path / file.name)
-        self._check(source)
+        if config is not None:
+            config.save_pretrained(self.path)
+        self._check(source.keys if config is None else index.keys())
 
-    def _check(self, source: SourceFolder) -> None:
+    def _check(self, wanted: Set[str]) -> None:
         written = SourceFolder(self.path)
-        if written.keys != source.keys:
-            differing = sorted(source.keys ^ written.keys)
+        if written.keys != wanted:
+            differing = sorted(wanted ^ written.keys)
             raise RunError(
                 f"{self.path}: {len(differing)} tensors are missing or new ({differing[0]}); nothing was kept"
             )

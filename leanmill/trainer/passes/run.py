@@ -1,4 +1,4 @@
-"""One-shot compression from recipe to model folder: what `leanmill compress` calls."""
+"""Passes from recipe to model folder: what `leanmill compress` calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import new_folder
-from leanmill.core.passes import InputStatistics, LayerSolver, PassConfig
-from leanmill.core.sites import matches
+from leanmill.core.passes import InputStatistics, LayerPassConfig, LayerSolver, SurgeryConfig
 from leanmill.data.build import build_tokenizer, build_train_data
 from leanmill.models.pretrained import local_folder, pretrained_config
 from leanmill.parallel.collectives import barrier, broadcast_object
@@ -26,9 +24,11 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.compress import CalibratedRecipe, CompressRecipe
 from leanmill.recipe.sections import ClusterConfig
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
+from leanmill.trainer.passes.foresight import after_passes, check_pass
 from leanmill.trainer.passes.memory import return_large_blocks
 from leanmill.trainer.passes.statistics import Watch, check_reached, watched
 from leanmill.trainer.passes.stream import Block, BlockStream
+from leanmill.trainer.passes.surgery import ModelReport, operate
 
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,10 @@ class LayerReport:
         return f"{self.technique} {self.name}: {self.zero_fraction:.1%} zeros{error}"
 
 
-def compress(recipe: CompressRecipe, out: Path) -> list[LayerReport]:
+PassReport = LayerReport | ModelReport
+
+
+def compress(recipe: CompressRecipe, out: Path) -> list[PassReport]:
     """Run the recipe's passes over its model, one after another, and write the result to `out`.
 
     Under torchrun every rank calls this; each runs its share of the calibration rows.
@@ -67,13 +70,14 @@ def compress(recipe: CompressRecipe, out: Path) -> list[LayerReport]:
         finish()
 
 
-def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[LayerReport]:
+def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassReport]:
     """Do what `compress` does in processes that were joined before and are kept; see there."""
     pretrained_config(recipe.model)  # says what is wrong with the path in one line
     folder = local_folder(str(recipe.model.path), recipe.model.revision)
-    batches = calibration_rows(recipe, folder, ranks)
+    after_passes(recipe.model, recipe.passes, seed=recipe.seed)
+    batches = calibration_rows(recipe, folder, ranks) if any(config.reads_text for config in recipe.passes) else []
     dtype = torch.bfloat16 if resolve_precision(recipe.precision, ranks.device.type) == "bf16" else torch.float32
-    reports: list[LayerReport] = []
+    reports: list[PassReport] = []
     with new_folder(out) if ranks.rank == 0 else nullcontext() as made:
         place = Path(broadcast_object(str(made)))
         for number, config in enumerate(recipe.passes, 1):
@@ -82,9 +86,13 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[LayerRe
                 target.mkdir(exist_ok=True)
             model = recipe.model.model_copy(update={"path": str(folder), "revision": None})
             source = SourceFolder(folder)
-            stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
             writer = TargetFolder(target) if ranks.rank == 0 else None
-            reports += _Pass(config, stream, writer).run()
+            if isinstance(config, SurgeryConfig):
+                reports += [operate(config, source, model, writer, seed=recipe.seed)]
+            else:
+                assert isinstance(config, LayerPassConfig)
+                stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
+                reports += _Pass(config, stream, writer).run()
             barrier()
             folder = target
         if ranks.rank == 0:
@@ -92,7 +100,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[LayerRe
                 shutil.rmtree(intermediate)
             summary = {
                 "passes": [config.model_dump(mode="json") for config in recipe.passes],
-                "layers": sorted({report.name for report in reports}),
+                "layers": sorted({report.name for report in reports if isinstance(report, LayerReport)}),
             }
             (place / "leanmill.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return reports
@@ -101,7 +109,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[LayerRe
 class _Pass:
     """One pass over all blocks."""
 
-    def __init__(self, config: PassConfig, stream: BlockStream, writer: TargetFolder | None) -> None:
+    def __init__(self, config: LayerPassConfig, stream: BlockStream, writer: TargetFolder | None) -> None:
         self.config, self.stream, self.writer = config, stream, writer
         self.technique = str(config.type)  # type: ignore[attr-defined]
         self.solver: LayerSolver = config.solver()
@@ -178,39 +186,6 @@ class _Pass:
         dtypes = self.stream.source.dtypes(solved)
         tensors |= {name: weight.to("cpu", dtypes[name]) for name, weight in solved.items()}
         self.writer.write(tensors)
-
-
-def check_pass(config: PassConfig, shapes: Mapping[str, tuple[int, int]]) -> frozenset[str]:
-    """Return the names of the layers that a pass solves; nothing is computed.
-
-    Args:
-        config: The pass.
-        shapes: (out, in) of every linear layer in a block, by its full name.
-
-    Raises:
-        ConfigError: A pattern takes nothing, or a weight does not fit.
-    """
-    technique, solver = str(config.type), config.solver()  # type: ignore[attr-defined]
-
-    def matching(field: str, patterns: Sequence[str]) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            here = {name for name in shapes if matches(pattern, name)}
-            if not here:
-                leaves = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in shapes}))
-                raise ConfigError(
-                    f"{technique}.{field} pattern {pattern!r} matches no linear layer of a block; there are {leaves}"
-                )
-            found |= here
-        return found
-
-    taken = set(shapes) if config.targets is None else matching("targets", config.targets)
-    taken -= matching("exclude", config.exclude)
-    if not taken:
-        raise ConfigError(f"{technique}: targets less exclude leave no linear layer; loosen exclude")
-    for name in sorted(taken):
-        solver.check(name, shapes[name])
-    return frozenset(taken)
 
 
 def calibration_rows(recipe: CalibratedRecipe, folder: Path, ranks: Ranks) -> list[dict[str, Tensor]]:

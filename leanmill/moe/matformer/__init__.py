@@ -1,0 +1,1 @@
+"""Nested MLPs, and smaller models cut out of them."""

@@ -1,0 +1,45 @@
+"""The model that each phase begins with, as far as configurations tell before the first one has begun."""
+
+from __future__ import annotations
+
+from leanmill.models.config import ModelConfig
+from leanmill.recipe.on_this_machine import local_model
+from leanmill.recipe.phases import source_of
+from leanmill.recipe.root import Recipe
+from leanmill.trainer.passes.foresight import after_passes
+
+
+def model_before(recipe: Recipe, index: int) -> ModelConfig | None:
+    """Return the section that describes what a phase's passes, or its training, begin with.
+
+    Where no pass changed the architecture it is the recipe's own; None where that model is not on this machine.
+
+    Raises:
+        ConfigError: A pass of an earlier phase does not fit its model.
+    """
+    source, _ = source_of(recipe.phases, index)
+    return local_model(recipe.model) if source is None else model_after(recipe, source)
+
+
+def model_after(recipe: Recipe, index: int) -> ModelConfig | None:
+    """Return the section that describes what a phase's passes leave, and so what it trains.
+
+    Raises:
+        ConfigError: A pass does not fit the model.
+    """
+    before = model_before(recipe, index)
+    if before is None:
+        return None
+    vocab_size = recipe.data.tokenizer.vocab_size if recipe.data.tokenizer.path is None else None
+    return after_passes(before, recipe.phases[index].passes, seed=recipe.seed, vocab_size=vocab_size)
+
+
+def training_recipes(recipe: Recipe) -> list[Recipe]:
+    """Return the recipe of every phase that trains, with the model it will train as far as that is known."""
+    found = []
+    for index, phase in enumerate(recipe.phases):
+        if phase.trains:
+            model = model_after(recipe, index)
+            one = recipe.of_phase(index)
+            found.append(one if model is None else one.model_copy(update={"model": model}))
+    return found

@@ -1,0 +1,84 @@
+"""A surgery from model folder to model folder: the tensors of one block at a time, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from leanmill.core.blocks import decoder_blocks
+from leanmill.core.passes import StoredBlock, SurgeryConfig
+from leanmill.models.build import build_on_meta
+from leanmill.models.config import ModelConfig
+from leanmill.models.pretrained import pretrained_config
+from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
+
+
+_FILE_BYTES = 2**30
+"""Of a file that is written, at least, unless the block ends: experts are many and small."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReport:
+    """What one pass did to the whole model."""
+
+    technique: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.technique}: {self.text}"
+
+
+def operate(
+    config: SurgeryConfig, source: SourceFolder, model: ModelConfig, writer: TargetFolder | None, *, seed: int
+) -> ModelReport:
+    """Write what a surgery makes of a model.
+
+    Args:
+        config: The pass.
+        source: The model's folder.
+        model: Names that folder.
+        writer: Where the result goes; None on ranks that write nothing.
+        seed: The recipe's.
+
+    Raises:
+        ConfigError: The model cannot become what was asked for.
+        RunError: The disk refuses.
+    """
+    technique = str(config.type)  # type: ignore[attr-defined]
+    surgeon = config.surgeon(seed)
+    built = build_on_meta(model, packed=False)
+    # As it is stored: building writes the dtype it builds in.
+    after = surgeon.config(pretrained_config(model))
+    if writer is not None:
+        names = {id(module): name for name, module in built.named_modules()}
+        prefixes = [f"{names[id(block)]}." for block in decoder_blocks(built)]
+        for index, prefix in enumerate(prefixes):
+            block = stored_block(source, prefix, index)
+            _write(writer, ((f"{prefix}{name}", tensor) for name, tensor in surgeon.block(block)))
+        others = sorted(name for name in source.keys if not name.startswith(tuple(prefixes)))
+        _write(writer, ((name, source.read([name])[name]) for name in others))
+        writer.close(source, config=after)
+    return ModelReport(technique=technique, text=surgeon.describe())
+
+
+def stored_block(source: SourceFolder, prefix: str, index: int) -> StoredBlock:
+    """Return the tensors of a block as the folder stores them."""
+    return StoredBlock(
+        index=index,
+        names=frozenset(name.removeprefix(prefix) for name in source.keys if name.startswith(prefix)),
+        read=lambda name: source.read([f"{prefix}{name}"])[f"{prefix}{name}"],
+    )
+
+
+def _write(writer: TargetFolder, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    waiting: dict[str, Tensor] = {}
+    num_bytes = 0
+    for name, tensor in tensors:
+        waiting[name] = tensor
+        num_bytes += tensor.numel() * tensor.element_size()
+        if num_bytes >= _FILE_BYTES:
+            writer.write(waiting)
+            waiting, num_bytes = {}, 0
+    writer.write(waiting)
