@@ -238,7 +238,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "gamma_mod": ("deeper", "gamma_mod"),
     "protected": ("protected",),
     "router_tuning": ("deeper", "router_tuning"),
-    "nested": ("matformer",),
+    "nested": ("matformer", "ternary"),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
 }

@@ -1,8 +1,9 @@
 """Passes: a model folder turned into another one, a block at a time. Importing this imports no torch.
 
-A pass is a validated configuration of one of two kinds. A layer pass solves one linear layer after
-another, given what the layer's inputs looked like on calibration text. A surgery makes a model of another
-architecture of the tensors, and looks at no text. Neither sees the trainer, which streams the blocks through.
+A pass is a validated configuration of one of three kinds. A layer pass solves one linear layer after
+another, given what the layer's inputs looked like on calibration text; an expert pass so the experts of one
+layer after another. A surgery makes a model of another architecture of the tensors, and looks at no text.
+None sees the trainer, which streams the blocks through.
 """
 
 from __future__ import annotations
@@ -109,6 +110,57 @@ class Surgeon(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayer:
+    """The experts of one layer, and what calibration sent to them."""
+
+    index: int
+    """Of the decoder block, from 0."""
+    num_experts: int
+    read: Callable[[int], dict[str, Tensor]]
+    """Returns the weights of an expert, fp32 on the CPU: `gate` and `up` [I, H], `down` [H, I]."""
+    activation: Callable[[Tensor], Tensor]
+    """Between gate and product."""
+    hidden: Tensor
+    """This rank's tokens [T, H]."""
+    chosen: Tensor
+    """Their experts [T, K] int64."""
+    weights: Tensor
+    """Their combine weights [T, K] fp32."""
+    total: Callable[[Tensor], Tensor]
+    """Sums a CPU tensor over the ranks; a collective, which all ranks call equally often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSolution:
+    """What became of the experts of one layer."""
+
+    weights: dict[int, dict[str, Tensor]]
+    """By expert, as `ExpertLayer.read` gives them."""
+    text: str
+    """What was done, in one line."""
+
+
+class ExpertSolver(Protocol):
+    """Turns the experts of a layer into compressed ones."""
+
+    def check(self, config: Any) -> None:
+        """Refuse a model, by its transformers configuration, before anything is computed.
+
+        Raises:
+            ConfigError: It does not fit; the message says what to type.
+        """
+        ...
+
+    def solve(self, layer: ExpertLayer) -> ExpertSolution:
+        """Return the new weights; every rank gets the same.
+
+        Raises:
+            RunError: The inputs are such that nothing can be solved.
+        """
+        ...
+
+
 class PassConfig(Config):
     """Base of every pass's configuration; subclasses add `type: Literal["name"]`."""
 
@@ -128,6 +180,14 @@ class LayerPassConfig(PassConfig):
 
     def solver(self) -> LayerSolver:
         """Return what solves a layer."""
+        raise NotImplementedError
+
+
+class ExpertPassConfig(PassConfig):
+    """Base of passes that solve the experts of a mixture."""
+
+    def solver(self) -> ExpertSolver:
+        """Return what solves the experts of a layer."""
         raise NotImplementedError
 
 

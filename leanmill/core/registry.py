@@ -175,6 +175,11 @@ PASSES: dict[str, Entry] = {
         "surgery: a mixture of experts gets copies of its experts",
         "Dwivedi et al. 2026, arXiv:2604.19835",
     ),
+    "mc_moe": Entry(
+        "leanmill.moe.mc_moe.config:McMoe",
+        "one-shot: experts of 1 to 3 bits, as an integer program shares them out, by GPTQ",
+        "Huang et al. 2024, arXiv:2410.06270",
+    ),
     "mix_n_match": Entry(
         "leanmill.moe.matformer.config:MixNMatch",
         "surgery: the first neurons of every MLP become a smaller model",

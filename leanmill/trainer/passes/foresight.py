@@ -9,11 +9,13 @@ from torch import nn
 
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import LayerPassConfig, PassConfig, SurgeryConfig
+from leanmill.core.experts import is_stacked_experts
+from leanmill.core.passes import ExpertPassConfig, LayerPassConfig, PassConfig, SurgeryConfig
 from leanmill.core.sites import matches
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.mapping import mapping_of
+from leanmill.trainer.passes.expert_pass import check_experts
 
 
 def after_passes(
@@ -35,7 +37,10 @@ def after_passes(
         if isinstance(config, SurgeryConfig):
             after = config.surgeon(seed).config(built.config)
             model = model.model_copy(update={"config": mapping_of(after), "path": None, "revision": None})
+        elif isinstance(config, ExpertPassConfig):
+            check_experts(config, built.config)
         elif isinstance(config, LayerPassConfig):
+            _check_meant(config, built)
             check_pass(config, dict(_linear_shapes(built)))
     return model
 
@@ -71,6 +76,16 @@ def check_pass(config: LayerPassConfig, shapes: Mapping[str, tuple[int, int]]) -
     for name in sorted(taken):
         solver.check(name, shapes[name])
     return frozenset(taken)
+
+
+def _check_meant(config: LayerPassConfig, model: nn.Module) -> None:
+    """Refuse to take every linear layer where most weights are in none."""
+    if config.targets is None and any(is_stacked_experts(module) for module in model.modules()):
+        technique = str(config.type)  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{technique} takes linear layers, and this model's experts are stacked; type targets: ['self_attn.*'] for "
+            f"the others, and see mc_moe for the experts"
+        )
 
 
 def _linear_shapes(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import new_folder
-from leanmill.core.passes import InputStatistics, LayerPassConfig, LayerSolver, SurgeryConfig
+from leanmill.core.passes import ExpertPassConfig, InputStatistics, LayerPassConfig, LayerSolver, SurgeryConfig
 from leanmill.data.build import build_tokenizer, build_train_data
 from leanmill.models.pretrained import local_folder, pretrained_config
 from leanmill.parallel.collectives import barrier, broadcast_object
@@ -23,6 +23,7 @@ from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.compress import CalibratedRecipe, CompressRecipe
 from leanmill.recipe.sections import ClusterConfig
+from leanmill.trainer.passes.expert_pass import ExpertPass, ExpertReport
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.foresight import after_passes, check_pass
 from leanmill.trainer.passes.memory import return_large_blocks
@@ -50,7 +51,7 @@ class LayerReport:
         return f"{self.technique} {self.name}: {self.zero_fraction:.1%} zeros{error}"
 
 
-PassReport = LayerReport | ModelReport
+PassReport = LayerReport | ExpertReport | ModelReport
 
 
 def compress(recipe: CompressRecipe, out: Path) -> list[PassReport]:
@@ -90,9 +91,10 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             if isinstance(config, SurgeryConfig):
                 reports += [operate(config, source, model, writer, seed=recipe.seed)]
             else:
-                assert isinstance(config, LayerPassConfig)
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
-                reports += _Pass(config, stream, writer).run()
+                assert isinstance(config, LayerPassConfig | ExpertPassConfig)
+                kind = ExpertPass if isinstance(config, ExpertPassConfig) else _Pass
+                reports += kind(config, stream, writer).run()  # type: ignore[arg-type]
             barrier()
             folder = target
         if ranks.rank == 0:
@@ -100,6 +102,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                 shutil.rmtree(intermediate)
             summary = {
                 "passes": [config.model_dump(mode="json") for config in recipe.passes],
+                "reports": [str(report) for report in reports if not isinstance(report, LayerReport)],
                 "layers": sorted({report.name for report in reports if isinstance(report, LayerReport)}),
             }
             (place / "leanmill.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
+from leanmill.core.stored_experts import STORED_EXPERTS
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import draw
+from leanmill.trainer.passes.experts import module_names, stacked
 from leanmill.trainer.passes.folder import SourceFolder
 from leanmill.trainer.passes.memory import give_back
 
@@ -60,6 +62,7 @@ class BlockStream:
         self._blocks = decoder_blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
         self._prefixes = [f"{names[id(block)]}." for block in self._blocks]
+        self._stored = STORED_EXPERTS.get(self.model.config.model_type)
         self._check_names()
         self.hidden: list[Tensor] = []
         """Input of the next block, one [B, S, H] a batch, on the CPU."""
@@ -91,7 +94,7 @@ class BlockStream:
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         tensors = self.source.read(name for name in self.source.keys if name.startswith(prefix))
-        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        state = stacked({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, self._stored)
         module.load_state_dict(state, strict=True, assign=True)
 
     @torch.no_grad()
@@ -123,14 +126,21 @@ class BlockStream:
     def _check_names(self) -> None:
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
         wanted = {name for name in self.model.state_dict() if name not in tied}
-        lacking = sorted(wanted - self.source.keys)
+        lacking = sorted(wanted - self._names_of_modules())
         if lacking:
             family = self.model.config.model_type
             raise ConfigError(
                 f"{self.source.path} stores weights under other names than the modules of {family} "
                 f"have ({lacking[0]} is not there), so it cannot be streamed a block at a time; passes cover families "
-                f"with plain names, such as Llama, Qwen3 or Gemma"
+                f"with plain names, such as Llama, Qwen3 or Gemma, and the mixtures {', '.join(STORED_EXPERTS)}"
             )
+
+    def _names_of_modules(self) -> set[str]:
+        found = set(self.other_names)
+        for prefix in self._prefixes:
+            here = [name.removeprefix(prefix) for name in self.source.keys if name.startswith(prefix)]
+            found |= {f"{prefix}{name}" for name in module_names(here, self._stored)}
+        return found
 
     @torch.no_grad()
     def _start(self, batches: Sequence[Mapping[str, Tensor]]) -> None:

@@ -195,10 +195,10 @@ def test_requests_that_do_not_fit(text, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="matches no linear layer"):
         compress(recipe(tmp_path / "in", text, tmp_path, WANDA | {"targets": ["nope"]}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    save_model(tmp_path / "moe", "mixtral", num_local_experts=2)
+    save_model(tmp_path / "moe", "phimoe", num_local_experts=2)
     tokenizer.save_pretrained(tmp_path / "moe")
-    with pytest.raises(ConfigError, match="other names than the modules of mixtral"):
-        compress(recipe(tmp_path / "moe", text, tmp_path, WANDA), tmp_path / "out")
+    with pytest.raises(ConfigError, match="other names than the modules of phimoe"):
+        compress(recipe(tmp_path / "moe", text, tmp_path, WANDA | {"targets": ["self_attn.*"]}), tmp_path / "out")
     for raw, message in [
         ({"type": "wandaa"}, "did you mean wanda"),
         ({"type": "wanda"}, "takes one pattern"),
