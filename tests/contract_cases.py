@@ -64,6 +64,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
         "moe_layer_end_index": 1,
     },
+    "deepseek_v3": MODEL
+    | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "tie_word_embeddings": False,
+    },
     # Exits of the first and of the last block count nothing.
     "deeper": MODEL | {"num_hidden_layers": 4},
 }
@@ -110,7 +128,6 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "layernorm_scaling": {"type": "layernorm_scaling"},
     "gamma_mod": {"type": "mixture_of_depths", "layers": [1, 2], "router_loss_weight": 0.1},
     "router_tuning": {"type": "router_tuning", "num_layers": 2, "target_capacity": 0.3, "capacity_weight": 0.1},
-    "stgc": {"type": "stgc", "weight": 0.5},
     "p_mod": {"type": "mixture_of_depths", "method": "p_mod"},
     "protected": {"type": "mixture_of_depths", "layers": [0, 1], "protect": "labels", "shared_router": False},
     "layer_skip": {
@@ -124,6 +141,9 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
     "router": {"type": "router", "jitter": 0.05, "capacity_factor": 0.75, "capacity_over": "sequence"},
     "expert_choice": {"type": "router", "expert_choice": {"experts_a_token": 1.5}},
+    "balance_ahead": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1, "estimator": "two_pass"},
+    "balance_rows": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1, "scope": "sequence"},
+    "bias_balance": {"type": "bias_balance", "rate": 0.01},
     # Masks move in the second step, and the third trains what has grown; `set` moves them in both.
     "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
     "set": {"type": "rigl", "method": "set", "density": 0.4, "update_every_steps": 1, "update_until": 1.0},
@@ -170,7 +190,6 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "adapted routed experts": ("mixtral", "router", "lora", "nm_sparsity"),
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),
-    "conflicts beside balance": ("mixtral", "stgc", "router_balance", "nm_sparsity", "ternary"),
     "routers beside adapters": ("deeper", "router_tuning", "lora", "ternary", "distill"),
     "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),
@@ -198,7 +217,6 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "p_mod": ("deeper", "p_mod"),
     "protected": ("protected",),
     "router_tuning": ("deeper", "router_tuning"),
-    "stgc": ("mixtral", "stgc"),
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),
@@ -219,6 +237,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
     "pyramid of experts": ("pr_moe", "router_balance"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
+    "biased experts": ("deepseek_v3", "bias_balance", "balance_rows"),
+    "experts, looked ahead": ("mixtral", "balance_ahead"),
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
 }

@@ -131,15 +131,15 @@ TECHNIQUES: dict[str, Entry] = {
         "options of routers: jitter, capacity and drops, groups, expert choice, masks by token frequency",
         "Fedus et al. 2021, arXiv:2101.03961; Zhou et al. 2022, arXiv:2202.09368; Su et al. 2024, arXiv:2407.09816",
     ),
-    "stgc": Entry(
-        "leanmill.moe.stgc.config:Stgc",
-        "route tokens away from experts whose gradients theirs conflict with (STGC)",
-        "Yang et al. 2024, arXiv:2406.19905",
-    ),
     "router_balance": Entry(
         "leanmill.moe.router_balance.config:RouterBalance",
-        "keep experts equally loaded: load-balance loss over micro-batch or global batch, router z-loss",
+        "keep experts equally loaded: load-balance loss over sequence, micro-batch or global batch, router z-loss",
         "Fedus et al. 2021, arXiv:2101.03961; Qiu et al. 2025, arXiv:2501.11873",
+    ),
+    "bias_balance": Entry(
+        "leanmill.moe.bias_balance.config:BiasBalance",
+        "keep experts equally loaded: a bias on their choice that follows loads, without a loss",
+        "Wang et al. 2024, arXiv:2408.15664",
     ),
     "matformer": Entry(
         "leanmill.moe.matformer.config:MatFormer",

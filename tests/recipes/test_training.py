@@ -29,7 +29,6 @@ TINY_SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "vocab_size": VOCAB_SIZE,
     "max_position_embeddings": 128,
 }
@@ -79,7 +78,9 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
         "log.tensorboard=false",
     ]
     if recipe.model.config is not None:
-        overrides += [f"model.config.{name}={value}" for name, value in TINY_SIZES.items()]
+        is_latent = "kv_lora_rank" in recipe.model.config  # attention whose heads have other sizes
+        sizes = TINY_SIZES | ({"num_key_value_heads": 4} if is_latent else {"head_dim": 8})
+        overrides += [f"model.config.{name}={value}" for name, value in sizes.items()]
     else:
         overrides.append(f"model.path={files / 'model'}")
     if recipe.data.source.type == "hf":

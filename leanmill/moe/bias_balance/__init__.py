@@ -1,0 +1,1 @@
+"""Load balance by biases on the choice of experts, without a loss."""

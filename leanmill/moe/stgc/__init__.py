@@ -1,1 +1,0 @@
-"""Tokens whose gradients conflict with those of their expert."""
