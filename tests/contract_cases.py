@@ -128,6 +128,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "layernorm_scaling": {"type": "layernorm_scaling"},
     "gamma_mod": {"type": "mixture_of_depths", "layers": [1, 2], "router_loss_weight": 0.1},
     "router_tuning": {"type": "router_tuning", "num_layers": 2, "target_capacity": 0.3, "capacity_weight": 0.1},
+    "stgc": {"type": "stgc", "weight": 0.5},
     "p_mod": {"type": "mixture_of_depths", "method": "p_mod"},
     "protected": {"type": "mixture_of_depths", "layers": [0, 1], "protect": "labels", "shared_router": False},
     "layer_skip": {
@@ -190,6 +191,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "adapted routed experts": ("mixtral", "router", "lora", "nm_sparsity"),
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),
+    "conflicts beside balance": ("mixtral", "stgc", "router_balance", "nm_sparsity", "ternary"),
     "routers beside adapters": ("deeper", "router_tuning", "lora", "ternary", "distill"),
     "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),
@@ -217,6 +219,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "p_mod": ("deeper", "p_mod"),
     "protected": ("protected",),
     "router_tuning": ("deeper", "router_tuning"),
+    "stgc": ("mixtral", "stgc"),
     **{f"{a}+{b}": (a, b) for a, b in _PAIRS if {a, b} not in _RARE},
     "two_loras": ("lora", "second_lora", "ternary"),
     "learned_mask": ("mask_llm_tied", "lsq_tied", "distill"),

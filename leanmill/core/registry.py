@@ -131,6 +131,11 @@ TECHNIQUES: dict[str, Entry] = {
         "options of routers: jitter, capacity and drops, groups, expert choice, masks by token frequency",
         "Fedus et al. 2021, arXiv:2101.03961; Zhou et al. 2022, arXiv:2202.09368; Su et al. 2024, arXiv:2407.09816",
     ),
+    "stgc": Entry(
+        "leanmill.moe.stgc.config:Stgc",
+        "route tokens away from experts whose gradients theirs conflict with (STGC)",
+        "Yang et al. 2024, arXiv:2406.19905",
+    ),
     "router_balance": Entry(
         "leanmill.moe.router_balance.config:RouterBalance",
         "keep experts equally loaded: load-balance loss over sequence, micro-batch or global batch, router z-loss",

@@ -1,0 +1,1 @@
+"""Tokens whose gradients conflict with those of their expert."""
