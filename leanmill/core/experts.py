@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leanmill.core.dispatch import ATTRIBUTE, Dispatch, dispatch_of
 from leanmill.core.errors import ConfigError
+from leanmill.core.expert_shards import part_here, with_divided_gradient
 from leanmill.core.operands import recomputed
 from leanmill.core.product import compute_dtype, grouped
 from leanmill.core.site import ExpertSite
@@ -152,17 +153,19 @@ def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: 
     sites = module._modules.get("sites")
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
     if site is None or not site.is_staged:
-        return grouped(rows, getattr(module, parameter_name), None, offsets, **routing)
+        weight = with_divided_gradient(part_here(getattr(module, parameter_name)), module)
+        return grouped(rows, weight, None, offsets, **routing)
     assert isinstance(site, ExpertSite)
     site()  # so that hooks of a sharding engine run
     operands = site.operands()
     if operands.is_plain:
-        return grouped(rows, operands.tensors[0], None, offsets, **routing)
+        return grouped(rows, with_divided_gradient(operands.tensors[0], module), None, offsets, **routing)
 
     def product(tokens: Tensor, *tensors: Tensor) -> Tensor:
         bound = operands.bound(tensors)
         tokens = bound.tokens(tokens)
         # Staged in the parameter's dtype, multiplied in that of the rows (see `linear`).
-        return grouped(tokens, bound.weight().to(compute_dtype(tokens)), bound.backward_weight(), offsets, **routing)
+        weight = with_divided_gradient(bound.weight().to(compute_dtype(tokens)), module)
+        return grouped(tokens, weight, bound.backward_weight(), offsets, **routing)
 
     return recomputed(product, rows, *operands.tensors)

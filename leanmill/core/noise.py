@@ -40,12 +40,15 @@ class Noise(nn.Module):
         name: Tells sources apart: two of one name draw the same. A technique uses its own name and the site's.
     """
 
+    first_row: int
+    """Where the first row of what is drawn for stands in the whole tensor: of experts, a rank may hold some."""
     key: Tensor
     """(1,) int64: the hash of seed, name and step. A buffer, so that a compiled block reads it anew."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name = name
+        self.first_row = 0
         # On the CPU even where weights are on meta: there it would lose its value.
         self.register_buffer("key", torch.full((1,), _UNSET, device="cpu"), persistent=False)
 
@@ -55,15 +58,15 @@ class Noise(nn.Module):
 
     def uniform(self, like: Tensor) -> Tensor:
         """Return a number in [0, 1) for every element of `like`; see `uniform`."""
-        return uniform(self.key, element_indices(like))
+        return uniform(self.key, element_indices(like, self.first_row))
 
     def normal(self, like: Tensor) -> Tensor:
         """Return a standard normal number for every element of `like`; see `normal`."""
-        return normal(self.key, element_indices(like))
+        return normal(self.key, element_indices(like, self.first_row))
 
     def gumbel(self, like: Tensor) -> Tensor:
         """Return a standard Gumbel number for every element of `like`; see `gumbel`."""
-        return gumbel(self.key, element_indices(like))
+        return gumbel(self.key, element_indices(like, self.first_row))
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}"
@@ -121,18 +124,20 @@ def gumbel(key: Tensor, indices: Tensor) -> Tensor:
     return _open_uniform(key, indices).log_().neg_().log_().neg_()
 
 
-def element_indices(like: Tensor) -> Tensor:
+def element_indices(like: Tensor, first_row: int = 0) -> Tensor:
     """Return where each element of `like` stands in the whole tensor, row by row.
 
     Args:
         like: Any shape; a DTensor, evenly sharded or not, gives a DTensor of the same placements.
+        first_row: Of a plain tensor that is a part of the whole: where its first entry along dim 0 stands.
 
     Returns:
         int32 of the shape of `like`, int64 where that is too small.
     """
-    dtype = torch.int32 if like.numel() < 2**31 else torch.int64
+    first = first_row * like.shape[1:].numel() if first_row else 0
+    dtype = torch.int32 if first + like.numel() < 2**31 else torch.int64
     if not is_dtensor(like):
-        return torch.arange(like.numel(), device=like.device, dtype=dtype).reshape(like.shape)
+        return torch.arange(first, first + like.numel(), device=like.device, dtype=dtype).reshape(like.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)  # type: ignore[attr-defined]

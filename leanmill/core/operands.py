@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from leanmill.core.expert_shards import part_here
 from leanmill.core.stage import InputStage, Stage
 
 
@@ -70,6 +71,12 @@ class Operands:
             tensors += named.values()
         self.tensors: tuple[Tensor, ...] = tuple(tensors)
         """The weight, then the parameters of each stage; pass them through `recomputed`."""
+
+    def on_this_rank(self) -> Operands:
+        """Take this rank's part of every tensor that ranks share; for experts, of which each rank has some."""
+        self.tensors = tuple(part_here(tensor) for tensor in self.tensors)
+        self._buffers = [{key: part_here(buffer) for key, buffer in named.items()} for named in self._buffers]
+        return self
 
     @property
     def is_plain(self) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.expert_shards import part_here
 from leanmill.core.operands import Operands, lend, recomputed
 from leanmill.core.product import compute_dtype, linear
 from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
@@ -133,10 +134,15 @@ class Site(ABC):
     def operands(self) -> Operands:
         """Capture what the staged matmul needs, as of now."""
         if self.arrives_staged:
-            return Operands(self.raw_weight, (), self.input_stages())
+            return Operands(self._weight_here, (), self.input_stages())
         if self.held is not None:
-            return Operands(lend(self.raw_weight, self.held), (), self.input_stages())
-        return Operands(self.raw_weight, self.weight_stages(), self.input_stages())
+            return Operands(lend(self._weight_here, self.held), (), self.input_stages())
+        return Operands(self._weight_here, self.weight_stages(), self.input_stages())
+
+    @property
+    def _weight_here(self) -> Tensor:
+        """What of the weight a matmul here takes."""
+        return self.raw_weight
 
 
 class LinearSite(Site, nn.Linear):
@@ -248,6 +254,13 @@ class ExpertSite(Site, nn.Module):
     @property
     def weight_name(self) -> str:
         return self.site_name
+
+    @property
+    def _weight_here(self) -> Tensor:
+        return part_here(self.raw_weight)
+
+    def operands(self) -> Operands:
+        return super().operands().on_this_rank()
 
     def forward(self) -> Tensor:
         """Return the raw weight; a call rather than a method so that sharding hooks run."""

@@ -70,6 +70,16 @@ def test_rows_and_indices_draw_their_part():
     assert torch.equal(uniform(key, torch.tensor([40, 3])), numbers.flatten()[[40, 3]])
 
 
+def test_a_part_of_the_experts_draws_what_the_whole_draws_there():
+    source = Noise("experts")
+    source.renew(3, 5)
+    whole = torch.empty(6, 4, 8)
+    wanted = [draws(whole) for draws in (source.uniform, source.normal, source.gumbel)]
+    source.first_row = 2
+    found = [draws(whole[2:4]) for draws in (source.uniform, source.normal, source.gumbel)]
+    assert all(torch.equal(part, of_all[2:4]) for part, of_all in zip(found, wanted, strict=True))
+
+
 def test_the_rule_gives_every_source_a_key_and_without_it_all_is_nan():
     model = torch.nn.ModuleDict({"one": Noise("one"), "two": Noise("two")})
     like = torch.empty(4)
