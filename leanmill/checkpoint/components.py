@@ -37,7 +37,7 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def _sharded_like(whole: DTensor, part: Tensor, name: str) -> Tensor:
     """Give a rank's part a place in a DTensor: alike where it has the shape, else one row a rank."""
     mesh, placements = whole.device_mesh, whole.placements
-    num_ranks = [mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard()]
+    num_ranks = [mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
     if len(num_ranks) != 1 or whole.shape[0] % num_ranks[0]:
         raise ConfigError(
             f"optimizer.type=adamw8bit: the state of {name} {list(whole.shape)} does not divide over the ranks it is "
@@ -45,7 +45,7 @@ def _sharded_like(whole: DTensor, part: Tensor, name: str) -> Tensor:
         )
     if part.shape == whole._local_tensor.shape:
         return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
-    rows = [Shard(0) if placement.is_shard() else placement for placement in placements]
+    rows = [placement if placement.is_replicate() else Shard(0) for placement in placements]
     shape = torch.Size((num_ranks[0], *part.shape))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(part.unsqueeze(0), mesh, rows, run_check=False, shape=shape, stride=stride)

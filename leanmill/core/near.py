@@ -1,4 +1,4 @@
-"""Names that a mistyped one may have meant. Imports no torch."""
+"""What a mistyped name, or a number that does not divide, may have meant. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def near_names(given: str, known: Iterable[str], *, count: int = 1, cutoff: floa
     """
     plain = {_plain(name): name for name in known}
     return [plain[name] for name in difflib.get_close_matches(_plain(given), plain, n=count, cutoff=cutoff)]
+
+
+def near_divisors(given: int, *numbers: int) -> str:
+    """Return the common divisors of `numbers` on both sides of `given`, as a remedy says them: `2 or 4`."""
+    common = [d for d in range(1, min(numbers) + 1) if not any(number % d for number in numbers)]
+    near = [*[d for d in common if d <= given][-1:], *[d for d in common if d > given][:1]]
+    return " or ".join(map(str, near))
 
 
 def _plain(name: str) -> str:

@@ -199,6 +199,11 @@ class Stage(OperandStage):
         return self(part)  # type: ignore[no-any-return]
         yield
 
+    def stages_rows_alone(self, part: Tensor, shape: torch.Size) -> bool:
+        """Whether `on_part` asks for nothing: rows, or experts of a stacked weight, do not depend on each other."""
+        staging = self.on_part(part, shape)
+        return getattr(staging, "gi_code", None) is Stage.by_itself.__code__
+
     def for_backward(self, weight: Tensor) -> Tensor:
         """Return the weight that the gradient of the input is multiplied with, where it is another.
 

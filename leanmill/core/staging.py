@@ -164,12 +164,15 @@ def run_together(
         answers = dict(zip(asked, answer(list(asked.values())), strict=True))
 
 
-def staged_once(model: nn.Module, *, in_parts: bool) -> tuple[list[StagedOnce], dict[str, str]]:
+def staged_once(
+    model: nn.Module, *, in_parts: bool, reason_against: Callable[[StagedOnce], str | None] = lambda weight: None
+) -> tuple[list[StagedOnce], dict[str, str]]:
     """Find the weights that may be staged once a step.
 
     Args:
         model: A model or train module before it is sharded; it may be on meta.
         in_parts: Whether each rank stages a part of a weight's rows.
+        reason_against: What speaks against one that stages allow, if anything.
 
     Returns:
         The weights, and for each other staged site the reason, by its name.
@@ -180,7 +183,7 @@ def staged_once(model: nn.Module, *, in_parts: bool) -> tuple[list[StagedOnce], 
     found: list[StagedOnce] = []
     reasons: dict[str, str] = {}
     for sites in by_weight.values():
-        reason = _reason_against(sites, in_parts)
+        reason = _reason_against(sites, in_parts) or (reason_against(StagedOnce(sites)) if sites[0].stages else None)
         if reason is None and sites[0].stages:
             found.append(StagedOnce(sites))
         reasons |= {site.site_name: reason for site in sites if reason is not None and site.stages}

@@ -53,23 +53,30 @@ def parameter_groups(
     undecayed: Collection[int] = (),
     settings: Callable[[str], ParamSettings] = lambda name: PLAIN,
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters by weight decay and by what rules say of them."""
-    members: dict[tuple[bool, ParamSettings], list[nn.Parameter]] = {}
+    """Split trainable parameters by weight decay, by what rules say of them, and by how they are sharded.
+
+    Operations on many tensors at once take those of one mesh.
+    """
+    members: dict[tuple[bool, ParamSettings, int], list[nn.Parameter]] = {}
+    meshes: list[Any] = []
     seen: set[int] = set()
     for name, parameter in named_parameters:
         if parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))
             said = settings(name)
             decay = said.weight_decay is None and id(parameter) not in undecayed and decays(name, parameter)
-            members.setdefault((decay, said), []).append(parameter)
+            mesh = getattr(parameter, "device_mesh", None)
+            if mesh not in meshes:
+                meshes.append(mesh)
+            members.setdefault((decay, said, meshes.index(mesh)), []).append(parameter)
     if not seen:
         raise ConfigError(
             "no parameter is trainable: the techniques freeze the base model and add nothing to train; "
             "add a technique with parameters (e.g. {type: lora}) or remove the one that freezes"
         )
     # What is logged as the learning rate is the first group's.
-    order = sorted(members, key=lambda key: (key[1].lr_factor is not None, _group_name(*key)))
-    return [_group(config, *key, members[key]) for key in order]
+    order = sorted(members, key=lambda key: (key[1].lr_factor is not None, _group_name(*key[:2]), key[2]))
+    return [_group(config, *key[:2], members[key]) for key in order]
 
 
 def _group(config: OptimizerConfig, decay: bool, said: ParamSettings, params: list[nn.Parameter]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.site import EmbeddingSite
 from leanmill.core.staging import StagedOnce, Tape, run_together, staged_once
-from leanmill.parallel.tensors import local
+from leanmill.parallel.tensors import add_part, local
 
 
 Staging = Literal["auto", "per_step", "per_use"]
@@ -140,7 +140,8 @@ class ReplicaStaging(StepStaging):
 
     def _stage(self, *, has_backward: bool) -> None:
         for weight in self.weights:
-            tape = self._tape(weight, weight.raw, weight.own, has_backward)
+            # Of experts, what of them is here.
+            tape = self._tape(weight, local(weight.raw), [local(p) for p in weight.own], has_backward)
             (staged,) = run_together([tape.staging()], _asks_nothing)
             self._tapes.append(tape)
             dtype = torch.bfloat16 if self._precision == "bf16" and not is_table(weight) else staged.dtype
@@ -160,13 +161,13 @@ class ReplicaStaging(StepStaging):
         self._held = []
 
     def _part(self, tensor: Tensor) -> Tensor:
-        return tensor
+        return local(tensor)
 
     def _add_own(self, gradients: Sequence[Sequence[Tensor | None] | None]) -> None:
         for weight, found in zip(self.weights, gradients, strict=True):
             for parameter, gradient in zip(weight.own, found or (), strict=False):
                 if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                    add_part(parameter, gradient)
 
 
 def is_table(weight: StagedOnce) -> bool:
@@ -203,6 +204,7 @@ def choose(
     precision: Literal["fp32", "bf16"],
     num_shards: int | None,
     memory_bytes: Callable[[], int],
+    reason_against: Callable[[StagedOnce], str | None] = lambda weight: None,
 ) -> tuple[list[StagedOnce], str]:
     """Return the weights to stage once a step, and a line for the log; "" without staged weights. A collective.
 
@@ -212,11 +214,12 @@ def choose(
         precision: Compute precision.
         num_shards: Ranks that a weight is sharded over; None where each has all of it.
         memory_bytes: Asked for the memory of the smallest rank.
+        reason_against: What speaks against staging a weight once, that stages allow.
 
     Raises:
         ConfigError: `per_step` is asked for, and a site must be staged at every use.
     """
-    weights, reasons = staged_once(module, in_parts=num_shards is not None)
+    weights, reasons = staged_once(module, in_parts=num_shards is not None, reason_against=reason_against)
     num_staged = sum(len(weight.sites) for weight in weights) + len(reasons)
     if not num_staged:
         return [], ""
@@ -230,7 +233,7 @@ def choose(
         )
     needed = sum(
         extra_bytes(
-            weight.shape.numel(),
+            local(weight.raw).numel() if num_shards is None else weight.shape.numel(),
             weight.raw.itemsize,
             is_table=is_table(weight),
             precision=precision,

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from leanmill.core.stage import Packing, Statistic
 from leanmill.core.staging import StagedOnce, run_together
 from leanmill.parallel.staging import StepStaging
-from leanmill.parallel.tensors import local
+from leanmill.parallel.tensors import add_part, local
 
 
 class ShardStaging(StepStaging):
@@ -141,13 +141,13 @@ class ShardStaging(StepStaging):
                 if not weight.goes_by_row(parameter):
                     shared.append((parameter, gradient))
                 elif gradient is not None:
-                    _add(parameter, gradient)
+                    add_part(parameter, gradient)
         # Every rank sends all of them, also what it has no gradient of.
         sent = [torch.zeros(p.shape, dtype=p.dtype) if g is None else g for p, g in shared]
         for (parameter, mine), whole in zip(shared, self._reduced(sent, dist.ReduceOp.SUM), strict=True):
             if mine is not None:
                 rows = self._part(parameter).shape[0]
-                _add(parameter, whole.narrow(0, self._first_row(parameter), rows))
+                add_part(parameter, whole.narrow(0, self._first_row(parameter), rows))
 
 
 class StagedParam(FSDPParam):
@@ -191,15 +191,25 @@ class StagedParam(FSDPParam):
         ]
         weight = self.packing.unpack(packed)[: self._orig_size[0]]
         if not hasattr(self, "_unsharded_param"):
-            self._unsharded_param = nn.Parameter(torch.empty_like(weight), self.sharded_param.requires_grad)
-            self._unsharded_inner_tensors = [self._unsharded_param.data]
-        for tensor in self._unsharded_inner_tensors:
-            alloc_storage(tensor)
+            self._unsharded_inner_tensors = [torch.empty_like(weight)]
+            self._unsharded_param = nn.Parameter(self._whole(), self.sharded_param.requires_grad)
+        (held,) = self._unsharded_inner_tensors
+        alloc_storage(held)
         # Autograd keeps the parameter from forward to backward, while its memory comes and goes.
-        with torch.autograd._unsafe_preserve_version_counter(self._unsharded_param):
-            self._unsharded_param.copy_(weight)
+        with torch.autograd._unsafe_preserve_version_counter(held):
+            held.copy_(weight)
         for tensor in self.all_gather_outputs:
             free_storage(tensor)
+
+    def _whole(self) -> Tensor:
+        """What is gathered, as the module had it: of experts that ranks share, a DTensor."""
+        (held,) = self._unsharded_inner_tensors
+        if self._unsharded_dtensor_spec is None:
+            return held
+        mesh, placements = self._unsharded_dtensor_spec.mesh, self._unsharded_dtensor_spec.placements
+        shape = self._unsharded_dtensor_spec.shape
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(held, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _fsdp_params(root: nn.Module) -> Iterator[FSDPParam]:
@@ -209,15 +219,3 @@ def _fsdp_params(root: nn.Module) -> Iterator[FSDPParam]:
             # PyTorch 2.11 has one group a module.
             for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                 yield from () if group is None else group.fsdp_params
-
-
-def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add a shard to the gradient of a sharded parameter."""
-    assert isinstance(parameter, DTensor)
-    if parameter.grad is not None:
-        local(parameter.grad).add_(gradient)
-        return
-    where = parameter.device_mesh, parameter.placements
-    parameter.grad = DTensor.from_local(  # type: ignore[assignment]
-        gradient, *where, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )

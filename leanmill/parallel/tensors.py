@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -20,6 +21,19 @@ def local(tensor: Tensor) -> Tensor:
 def full(tensor: Tensor) -> Tensor:
     """The whole of `tensor` on every rank. A collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def add_part(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add this rank's part of a gradient to that of `parameter`, which may be sharded."""
+    if not isinstance(parameter, DTensor):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    elif parameter.grad is not None:
+        local(parameter.grad).add_(gradient)
+    else:
+        where = parameter.device_mesh, parameter.placements
+        parameter.grad = DTensor.from_local(  # type: ignore[assignment]
+            gradient, *where, run_check=False, shape=parameter.shape, stride=parameter.stride()
+        )
 
 
 @torch.no_grad()
@@ -34,15 +48,25 @@ def assign(target: Tensor, value: Tensor) -> None:
     if target.shape != value.shape:
         raise ValueError(f"shape {tuple(value.shape)} for a tensor of shape {tuple(target.shape)}")
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        _local_write(target, value)
+        return
     if isinstance(value, DTensor) and not isinstance(target, DTensor):
         value = value.full_tensor()
     if isinstance(target, DTensor) and isinstance(value, DTensor):
         if value.device_mesh != target.device_mesh or value.placements != target.placements:
-            value = distribute_tensor(value.full_tensor(), target.device_mesh, target.placements, src_data_rank=None)
+            _local_write(target, value.full_tensor())
+            return
         target, value = target.to_local(), value.to_local()
     if target.data_ptr() != value.data_ptr() or target.numel() == 0:
         target.copy_(value)
+
+
+def _local_write(target: DTensor, whole: Tensor) -> None:
+    """Write the box of `whole` that lies on this rank."""
+    sizes, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        whole = whole.narrow(dim, min(offset, whole.shape[dim]), size)
+    target.to_local().copy_(whole)
 
 
 @torch.no_grad()
@@ -83,5 +107,5 @@ def _sharding(tensor: Tensor) -> tuple[Any, tuple[int, ...]] | None:
         return None
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError("a gradient is not reduced over its mesh yet")
-    dims = tuple(i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    dims = tuple(i for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
     return tensor.device_mesh, dims

@@ -70,14 +70,17 @@ class TorchEngine(Engine):
             raise RuntimeError("the engine is not prepared, or closed")
         return self._optimizer
 
-    def _staged_once(self, module: nn.Module, staging: Staging, num_shards: int | None = None) -> list[StagedOnce]:
-        """The weights to stage once a step, chosen before anything is sharded."""
+    def _staged_once(
+        self, module: nn.Module, staging: Staging, num_shards: int | None = None, **options: Any
+    ) -> list[StagedOnce]:
+        """The weights to stage once a step, chosen before anything is sharded; `options` are those of `choose`."""
         weights, line = choose(
             module,
             staging,
             precision=self.precision,
             num_shards=num_shards,
             memory_bytes=lambda: smallest_rank_memory(self._ranks),
+            **options,
         )
         self.notes = (line,) if line else ()
         return weights

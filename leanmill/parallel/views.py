@@ -70,7 +70,7 @@ class ShardView(WholeView):
     def reduce(self, tensor: Tensor, op: Literal["sum", "max", "min"]) -> Tensor:
         # Only over the dims it is sharded over: replicas of a piece would count twice.
         for dim, placement in enumerate(self.parameter.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 tensor = reduced(tensor, op, self.parameter.device_mesh.get_group(dim))
         return tensor
 
