@@ -352,7 +352,9 @@ def train(
 ) -> tuple[Engine, Loop]:
     """Train the recipe on fixed rows through the real preparation and loop."""
     model = build_on_meta(recipe.model, vocab_size=None)
-    engine, _ = build_engine(recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=0)
+    engine, _ = build_engine(
+        recipe.engine, ranks=ranks, precision=recipe.train.precision, model_bytes=0, layout=recipe.layout
+    )
     prepared = prepare(recipe, model, engine, num_micro_batches=2)
     loop = Loop(
         recipe=recipe,

@@ -11,10 +11,12 @@ from leanmill.parallel.config import (
     DeepSpeedEngine,
     EngineConfig,
     FsdpEngine,
+    LayoutConfig,
     SingleEngine,
 )
 from leanmill.parallel.engine import Engine
 from leanmill.parallel.launch import Ranks, ensure_process_group
+from leanmill.parallel.layout import Layout, resolve_layout
 from leanmill.parallel.rank_memory import smallest_rank_memory
 
 
@@ -24,7 +26,12 @@ is for activations, which `auto` cannot know."""
 
 
 def build_engine(
-    config: EngineConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"], model_bytes: int
+    config: EngineConfig,
+    *,
+    ranks: Ranks,
+    precision: Literal["fp32", "bf16"],
+    model_bytes: int,
+    layout: LayoutConfig | None = None,
 ) -> tuple[Engine, str]:
     """Build the engine; all ranks call it together.
 
@@ -32,7 +39,8 @@ def build_engine(
         config: The recipe's engine section; `auto` is resolved here.
         ranks: Which process this is.
         precision: Compute precision.
-        model_bytes: Bytes of the whole model's fp32 weights.
+        model_bytes: Bytes of the fp32 weights that a rank without sharding holds.
+        layout: The recipe's layout section.
 
     Returns:
         The engine, not yet prepared, and one line on why it is this one.
@@ -40,18 +48,25 @@ def build_engine(
     Raises:
         ConfigError: This engine cannot run on these ranks.
     """
-    why = "as the recipe asks"
+    why, layout = "as the recipe asks", layout or LayoutConfig()
     if isinstance(config, AutoEngine):
         staging = config.staging
-        config, why = choose_engine(ranks=ranks, precision=precision, model_bytes=model_bytes)
+        config, why = choose_engine(ranks=ranks, precision=precision, model_bytes=model_bytes, layout=layout)
         config = config.model_copy(update={"staging": staging})
-    engine = _make(config, ranks, precision)
+    resolved = resolve_layout(layout, config, ranks.world_size, ranks.device.type)
+    engine = _make(config, ranks, precision, resolved)
     places = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
-    return engine, f"engine {engine.name} on {places} ({ranks.device.type}, {precision}): {why}"
+    experts = f", experts over groups of {resolved.ep}" if resolved.ep > 1 else ""
+    return engine, f"engine {engine.name} on {places}{experts} ({ranks.device.type}, {precision}): {why}"
 
 
 def choose_engine(
-    *, ranks: Ranks, precision: Literal["fp32", "bf16"], model_bytes: int, memory_bytes: int | None = None
+    *,
+    ranks: Ranks,
+    precision: Literal["fp32", "bf16"],
+    model_bytes: int,
+    memory_bytes: int | None = None,
+    layout: LayoutConfig | None = None,
 ) -> tuple[EngineConfig, str]:
     """Pick an engine: single for one process, DDP where a replica fits comfortably, else FSDP.
 
@@ -60,9 +75,12 @@ def choose_engine(
         precision: bf16 adds a bf16 copy of the weights under DDP.
         model_bytes: Bytes of the whole model's fp32 weights.
         memory_bytes: Memory of one rank; None asks the machine, and takes the smallest rank's.
+        layout: The recipe's layout section; one that shards gets an engine that does.
     """
     if ranks.world_size == 1:
         return SingleEngine(), "one process needs no sharding"
+    if layout is not None and layout.dp_shard is not None:
+        return FsdpEngine(), "layout.dp_shard shards parameters"
     # fp32 weights, gradients and AdamW's two moments; autocast adds the weights in bf16.
     factor = 4.5 if precision == "bf16" else 4.0
     needed = factor * model_bytes
@@ -76,7 +94,7 @@ def choose_engine(
     return FsdpEngine(), f"{sizes}, more than half of a rank's {_gib(memory)}, so it is sharded over the ranks"
 
 
-def _make(config: EngineConfig, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> Engine:
+def _make(config: EngineConfig, ranks: Ranks, precision: Literal["fp32", "bf16"], layout: Layout) -> Engine:
     # Imported here: each engine brings its own library, and DeepSpeed's costs seconds.
     if isinstance(config, SingleEngine):
         from leanmill.parallel.single import SingleEngine as Single
@@ -85,16 +103,16 @@ def _make(config: EngineConfig, ranks: Ranks, precision: Literal["fp32", "bf16"]
     if isinstance(config, DdpEngine):
         from leanmill.parallel.ddp import DdpEngine as Ddp
 
-        return Ddp(config, ranks=ranks, precision=precision)
+        return Ddp(config, ranks=ranks, precision=precision, layout=layout)
     if isinstance(config, FsdpEngine):
         from leanmill.parallel.fsdp import FsdpEngine as Fsdp
 
-        return Fsdp(config, ranks=ranks, precision=precision)
+        return Fsdp(config, ranks=ranks, precision=precision, layout=layout)
     if isinstance(config, DeepSpeedEngine):
         from leanmill.parallel.deepspeed import DeepSpeedEngine as DeepSpeed
 
         ensure_process_group(ranks)
-        return DeepSpeed(config, device=ranks.device, precision=precision)
+        return DeepSpeed(config, device=ranks.device, precision=precision, layout=layout)
     raise ConfigError(f"engine {config!r} is unknown; type engine=auto, single, ddp, fsdp or deepspeed")
 
 

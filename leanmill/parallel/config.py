@@ -111,3 +111,15 @@ class DeepSpeedEngine(Config):
 EngineConfig = Annotated[
     AutoEngine | SingleEngine | DdpEngine | FsdpEngine | DeepSpeedEngine, Field(discriminator="type")
 ]
+
+
+class LayoutConfig(Config):
+    """How ranks share the work: dp_replicate x dp_shard are all ranks, and groups of `ep` among them share experts."""
+
+    ep: int = Field(default=1, ge=1)
+    """Ranks that share the experts of each layer: each holds num_experts / ep of them, and tokens travel to their
+    experts. They read different data all the same. 1 leaves all experts on every rank."""
+    dp_shard: int | None = Field(default=None, ge=1)
+    """Ranks that a parameter is sharded over, under `engine=fsdp`; the same as `engine.shard_size`. None: all ranks."""
+    dp_replicate: int | None = Field(default=None, ge=1)
+    """Replicas of the sharded model. None: whatever dp_shard leaves of the ranks."""

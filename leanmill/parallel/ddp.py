@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 from torch import nn
@@ -13,7 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from leanmill.core.batches import Batch
 from leanmill.parallel.config import DdpEngine as DdpConfig
 from leanmill.parallel.engine import Losses, Preparation
+from leanmill.parallel.expert_parallel import is_spread, replicated_experts, spread_experts
+from leanmill.parallel.expert_reduction import ExpertReduction
 from leanmill.parallel.launch import Ranks, ensure_process_group
+from leanmill.parallel.layout import Layout
 from leanmill.parallel.single import freeze
 from leanmill.parallel.staging import ReplicaStaging
 from leanmill.parallel.torch_engine import TorchEngine
@@ -29,25 +32,45 @@ _NO_BUFFERS: dict[str, Any] = {
 class DdpEngine(TorchEngine):
     """Replicas whose gradients are averaged in the last micro-batch's backward. bf16 is autocast.
 
+    Experts that a layout spreads over ranks have replicas on some ranks only, which average them among themselves.
+
     Args:
         config: The recipe's engine section.
         ranks: Which process this is.
         precision: Compute precision.
+        layout: Of the run; None spreads nothing.
     """
 
     name = "ddp"
 
-    def __init__(self, config: DdpConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(
+        self,
+        config: DdpConfig,
+        *,
+        ranks: Ranks,
+        precision: Literal["fp32", "bf16"],
+        layout: Layout | None = None,
+    ) -> None:
         super().__init__(ranks=ranks, precision=precision)
-        self.config = config
+        self.config, self.layout = config, layout or Layout(ranks.world_size)
         ensure_process_group(ranks)
         self._replica: DistributedDataParallel | None = None
+        self._experts = ExpertReduction((), None)
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        if self.layout.ep > 1:
+            spread_experts(module.model, self.layout, *replicated_experts(self.layout))  # type: ignore[arg-type]
         self.staging = ReplicaStaging(self._staged_once(module, self.config.staging), self.precision)
         preparation.materialise(module)
         self.module = module.to(self.device)
-        _leave_out(self.module, [p for weight in self.staging.weights for p in weight.own])
+        own = [p for weight in self.staging.weights for p in weight.own]
+        if self.layout.ep > 1:
+            experts = [p for p in self.module.parameters() if is_spread(p)]
+            staged = {id(p) for p in own}
+            group = self.layout.experts.get_group("replicate")
+            self._experts = ExpertReduction([p for p in experts if id(p) not in staged], group)
+            own += experts
+        _leave_out(self.module, own)
         self._make_optimizer(preparation)
 
     @property
@@ -68,8 +91,14 @@ class DdpEngine(TorchEngine):
         # Its hooks and buckets go with it; it would wait for gradients of parameters that rest.
         self._replica = None
 
-    def _micro_batch(self, *, is_last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if is_last else self._replicated.no_sync()
+    @contextmanager
+    def _micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        with nullcontext() if is_last else self._replicated.no_sync():
+            if is_last:
+                self._experts.begin()
+            yield
+        if is_last:
+            self._experts.finish()
 
     def _train_forward(self, batch: Batch) -> Losses:
         return self._replicated(batch)  # type: ignore[no-any-return]

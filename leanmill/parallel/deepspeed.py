@@ -24,8 +24,10 @@ from leanmill.core.quiet import ignore_warning
 from leanmill.core.views import Views
 from leanmill.parallel import config as configs
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
+from leanmill.parallel.deepspeed_experts import LocalExperts, marker
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, empty_share, share
 from leanmill.parallel.engine import Engine, Losses, Preparation
+from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.single import freeze
 from leanmill.parallel.tensors import full
@@ -40,6 +42,7 @@ class DeepSpeedEngine(Engine):
         device: This rank's device.
         precision: `bf16` computes matmuls in bf16 under autocast over fp32 parameters.
         persist_below: ZeRO-3 keeps parameters with fewer elements gathered.
+        layout: Of the run; None spreads nothing. Stages 1 and 2 take experts that ranks share.
 
     Raises:
         ConfigError: The section asks for what this machine or the stage cannot do.
@@ -54,6 +57,7 @@ class DeepSpeedEngine(Engine):
         device: torch.device,
         precision: Literal["fp32", "bf16"] = "fp32",
         persist_below: int = PERSIST_BELOW,
+        layout: Layout | None = None,
     ) -> None:
         check_config(config)
         self.config, self.device, self.precision, self.persist_below = config, device, precision, persist_below
@@ -63,6 +67,8 @@ class DeepSpeedEngine(Engine):
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
         self._mesh = cpu_mesh()
+        self.layout = layout or Layout(self.data_size)
+        self._experts = LocalExperts(self.layout)
         _start_deepspeed(device)
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
@@ -78,6 +84,7 @@ class DeepSpeedEngine(Engine):
             max_grad_norm=preparation.max_grad_norm,
             persist_below=self.persist_below,
         )
+        self._experts.spread(self._model)
         self._give_storage(module)
         preparation.materialise(module)
         for owner, key, buffer in _own_tensors(module, "_buffers"):
@@ -85,14 +92,18 @@ class DeepSpeedEngine(Engine):
         # Before ZeRO-3 empties the parameters: groups depend on their shapes.
         optimizer = preparation.make_optimizer(module)
         check_optimizer(optimizer)
+        self._experts.localise(self._model, optimizer)
         if self.config.stage == 3:
             _mark_experts(module)
             replaced = self._partition(module, ds_config)
             for group in optimizer.param_groups:
                 group["params"] = [replaced[id(p)] for p in group["params"]]
+        if self.layout.ep > 1:
+            module.add_module("shares_experts", marker(self.layout.ep))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
+        module._modules.pop("shares_experts", None)
         self._zero = ZeroState(self._optimizer, self.config.stage)
         self._client_optimizer = optimizer
         module.train()
@@ -197,27 +208,27 @@ class DeepSpeedEngine(Engine):
 
     @property
     def views(self) -> Views:
-        return ZeroViews(self._model, self._zero)
+        return ZeroViews(self._model, self._zero, self._experts)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained():
-            yield name, self._zero.gradient(parameter)
+            yield name, self._experts.whole(parameter, self._zero.gradient(parameter))
 
     def full_parameter(self, name: str) -> Tensor:
         for candidate, parameter in state_parameters(self._model):
             if candidate == name:
-                return self._zero.parameter(parameter).detach().to("cpu", copy=True)
+                return self._experts.whole(parameter, self._zero.parameter(parameter)).detach().to("cpu", copy=True)
         raise KeyError(name)
 
     def model_state(self) -> dict[str, Tensor]:
         state = {name: self._hand_out(self._zero.parameter(p), p) for name, p in state_parameters(self._model)}
-        return state | dict(state_buffers(self._model))
+        return state | {name: self._experts.hand_out(b, b) for name, b in state_buffers(self._model)}
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
         for name, parameter in state_parameters(self._model):
-            self._zero.set_parameter(parameter, full(state[name]).to(self.device))
+            self._zero.set_parameter(parameter, self._experts.part(parameter, state[name]).to(self.device))
         for name, buffer in state_buffers(self._model):
-            buffer.copy_(state[name])
+            buffer.copy_(self._experts.part(buffer, state[name]))
 
     def optimizer_state(self) -> dict[str, Tensor]:
         self._zero.allocate()
@@ -235,7 +246,8 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self._trained():
             element_wise, counters = self._zero.state_keys(parameter)
             for key in element_wise:
-                self._zero.set_state(parameter, key, full(state[f"{name}/{key}"]).to(self.device))
+                part = self._experts.part(parameter, state[f"{name}/{key}"])
+                self._zero.set_state(parameter, key, part.to(self.device))
             for key in counters:
                 self._zero.set_counter(parameter, key, state[f"{name}/{key}"])
 
@@ -265,6 +277,8 @@ class DeepSpeedEngine(Engine):
 
     def _hand_out(self, value: Tensor, parameter: nn.Parameter) -> Tensor:
         """Rows of what is sharded, as a DTensor on the CPU; what every rank holds whole stays plain."""
+        if self._experts.is_part(parameter):
+            return self._experts.hand_out(parameter, value)
         replicated = self.config.stage == 0 or (self.config.stage < 3 and not parameter.requires_grad)
         return value.detach() if replicated else share(value, self._mesh)
 

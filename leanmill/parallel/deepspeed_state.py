@@ -19,10 +19,12 @@ from leanmill.core.errors import RunError
 from leanmill.parallel.optimizer_state import allocate_state
 
 
-def cpu_mesh() -> DeviceMesh:
-    """Return a 1-D mesh over all ranks whose collectives run on CPU tensors."""
+def cpu_mesh(shape: tuple[int, ...] = (-1,)) -> DeviceMesh:
+    """Return a mesh over all ranks whose collectives run on CPU tensors; one size may be -1."""
     if "gloo" in dist.get_backend_config():
-        return init_device_mesh("cpu", (dist.get_world_size(),))
+        return init_device_mesh("cpu", torch.empty(dist.get_world_size(), device="meta").view(shape).shape)
+    if len(shape) > 1:
+        raise RunError("expert parallelism under DeepSpeed needs gloo beside NCCL; start with `leanmill train`")
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return DeviceMesh.from_group(group, "cpu")

@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
@@ -18,8 +17,12 @@ from leanmill.core.site import EmbeddingSite
 from leanmill.core.sites import iter_sites, staged_parameters
 from leanmill.core.staging import StagedOnce
 from leanmill.parallel.config import FsdpEngine as FsdpConfig
+from leanmill.parallel.config import LayoutConfig
 from leanmill.parallel.engine import Preparation
+from leanmill.parallel.expert_parallel import spread_experts
+from leanmill.parallel.expert_sharding import ExpertSharding
 from leanmill.parallel.launch import Ranks, ensure_process_group
+from leanmill.parallel.layout import Layout, resolve_layout
 from leanmill.parallel.single import freeze
 from leanmill.parallel.staging_shards import ShardStaging
 from leanmill.parallel.torch_engine import TorchEngine
@@ -40,11 +43,13 @@ class FsdpEngine(TorchEngine):
       and one block's full gradient; in a hybrid mesh the all-reduce between replicas waits for the
       last. With `reshard_after_forward: false`, full weights stay in memory anyway, and so do full
       gradients until the last micro-batch, which then is the only one that communicates them.
+    - Experts that a layout spreads over ranks are sharded among the ranks that hold the same ones.
 
     Args:
         config: The recipe's engine section.
         ranks: Which process this is.
         precision: Compute precision.
+        layout: Of the run; None shards as `config` says.
 
     Raises:
         ConfigError: `shard_size` does not divide the ranks.
@@ -52,18 +57,29 @@ class FsdpEngine(TorchEngine):
 
     name = "fsdp"
 
-    def __init__(self, config: FsdpConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(
+        self,
+        config: FsdpConfig,
+        *,
+        ranks: Ranks,
+        precision: Literal["fp32", "bf16"],
+        layout: Layout | None = None,
+    ) -> None:
         super().__init__(ranks=ranks, precision=precision)
-        shard_size = check_shard_size(config.shard_size, ranks.world_size)
-        ensure_process_group(ranks)
         self.config = config
-        self.mesh = _make_mesh(self.device.type, ranks.world_size, shard_size)
+        self.layout = layout or resolve_layout(LayoutConfig(), config, ranks.world_size, self.device.type)
+        ensure_process_group(ranks)
+        self.mesh = self.layout.dense
+        self._experts: ExpertSharding | None = None
         self.autocasts = False
         """Whether everything is gathered in fp32 and autocast gives bf16."""
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        if self.layout.ep > 1:
+            self._experts = self._spread_experts(module.model)  # type: ignore[arg-type]
         group = self.mesh.get_group("shard")
-        weights = self._staged_once(module, self.config.staging, num_shards=group.size())
+        against = {} if self._experts is None else {"reason_against": self._experts.reason_against}
+        weights = self._staged_once(module, self.config.staging, num_shards=group.size(), **against)
         if self.config.gather == "packed" and not any(weight.packing for weight in weights):
             raise ConfigError(
                 "engine.gather=packed, but no weight here is staged once a step into a form that packs (ternary and "
@@ -93,6 +109,15 @@ class FsdpEngine(TorchEngine):
         self.module = module
         self._make_optimizer(preparation)
 
+    def _spread_experts(self, model: nn.Module) -> ExpertSharding:
+        if not has_groups_of_their_own():
+            raise ConfigError(
+                f"layout.ep={self.layout.ep} under engine=fsdp needs PyTorch 2.12 or newer, where the parameters of a "
+                f"block may be sharded over several meshes; upgrade, or type engine=ddp"
+            )
+        spread_experts(model, self.layout, self.layout.experts["ep"], (Shard(0),))
+        return ExpertSharding(self.layout)
+
     def _shard(self, module: nn.Module, *, reshard_after_forward: bool) -> None:
         fully_shard(
             module,
@@ -100,6 +125,7 @@ class FsdpEngine(TorchEngine):
             mp_policy=self._mixed_precision("bf16" if self._gathers_bf16 else "fp32"),
             offload_policy=self._offload_policy(),
             reshard_after_forward=reshard_after_forward,
+            shard_placement_fn=None if self._experts is None else self._experts.placement,
         )
         if self._gathers_bf16:
             _split_off_staged(module, self.staging.weights, self._mixed_precision("fp32"))
@@ -129,7 +155,7 @@ class FsdpEngine(TorchEngine):
         assert isinstance(self.module, FSDPModule)
         if not self.config.reshard_after_forward:
             self.module.set_requires_gradient_sync(is_last)
-        elif self.mesh.ndim == 2:
+        elif self.mesh.ndim == 2 or (self._experts is not None and self._experts.has_replicas):
             self.module.set_requires_all_reduce(is_last)
         yield
 
@@ -214,32 +240,6 @@ def _return_bf16(module: nn.Module) -> None:
     for _, site in iter_sites(module):
         if isinstance(site, EmbeddingSite) and site.stages:
             site.register_forward_hook(lambda _module, _input, output: output.to(torch.bfloat16))
-
-
-def check_shard_size(shard_size: int | None, world_size: int) -> int:
-    """Return how many ranks a parameter is sharded over.
-
-    Raises:
-        ConfigError: It does not divide the number of ranks, or shards nothing.
-    """
-    if shard_size is None:
-        return world_size
-    if world_size % shard_size:
-        divisors = [d for d in range(2, world_size + 1) if world_size % d == 0]
-        raise ConfigError(
-            f"engine.shard_size={shard_size} does not divide the {world_size} ranks; set one of {divisors or [1]}"
-        )
-    if shard_size == 1 and world_size > 1:
-        raise ConfigError("engine.shard_size=1 shards nothing; type engine=ddp, or set engine.shard_size=2 or more")
-    return shard_size
-
-
-def _make_mesh(device_type: str, world_size: int, shard_size: int) -> DeviceMesh:
-    if shard_size == world_size:
-        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
-    shape = (world_size // shard_size, shard_size)
-    # Neighbouring ranks share parameters: they are the ones on one machine.
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _give_storage(module: nn.Module, device: torch.device) -> None:

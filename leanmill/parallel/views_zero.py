@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leanmill.core.views import Span, View, check_same_shape
-from leanmill.parallel.collectives import reduced, sum_over_ranks
+from leanmill.core.views import Box, Span, View, check_same_shape
+from leanmill.parallel.collectives import reduced
+from leanmill.parallel.deepspeed_experts import LocalExperts
 from leanmill.parallel.deepspeed_state import ZeroState
 from leanmill.parallel.views import ModelViews, WholeView
 
@@ -22,12 +23,14 @@ class _FlatView(View):
         name: Of the parameter.
         parameter: Live.
         zero: What knows DeepSpeed's optimizer wrapper.
-        span: Which elements.
+        span: Which elements of what this rank's model has of it, which of experts is a part.
+        experts: What knows which parameters are parts.
     """
 
-    def __init__(self, name: str, parameter: Any, zero: ZeroState, span: Span) -> None:
-        self.name, self.parameter, self.zero, self.span = name, parameter, zero, span
-        self.piece = span
+    def __init__(self, name: str, parameter: Any, zero: ZeroState, span: Span, experts: LocalExperts) -> None:
+        self.name, self.parameter, self.zero, self.span, self.experts = name, parameter, zero, span, experts
+        first, shape = experts.offset(parameter), tuple(experts.shape(parameter))
+        self.piece = Span(shape, first + span.start, first + span.stop) if experts.is_part(parameter) else span
 
     @property
     def num_held(self) -> int:
@@ -65,11 +68,11 @@ class FragmentView(_FlatView):
     Fragments are cut anywhere, also inside a row, and most ranks have none of a given parameter.
     """
 
-    def __init__(self, name: str, parameter: Any, zero: ZeroState) -> None:
+    def __init__(self, name: str, parameter: Any, zero: ZeroState, experts: LocalExperts) -> None:
         self.mapping = parameter._hp_mapping
         address = None if self.mapping is None else self.mapping.lp_fragment_address
         start, count = (0, 0) if address is None else (address.start, address.numel)
-        super().__init__(name, parameter, zero, Span(tuple(parameter.shape), start, start + count))
+        super().__init__(name, parameter, zero, Span(tuple(parameter.shape), start, start + count), experts)
 
     @property
     def value(self) -> Tensor:
@@ -89,8 +92,8 @@ class FragmentView(_FlatView):
         return self._states_at(flat, self.mapping.hp_fragment_address.start)
 
     def beside(self, parameter: nn.Parameter) -> View:
-        check_same_shape(self, parameter.shape)
-        return FragmentOfReplica(f"(beside {self.name})", parameter, self.zero, self.span)
+        check_same_shape(self, self.experts.shape(parameter))
+        return FragmentOfReplica(f"(beside {self.name})", parameter, self.zero, self.span, self.experts)
 
     def publish(self) -> None:
         """Nothing: `ZeroViews.publish` gathers all masters at once, as the optimizer step does."""
@@ -111,25 +114,46 @@ class FragmentOfReplica(_FlatView):
         return {}
 
     def beside(self, parameter: nn.Parameter) -> View:
-        check_same_shape(self, parameter.shape)
-        return FragmentOfReplica(self.name, parameter, self.zero, self.span)
+        check_same_shape(self, self.experts.shape(parameter))
+        return FragmentOfReplica(self.name, parameter, self.zero, self.span, self.experts)
 
     def publish(self) -> None:
         # Fragments cover the parameter without overlap, so the sum puts them together.
         data = self.parameter.data
         whole = torch.zeros_like(data.view(-1), dtype=torch.uint8 if data.dtype == torch.bool else data.dtype)
         whole[self.span.start : self.span.stop] = self.value
-        data.copy_(sum_over_ranks(whole).view(data.shape))
+        group = self.experts.replicas if self.experts.is_part(self.parameter) else None
+        data.copy_(reduced(whole, "sum", group).view(data.shape))
+
+
+class FrozenExpertsView(WholeView):
+    """Stages 1 and 2: this rank's experts of a frozen parameter."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, experts: LocalExperts) -> None:
+        self.experts = experts
+        super().__init__(name, parameter, None)
+
+    def _piece(self) -> Box:
+        sizes, shape = tuple(self.parameter.shape), tuple(self.experts.shape(self.parameter))
+        first = self.experts.offset(self.parameter) // max(1, self.parameter[0].numel())
+        return Box(shape, (first, *[0] * (len(shape) - 1)), sizes)
+
+    def reduce(self, tensor: Tensor, op: Literal["sum", "max", "min"]) -> Tensor:
+        return reduced(tensor, op, self.experts.sharers)
+
+    def beside(self, parameter: nn.Parameter) -> View:
+        check_same_shape(self, self.experts.shape(parameter))
+        return FrozenExpertsView(f"(beside {self.name})", parameter, self.experts)
 
 
 class PartitionView(_FlatView):
     """Stage 3: this rank's equal share of the flattened parameter; the last ranks may have less, or nothing."""
 
-    def __init__(self, name: str, parameter: Any, zero: ZeroState) -> None:
+    def __init__(self, name: str, parameter: Any, zero: ZeroState, experts: LocalExperts) -> None:
         total, share = parameter.ds_numel, parameter.ds_tensor.ds_numel
         start = min(dist.get_rank() * share, total)
         span = Span(tuple(parameter.ds_shape), start, min(start + share, total))
-        super().__init__(name, parameter, zero, span)
+        super().__init__(name, parameter, zero, span, experts)
 
     @property
     def value(self) -> Tensor:
@@ -160,7 +184,7 @@ class PartitionView(_FlatView):
 
     def beside(self, parameter: Any) -> View:
         check_same_shape(self, parameter.ds_shape)
-        return PartitionView(f"(beside {self.name})", parameter, self.zero)
+        return PartitionView(f"(beside {self.name})", parameter, self.zero, self.experts)
 
     def publish(self) -> None:
         value = self.value
@@ -177,19 +201,22 @@ class ZeroViews(ModelViews):
     Args:
         model: The live causal LM.
         zero: What knows DeepSpeed's optimizer wrapper.
+        experts: What knows which parameters are parts.
     """
 
-    def __init__(self, model: nn.Module, zero: ZeroState) -> None:
+    def __init__(self, model: nn.Module, zero: ZeroState, experts: LocalExperts) -> None:
         super().__init__(model)
-        self._zero = zero
+        self._zero, self._experts = zero, experts
 
     def of(self, parameter: nn.Parameter) -> View:
         name, stage = self.name_of(parameter), self._zero.stage
         if stage == 3:
-            return PartitionView(name, parameter, self._zero)
+            return PartitionView(name, parameter, self._zero, self._experts)
         if stage == 0 or not parameter.requires_grad:
+            if self._experts.is_part(parameter):
+                return FrozenExpertsView(name, parameter, self._experts)
             return WholeView(name, parameter, self._zero.base)
-        return FragmentView(name, parameter, self._zero)
+        return FragmentView(name, parameter, self._zero, self._experts)
 
     def publish(self, views: Iterable[View]) -> None:
         flat = [view for view in views if isinstance(view, _FlatView)]

@@ -13,6 +13,7 @@ from leanmill.parallel.config import (
     DeepSpeedEngine,
     EngineConfig,
     FsdpEngine,
+    LayoutConfig,
     SingleEngine,
 )
 from leanmill.recipe.root import Recipe
@@ -35,6 +36,7 @@ def engine_of(
             precision="bf16" if recipe.train.precision == "bf16" else "fp32",
             model_bytes=model_bytes,
             memory_bytes=int(rank_memory_gib * 2**30),
+            layout=recipe.layout,
         )
     if isinstance(engine, SingleEngine) and world_size > 1:
         raise ConfigError(f"engine=single runs one process, not {world_size}; type engine=ddp or engine=fsdp")
@@ -45,11 +47,13 @@ def engine_of(
     return engine, "as the recipe asks"
 
 
-def candidates(world_size: int) -> list[EngineConfig]:
-    """Return the engines that run on this many ranks."""
+def candidates(world_size: int, layout: LayoutConfig) -> list[EngineConfig]:
+    """Return the engines that run on this many ranks with this layout."""
     if world_size == 1:
         return [SingleEngine()]
-    stages: tuple[Any, ...] = (0, 1, 2, 3)
+    if {layout.dp_shard, layout.dp_replicate} - {None}:
+        return [FsdpEngine()]
+    stages: tuple[Any, ...] = (0, 1, 2, 3) if layout.ep == 1 else (1, 2)
     return [DdpEngine(), FsdpEngine(), *(DeepSpeedEngine(stage=stage) for stage in stages)]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from leanmill.optim.config import Adam8bit, Lion, OptimizerConfig
@@ -41,6 +41,10 @@ class Weight:
     """Whether that may be done once a step on shards."""
     is_table: bool = False
     """Whether rows are looked up in it."""
+    is_expert: bool = False
+    """Whether it has an entry for each expert of a layer."""
+    sharers: int | None = None
+    """Ranks that share what is counted of it, where those are not the ones that share other weights."""
 
     @property
     def numel(self) -> int:
@@ -51,6 +55,12 @@ class Weight:
     def num_bytes(self) -> int:
         """Bytes of the whole parameter."""
         return self.numel * self.itemsize
+
+    def on_rank(self, ep: int, sharers: int) -> Weight:
+        """Return what a rank has of it, where `ep` ranks have experts of their own and `sharers` the same ones."""
+        if ep == 1 or not self.is_expert:
+            return self
+        return replace(self, shape=(self.shape[0] // ep, *self.shape[1:]), sharers=sharers)
 
 
 @dataclass
@@ -115,7 +125,13 @@ def staged_copies(engine: EngineConfig, weights: Sequence[Weight], world_size: i
     """Return the bytes that a rank holds more because weights are staged once a step, as an engine counts them."""
     size = (engine.shard_size or world_size) if isinstance(engine, FsdpEngine) else None
     return sum(
-        extra_bytes(w.numel, w.itemsize, is_table=w.is_table, precision=precision, num_shards=size)
+        extra_bytes(
+            w.numel,
+            w.itemsize,
+            is_table=w.is_table,
+            precision=precision,
+            num_shards=(w.sharers or size) if size else None,
+        )
         for w in weights
         if is_staged_once(w, engine)
     )
@@ -167,7 +183,9 @@ def _autocast_copies(weights: Sequence[Weight], precision: str) -> int:
 
 
 def shard_numel(weight: Weight, shard_size: int) -> int:
-    """Elements FSDP2 keeps of a parameter on each rank: whole rows, the last shard padded."""
+    """Elements FSDP2 keeps of a parameter on each rank: whole rows, the last shard padded; of experts, even parts."""
+    if weight.sharers is not None:
+        return math.ceil(weight.numel / weight.sharers)
     rows, *rest = weight.shape or (1,)
     return math.ceil(rows / shard_size) * math.prod(rest)
 
@@ -228,14 +246,15 @@ def _groups(
     groups: dict[int | None, _Group] = {}
     for w in weights:
         group = groups.setdefault(w.block, _Group())
-        whole = shard_numel(w, size) * size
+        sharers = w.sharers or size
+        whole = shard_numel(w, size) * sharers
         # bf16 gathers masks, and what is staged at use, as they are.
         at_use = w.staged and not is_staged_once(w, engine)
         width = 2 if precision == "bf16" and w.itemsize > 1 and not at_use else w.itemsize
         group.gathered += whole * width
         if w.trainable:
             group.num_trained += whole
-            group.gradients += whole * (width + (reduce if reduce != width else 0) + reduce / size)
+            group.gradients += whole * (width + (reduce if reduce != width else 0) + reduce / sharers)
     return groups
 
 
@@ -253,7 +272,11 @@ def _zero12(
     memory = Memory()
     _add_whole_weights(memory, weights)
     trained = sum(w.numel for w in weights if w.trainable)
-    share = math.ceil(trained / world_size)
+    groups = {w.sharers or world_size for w in weights}
+    share = sum(
+        math.ceil(sum(w.numel for w in weights if w.trainable and (w.sharers or world_size) == size) / size)
+        for size in groups
+    )
     state: Literal["held", "host"] = "held" if engine.offload_optimizer is None else "host"
     memory.add(state, "master weights", 4 * share)
     memory.add(state, "gradients", 4 * share)

@@ -110,7 +110,7 @@ def plan(
         raise ConfigError(f"{world_size} ranks do not fill machines of {per_node}; give --nodes and --gpus-per-node")
     num_micro_batches, num_steps = derive_steps(recipe, world_size)
     subject, available = Subject.of(recipe), int(rank_memory_gib * 2**30)
-    engine, why = engine_of(recipe, world_size, per_node, 4 * subject.num_parameters, rank_memory_gib)
+    engine, why = engine_of(recipe, world_size, per_node, 4 * subject.num_held, rank_memory_gib)
     asked = Case(recipe=recipe, engine=engine, world_size=world_size)
 
     def memory_of(case: Case) -> Memory:
@@ -133,7 +133,9 @@ def plan(
         memory=memory,
         rank_memory_bytes=available,
         remedies=dict(tried),
-        alternatives={label(other): memory_of(replace(asked, engine=other)) for other in candidates(world_size)},
+        alternatives={
+            label(other): memory_of(replace(asked, engine=other)) for other in candidates(world_size, recipe.layout)
+        },
         tokens_per_step=tokens_per_step,
         num_micro_batches=num_micro_batches,
         num_steps=num_steps,

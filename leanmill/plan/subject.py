@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -20,9 +20,12 @@ from leanmill.models.config import ModelConfig
 from leanmill.models.counting import num_active_parameters, num_parameters
 from leanmill.models.flops import flops_per_token
 from leanmill.parallel.config import (
+    DeepSpeedEngine,
     EngineConfig,
     FsdpEngine,
 )
+from leanmill.parallel.expert_parallel import check_experts, expert_modules, num_held_parameters
+from leanmill.parallel.layout import resolve_layout
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.staging import fits, is_table
 from leanmill.plan.fit import Case
@@ -42,6 +45,8 @@ class Subject:
     """Of the plain model, tied weights once."""
     num_active: int
     """Parameters one token passes through: of experts, only the chosen ones."""
+    num_held: int
+    """Those that a rank without sharding holds: of experts that ranks share, its own."""
     flops_per_token: float
     weights: list[Weight]
     """Every parameter, those of techniques included."""
@@ -68,6 +73,8 @@ class Subject:
         )
         # Before techniques add theirs.
         num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
+        check_experts(model, recipe.layout.ep)
+        num_held = num_held_parameters(model, recipe.layout.ep)
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         flops = flops_per_token(model, recipe.data.sequence_length, shares)
         context = InstallContext(
@@ -80,6 +87,7 @@ class Subject:
         return cls(
             num_parameters=num_total,
             num_active=num_active,
+            num_held=num_held,
             flops_per_token=flops,
             weights=list(_weights(model, techniques.trainable_schedule)),
             teacher_sizes=_teacher_sizes(recipe),
@@ -90,10 +98,15 @@ class Subject:
     def memory(self, case: Case, rank_memory_bytes: int) -> Memory:
         """Return what a rank holds in one case."""
         changed, config = case.recipe, self.config
+        layout = resolve_layout(changed.layout, case.engine, case.world_size)
+        if isinstance(case.engine, FsdpEngine):
+            case = replace(case, engine=case.engine.model_copy(update={"shard_size": layout.dp_shard}))
+        sharers = layout.world_size // layout.ep if isinstance(case.engine, DeepSpeedEngine) else layout.expert_shard
+        weights = [weight.on_rank(layout.ep, sharers) for weight in self.weights]
         memory = estimate(
-            _with_staging_settled(case.engine, self.weights, case, rank_memory_bytes),
+            _with_staging_settled(case.engine, weights, case, rank_memory_bytes),
             changed.optimizer,
-            self.weights,
+            weights,
             world_size=case.world_size,
             precision=changed.train.precision,
             num_micro_batches=derive_steps(changed, case.world_size)[0],
@@ -109,6 +122,7 @@ def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[W
     at_once = None if schedule is None else Turns(schedule, model).heaviest()
     block_of = {id(p): index for index, block in enumerate(decoder_blocks(model)) for p in block.parameters()}
     staged = {id(p) for p in staged_parameters(model)}
+    experts = {id(p): number for _, module, number in expert_modules(model) for p in module.parameters()}
     whole, in_parts = (staged_once(model, in_parts=in_parts)[0] for in_parts in (False, True))
     once, once_in_parts = ({id(weight.raw) for weight in found} for found in (whole, in_parts))
     tables = {id(weight.raw) for weight in whole if is_table(weight)}
@@ -122,6 +136,7 @@ def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[W
             once_whole=id(parameter) in once,
             once_in_parts=id(parameter) in once_in_parts,
             is_table=id(parameter) in tables,
+            is_expert=id(parameter) in experts and parameter.shape[0] == experts[id(parameter)],
         )
 
 

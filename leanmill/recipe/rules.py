@@ -13,6 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.parameters import PLAIN
 from leanmill.core.secrets import find_secrets, shown
 from leanmill.data.config import LocalCorpus, Mixture
+from leanmill.recipe.layout_rules import layout_problems
 
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _views(recipe)
     yield from _turns(recipe)
     yield from _modules_left_out(recipe)
+    yield from layout_problems(recipe)
     yield from _secrets(recipe)
 
 

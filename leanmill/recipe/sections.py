@@ -16,7 +16,7 @@ from leanmill.core.technique import TechniqueConfig
 from leanmill.data.config import DataConfig
 from leanmill.models.config import ModelConfig
 from leanmill.optim.config import AdamW, OptimizerConfig, ScheduleConfig
-from leanmill.parallel.config import AutoEngine, EngineConfig
+from leanmill.parallel.config import AutoEngine, EngineConfig, LayoutConfig
 from leanmill.recipe.phases import PhaseConfig
 
 
@@ -124,6 +124,8 @@ class Sections(Config):
     """Techniques, each `{type: name, ...}`; the order does not matter."""
     engine: EngineConfig = Field(default_factory=AutoEngine)
     """How the run is spread over ranks; a bare string is short for `{type: ...}`."""
+    layout: LayoutConfig = Field(default_factory=LayoutConfig)
+    """How ranks share the work: sharding, replicas, experts."""
     optimizer: OptimizerConfig = Field(default_factory=AdamW)
     """The optimizer; without `type` it is AdamW."""
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

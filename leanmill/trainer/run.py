@@ -31,6 +31,7 @@ from leanmill.models.flops import flops_per_token
 from leanmill.models.pretrained import local_folder
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
+from leanmill.parallel.expert_parallel import check_experts, num_held_parameters
 from leanmill.parallel.launch import Ranks, finish, init_processes, set_timeout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.precision import resolve_precision
@@ -161,12 +162,13 @@ class _Run:
         )
         self.domains, self.data = on_every_rank(lambda: self._read_data(tokenizer))
         check_ranks_agree(self.data.identity, self.domains)
-        model_bytes = sum(4 * p.numel() for p in model.parameters())
+        check_experts(model, recipe.layout.ep)
         self.engine, why = build_engine(
             recipe.engine,
             ranks=ranks,
             precision=resolve_precision(recipe.train.precision, ranks.device.type),
-            model_bytes=model_bytes,
+            model_bytes=4 * num_held_parameters(model, recipe.layout.ep),
+            layout=recipe.layout,
         )
         num_micro_batches, _ = derive_steps(recipe, self.engine.data_size)
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)

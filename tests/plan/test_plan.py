@@ -63,7 +63,7 @@ def _held_after_backward(recipe):
     before = _storages()
     model = build_on_meta(recipe.model, device_type="cpu")
     ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
-    engine, _ = build_engine(recipe.engine, ranks=ranks, precision="bf16", model_bytes=1)
+    engine, _ = build_engine(recipe.engine, ranks=ranks, precision="bf16", model_bytes=1, layout=recipe.layout)
     rules = prepare(recipe, model, engine, num_micro_batches=2).techniques.step_rules
     ids = torch.arange(32)[None]
     batch = {"input_ids": ids, "labels": ids, "position_ids": ids}
@@ -109,6 +109,53 @@ def test_held_memory_of_layers_that_take_turns(name):
     assert result.flops_per_token == full.flops_per_token
     layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 344 + 2 * 128
     assert full.num_trainable - result.num_trainable == 2 * layer
+
+
+MIXTURE = {
+    "config": {
+        "model_type": "mixtral",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
+}
+NUM_IN_EXPERTS = 2 * 8 * 3 * 64 * 96
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2"])
+def test_held_memory_where_ranks_share_experts(name):
+    if name.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    data = {"sequence_length": 32, "tokenizer": {"vocab_size": 512}}
+    recipe = _recipe(ENGINES[name], model=MIXTURE, layout={"ep": 2}, data=data)
+    measured = run_ranks(_held_after_backward, 4, recipe)
+    assert plan(recipe, 4).held_bytes == pytest.approx(max(measured), rel=0.1)
+
+
+def test_a_rank_holds_its_experts():
+    data = {"sequence_length": 32, "tokenizer": {"vocab_size": 512}}
+
+    def held(engine, ep):
+        result = plan(_recipe(engine, model=MIXTURE, layout={"ep": ep}, data=data), 4)
+        return result.memory.held, result.num_parameters, set(result.alternatives)
+
+    alone, num_parameters, _ = held("ddp", 1)
+    shared, same_number, others = held("ddp", 4)
+    assert same_number == num_parameters
+    assert alone["weights"] - shared["weights"] == 4 * NUM_IN_EXPERTS * 3 // 4
+    assert alone["optimizer state"] - shared["optimizer state"] == 8 * NUM_IN_EXPERTS * 3 // 4
+    assert others == {"ddp", "fsdp", "deepspeed ZeRO-1", "deepspeed ZeRO-2"}
+    # What is sharded over all ranks is so however experts are spread.
+    for engine in ("fsdp", {"type": "deepspeed", "stage": 2}):
+        for part in ("gradients", "optimizer state"):
+            assert held(engine, 2)[0][part] == pytest.approx(held(engine, 1)[0][part], rel=1e-3)
 
 
 def test_numbers_of_a_dense_run_written_out():

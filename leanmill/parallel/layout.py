@@ -1,0 +1,141 @@
+"""How ranks share the work: which of them hold the same parameters, and how gradients become means.
+
+One table for every engine. Ranks form a grid; what is spread over a dim of it, and what the others do with
+it, depends on the family of a parameter:
+
+| family | a rank holds | its gradient is the mean over | divided before by |
+|---|---|---|---|
+| dense | all, or a share among `dp_shard` ranks | all ranks | 1 |
+| expert | num_experts / ep, or a share of those | the ranks with the same experts | ep |
+
+Every rank reads data of its own, those that share experts too. The tokens of all `ep` ranks of a group
+meet at one expert, whose gradient is therefore the sum of theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.near import near_divisors
+from leanmill.parallel.config import DeepSpeedEngine, EngineConfig, FsdpEngine, LayoutConfig
+
+
+Family = Literal["dense", "expert"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of the grid. Meshes are made where they are first asked for, by all ranks together."""
+
+    world_size: int
+    dp_shard: int = 1
+    """Ranks that a dense parameter is sharded over."""
+    ep: int = 1
+    """Ranks that share the experts of a layer; neighbours, since tokens travel between them."""
+    device_type: str = "cpu"
+
+    @property
+    def data_size(self) -> int:
+        """Ranks that read different data; the loss is a mean over them, and all of them step together."""
+        return self.world_size
+
+    @property
+    def dp_replicate(self) -> int:
+        """Replicas of a dense parameter."""
+        return self.world_size // self.dp_shard
+
+    @property
+    def expert_shard(self) -> int:
+        """Ranks that share one rank's experts further, cut along a dim of their weights."""
+        return max(1, self.dp_shard // self.ep)
+
+    @property
+    def expert_replicate(self) -> int:
+        """Replicas of an expert, or of each part of it."""
+        return self.world_size // (self.ep * self.expert_shard)
+
+    def divisor(self, family: Family) -> int:
+        """Return what a gradient is divided by before it is averaged over the ranks that hold the parameter."""
+        return self.ep if family == "expert" else 1
+
+    @cached_property
+    def dense(self) -> DeviceMesh:
+        """Mesh of a dense parameter: `shard`, or `replicate` x `shard`; neighbours share, they are on one machine."""
+        if self.dp_shard == self.world_size:
+            return init_device_mesh(self.device_type, (self.world_size,), mesh_dim_names=("shard",))
+        shape = (self.dp_replicate, self.dp_shard)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+    @cached_property
+    def experts(self) -> DeviceMesh:
+        """Mesh of an expert parameter: `replicate` x `shard` x `ep`."""
+        shape = (self.expert_replicate, self.expert_shard, self.ep)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard", "ep"))
+
+
+def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, device_type: str = "cpu") -> Layout:
+    """Return the layout of a run.
+
+    Args:
+        config: The recipe's layout section.
+        engine: Its engine section, `auto` resolved.
+        world_size: Ranks of the run.
+        device_type: Where it computes.
+
+    Raises:
+        ConfigError: The sizes do not fit the ranks, or each other; the message names the nearest that do.
+    """
+    dp_shard = _dp_shard(config, engine, world_size)
+    ep = config.ep
+    if world_size % ep:
+        raise ConfigError(
+            f"layout.ep={ep} does not divide the {_ranks(world_size)}; set layout.ep={near_divisors(ep, world_size)}"
+        )
+    if dp_shard % ep and ep % dp_shard:
+        raise ConfigError(
+            f"layout.ep={ep} neither divides the {dp_shard} ranks that parameters are sharded over nor is a multiple "
+            f"of them; set layout.ep={near_divisors(ep, dp_shard)}, or layout.dp_shard={ep}"
+        )
+    return Layout(world_size, dp_shard, ep, device_type)
+
+
+def _dp_shard(config: LayoutConfig, engine: EngineConfig, world_size: int) -> int:
+    """Ranks that a dense parameter is sharded over; 1 where an engine keeps replicas or shards in its own way."""
+    if not isinstance(engine, FsdpEngine):
+        if config.dp_replicate not in (None, world_size) and not isinstance(engine, DeepSpeedEngine):
+            raise ConfigError(
+                f"layout.dp_replicate={config.dp_replicate}, and engine={engine.type} keeps a replica on each of the "
+                f"{_ranks(world_size)}; remove it, or type engine=fsdp"
+            )
+        return 1
+    key = "engine.shard_size" if engine.shard_size is not None else "layout.dp_shard"
+    asked = engine.shard_size or config.dp_shard
+    if asked is None and config.dp_replicate is None:
+        return world_size
+    if asked is None:
+        if world_size % config.dp_replicate:  # type: ignore[operator]
+            raise ConfigError(
+                f"layout.dp_replicate={config.dp_replicate} does not divide the {_ranks(world_size)}; "
+                f"set layout.dp_replicate={near_divisors(config.dp_replicate or 1, world_size)}"
+            )
+        asked, key = world_size // (config.dp_replicate or 1), "layout.dp_shard"
+    elif world_size % asked:
+        divisors = [d for d in range(2, world_size + 1) if world_size % d == 0]
+        raise ConfigError(f"{key}={asked} does not divide the {world_size} ranks; set one of {divisors or [1]}")
+    elif config.dp_replicate is not None and config.dp_replicate * asked != world_size:
+        raise ConfigError(
+            f"layout.dp_replicate={config.dp_replicate} x {key}={asked} are not the {_ranks(world_size)}; "
+            f"set layout.dp_replicate={world_size // asked}"
+        )
+    if asked == 1 and world_size > 1:
+        raise ConfigError(f"{key}=1 shards nothing; type engine=ddp, or set {key}=2 or more")
+    return asked
+
+
+def _ranks(world_size: int) -> str:
+    return "1 rank" if world_size == 1 else f"{world_size} ranks"

@@ -1,0 +1,72 @@
+"""What must hold between the layout of ranks and the engine, the optimizer and the model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from leanmill.core.near import near_divisors
+
+
+if TYPE_CHECKING:
+    from leanmill.recipe.sections import Sections
+
+
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What model families call the number of routed experts of a layer."""
+
+
+def layout_problems(recipe: Sections) -> Iterator[str]:
+    """Yield what cannot hold on any number of ranks; the rest is for `leanmill.parallel.layout`."""
+    yield from _sharding(recipe)
+    if recipe.layout.ep > 1:
+        yield from _experts(recipe)
+
+
+def _sharding(recipe: Sections) -> Iterator[str]:
+    layout, engine = recipe.layout, recipe.engine
+    if engine.type == "fsdp":
+        if None not in (engine.shard_size, layout.dp_shard) and engine.shard_size != layout.dp_shard:
+            yield (
+                f"engine.shard_size={engine.shard_size} and layout.dp_shard={layout.dp_shard} name the same number of "
+                f"ranks; keep one"
+            )
+        return
+    if engine.type == "deepspeed":
+        for key in ("dp_shard", "dp_replicate"):
+            if getattr(layout, key) is not None:
+                yield f"layout.{key} is not for DeepSpeed, which shards over all ranks; remove it, or type engine=fsdp"
+    elif engine.type in ("ddp", "single") and layout.dp_shard not in (None, 1):
+        yield (
+            f"layout.dp_shard={layout.dp_shard} shards parameters, and engine={engine.type} keeps whole ones; type "
+            f"engine=fsdp, or remove it"
+        )
+
+
+def _experts(recipe: Sections) -> Iterator[str]:
+    ep, engine = recipe.layout.ep, recipe.engine
+    if engine.type == "single":
+        yield f"layout.ep={ep} spreads experts over ranks, and engine=single is one; type engine=fsdp, or layout.ep=1"
+    if engine.type == "deepspeed" and engine.stage not in (1, 2):
+        instead = "gathers all experts of a layer at a time" if engine.stage == 3 else "keeps whole replicas"
+        yield (
+            f"layout.ep={ep} needs ZeRO stage 1 or 2, and stage {engine.stage} {instead}; set engine.stage=2, or type "
+            f"engine=fsdp, or layout.ep=1"
+        )
+    if engine.type == "deepspeed" and engine.offload_optimizer is not None:
+        yield (
+            f"layout.ep={ep} does not go with engine.offload_optimizer, under which DeepSpeed takes norms of experts "
+            f"another way; remove the offload, or type engine={{type: fsdp, cpu_offload: true}}"
+        )
+    if recipe.optimizer.type == "adamw8bit":
+        yield (
+            f"layout.ep={ep} cuts experts where blocks of optimizer.type=adamw8bit do not end, so its state could not "
+            f"be saved; set optimizer.type=adamw, or layout.ep=1"
+        )
+    config = recipe.model.family_config or {}
+    for key in _NUM_EXPERTS:
+        number = config.get(key)
+        if isinstance(number, int) and number > 0 and number % ep:
+            yield (
+                f"layout.ep={ep} does not divide model.config.{key}={number}; set layout.ep={near_divisors(ep, number)}"
+            )

@@ -1,0 +1,113 @@
+"""Masks, quantisers, adapters and balance on experts that ranks share: what one process trains."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.fsdp  # once here instead of in every forked rank
+import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+from torch import Tensor
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.sites import Sites
+from leanmill.core.stage import Slot, Stage
+from leanmill.parallel.config import DdpEngine
+from leanmill.parallel.layout import Layout
+from tests import contract_cases
+from tests.distributed import run_ranks
+from tests.parallel import cases
+from tests.parallel import expert_cases as experts
+
+
+TECHNIQUES = {
+    "balance": ("router_balance",),
+    "mask": ("nm_sparsity",),
+    "mask in steps": ("nm_sparsity", "lsq_row"),
+    "ternary": ("ternary",),
+    "rotated": ("quest_weights",),
+    "mask, ternary, adapter": ("nm_sparsity", "ternary", "lora"),
+    "learned mask": ("mask_llm",),
+    "moving mask": ("rigl",),
+    "other backward": ("bdwp",),
+    "turns": ("lisa", "lsq_tensor"),
+}
+FAST = ("mask", "learned mask")
+"""A decay that each rank adds once, and noise that depends on where an expert stands."""
+
+
+def _trained(engine: dict[str, Any], name: str, ep: int, world_size: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    recipe = contract_cases.recipe_of(("mixtral", *TECHNIQUES[name]), engine, "", world_size)
+    recipe = recipe.model_copy(update={"layout": recipe.layout.model_copy(update={"ep": ep})})
+    trained, _ = contract_cases.train(recipe, cases.ranks_here())
+    return contract_cases.full_parameters(trained), trained.notes
+
+
+@cache
+def _reference(name: str) -> dict[str, Tensor]:
+    return _trained({"type": "single"}, name, 1, 1)[0]
+
+
+def _assert_like_one_process(engine: dict[str, Any], names: tuple[str, ...], world_size: int) -> dict[str, str]:
+    """Return the notes of the engine by name."""
+    wanted = {name: _reference(name) for name in names}
+    results = run_ranks(lambda: {name: _trained(engine, name, 2, world_size) for name in names}, world_size)
+    for result in results:
+        for name in names:
+            parameters, _ = result[name]
+            assert parameters.keys() == wanted[name].keys()
+            for key, value in wanted[name].items():
+                torch.testing.assert_close(parameters[key], value, rtol=0, atol=2e-5, msg=lambda t, k=key: f"{k}: {t}")
+    return {name: " ".join(results[0][name][1]) for name in names}
+
+
+@pytest.mark.parametrize("staging", ["per_use"])
+def test_stages_on_shared_experts(staging: str) -> None:
+    _assert_like_one_process({"type": "ddp", "staging": staging}, FAST, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2"])
+def test_every_kind_of_stage_under_two_ranks(engine: str) -> None:
+    names = tuple(name for name in TECHNIQUES if not (engine.startswith("zero") and name == "turns"))
+    _assert_like_one_process(contract_cases.ENGINES[engine], names, 2)
+
+
+@pytest.mark.slow
+def test_experts_are_staged_once_a_step_on_the_ranks_that_hold_them_whole() -> None:
+    """Four experts on four ranks in groups of two: each rank keeps one, and gathers the other of its two."""
+    notes = _assert_like_one_process({"type": "fsdp"}, ("mask in steps", "ternary", "mask, ternary, adapter"), 4)
+    assert notes["mask in steps"] == notes["ternary"] == "staging: 12 weights once a step"
+    packed = _assert_like_one_process({"type": "fsdp", "gather": "packed"}, ("mask", "ternary"), 4)
+    assert packed["mask"] == "staging: 12 weights once a step"
+
+
+class _OneForAll(Stage):
+    slot = Slot.QUANT
+    technique = "one_for_all"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.scale
+
+
+def test_a_parameter_of_all_experts_is_refused() -> None:
+    def install(model: Any) -> None:
+        for site in Sites(model).select(["experts.*"]):
+            site.put(_OneForAll())
+
+    def body() -> str:
+        with pytest.raises(ConfigError) as refusal:
+            experts.prepared(DdpEngine(), ep=2, install=install)
+        return str(refusal.value)
+
+    assert "is one for all 8 experts, and layout.ep spreads them over ranks; set layout.ep=1" in run_ranks(body, 2)[0]
+
+
+def test_a_layout_without_ep_divides_nothing() -> None:
+    assert Layout(4).divisor("expert") == 1

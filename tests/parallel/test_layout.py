@@ -1,0 +1,55 @@
+"""The sizes of a layout: what follows from what is given, and what is refused with the nearest that fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from leanmill.core.errors import ConfigError
+from leanmill.parallel.config import AutoEngine, DdpEngine, EngineConfig, FsdpEngine, LayoutConfig
+from leanmill.parallel.layout import resolve_layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine", "world_size", "sizes"),
+    [
+        ({}, FsdpEngine(), 8, (8, 1, 1, 8, 1)),
+        ({}, DdpEngine(), 8, (1, 8, 1, 1, 8)),
+        ({"ep": 4}, DdpEngine(), 8, (1, 8, 4, 1, 2)),
+        ({"ep": 4}, FsdpEngine(), 8, (8, 1, 4, 2, 1)),
+        ({"ep": 2}, FsdpEngine(shard_size=4), 8, (4, 2, 2, 2, 2)),
+        ({"ep": 2, "dp_replicate": 2}, FsdpEngine(), 8, (4, 2, 2, 2, 2)),
+        ({"ep": 8, "dp_shard": 4}, FsdpEngine(), 16, (4, 4, 8, 1, 2)),
+        ({"ep": 256}, FsdpEngine(), 1024, (1024, 1, 256, 4, 1)),
+    ],
+)
+def test_sizes(layout: dict[str, int], engine: EngineConfig, world_size: int, sizes: tuple[int, ...]) -> None:
+    found = resolve_layout(LayoutConfig(**layout), engine, world_size)
+    assert (found.dp_shard, found.dp_replicate, found.ep, found.expert_shard, found.expert_replicate) == sizes
+    assert found.dp_shard * found.dp_replicate == found.ep * found.expert_shard * found.expert_replicate == world_size
+    assert found.data_size == world_size
+    assert (found.divisor("dense"), found.divisor("expert")) == (1, found.ep)
+
+
+@pytest.mark.parametrize(
+    ("layout", "engine", "world_size", "message"),
+    [
+        ({"ep": 3}, DdpEngine(), 8, r"layout.ep=3 does not divide the 8 ranks; set layout.ep=2 or 4"),
+        ({"ep": 2}, AutoEngine(), 1, r"layout.ep=2 does not divide the 1 rank; set layout.ep=1"),
+        ({"ep": 6}, FsdpEngine(shard_size=4), 12, r"nor is a multiple of them; set layout.ep=4, or layout.dp_shard=6"),
+        ({"dp_shard": 3}, FsdpEngine(), 8, r"layout.dp_shard=3 does not divide the 8 ranks; set one of \[2, 4, 8\]"),
+        ({"dp_shard": 1}, FsdpEngine(), 8, r"layout.dp_shard=1 shards nothing; type engine=ddp"),
+        ({"dp_replicate": 3}, FsdpEngine(), 8, r"set layout.dp_replicate=2 or 4"),
+        ({"dp_replicate": 4, "dp_shard": 4}, FsdpEngine(), 8, r"are not the 8 ranks; set layout.dp_replicate=2"),
+        (
+            {"dp_replicate": 2},
+            DdpEngine(),
+            8,
+            r"keeps a replica on each of the 8 ranks; remove it, or type",
+        ),
+    ],
+)
+def test_impossible_sizes_are_refused(
+    layout: dict[str, int], engine: EngineConfig, world_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_layout(LayoutConfig(**layout), engine, world_size)

@@ -1,0 +1,47 @@
+"""What of a layout is refused when a recipe is read, with what to type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from leanmill.core.errors import ConfigError
+from leanmill.recipe.root import Recipe
+
+
+def recipe(**sections: Any) -> Recipe:
+    config = {"model_type": "mixtral", "num_local_experts": 8}
+    rest = {"model": {"config": config}, "train": {"steps": 1}, "data": {"sequence_length": 1024}}
+    return Recipe.model_validate(rest | sections)
+
+
+@pytest.mark.parametrize("engine", ["auto", "ddp", "fsdp", {"type": "deepspeed", "stage": 1}, {"type": "deepspeed"}])
+def test_engines_that_share_experts(engine: Any) -> None:
+    assert recipe(engine=engine, layout={"ep": 4}).layout.ep == 4
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"engine": "single", "layout": {"ep": 2}}, "engine=single is one; type engine=fsdp, or layout.ep=1"),
+        ({"engine": {"type": "deepspeed", "stage": 3}, "layout": {"ep": 2}}, "set engine.stage=2"),
+        ({"engine": {"type": "deepspeed", "stage": 0}, "layout": {"ep": 2}}, "stage 0 keeps whole replicas"),
+        (
+            {"engine": {"type": "deepspeed", "offload_optimizer": {"device": "cpu"}}, "layout": {"ep": 2}},
+            "remove the offload",
+        ),
+        ({"optimizer": {"type": "adamw8bit", "lr": 1e-3}, "layout": {"ep": 2}}, "set optimizer.type=adamw"),
+        ({"layout": {"ep": 3}}, "does not divide model.config.num_local_experts=8; set layout.ep=2 or 4"),
+        ({"layout": {"ep": 0}}, "layout.ep"),
+        ({"engine": "ddp", "layout": {"dp_shard": 2}}, "engine=ddp keeps whole ones; type engine=fsdp"),
+        ({"engine": {"type": "deepspeed"}, "layout": {"dp_shard": 2}}, "which shards over all ranks; remove it"),
+        (
+            {"engine": {"type": "fsdp", "shard_size": 4}, "layout": {"dp_shard": 2}},
+            "the same number of ranks; keep one",
+        ),
+    ],
+)
+def test_refusals(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        recipe(**sections)
