@@ -98,7 +98,11 @@ def test_logged_resumed_evaluated_and_exported(folder):
     assert list(exported.state_dict()) == list(AutoModelForCausalLM.from_config(exported.config).state_dict())
 
 
-COMBINATIONS = {"experts": ("mixtral", "router_balance"), "hidden": ("hidden_distill", "distill", "nm_sparsity")}
+COMBINATIONS = {
+    "experts": ("mixtral", "router_balance"),
+    "routed": ("mixtral", "router"),
+    "hidden": ("hidden_distill", "distill", "nm_sparsity"),
+}
 
 
 def _trained(engine, teacher, ranks, activation_checkpointing="none", compile_blocks=False):
