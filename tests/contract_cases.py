@@ -129,6 +129,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "gamma_mod": {"type": "mixture_of_depths", "layers": [1, 2], "router_loss_weight": 0.1},
     "router_tuning": {"type": "router_tuning", "num_layers": 2, "target_capacity": 0.3, "capacity_weight": 0.1},
     "stgc": {"type": "stgc", "weight": 0.5},
+    "chosen": {"type": "mixture_of_depths", "layers": [0, 1], "capacity": 0.4},
     "p_mod": {"type": "mixture_of_depths", "method": "p_mod"},
     "protected": {"type": "mixture_of_depths", "layers": [0, 1], "protect": "labels", "shared_router": False},
     "layer_skip": {
@@ -192,6 +193,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),
     "conflicts beside balance": ("mixtral", "stgc", "router_balance", "nm_sparsity", "ternary"),
+    "depths with experts": ("mixtral", "chosen", "router_balance", "stgc"),
     "routers beside adapters": ("deeper", "router_tuning", "lora", "ternary", "distill"),
     "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),

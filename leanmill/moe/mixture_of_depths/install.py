@@ -11,7 +11,7 @@ from leanmill.core.around import arounds, put_around
 from leanmill.core.dataflow import check_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.ledger import Ledger
-from leanmill.core.places import Place
+from leanmill.core.places import Place, find_modules
 from leanmill.core.sites import Sites
 from leanmill.moe.mixture_of_depths.around import RoutedBlock, see
 from leanmill.moe.mixture_of_depths.choice import CUT_ARGUMENTS
@@ -53,6 +53,8 @@ def install(
     places = sites.modules("block")
     shares = capacities(len(places))
     _check(sites, places, shares)
+    if protects_labels:
+        _check_dense(sites, shares)
     hidden_size: int = sites.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
     device = next(sites.model.parameters()).device
 
@@ -78,6 +80,16 @@ def install(
         )
         places[layer].around(blocks[-1])
     ledger.before_forward(partial(see, blocks))
+
+
+def _check_dense(sites: Sites, shares: Mapping[int, float]) -> None:
+    """Refuse routers of experts inside: rows that choose fewer tokens are filled up with some that would be counted."""
+    for name, layer, _ in find_modules(sites.model, "router"):
+        if layer in shares:
+            raise ConfigError(
+                f"mixture_of_depths.protect=labels fills rows up with tokens that {name} would route and count; set "
+                f"protect: none, or layers to blocks without experts"
+            )
 
 
 def _check(sites: Sites, places: list[Place], shares: Mapping[int, float]) -> None:

@@ -341,6 +341,8 @@ def test_models_it_does_not_fit_are_refused():
         install_techniques([MixtureOfDepths()], tiny(), context())
     with pytest.raises(ConfigError, match="layers \\[2\\] of the 2 blocks"):
         install_techniques([MixtureOfDepths(layers=[2])], tiny(), context())
+    with pytest.raises(ConfigError, match=r"model.layers.1.mlp.*route and count; set protect: none"):
+        install_techniques([MixtureOfDepths(layers=[1], protect="labels")], tiny("mixtral"), context())
     with pytest.raises(ConfigError, match="listed twice"):
         install_techniques([MixtureOfDepths(layers=[1]), MixtureOfDepths(layers=[1])], tiny(), context())
     module = module_of(dtype=torch.float32, **METHODS["p"]).eval()
