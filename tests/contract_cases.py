@@ -140,6 +140,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     },
     "quest_weights": TECHNIQUES["quest"] | {"activation_bits": None},
     "hidden_distill": {"type": "hidden_distill", "teacher": "TEACHER", "loss": "normalised_mse", "weight": 0.5},
+    "multi_token": {"type": "multi_token", "depth": 2, "weight": 0.5, "late_weight": 0.2},
     "router_balance": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1},
     "router": {"type": "router", "jitter": 0.05, "capacity_factor": 0.75, "capacity_over": "sequence"},
     "expert_choice": {"type": "router", "expert_choice": {"experts_a_token": 1.5}},
@@ -191,6 +192,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "experts that choose": ("mixtral", "expert_choice"),
     "adapted routed experts": ("mixtral", "router", "lora", "nm_sparsity"),
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
+    "further tokens with others": ("multi_token", "nm_sparsity", "ternary", "lora", "layer_skip", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),
     "conflicts beside balance": ("mixtral", "stgc", "router_balance", "nm_sparsity", "ternary"),
     "depths with experts": ("mixtral", "chosen", "router_balance", "stgc"),
@@ -240,6 +242,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "experts": ("mixtral", "router_balance"),
     "routed experts": ("mixtral", "router", "router_balance"),
     "masked experts": ("mixtral", "router_balance", "nm_sparsity"),
+    "multi_token": ("multi_token",),
+    "latent attention": ("deepseek_v3", "multi_token", "router_balance", "nm_sparsity"),
     "pyramid of experts": ("pr_moe", "router_balance"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
     "biased experts": ("deepseek_v3", "bias_balance", "balance_rows"),
@@ -269,6 +273,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "nested": ("matformer", "ternary"),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
+    "further tokens": ("multi_token", "nm_sparsity"),
 }
 
 ENGINES: dict[str, dict[str, Any]] = {

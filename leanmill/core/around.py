@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar
 
@@ -33,6 +34,18 @@ class Ring(IntEnum):
     """Changes what goes in or comes out, next to the module."""
     DECIDE = 4
     """Computes what comes out in the module's place, from its weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What an export of the plain model may carry beside the weights of its modules."""
+
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """By name in a Hugging Face folder of the family."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the configuration, that go with them."""
+    notes: tuple[str, ...] = ()
+    """For the report of the export."""
 
 
 class Around(TechniqueModule):
@@ -86,6 +99,10 @@ class Around(TechniqueModule):
     def unfolds(self) -> bool:
         """Whether weights that are loaded have been folded."""
         return False
+
+    def beside(self) -> Beside | None:
+        """Return what is lost when this is taken off: its weights where the family has a place, else a note."""
+        return None
 
     def fold(self, module: nn.Module) -> None:
         """Change `module`, in place, so that alone it computes in eval mode what it does within this.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
+
+from leanmill.core.stage import TechniqueModule
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
@@ -25,3 +29,10 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
         if size > most:
             best, most = list(module), size
     return best
+
+
+def added_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the decoder blocks that techniques added to `model`."""
+    for module in model.modules():
+        if isinstance(module, TechniqueModule):
+            yield from module.blocks()

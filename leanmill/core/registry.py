@@ -111,6 +111,11 @@ TECHNIQUES: dict[str, Entry] = {
         "drop blocks at random in training, with losses at early exits (LayerSkip)",
         "Huang et al. 2016, arXiv:1603.09382; Elhoushi et al. 2024, arXiv:2404.16710",
     ),
+    "multi_token": Entry(
+        "leanmill.architecture.multi_token.config:MultiToken",
+        "predict further tokens too, each by a block of its own behind the model (MTP)",
+        "DeepSeek-AI 2024, arXiv:2412.19437",
+    ),
     "rho1": Entry(
         "leanmill.distill.rho1.config:Rho1",
         "train on the tokens whose loss exceeds a reference model's most",

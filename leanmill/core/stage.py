@@ -122,6 +122,14 @@ class TechniqueModule(nn.Module):
     decayed: ClassVar[tuple[str, ...]] = ()
     """Names of own parameters that weight decay pulls at, as it does at weights; scales are left alone."""
 
+    def decays(self, name: str) -> bool:
+        """Whether weight decay pulls at the own parameter of this name, if it would at one of the plain model."""
+        return name in self.decayed
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Yield decoder blocks of its own: they are sharded, recomputed and compiled as the model's are."""
+        yield from ()
+
     def reset_parameters(self) -> None:
         """Fill own parameters and buffers after they have been materialised from meta.
 

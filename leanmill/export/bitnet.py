@@ -126,6 +126,7 @@ class BitnetFormat(FoldedFormat):
             compared="largest logit difference to the trained model on 8-bit inputs",
             notes=(
                 *self.notes,
+                *self.left_out,
                 f"{len(ternary)} linear weights packed to 2 bits, compared with inputs rounded to 8 bits, as "
                 f"transformers does",
                 f"the largest logit differs by {largest_difference(found, expected):.2e} from that of the model as it "

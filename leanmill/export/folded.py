@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from leanmill.core.around import iter_arounds
 from leanmill.core.errors import RunError
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
@@ -38,6 +39,8 @@ class FoldedFormat(Format):
         self.staged = folded_weights(model)
         """Weights that training multiplied with, by parameter name."""
         self.masked = _masks(model)
+        self.beside = tuple(b for _, _, around in iter_arounds(model) if (b := around.beside()) is not None)
+        """What stands around modules and does not fold into them."""
         self.after_settling(model)
         fold(model)
         check_same(sample_logits(model), self.expected, "the folded model")
@@ -57,6 +60,16 @@ class FoldedFormat(Format):
     def num_parameters(self) -> int:
         """Of the folded model."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What a format must say that has no place for weights beside the model's own."""
+        return tuple(
+            f"{len(beside.weights)} weights beside the model's own are left out; --to hf carries them"
+            if beside.weights
+            else " ".join(beside.notes)
+            for beside in self.beside
+        )
 
     def check_weights(self, reloaded: Any, *, but: frozenset[str] = frozenset()) -> None:
         """Look at the weights read back: equal to the trained ones, N of every M kept.

@@ -27,8 +27,13 @@ class HfFormat(FoldedFormat):
 
     def write(self, folder: Path) -> None:
         prepare_config(self.model, self.rebuilt, folder)
+        extra = {name: value.detach().clone() for beside in self.beside for name, value in beside.weights.items()}
+        for beside in self.beside:
+            for key, value in beside.settings.items():
+                setattr(self.model.config, key, value)
+        state = {**self.model.state_dict(), **extra} if extra else None
         with quiet_transformers():
-            self.model.save_pretrained(folder, safe_serialization=True)
+            self.model.save_pretrained(folder, safe_serialization=True, state_dict=state)
 
     def check(self, folder: Path) -> Checked:
         reloaded = self.reload(folder)
@@ -39,7 +44,7 @@ class HfFormat(FoldedFormat):
             tolerance=allowed(self.expected),
             num_parameters=self.num_parameters,
             sparsity=self.sparsity,
-            notes=(*self.notes, *self.loading_notes()),
+            notes=(*self.notes, *(note for beside in self.beside for note in beside.notes), *self.loading_notes()),
         )
 
     def reload(self, folder: Path) -> Any:

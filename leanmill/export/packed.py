@@ -139,7 +139,11 @@ class PackedFormat(FoldedFormat):
             num_parameters=self.num_parameters,
             sparsity=self.sparsity,
             compared="largest difference of a packed layer's output to the trained layer's",
-            notes=(*self.notes, f"{len(self.layers)} linear weights packed, {size / plain:.1%} of their bytes in bf16"),
+            notes=(
+                *self.notes,
+                *self.left_out,
+                f"{len(self.layers)} linear weights packed, {size / plain:.1%} of their bytes in bf16",
+            ),
         )
 
 

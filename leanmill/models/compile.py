@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from leanmill.core.blocks import decoder_blocks
+from leanmill.core.blocks import added_blocks, decoder_blocks
 from leanmill.core.errors import ConfigError
 
 
@@ -21,5 +21,5 @@ def compile_blocks(model: nn.Module) -> None:
     blocks = decoder_blocks(model)
     if not blocks:
         raise ConfigError(f"{type(model).__name__} has no repeated decoder blocks to compile; set train.compile=false")
-    for block in blocks:
+    for block in (*blocks, *added_blocks(model)):
         block.compile()

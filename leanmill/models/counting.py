@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from leanmill.core.branches import plain_modules
 from leanmill.core.stage import added_parameters
 
 
@@ -25,7 +26,7 @@ def num_active_parameters(model: nn.Module) -> int:
     total = sum(p.numel() for p in model.parameters() if id(p) not in added)
     top_k = getattr(model.config, "num_experts_per_tok", None)
     idle = 0
-    for module in model.modules():
+    for _, module in plain_modules(model):
         if is_stacked_experts(module) and top_k is not None:
             size = sum(getattr(module, name).numel() for name in stacked_parameters(module))
             num_experts = getattr(module, stacked_parameters(module)[0]).shape[0]

@@ -8,7 +8,6 @@ communicated. A checkpoint is read by rank 0 and broadcast one tensor at a time.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -229,7 +228,7 @@ def _full_copy(top: nn.Module, members: list[nn.Module]) -> tuple[nn.Module, dic
     New tensors start as NaN (floats) or zero, to show later what nobody initialised; plain tensors
     with a value start with it.
     """
-    copies = {id(module): copy.copy(module) for module in members}
+    copies = {id(module): _shallow(module) for module in members}
     for module in members:
         twin = copies[id(module)]
         own = {key: None if p is None else nn.Parameter(_blank(p), False) for key, p in module._parameters.items()}
@@ -239,6 +238,13 @@ def _full_copy(top: nn.Module, members: list[nn.Module]) -> tuple[nn.Module, dic
             key: None if child is None else copies.get(id(child), child) for key, child in module._modules.items()
         }
     return copies[id(top)], copies
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """`copy.copy`, also of what FSDP2 has sharded: its classes build an unsharded module when asked for a new one."""
+    twin: nn.Module = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    return twin
 
 
 def _blank(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from leanmill.core.blocks import decoder_blocks
+from leanmill.core.blocks import added_blocks, decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite
 from leanmill.core.sites import iter_sites, staged_parameters
@@ -94,7 +94,8 @@ class FsdpEngine(TorchEngine):
             packs=self.config.gather == "packed",
             device=self.device,
         )
-        for block in decoder_blocks(module.model):  # type: ignore[arg-type]
+        model: nn.Module = module.model  # type: ignore[assignment]
+        for block in (*decoder_blocks(model), *added_blocks(model)):
             self._shard(block, reshard_after_forward=self.config.reshard_after_forward)
         # The root's weights are used at the end of forward and at the start of backward: freeing
         # them in between would only gather them twice.

@@ -15,22 +15,17 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
     """Estimate the activations that one micro-batch keeps for backward.
 
     For each token and layer of a pre-norm block with gated MLP, in compute dtype: two norms' outputs,
-    query, key, value, attention's output in and out of its reshape (4 widths), and 4 tensors of
-    the MLP's width (of top_k experts); in fp32: what each of the two norms keeps. With `full` recomputation a
+    query, key, value, attention's output in and out of its reshape, and 4 tensors of the MLP's width (of
+    top_k and shared experts); in fp32: what each of the two norms keeps. Latent attention also keeps what queries,
+    keys and values are made of. With `full` recomputation a
     layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs. Layers that run
     for a share of the tokens keep that share.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    queries = heads * head_dim
-    keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    top_k = getattr(config, "num_experts_per_tok", None)
-    if isinstance(top_k, int):
-        inner = top_k * (getattr(config, "moe_intermediate_size", None) or inner)
-    whole = size * (2 * hidden + 3 * queries + 2 * keys + 4 * inner) + 4 * 4 * hidden
-    matmuls = size * (2 * hidden + 2 * queries + 2 * keys + 2 * inner)
+    hidden, inner = config.hidden_size, _mlp_width(config)
+    projected, attended = _attention_widths(config)
+    whole = size * (2 * hidden + projected + 2 * attended + 4 * inner) + 4 * 4 * hidden
+    matmuls = size * (2 * hidden + projected + attended + 2 * inner)
     tokens, layers = recipe.batch.tokens_per_micro_batch, sum(token_shares)
     kept = {
         "none": layers * whole,
@@ -38,6 +33,31 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
         "full": layers * size * hidden + whole,
     }
     return int(tokens * kept[recipe.train.activation_checkpointing])
+
+
+def _attention_widths(config: Any) -> tuple[int, int]:
+    """Widths of all that projections of attention return, and of what attention itself does, for a token."""
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent is None:
+        keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+        return heads * head_dim + 2 * keys, heads * head_dim
+    # Keys and values of every head are made of one latent and one rotated part.
+    compressed = latent + config.qk_rope_head_dim + (config.q_lora_rank or 0)
+    return compressed + heads * (2 * config.qk_head_dim + config.v_head_dim), heads * config.v_head_dim
+
+
+def _mlp_width(config: Any) -> int:
+    """Width of the MLP that a token goes through, of all its experts together."""
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if not isinstance(top_k, int):
+        return width
+    shared = (getattr(config, name, None) for name in ("n_shared_experts", "moe_num_shared_experts"))
+    return (top_k + sum(n for n in shared if isinstance(n, int))) * (
+        getattr(config, "moe_intermediate_size", None) or width
+    )
 
 
 def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:

@@ -231,7 +231,7 @@ def undecayed(module: nn.Module) -> set[int]:
     found: set[int] = set()
     for added in module.modules():
         if isinstance(added, TechniqueModule):
-            found |= {id(p) for name, p in added.named_parameters() if name not in added.decayed}
+            found |= {id(p) for name, p in added.named_parameters() if not added.decays(name)}
     return found
 
 

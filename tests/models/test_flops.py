@@ -80,6 +80,59 @@ def test_latent_attention_uses_both_widths():
     assert flops.attention_flops_per_token(model.config, 7) == 6 * 2 * 4 * (16 + 10) * 7
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("q_rank", [None, 20])
+def test_latent_attention_is_counted_as_its_equations_say_and_as_torch_counts(family, q_rank):
+    """arXiv:2405.04434, equations 37 to 47: parameters by hand, then torch's own count of a forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from leanmill.core.sites import Sites
+
+    d, heads, latent, rope, nope, value, layers, length = 40, 4, 12, 8, 10, 6, 3, 16
+    model = _build(
+        model_type=family,
+        hidden_size=d,
+        intermediate_size=56,
+        moe_intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=latent,
+        q_lora_rank=q_rank,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rope,
+        v_head_dim=value,
+    )
+    query = d * heads * (nope + rope) if q_rank is None else d * q_rank + q_rank * heads * (nope + rope)
+    attention = query + d * (latent + rope) + latent * heads * (nope + value) + heads * value * d
+    experts = (2 + 1) * 3 * d * 24 + 6 * d  # chosen, shared, router
+    matmul = layers * attention + 3 * d * 56 + 2 * experts + 96 * d
+    assert flops.active_matmul_parameters(model) == matmul
+    expected = 6 * matmul + 6 * layers * heads * (nope + rope + value) * length
+    assert flops.flops_per_token(model, length) == expected
+    queries = ["q_proj"] if q_rank is None else ["q_a_proj", "q_b_proj"]
+    found = {site.site_name.rpartition(".")[2] for site in Sites(model).select() if ".self_attn." in site.site_name}
+    assert found == {*queries, "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+
+    model = model.to_empty(device="cpu").eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)) / 8)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    ids = torch.zeros(2, length, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    inv_freq = 2 * 2 * (rope // 2) * length
+    assert 3 * (counter.get_total_flops() - inv_freq) == pytest.approx(expected * ids.numel(), rel=2e-3)
+
+
 def test_count_equals_what_torch_counts_forward():
     """An independent count: torch's own flop counter over a real forward, times 3 for backward."""
     from torch.utils.flop_counter import FlopCounterMode

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanmill.core.around import Around, Call, Ring
 from leanmill.core.dataflow import final_norm
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.head import HeadForm, head_extras, known_head_form
-from leanmill.core.head_loss import is_plain_head, loss_of_head
 from leanmill.core.ledger import Account
-from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
+from leanmill.core.shared_head import SharedHead
+
+
+_USER = "stochastic_depth.early_exit"
 
 
 class Exits:
@@ -28,15 +29,13 @@ class Exits:
     """
 
     def __init__(self, model: Any, account: Account) -> None:
-        form = HeadForm() if not head_extras(model.config) else known_head_form(model.config)
-        norm = final_norm(model)
-        if norm is None or form is None:
+        self.head, norm = SharedHead(model, _USER), final_norm(model)
+        if norm is None:
             raise ConfigError(
-                f"stochastic_depth.early_exit needs a model that goes from its last block through one norm to a head, "
-                f"and model type {model.config.model_type!r} does more; choose another family, e.g. llama, or remove "
-                f"early_exit"
+                f"{_USER} needs a model that goes from its last block through one norm to a head, and model type "
+                f"{model.config.model_type!r} does more; choose another family, e.g. llama, or remove early_exit"
             )
-        self.model, self.account, self.last_norm, self.form = model, account, norm, form
+        self.account, self.last_norm = account, norm
         self.labels: Tensor | None = None
         """[B, S] int64: of the micro-batch under way."""
 
@@ -46,29 +45,14 @@ class Exits:
         Raises:
             ConfigError: An adapter hangs beside it, or its backward has another weight.
         """
-        if not is_plain_head(self._head):
-            raise ConfigError(
-                "stochastic_depth.early_exit computes losses with the output head, and another technique has made that "
-                "more than a matmul; leave the head out of that technique's `targets`, or remove early_exit"
-            )
-
-    @property
-    def _head(self) -> nn.Module:
-        # Asked for anew: a technique installed later may have put a site in its place.
-        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+        self.head.check()
 
     @torch.compiler.disable
     def attach(self, hidden: Tensor, share: Tensor) -> Tensor:
         """Return `hidden` [B, S, H], which brings the gradient of share x its loss from here on."""
         if self.labels is None:
-            raise RunError("stochastic_depth.early_exit was not told the labels of a batch")
-        labels = self.labels.reshape(-1)
-
-        def cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            scale, cap = self.form.scale, self.form.softcap
-            return linear_cross_entropy(rows, weight, labels, bias, reduction="sum", logit_scale=scale, softcap=cap)
-
-        loss = loss_of_head(self._head, self.last_norm(hidden), cross_entropy).float()
+            raise RunError(f"{_USER} was not told the labels of a batch")
+        loss = self.head.cross_entropy(self.last_norm(hidden), self.labels)
         return self.account.attach(hidden, share * loss)
 
 
