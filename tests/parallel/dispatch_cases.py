@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -55,11 +58,42 @@ class Inputs:
 
     def run(self, module: nn.Module) -> dict[str, Tensor | None]:
         """Outputs and all gradients."""
+        return self.run_with(module, module)
+
+    def run_with(self, function: Callable[..., Tensor], module: nn.Module) -> dict[str, Tensor | None]:
+        """Likewise, where `function` calls `module`."""
         tokens, weights = (t.clone().requires_grad_() for t in (self.tokens, self.weights))
-        out = module(tokens, self.index, weights)
+        module.zero_grad()
+        out = function(tokens, self.index, weights)
         out.backward(self.upstream)
         grads = {"tokens": tokens.grad, "combine weights": weights.grad}
         return {"out": out.detach(), **grads} | {name: p.grad for name, p in module.named_parameters()}
+
+
+class Collectives(TorchDispatchMode):
+    """Notes what is sent: (operator, tensor, rows to each rank)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Tensor, list[int] | None]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().partition("::")[2].partition(".")[0]
+        if function.namespace == "_c10d_functional" and name != "wait_tensor":
+            self.found.append((name, args[0], args[2] if name == "all_to_all_single" else None))
+        return function(*args, **(kwargs or {}))
+
+    def bytes_sent(self, rank: int) -> int:
+        """To other ranks, in all-to-alls."""
+        total = 0
+        for _, tensor, rows in self.found:
+            if rows is not None:
+                total += (sum(rows) - rows[rank]) * tensor[0].numel() * tensor.element_size()
+        return total
+
+    def names(self) -> list[str]:
+        """Operators in the order they were called."""
+        return [name for name, *_ in self.found]
 
 
 def inputs(
