@@ -98,6 +98,12 @@ def figures(kind: str) -> Iterator[Figure]:
     if result := load(kind, "plan_memory"):
         for name, found in result["figures"].items():
             yield Figure(f"`plan` memory off the measured, {name}", abs(found["ratio"] - 1), 0.1)
+    if result := load(kind, "moe_layer"):
+        for name, found in result["figures"].items():
+            family, _, precision = name.rpartition("_")
+            layer = f"{family} decoder layer over transformers' fastest backend"
+            yield Figure(f"{layer}, step time, {precision}", found["ratio"], found["limit"])
+            yield Figure(f"{layer}, peak memory, {precision}", found["memory_ratio"], 1.0)
     if result := load(kind, "quickstart"):
         for domain, share in result["figures"]["share_of_order0"].items():
             yield Figure(f"quick start, bits per byte over an order-0 byte model, {domain}", share, 0.45)

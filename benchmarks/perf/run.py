@@ -8,7 +8,16 @@ import sys
 from pathlib import Path
 
 
-BENCHMARKS = ("command_line", "step_time", "techniques", "checkpoint_stall", "plan_memory", "kernels", "quickstart")
+BENCHMARKS = (
+    "command_line",
+    "step_time",
+    "techniques",
+    "checkpoint_stall",
+    "plan_memory",
+    "kernels",
+    "moe_layer",
+    "quickstart",
+)
 ARGUMENTS = {"techniques": [[], ["--micro-batches", "2"]]}
 """Of benchmarks that run several times."""
 
