@@ -27,6 +27,8 @@ _ATTENTION = (
     "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_attention_math",
 )
+_COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+"""What these return is waited for again in recomputation, which then returns at once."""
 
 
 def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
@@ -35,8 +37,9 @@ def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "sele
     Args:
         model: The Hugging Face causal LM.
         mode: `none` changes nothing; `full` keeps a block's input only; `selective` also keeps
-            what its matmuls and its attention return and recomputes the rest (norms, activations,
-            rotary embeddings), which costs little time.
+            what its matmuls, its attention and its collectives return and recomputes the rest (norms,
+            activations, rotary embeddings), which costs little time. So tokens travel to experts of other
+            ranks once, where `full` sends them again (Singh et al., 2023, arXiv:2303.06318, section 4.2).
 
     Raises:
         ConfigError: The family does not support it.
@@ -82,6 +85,7 @@ def _selective_contexts() -> tuple[Any, Any]:
 @cache
 def _kept_operators() -> list[Any]:
     """Overloads that exist in this version of torch."""
-    packets = [getattr(torch.ops.aten, name) for name in (*_MATMULS, *_ATTENTION) if hasattr(torch.ops.aten, name)]
+    names = [(torch.ops.aten, (*_MATMULS, *_ATTENTION)), (torch.ops._c10d_functional, _COLLECTIVES)]
+    packets = [getattr(library, name) for library, wanted in names for name in wanted if hasattr(library, name)]
     kept = [packet.default for packet in packets if "default" in packet.overloads()]
     return [*kept, torch.ops.higher_order.flex_attention]

@@ -3,7 +3,7 @@
 A token goes once to each *rank* that holds any of its experts, with its combine weights and the experts'
 numbers there; that rank sums what its experts make of it, and one row comes back. So rows travel once a
 (token, rank), never more and at fine granularity far less than once a (token, expert), and sums stay exact:
-a token's result is the sum over ranks, in order, of sums over experts. `docs/guides/expert-parallelism.md`
+a token's result is the sum over ranks, in order, of sums over experts. `docs/kernels/experts.md`
 has the bytes.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from leanmill.core.dispatch import ExpertCompute
 from leanmill.core.errors import ConfigError
@@ -130,7 +131,7 @@ class _Chunk:
 
     def result(self) -> Tensor:
         """Wait for results and sum those of each token [T, H]."""
-        return moe_unpermute(self._results_under_way.arrive(), self.positions)
+        return _SumToTokens.apply(self._results_under_way.arrive(), self.positions)  # type: ignore[no-any-return]
 
     def _routing(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """Combine weights and index [P, K] of each row sent: zero and "no expert" for copies of other ranks."""
@@ -140,6 +141,24 @@ class _Chunk:
         first = rank * self.num_local_experts
         index = torch.where(is_there, self.top_k_index[token] - first, self.num_local_experts)
         return torch.where(is_there, self.weights[token], 0.0), index
+
+
+class _SumToTokens(torch.autograd.Function):
+    """`moe_unpermute`, which hands a recomputation nothing to reach for.
+
+    Positions [T, K] are kept past the hooks that would have them recomputed, and with them the trip that
+    brings results back, and the product before it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, positions: Tensor) -> Tensor:
+        ctx.positions, ctx.num_rows = positions, rows.shape[0]
+        return moe_unpermute(rows, positions)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return spread_rows(grad, ctx.positions, ctx.num_rows), None
 
 
 def _once_a_rank(ranks: Tensor, num_ranks: int) -> Tensor:

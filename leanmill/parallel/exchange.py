@@ -77,6 +77,12 @@ class _Trip:
         arrived, self._arriving = torch.ops._c10d_functional.wait_tensor(self._arriving), None
         return arrived
 
+    def __del__(self) -> None:
+        # A recomputation stops at the last tensor that backward needs, with results still on their way:
+        # torch keeps their memory until somebody waits.
+        if self._arriving is not None:
+            self.end()
+
 
 class _BeginRows(torch.autograd.Function):
     """Begins a trip; the gradient comes with the trip back, which `_EndRows` has begun in backward.

@@ -5,14 +5,15 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.parallel.dispatch import AllToAllDispatch
 from tests.distributed import run_ranks
 from tests.parallel.dispatch_cases import (
     HIDDEN,
+    NUM_EXPERTS,
     TOP_K,
+    Collectives,
     Inputs,
     compare,
     experts_module,
@@ -67,34 +68,9 @@ def test_no_tokens_anywhere_and_nothing_but_dropped_copies():
             assert all(tensor is not None and (tensor == 0).all() for tensor in one.values())
 
 
-class Collectives(TorchDispatchMode):
-    """Notes what is sent: (operator, tensor, rows to each rank)."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().partition("::")[2]
-        if function.namespace == "_c10d_functional" and name != "wait_tensor":
-            self.found.append((name, args[0], args[2] if name == "all_to_all_single" else None))
-        return function(*args, **(kwargs or {}))
-
-    def bytes_sent(self, rank):
-        """To other ranks, in all-to-alls."""
-        total = 0
-        for name, tensor, rows in self.found:
-            if name == "all_to_all_single":
-                total += (sum(rows) - rows[rank]) * tensor[0].numel() * tensor.element_size()
-        return total
-
-    def names(self):
-        return [name for name, *_ in self.found]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_of_the_formula(dtype):
-    """Rows travel once a rank, dropped copies not at all: docs/guides/expert-parallelism.md."""
+    """Rows travel once a rank, dropped copies not at all: docs/kernels/experts.md."""
     ranks = inputs([90, 70], dtype)
 
     def sent():
@@ -112,6 +88,36 @@ def test_bytes_are_those_of_the_formula(dtype):
         # Tokens and their gradient's way back, results and theirs; weights and index, the weights' gradient.
         expected = 2 * size * HIDDEN * (out + back) + 8 * TOP_K * out + 4 * TOP_K * back
         assert abs(total - expected) <= 0.02 * expected
+
+
+def test_the_next_chunk_travels_while_one_is_computed():
+    """In forward and in backward, in one order on all ranks."""
+    ranks = inputs([9, 4])
+
+    def run():
+        one, sent = ranks[dist.get_rank()], Collectives()
+
+        def note(what):
+            sent.found.append((what, None, None))
+
+        def compute(tokens, index, weights, **_):
+            note("compute")
+            out = tokens * weights.sum(1, keepdim=True)
+            out.register_hook(lambda grad: note("backward"))
+            return out
+
+        dispatch = AllToAllDispatch(dist.group.WORLD, NUM_EXPERTS, num_chunks=3)
+        tokens, weights = (t.clone().requires_grad_() for t in (one.tokens, one.weights))
+        with sent:
+            dispatch(compute, tokens, one.index, weights).backward(one.upstream)
+        return ["travel" if name == "all_to_all_single" else name for name in sent.names()]
+
+    first, second = run_ranks(run, 2)
+    assert first == second
+    send, back = ["travel"] * 2, ["travel"]
+    forward = [*send, *send, "compute", *back, *send, "compute", *back, "compute", *back]
+    backward = [*back * 3, *["backward", *send] * 3]
+    assert first == ["all_gather_into_tensor", *forward, *backward]
 
 
 def disagreeing(change):
