@@ -197,6 +197,16 @@ def test_without_a_bias_scores_that_round_to_one_number_are_told_apart(path, is_
     assert choice(path, logits, 3, is_sigmoid=is_sigmoid) == [[1, 2, 0], [3, 1, 0], [0, 3, 1]]
 
 
+@on_every_path
+@pytest.mark.parametrize("num_best", [1, 2])
+def test_closed_groups_are_not_chosen_where_biased_scores_are_negative(path, num_best):
+    logits, bias = torch.randn(9, 6), torch.full((6,), -5.0)
+    told = Settings(3, True, True, 1.0, num_groups=2, open_groups=1, num_best=num_best)
+    index = path.topk_router(*(x.to(device_of(path)) for x in (logits, bias)), None, told)[1].cpu()
+    value = logits.sigmoid().view(9, 2, 3).sort(descending=True).values[..., :num_best].sum(-1)
+    assert torch.equal(index // 3, value.argmax(-1, keepdim=True).expand(-1, 3))
+
+
 def test_a_nan_token_leaves_the_others_alone():
     logits = torch.randn(5, 6)
     bad = logits.clone()
@@ -312,3 +322,16 @@ def test_wrong_input_is_refused_with_what_was_given():
         topk_router(logits, 1, score="tanh")
     with pytest.raises(ValueError, match=r"\[5\]"):
         topk_router(logits, 1, bias=torch.randn(4))
+    for groups, message in (
+        (Groups(4, 2), r"4 groups do not divide 6 experts; allowed: \[1, 2, 3, 6\]"),
+        (Groups(2, 3), "3 open groups of 3 experts for top_k 2; allowed: 1 to 2"),
+        (Groups(3, 0), "0 open groups"),
+        (Groups(6, 1), "top_k 2; allowed: 2 to 6"),
+        (Groups(3, 2, 3), "best 3; allowed: 1 to 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            topk_router(torch.randn(4, 6), 2, groups=groups)
+    with pytest.raises(ValueError, match="bool"):
+        topk_router(logits, 2, token_mask=torch.ones(4))
+    with pytest.raises(ValueError, match="3 sequences do not divide 4 tokens"):
+        topk_router(logits, 2, num_sequences=3)

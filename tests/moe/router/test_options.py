@@ -111,6 +111,19 @@ def test_capacity_is_there_in_training_only_and_what_is_dropped_is_not_computed(
     assert not gradient[0, dropped].any()
 
 
+def test_experts_that_know_no_empty_places_get_weights_of_zero():
+    module, seen, _ = module_of("gpt_oss", capacity_factor=0.5)
+    found = outputs_of(module)
+    module(batch_of())["total"].backward()
+    _, weights, experts = found[0]
+    dropped = ~seen.routing.is_kept
+    assert dropped.any()
+    assert experts.max() < 4
+    assert not weights[dropped].any()
+    assert weights[~dropped].all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
 def tiny_with(module: TrainModule) -> nn.Module:
     model = tiny("mixtral")
     model.load_state_dict({k: v for k, v in module.model.state_dict().items() if ".around." not in k})
