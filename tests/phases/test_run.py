@@ -249,6 +249,22 @@ def test_a_lottery_ticket_has_the_zeros_of_the_end_and_the_weights_of_the_beginn
     assert not torch.equal(trained["model.norm.weight"], begun["model.norm.weight"])
 
 
+@pytest.mark.slow
+def test_distillation_stops_before_the_end(home, three, tmp_path):
+    """As the page of distill has it: the state and the moments go on, the teacher and its loss do not."""
+    export_model(locate(three / "phases/01-dense").path, tmp_path / "teacher")
+    distil = [{"type": "distill", "teacher": str(tmp_path / "teacher")}]
+    alone = {"name": "alone", "carry": "state", "overrides": {"train.steps": 2, "techniques": []}}
+    staged = ({"name": "distil", "overrides": {"train.steps": 2}}, alone | {"keep": ["optimizer", "data"]})
+    run(recipe(home, tmp_path / "run", *staged, techniques=distil))
+    first, second = (tmp_path / "run/phases" / name for name in ("01-distil", "02-alone"))
+    assert all("distill" in record["losses"] for record in records(first, "step"))
+    assert all("distill" not in record["losses"] for record in records(second, "step"))
+    state = {name for name in weights(second, "optimizer") if "step" in name}
+    assert state
+    assert all(int(weights(second, "optimizer")[name]) == 4 for name in state)
+
+
 def test_a_state_that_does_not_fit_is_refused_before_the_first_phase(home, tmp_path):
     phases = DENSE, {"carry": "state", "overrides": {"train.steps": 1, "techniques": LSQ}}
     with pytest.raises(ConfigError, match=r"phases.1 \(train\): carry: state .*type carry: weights"):
