@@ -17,6 +17,7 @@ from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.losses import LossTerm
 from leanmill.core.parameters import ParamRule, ParamSettings, TrainableSchedule
+from leanmill.core.probes import Probe
 from leanmill.core.rules import StepRule
 
 
@@ -101,6 +102,8 @@ class Installation:
 
     loss_terms: Sequence[LossTerm] = ()
     step_rules: Sequence[StepRule] = ()
+    probes: Sequence[Probe] = ()
+    """What looks on while held-out text is evaluated."""
     param_rules: Sequence[ParamRule] = ()
     """Learning rate, decay and whether to train, by parameter."""
     trainable_schedule: TrainableSchedule | None = None
@@ -160,6 +163,13 @@ class TechniqueConfig(Config):
             ConfigError: It does not fit a model of so many blocks.
         """
         return {}
+
+    def watches(self, model: nn.Module) -> bool:
+        """Whether it has something to look at in `model`, for techniques that are installed unasked.
+
+        Only such do: they change nothing of the maths and cost next to nothing.
+        """
+        return False
 
     def own_settings(self) -> ParamSettings:
         """Return how the parameters that this technique brings are trained."""
@@ -227,6 +237,7 @@ class InstalledTechniques:
 
     loss_terms: list[LossTerm] = field(default_factory=list)
     step_rules: list[StepRule] = field(default_factory=list)
+    probes: list[Probe] = field(default_factory=list)
     param_rules: list[ParamRule] = field(default_factory=list)
     trainable_schedule: TrainableSchedule | None = None
     freeze_base: bool = False

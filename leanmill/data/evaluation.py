@@ -22,7 +22,7 @@ from leanmill.data.tally import NO_ANSWER
 from leanmill.data.train_data import stack_rows
 
 
-_VERSION = 2
+_VERSION = 3
 """Raise when the same documents would give other rows."""
 _OVERSAMPLING = 3
 """Rows are picked evenly from this many times the text, so that one long file is not a domain."""
@@ -34,7 +34,8 @@ class EvalDomain:
 
     name: str
     rows: dict[str, Tensor]
-    """`input_ids`, `labels`, `position_ids`, each [R, S] int64, as in training."""
+    """`input_ids`, `labels`, `position_ids`, each [R, S] int64, as in training; where a row is padded also
+    `token_mask` [R, S] bool, false in padding."""
     num_bytes: int
     """UTF-8 bytes of the text whose tokens are labels; special tokens count as none."""
     order0_bits_per_byte: float
@@ -75,10 +76,9 @@ def eval_domain(
 
     folder = cached_folder(root, "evaluation", full_key, build)
     facts = read_json(folder / "facts.json")
-    arrays = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("input_ids", "labels", "position_ids")]
     return EvalDomain(
         name=documents.name,
-        rows=dict(zip(("input_ids", "labels", "position_ids"), map(torch.from_numpy, arrays), strict=True)),
+        rows={path.stem: torch.from_numpy(np.load(path, allow_pickle=False)) for path in sorted(folder.glob("*.npy"))},
         num_bytes=facts["num_bytes"],
         order0_bits_per_byte=facts["order0_bits_per_byte"],
     )
@@ -155,6 +155,9 @@ def _cut(plan: RowPlan, num_tokens: int) -> RowPlan:
 def _save(folder: Path, rows: list[Row], byte_counts: NDArray[np.int64]) -> None:
     for name, tensor in stack_rows(rows).items():
         np.save(folder / f"{name}.npy", tensor.numpy())
+    is_token = np.stack([row.is_token for row in rows])
+    if not is_token.all():
+        np.save(folder / "token_mask.npy", is_token)
     facts = {"num_bytes": int(byte_counts.sum()), "order0_bits_per_byte": order0_bits_per_byte(byte_counts)}
     write_json(folder / "facts.json", facts)
 

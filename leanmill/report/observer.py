@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -79,6 +79,12 @@ class EvalRecord:
     tokens: int
     domains: Mapping[str, DomainScore]
     """By domain, and `all` (token-weighted)."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What probes report, as `probe/metric`."""
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    """What probes counted, by probe; JSON-able."""
+    notes: tuple[str, ...] = ()
+    """What probes could not say, and why."""
 
 
 class Observer:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from leanmill.core.errors import ConfigError
+from leanmill.core.probes import Probe
 from leanmill.data.build import build_eval_data, build_tokenizer
 from leanmill.data.tokenizer import load_tokenizer
 from leanmill.parallel.build import build_engine
@@ -18,7 +21,7 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.io import apply_override, validate_recipe
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import DomainScore
-from leanmill.trainer.evaluation import evaluate
+from leanmill.trainer.evaluation import Evaluation, evaluate
 from leanmill.trainer.rebuild import rebuild
 from leanmill.trainer.train_module import TrainModule
 
@@ -35,14 +38,25 @@ class Evaluated:
     step: int
     scores: dict[str, DomainScore]
     """By domain, and `all`."""
+    metrics: Mapping[str, float]
+    """What probes report, as `probe/metric`."""
+    tables: Mapping[str, Any]
+    """What probes counted."""
+    notes: tuple[str, ...]
+    """What probes could not say, and why."""
 
 
-def evaluate_checkpoint(checkpoint_dir: Path, overrides: Sequence[str] = ()) -> Evaluated:
+def evaluate_checkpoint(
+    checkpoint_dir: Path,
+    overrides: Sequence[str] = (),
+    more_probes: Callable[[nn.Module], Sequence[Probe]] = lambda model: (),
+) -> Evaluated:
     """Rebuild the trained model, techniques in place, and score it as training does.
 
     Args:
         checkpoint_dir: A complete checkpoint.
         overrides: `a.b=c` on the saved recipe, within `data`, `eval`, `batch`, `device` and `train.precision`.
+        more_probes: Returns what looks on beside the techniques' own probes, given the model.
 
     Raises:
         ConfigError: An override of something that belongs to the weights, or a bad value.
@@ -50,18 +64,23 @@ def evaluate_checkpoint(checkpoint_dir: Path, overrides: Sequence[str] = ()) -> 
     """
     rebuilt = rebuild(checkpoint_dir)
     recipe = _overridden(rebuilt.recipe, overrides, checkpoint_dir)
+    probes = [*rebuilt.probes, *more_probes(rebuilt.model)]
     ranks = init_processes(recipe.device, recipe.cluster)
     try:
-        return Evaluated(
-            checkpoint=checkpoint_dir,
-            step=rebuilt.step,
-            scores=_score(recipe, rebuilt.model, _tokenizer(recipe, rebuilt.tokenizer_dir), ranks),
-        )
+        found = _score(recipe, rebuilt.model, _tokenizer(recipe, rebuilt.tokenizer_dir), ranks, probes)
     finally:
         finish()
+    return Evaluated(
+        checkpoint=checkpoint_dir,
+        step=rebuilt.step,
+        scores=dict(found.scores),
+        metrics=found.metrics,
+        tables=found.tables,
+        notes=found.notes,
+    )
 
 
-def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks) -> dict[str, DomainScore]:
+def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks, probes: Sequence[Probe]) -> Evaluation:
     if ranks.world_size > 1:
         raise ConfigError(f"an evaluation is one process, {ranks.world_size} were started; type `leanmill eval ...`")
     domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
@@ -72,7 +91,7 @@ def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks) -> dict[str
         ranks.device
     )
     rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
-    return evaluate(engine, domains, rows)
+    return evaluate(engine, domains, rows, probes)
 
 
 def _overridden(recipe: Recipe, overrides: Sequence[str], checkpoint_dir: Path) -> Recipe:

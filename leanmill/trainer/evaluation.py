@@ -4,28 +4,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from leanmill.core.probes import Probe
 from leanmill.data.build import EvalDomain
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
 from leanmill.report.observer import DomainScore
 
 
-def evaluate(engine: Engine, domains: Sequence[EvalDomain], rows_per_batch: int) -> dict[str, DomainScore]:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What one evaluation found."""
+
+    scores: Mapping[str, DomainScore]
+    """By domain, and `all` over all their tokens and bytes."""
+    metrics: Mapping[str, float]
+    """What probes report, as `probe/metric`."""
+    tables: Mapping[str, Any]
+    """What probes counted, by probe; JSON-able."""
+    notes: tuple[str, ...]
+    """What probes could not say."""
+
+
+def evaluate(
+    engine: Engine, domains: Sequence[EvalDomain], rows_per_batch: int, probes: Sequence[Probe] = ()
+) -> Evaluation:
     """Score every domain; the rows are shared out over the data ranks.
 
     Args:
         engine: A prepared engine; all ranks call together.
         domains: Held-out rows, the same on every rank.
         rows_per_batch: Rows of one forward.
-
-    Returns:
-        A score for each domain, and `all` over all their tokens and bytes.
+        probes: What looks on.
     """
-    totals: dict[str, tuple[float, int]] = {d.name: _sum_domain(engine, d.rows, rows_per_batch) for d in domains}
+    for probe in probes:
+        probe.take()  # whatever evaluated before, such as a reference model's scores, is not of these domains
+    sums = {d.name: _sum_domain(engine, d.rows, rows_per_batch, probes) for d in domains}
+    findings = [
+        (probe.name, probe.find({domain: counts[index] for domain, (_, counts) in sums.items()}))
+        for index, probe in enumerate(probes)
+    ]
+    return Evaluation(
+        scores=_scores(domains, {name: total for name, (total, _) in sums.items()}),
+        metrics={f"{name}/{key}": value for name, found in findings for key, value in found.metrics.items()},
+        tables={name: found.table for name, found in findings if found.table},
+        notes=tuple(note for _, found in findings for note in found.notes),
+    )
+
+
+def _scores(domains: Sequence[EvalDomain], totals: Mapping[str, tuple[float, int]]) -> dict[str, DomainScore]:
     scores = {d.name: _score(*totals[d.name], d.num_bytes, d.order0_bits_per_byte) for d in domains}
     if len(domains) > 1:
         num_bytes = sum(d.num_bytes for d in domains)
@@ -37,8 +69,10 @@ def evaluate(engine: Engine, domains: Sequence[EvalDomain], rows_per_batch: int)
     return scores
 
 
-def _sum_domain(engine: Engine, rows: Mapping[str, Tensor], rows_per_batch: int) -> tuple[float, int]:
-    """Sum of nats and number of targets over all ranks."""
+def _sum_domain(
+    engine: Engine, rows: Mapping[str, Tensor], rows_per_batch: int, probes: Sequence[Probe]
+) -> tuple[tuple[float, int], list[Tensor]]:
+    """Sum of nats and number of targets over all ranks, and what each probe counted."""
     num_rows = rows["input_ids"].shape[0]
     stride = rows_per_batch * engine.data_size
     total = torch.zeros(2, dtype=torch.float64)
@@ -47,11 +81,16 @@ def _sum_domain(engine: Engine, rows: Mapping[str, Tensor], rows_per_batch: int)
     for start in range(0, num_rows, stride):
         first = start + engine.data_rank * rows_per_batch
         batch = {name: _cut(name, value, first, rows_per_batch).to(engine.device) for name, value in rows.items()}
+        for probe in probes:
+            probe.begin(batch)
         losses = engine.evaluate(batch)
         total[0] += losses["cross_entropy"].double().cpu()
         total[1] += (batch["labels"] != -100).sum().cpu()
-    nats, tokens = sum_over_ranks(total.to(engine.device)).tolist()
-    return nats, int(tokens)
+    parts = [total, *(probe.take().double().cpu() for probe in probes)]
+    (nats, tokens), *counts = (
+        sum_over_ranks(torch.cat(parts).to(engine.device)).cpu().split([len(part) for part in parts])
+    )
+    return (float(nats), int(tokens)), counts
 
 
 def _cut(name: str, value: Tensor, first: int, num_rows: int) -> Tensor:

@@ -185,6 +185,7 @@ class _Run:
             rule_states=state.get("rules") or self._rules_to_begin_with(),
         )
         self.saved = saved_part(recipe, model, prepared)
+        self.probes = prepared.techniques.probes
         self._load(prepared, state)
         self.manager.clear_away()
         num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
@@ -348,8 +349,16 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         recipe = self.recipe
         rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
-        self.scores, self.scores_step = evaluate(self.engine, self.domains, rows), step
-        record = EvalRecord(step=step, tokens=self.data.position_tokens, domains=self.scores)
+        found = evaluate(self.engine, self.domains, rows, self.probes)
+        self.scores, self.scores_step = dict(found.scores), step
+        record = EvalRecord(
+            step=step,
+            tokens=self.data.position_tokens,
+            domains=self.scores,
+            metrics=found.metrics,
+            tables=found.tables,
+            notes=found.notes,
+        )
         for observer in self.observers:
             observer.on_eval(record)
 

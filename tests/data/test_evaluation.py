@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_eval_data, build_train_data
@@ -45,6 +46,8 @@ def test_bytes_are_those_of_the_labels(tokenizer, tmp_path, document_mask, rule,
     assert domain.order0_bits_per_byte == pytest.approx(entropy(expected), abs=0.03)
     num_rows, size = domain.rows["labels"].shape
     assert size == 32
+    labels = domain.rows["labels"]
+    assert not (labels != -100)[~domain.rows.get("token_mask", torch.ones_like(labels, dtype=torch.bool))].any()
     assert num_rows == max(1, num_tokens // 32) or num_tokens == 10**6
 
 
@@ -77,6 +80,10 @@ def test_fewer_tokens_than_a_row_are_padded(tokenizer, tmp_path):
     expected = target_bytes(tokenizer, domain.rows["labels"])
     assert abs(domain.num_bytes - len(expected)) <= 2
     assert tokenizer.decode(domain.rows["input_ids"][0]).count("text 5") == 1
+    # The last token predicts nothing, and is one all the same.
+    mask, has_label = domain.rows["token_mask"][0], domain.rows["labels"][0] != -100
+    assert mask.sum() == has_label.nonzero().max() + 2
+    assert mask[: mask.sum()].all()
 
 
 def test_sft_counts_the_bytes_of_answers(tokenizer, tmp_path):

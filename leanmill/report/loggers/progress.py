@@ -58,6 +58,8 @@ class Progress(Observer):
     def on_eval(self, record: EvalRecord) -> None:
         for line in eval_lines(record):
             self._print(line)
+        for note in record.notes:
+            self._print_wrapped(f"  {note}")
 
     def on_end(self, status: str, message: str = "") -> None:
         if self._bar is not None:
@@ -158,12 +160,14 @@ def step_line(record: StepRecord, num_steps: int, share: float | None) -> str:
 
 
 def eval_lines(record: EvalRecord) -> list[str]:
-    """An evaluation, one line a domain."""
+    """An evaluation, one line a domain and one a mean that probes report."""
     if not record.domains:
         return []
     width = max(len(name) for name in record.domains)
-    return [f"evaluation at step {record.step:,}"] + [
+    scores = [
         f"  {name:<{width}}  loss {score.loss:.3f}  ppl {score.perplexity:.4g}  "
         f"bits/byte {score.bits_per_byte:.3f} (order-0 {score.order0_bits_per_byte:.2f})"
         for name, score in record.domains.items()
     ]
+    means = [f"  {name} {value:.3f}" for name, value in record.metrics.items() if name.count("/") == 1]
+    return [f"evaluation at step {record.step:,}", *scores, *means]

@@ -55,6 +55,7 @@ class TensorBoardLog(Observer):
                 f"eval_perplexity/{domain}": score.perplexity,
             }
             self._add(scalars, record.step)
+        self._add({f"eval_probes/{name}": value for name, value in record.metrics.items()}, record.step)
 
     def on_end(self, status: str, message: str = "") -> None:
         if self._writer is not None:

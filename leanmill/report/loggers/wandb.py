@@ -75,7 +75,7 @@ class WandbLog(Observer):
         )
 
     def on_eval(self, record: EvalRecord) -> None:
-        values = {}
+        values = {f"eval_probes/{name}": value for name, value in record.metrics.items()}
         for domain, score in record.domains.items():
             values[f"eval_loss/{domain}"] = score.loss
             values[f"eval_bits_per_byte/{domain}"] = score.bits_per_byte
