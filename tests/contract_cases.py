@@ -147,6 +147,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "balance_ahead": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1, "estimator": "two_pass"},
     "balance_rows": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1, "scope": "sequence"},
     "bias_balance": {"type": "bias_balance", "rate": 0.01},
+    "moe_metrics": {"type": "moe_metrics"},
     # Masks move in the second step, and the third trains what has grown; `set` moves them in both.
     "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
     "set": {"type": "rigl", "method": "set", "density": 0.4, "update_every_steps": 1, "update_until": 1.0},
@@ -191,6 +192,8 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "ternary experts": ("mixtral", "ternary"),
     "experts that choose": ("mixtral", "expert_choice"),
     "adapted routed experts": ("mixtral", "router", "lora", "nm_sparsity"),
+    # Installed unasked in all others with experts.
+    "watched experts": ("mixtral", "moe_metrics"),
     "depths with others": ("deeper", "gamma_mod", "stochastic_depth", "nm_sparsity", "ternary", "lora", "distill"),
     "further tokens with others": ("multi_token", "nm_sparsity", "ternary", "lora", "layer_skip", "distill"),
     "shared experts": ("ernie4_5_moe", "router_balance"),

@@ -28,6 +28,8 @@ class Entry:
     """`module:Class`, imported when a recipe asks for it; importing it must not import torch."""
     summary: str
     paper: str
+    unasked: bool = False
+    """Whether it is installed without being listed, on models that it has something to look at in."""
 
 
 TECHNIQUES: dict[str, Entry] = {
@@ -156,6 +158,12 @@ TECHNIQUES: dict[str, Entry] = {
         "nested MLPs: the first neurons are trained to do without the others",
         "Devvrit et al. 2023, arXiv:2310.07707",
     ),
+    "moe_metrics": Entry(
+        "leanmill.moe.moe_metrics.config:MoeMetrics",
+        "log loads of experts, how sure routers are, specialisation of domains; unasked where there are routers",
+        "Wang et al. 2024, arXiv:2408.15664; Xue et al. 2024, arXiv:2402.01739",
+        unasked=True,
+    ),
 }
 
 
@@ -272,6 +280,11 @@ def technique_class(name: str) -> type[TechniqueConfig]:
         hint = f"did you mean {' or '.join(near)}?" if near else "run `leanmill methods` for the list"
         raise ConfigError(f"unknown technique type {name!r}; known: {', '.join(known)}; {hint}")
     return _import(entry)  # type: ignore[no-any-return]
+
+
+def unasked_techniques() -> list[TechniqueConfig]:
+    """Return the techniques that are installed without being listed, as they are by default."""
+    return [_import(entry)() for entry in TECHNIQUES.values() if entry.unasked]
 
 
 def _kind(value: Any) -> str:

@@ -85,6 +85,8 @@ class LogConfig(Config):
     """Project name at Weights & Biases."""
     report: bool = True
     """Write the HTML report at the end and at each evaluation."""
+    watch: bool = True
+    """Install unasked what only looks on: `moe_metrics` on models with routers. It changes no result."""
 
 
 class ClusterConfig(Config):

@@ -15,6 +15,7 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, ParamRule, apply_trainable, settings_by_name
+from leanmill.core.registry import unasked_techniques
 from leanmill.core.rules import load_state
 from leanmill.core.sites import Sites
 from leanmill.core.stage import TechniqueModule, added_parameters
@@ -143,7 +144,7 @@ def _optimizer(recipe: Recipe, module: nn.Module, rules: Sequence[ParamRule]) ->
 
 def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple[InstalledTechniques, TrainModule]:
     """Give a model on the meta device its techniques, losses and recomputation: all that needs no engine."""
-    techniques = install_techniques(recipe.techniques, model, context)
+    techniques = install_techniques(listed_and_unasked(recipe, model), model, context)
     check_sites_are_called(model)
     module = TrainModule(
         model,
@@ -160,6 +161,14 @@ def with_precision(recipe: Recipe, device_type: str) -> Recipe:
     """Return the recipe with `train.precision: auto` replaced by what suits `device_type`."""
     precision = resolve_precision(recipe.train.precision, device_type)
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"precision": precision})})
+
+
+def listed_and_unasked(recipe: Recipe, model: nn.Module) -> list[TechniqueConfig]:
+    """Return the techniques of the recipe, and those that look at a model unasked where there is something to see."""
+    listed = {technique.type for technique in recipe.techniques}  # type: ignore[attr-defined]
+    unasked = unasked_techniques() if recipe.log.watch else []
+    found = [one for one in unasked if one.type not in listed and one.watches(model)]  # type: ignore[attr-defined]
+    return [*recipe.techniques, *found]
 
 
 def install_techniques(
@@ -197,6 +206,7 @@ def install_techniques(
 def _add(installed: InstalledTechniques, part: Installation) -> None:
     installed.loss_terms.extend(part.loss_terms)
     installed.step_rules.extend(part.step_rules)
+    installed.probes.extend(part.probes)
     installed.param_rules.extend(part.param_rules)
     installed.freeze_base |= part.freeze_base
     if part.trainable_schedule is not None:

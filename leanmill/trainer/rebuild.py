@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from leanmill.checkpoint.phases import where_it_is_now
 from leanmill.checkpoint.reading import read_document, read_full_state
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.names import clean_name
+from leanmill.core.probes import Probe
 from leanmill.core.rules import StepContext, StepRule, load_state
 from leanmill.core.technique import InstallContext
 from leanmill.models.build import build_on_meta
@@ -23,7 +25,7 @@ from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import num_steps
-from leanmill.trainer.prepare import install_techniques
+from leanmill.trainer.prepare import install_techniques, listed_and_unasked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Rebuilt:
     """Of the packages that trained it."""
     tokenizer_dir: Path | None
     """The run's tokenizer, where it is still beside the checkpoint."""
+    probes: Sequence[Probe] = ()
+    """Of its techniques."""
 
 
 def rebuild(checkpoint_dir: Path) -> Rebuilt:
@@ -62,7 +66,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     tokenizer_dir = checkpoint_dir.parent.parent / "tokenizer"
     model = _build(recipe, stored, tokenizer_dir)
     context = InstallContext(load_frozen_model=_no_teacher, vocab_size=model.config.vocab_size, seed=recipe.seed)
-    techniques = install_techniques(recipe.techniques, model, context)
+    techniques = install_techniques(listed_and_unasked(recipe, model), model, context)
     load_state(techniques.step_rules, state.get("rules", {}))
     if partial:
         make_materialiser(recipe.model, seed=recipe.seed)(model)
@@ -81,6 +85,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         step=step,
         versions=read_document(checkpoint_dir, "versions.json"),
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+        probes=techniques.probes,
     )
 
 

@@ -211,4 +211,4 @@ def loads_of(sites: Sites, context: InstallContext) -> Loads:
     Raises:
         ConfigError: The model has no routers, or ones whose output is not understood.
     """
-    return context.shared(Loads, lambda: Loads(context.ledger, decisions(sites, context.ledger)))
+    return context.shared(Loads, lambda: Loads(context.ledger, decisions(sites, context.ledger, decide=False)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from leanmill.core.around import Around, Call, Ring
@@ -32,9 +33,10 @@ class Routing(NamedTuple):
     counts: Tensor
     """[S, E] int64: how often each expert was chosen by each sequence's tokens, dropped copies included."""
     z_loss: Tensor
-    """Scalar fp32, differentiable: mean of logsumexp(logits)^2 over tokens that are not masked."""
+    """Scalar fp32, differentiable: mean of logsumexp(logits)^2 over tokens that are not masked. NaN in training where
+    nobody asked for a decision (`Decision.decides`): who only looks has no loss."""
     mean_probability: Tensor
-    """[S, E] fp32, differentiable: mean share of affinity (see `affinities`) over a sequence's tokens."""
+    """[S, E] fp32, differentiable: mean share of affinity (see `affinities`) over a sequence's tokens; NaN likewise."""
     token_mask: Tensor | None
     """bool [T]: False for padding; None where all tokens count."""
 
@@ -77,8 +79,8 @@ class Option(TechniqueModule):
 class Decision(Around):
     """Decides in the router's place, by `topk_router`, in fp32 whatever the model computes in.
 
-    In eval mode without options that change inference, and where the policy is not exact, the router decides
-    itself, and readers are shown that.
+    In eval mode without options that change inference, where the policy is not exact, and where nobody asked for a
+    decision (`decides`), the router decides itself, and readers are shown that.
 
     Args:
         policy: Of the router.
@@ -95,6 +97,8 @@ class Decision(Around):
         self.readers, self.options = nn.ModuleDict(), nn.ModuleDict()
         self.skips_empty = False
         """Whether the experts know that expert E is nobody; else empty places hold expert 0 with weight 0."""
+        self.decides = False
+        """Whether a technique asked for the decision; else all are here to look, and the router's stays bitwise."""
 
     def tell(self, reader: Reader) -> None:
         """Show `reader` every forward."""
@@ -130,7 +134,7 @@ class Decision(Around):
         Of what is decided here, logits and weights are fp32. Copies that are not computed have weight 0, and
         expert E where experts skip it (see `skips_empty`).
         """
-        if self.policy.is_exact and (self.training or self.changes_inference):
+        if self.policy.is_exact and ((self.training and self.decides) or self.changes_inference):
             routing, rest = self._decide(args[0]), []
         else:
             output = call(*args, **kwargs)
@@ -173,7 +177,13 @@ class Decision(Around):
     def _observe(self, logits: Tensor, weights: Tensor, experts: Tensor) -> Routing:
         mask, num_sequences = self.tokens.of(len(logits), is_training=self.training)
         settings = Settings(1, self.policy.score == "sigmoid", True, 1.0, num_sequences=num_sequences)
-        sums = naive.side_sums(logits, experts, mask, settings)
+        # The router sends padding somewhere too, which counts nowhere.
+        counted = experts if mask is None else experts.masked_fill(~mask.unsqueeze(-1), self.policy.num_experts)
+        if not self.decides and self.training:
+            unknown = logits.new_full((), torch.nan, dtype=torch.float32)
+            counts = naive.counts(counted, self.policy.num_experts, settings)
+            return Routing(logits, weights, experts, None, counts, unknown, unknown.expand(counts.shape), mask)
+        sums = naive.side_sums(logits, counted, mask, settings)
         return Routing(logits, weights, experts, None, *sums, mask)
 
     def _sent_to(self, routing: Routing) -> Tensor:

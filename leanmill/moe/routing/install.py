@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -10,19 +11,21 @@ from leanmill.core.around import arounds
 from leanmill.core.batches import Batch
 from leanmill.core.experts import IMPLEMENTATION, is_stacked_experts
 from leanmill.core.ledger import Ledger
-from leanmill.core.places import Place
+from leanmill.core.places import Place, find_modules
 from leanmill.core.sites import Sites
 from leanmill.moe.routing.decision import Decision
 from leanmill.moe.routing.policy import Policy, policy_of
 from leanmill.moe.routing.tokens import Tokens
 
 
-def decisions(sites: Sites, ledger: Ledger) -> list[tuple[Place, Decision]]:
+def decisions(sites: Sites, ledger: Ledger, *, decide: bool = True) -> list[tuple[Place, Decision]]:
     """Return the decision of every router, the same for all who ask.
 
     Args:
         sites: Of the model.
         ledger: Of the run.
+        decide: Whether whoever asks wants routers decided by `topk_router`; False only looks at what they decide, or
+            at what somebody else has decided.
 
     Raises:
         ConfigError: The model has no routers, or ones whose output is not understood.
@@ -31,7 +34,19 @@ def decisions(sites: Sites, ledger: Ledger) -> list[tuple[Place, Decision]]:
     found = [decision_of(place.module) for place in places]
     if not all(found):
         _stand(sites, ledger, places)
-    return [(place, _decision(place.module)) for place in places]
+    standing = [(place, _decision(place.module)) for place in places]
+    for _, decision in standing:
+        decision.decides |= decide
+    return standing
+
+
+def check_routers(model: nn.Module) -> None:
+    """Refuse routers that nobody could stand around.
+
+    Raises:
+        ConfigError: A router's output is not understood.
+    """
+    _policies(model, [(path, router) for path, _, router in find_modules(model, "router")])
 
 
 def decision_of(router: nn.Module) -> Decision | None:
@@ -46,14 +61,10 @@ def _decision(router: nn.Module) -> Decision:
 
 
 def _stand(sites: Sites, ledger: Ledger, places: list[Place]) -> None:
-    hidden_size: int = sites.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
-    tokens, known = Tokens(), dict[Any, Policy]()
-    found = []
-    for place in places:
-        key = _settings(place.module)
-        if key not in known:
-            known[key] = policy_of(place.module, place.name, hidden_size)
-        found.append(Decision(known[key], tokens, place.name))
+    tokens, found = Tokens(), []
+    policies = _policies(sites.model, [(place.name, place.module) for place in places])
+    for place, policy in zip(places, policies, strict=True):
+        found.append(Decision(policy, tokens, place.name))
         place.around(found[-1])
 
     configs = [getattr(module, "config", None) for module in sites.model.modules() if is_stacked_experts(module)]
@@ -66,6 +77,17 @@ def _stand(sites: Sites, ledger: Ledger, places: list[Place]) -> None:
         tokens.begin_forward(batch)
 
     ledger.before_forward(look)
+
+
+def _policies(model: nn.Module, routers: Sequence[tuple[str, nn.Module]]) -> list[Policy]:
+    """How each router, given with its name, decides."""
+    hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
+    known: dict[Any, Policy] = {}
+    for name, router in routers:
+        key = _settings(router)
+        if key not in known:
+            known[key] = policy_of(router, name, hidden_size)
+    return [known[_settings(router)] for _, router in routers]
 
 
 def _settings(router: nn.Module) -> Any:
