@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,19 +160,65 @@ def fake_eval(step: int) -> EvalRecord:
     return EvalRecord(step=step, tokens=step * 32_768, domains=domains)
 
 
+def fake_experts(step: int, num_layers: int = 4, num_experts: int = 8) -> dict[str, Any]:
+    """Tokens by domain, layer and expert: uneven, ever more so, and one expert that gets none."""
+    noise = random.Random(7)
+    domains = {}
+    for name in ("python", "cpp", "english"):
+        layers = [[noise.gauss(0, 0.2 + step / 400) for _ in range(num_experts)] for _ in range(num_layers)]
+        domains[name] = [[round(4096 * math.exp(value)) for value in layer] for layer in layers]
+        domains[name][-1][-1] = 0
+    return {"layers": list(range(1, num_layers + 1)), "domains": domains}
+
+
+def with_experts(record: StepRecord | EvalRecord) -> StepRecord | EvalRecord:
+    """The record as a mixture of experts would give it."""
+    growth = record.step / 400
+    if isinstance(record, EvalRecord):
+        metrics = {
+            "experts/specialisation": 0.3 * growth,
+            **{f"experts/specialisation/{i}": 0.1 * i * growth for i in range(1, 5)},
+        }
+        return replace(record, tables={"experts": fake_experts(record.step)}, metrics=metrics)
+    by_layer = {f"experts/max_violation/{i}": 3 / (i + 10 * growth) for i in range(1, 5)}
+    return replace(record, metrics={"experts/max_violation": 1.5 / (1 + 10 * growth), **by_layer})
+
+
+def fake_study(step: int) -> dict[str, Any]:
+    """What a study of the routing of the mixture would write."""
+    stretches = {factor: [max(0.0, (i / 16 - 0.5) / float(factor)) for i in range(16)] for factor in ("1.0", "2.0")}
+    dependence = {
+        "token": [0.7, 0.5, 0.4, None],
+        "previous_token": [0.02, 0.1, 0.2, None],
+        "position": [0.0, 0.01, 0.0, None],
+        "agreement": [0.9, 0.8, 0.7, None],
+        "agreement_by_chance": [0.2, 0.22, 0.2, None],
+        "num_tokens": [12_345, 12_345, 12_345, None],
+    }
+    earlier = [{"step": s, "share": [0.25 + s / 600] * 4, "by_chance": [0.26] * 4} for s in (50, 200)]
+    drops = {"sequence_length": 256, "as_run": None, "by_capacity": stretches}
+    return {"step": step, "layers": [1, 2, 3, 4], "dependence": dependence, "learning": earlier, "drops": drops}
+
+
 def play(
-    observers: Sequence[Observer], info: RunInfo, *, until: int, skip_at: int = -1, status: str | None = "finished"
+    observers: Sequence[Observer],
+    info: RunInfo,
+    *,
+    until: int,
+    skip_at: int = -1,
+    status: str | None = "finished",
+    change: Callable[[Any], Any] = lambda record: record,
 ) -> None:
     """Tell `observers` of the steps after `info.start_step` up to `until`; None as status is a kill."""
     for observer in observers:
         observer.on_start(info)
     for step in range(info.start_step + 2, until + 1, 2):
-        record = fake_step(step, info.num_steps, skipped=1 if 0 <= skip_at <= step else 0)
+        record = change(fake_step(step, info.num_steps, skipped=1 if 0 <= skip_at <= step else 0))
         for observer in observers:
             observer.on_step(record)
         if step % 50 == 0:
             for observer in observers:
-                observer.on_eval(fake_eval(step))
+                observer.on_eval(change(fake_eval(step)))
                 observer.on_checkpoint(step, info.run_dir / "checkpoints" / f"step-{step:08d}", 0.21)
     if status is not None:
         for observer in observers:

@@ -38,10 +38,12 @@ class RunData:
     """Wall time of all sessions together, work done again included."""
     sites: Record
     recipe: str
+    study: Record
+    """Of a mixture's routing, see `study_view.py`; empty without one."""
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Read `metrics.jsonl`, `sites.json` and `recipe.yaml`; whatever is missing is left empty."""
+    """Read `metrics.jsonl`, `sites.json`, `routing.json` and `recipe.yaml`; whatever is missing is left empty."""
     everything = read_records(run_dir / FILE_NAME)
     records = without_superseded(everything)
     starts = _of_kind(records, "start")
@@ -61,6 +63,7 @@ def load_run(run_dir: Path) -> RunData:
         seconds=_seconds(everything),
         sites=_read_json(run_dir / "sites.json"),
         recipe=_read_text(run_dir / "recipe.yaml"),
+        study=_read_json(run_dir / "routing.json"),
     )
 
 

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leanmill.report.page.charts import Chart, Series, with_smoothing
-from leanmill.report.page.data import RunData, keys, points
+from leanmill.report.page.data import Record, RunData, keys, points
 from leanmill.report.units import count, number, percent, scientific
+
+
+_NUM_COLOURS = 6
+"""Of lines, in page.css."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,14 @@ class Group:
 def groups(run: RunData) -> list[Group]:
     """Every group of charts of a run."""
     events = [("resume", step) for step in run.resumed_at] + [("skip", step) for step in run.skipped_at]
+    rules = _metrics(run.steps, "rule", "at the step logged")
+    probes = _metrics(run.evals, "probe", "held-out text")
     return [
         Group("Learning", [_training_loss(run, events), _validation_loss(run), _bits_per_byte(run)]),
         Group("Optimisation", [_learning_rate(run), _gradient_norm(run, events)]),
         Group("Speed and memory", _speed(run, events)),
-        *([Group("Step rules", rules)] if (rules := _rules(run)) else []),
+        *([Group("Step rules", rules)] if rules else []),
+        *([Group("Probes of held-out text", probes)] if probes else []),
     ]
 
 
@@ -124,14 +131,15 @@ def _speed(run: RunData, events: Sequence[tuple[str, int]]) -> list[Chart]:
     return charts
 
 
-def _rules(run: RunData) -> list[Chart]:
-    """One chart a metric that step rules report."""
+def _metrics(records: Sequence[Record], kind: str, unit: str) -> list[Chart]:
+    """One chart a metric that step rules or probes report, but those of one layer: see `layers_view.py`."""
+    names = [name for name in keys(records, "metrics") if name.count("/") == 1]
     return [
         Chart(
-            id=f"rule-{index}", title=name.replace("/", ": ").replace("_", " "), unit="at the step logged",
-            series=[Series(label=name, points=points(run.steps, "metrics", name), color=index + 1)], format=number,
+            id=f"{kind}-{index}", title=name.replace("/", ": ").replace("_", " "), unit=unit, format=number,
+            series=[Series(label=name, points=points(records, "metrics", name), color=index % _NUM_COLOURS + 1)],
         )
-        for index, name in enumerate(keys(run.steps, "metrics"))
+        for index, name in enumerate(names)
     ]  # fmt: skip
 
 

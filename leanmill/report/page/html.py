@@ -16,17 +16,22 @@ from leanmill.core.redact import redact, redact_tree
 from leanmill.report.files import write_atomically
 from leanmill.report.page.charts import chart_values, draw
 from leanmill.report.page.data import RunData, load_run
+from leanmill.report.page.experts_view import experts_section
 from leanmill.report.page.figures import Group, groups
+from leanmill.report.page.heat import heat_values
+from leanmill.report.page.layers_view import layers_section
 from leanmill.report.page.parts import evaluations, events, header, run_facts, tiles
 from leanmill.report.page.scale import Scale
+from leanmill.report.page.section import Section
 from leanmill.report.page.sites_view import draw_sites, site_values
+from leanmill.report.page.study_view import study_section
 
 
 FILE_NAME = "report.html"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from `recipe.yaml`, `metrics.jsonl` and `sites.json`; return its path.
+    """Write `run_dir/report.html` from the files that a run and studies of it left there; return its path.
 
     Whatever is missing is left out, so it can be written at any time and again after a resume.
 
@@ -48,18 +53,15 @@ def render(run: RunData) -> str:
     script = resources.files(__package__).joinpath("page.js").read_text(encoding="utf-8")
     name = str(run.facts.get("name", "run"))
     x_scale = _x_scale(run)
-    chart_groups = groups(run)
+    sections = _sections(run, x_scale)
+    charts = [chart for section in sections for chart in section.charts]
+    heats = [heat for section in sections for heat in section.heats]
     values = {
-        "charts": {chart.id: chart_values(chart, x_scale) for group in chart_groups for chart in group.charts},
+        "charts": {chart.id: chart_values(chart, x_scale) for chart in charts},
         "sites": site_values(run.sites),
+        "heats": {heat.id: heat_values(heat) for heat in heats},
+        "layers": [{h.id: heat_values(h) for h in one} for section in sections for one in section.by_layer],
     }
-    sections = [
-        *(_section(group.title, _grid(group, x_scale)) for group in chart_groups),
-        _section("Weights", draw_sites(run.sites)),
-        _section("Evaluations", evaluations(run)),
-        _section("Run", run_facts(run)),
-        _recipe(run),
-    ]
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     # The policy lets only this script run and nothing be fetched, whatever a run's strings hold.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -70,7 +72,8 @@ def render(run: RunData) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(name)} · Leanmill</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"{header(run, name)}\n<main>\n{tiles(run)}\n{events(run)}\n{''.join(sections)}\n</main>\n"
+        f"{header(run, name)}\n<main>\n{tiles(run)}\n{events(run)}\n"
+        f"{''.join(map(_section, sections))}{_recipe(run)}\n</main>\n"
         f"<footer>Written by Leanmill {escape(_version(run))} on {written}.</footer>\n"
         f'<script type="application/json" id="values">{_json(redact_tree(values))}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
@@ -83,12 +86,28 @@ def _x_scale(run: RunData) -> Scale:
     return Scale(0.0, float(max(last, 1)))
 
 
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{content}</section>\n"
+def _sections(run: RunData, x_scale: Scale) -> list[Section]:
+    """All sections in the order of the page."""
+    found = [
+        *(_grid(group, x_scale) for group in groups(run)),
+        layers_section(run),
+        experts_section(run),
+        study_section(run, x_scale),
+        Section(title="Weights", content=draw_sites(run.sites)),
+        Section(title="Evaluations", content=evaluations(run)),
+        Section(title="Run", content=run_facts(run)),
+    ]
+    return [section for section in found if section is not None]
 
 
-def _grid(group: Group, x_scale: Scale) -> str:
-    return f'<div class="grid of-{len(group.charts)}">{"".join(draw(chart, x_scale) for chart in group.charts)}</div>'
+def _section(section: Section) -> str:
+    return f"<section><h2>{escape(section.title)}</h2>{section.content}</section>\n"
+
+
+def _grid(group: Group, x_scale: Scale) -> Section:
+    drawn = "".join(draw(chart, x_scale) for chart in group.charts)
+    content = f'<div class="grid of-{len(group.charts)}">{drawn}</div>'
+    return Section(title=group.title, content=content, charts=group.charts)
 
 
 def _recipe(run: RunData) -> str:

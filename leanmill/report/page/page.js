@@ -76,6 +76,82 @@
     });
   }
 
+  // Heatmaps: a cell is read out under the pointer or moved to with the arrows, as `page/heat.py` words it.
+  const heats = [...document.querySelectorAll("[data-heat]")].map((figure) => ({
+    data: values.heats[figure.dataset.heat],
+    plot: figure.querySelector(".plot"),
+    svg: figure.querySelector(".plot svg"),
+    cell: figure.querySelector(".cell"),
+    out: figure.querySelector(".read-out"),
+  }));
+  const describe = (data, row, column) =>
+    `${significant(data.cells[row][column])} at ${data.names[0]} ${data.rows[row]}, ${data.names[1]} ${data.columns[column]}`;
+  const extremes = (data) => {
+    let low = null, high = null;
+    data.cells.forEach((cells, row) => cells.forEach((value, column) => {
+      if (value === null) return;
+      if (low === null || value < data.cells[low[0]][low[1]]) low = [row, column];
+      if (high === null || value > data.cells[high[0]][high[1]]) high = [row, column];
+    }));
+    return low === null ? "no values yet" : `smallest ${describe(data, ...low)}; largest ${describe(data, ...high)}`;
+  };
+  for (const heat of heats) {
+    let at = [0, 0];
+    const size = () => [heat.data.rows.length, heat.data.columns.length];
+    const leave = () => {
+      heat.cell.hidden = true;
+      heat.out.textContent = extremes(heat.data);
+    };
+    const go = (row, column) => {
+      const [height, width] = size();
+      at = [Math.max(0, Math.min(height - 1, row)), Math.max(0, Math.min(width - 1, column))];
+      heat.cell.hidden = false;
+      heat.cell.style.cssText =
+        `left:${(100 * at[1]) / width}%;top:${(100 * at[0]) / height}%;width:${100 / width}%;height:${100 / height}%`;
+      const value = heat.data.cells[at[0]][at[1]];
+      heat.out.textContent = value === null ? "no value" : describe(heat.data, ...at);
+    };
+    heat.plot.addEventListener("pointermove", (event) => {
+      const box = heat.plot.getBoundingClientRect(), [height, width] = size();
+      go(Math.floor((height * (event.clientY - box.top)) / box.height), Math.floor((width * (event.clientX - box.left)) / box.width));
+    });
+    heat.plot.addEventListener("pointerleave", leave);
+    heat.plot.addEventListener("focus", () => { if (heat.plot.matches(":focus-visible")) go(...at); });
+    heat.plot.addEventListener("blur", leave);
+    heat.plot.addEventListener("keydown", (event) => {
+      const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+      if (!(event.key in moves)) return;
+      event.preventDefault();
+      go(at[0] + moves[event.key][0], at[1] + moves[event.key][1]);
+    });
+    heat.show = (data) => {
+      heat.data = data;
+      const width = data.columns.length > 64 ? 1 : 0.94, found = new Map();
+      data.cells.forEach((cells, y) => cells.forEach((value, x) => {
+        if (value === null) return;
+        const index = data.edges.filter((edge) => edge <= value).length;
+        found.set(index, `${found.get(index) || ""}M${x} ${y}h${width}v0.94h-${width}z`);
+      }));
+      heat.svg.setAttribute("viewBox", `0 0 ${data.columns.length} ${data.rows.length}`);
+      heat.svg.replaceChildren(...[...found].map(([index, d]) => {
+        const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+        path.setAttribute("class", data.palette + index);
+        path.setAttribute("d", d);
+        return path;
+      }));
+      leave();
+    };
+  }
+  const layer = document.getElementById("layer");
+  if (layer)
+    layer.addEventListener("change", () => {
+      const shown = values.layers[Number(layer.value)];
+      for (const heat of heats) {
+        const id = heat.plot.closest("[data-heat]").dataset.heat;
+        if (id in shown) heat.show(shown[id]);
+      }
+    });
+
   const select = document.getElementById("site");
   if (!select) return;
   const log = document.getElementById("log-counts");

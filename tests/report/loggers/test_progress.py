@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from leanmill.report.loggers.progress import WIDTH, Progress, step_line
-from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, fake_step, play
+from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, fake_step, play, with_experts
 
 
 class Terminal(io.StringIO):
@@ -83,3 +84,13 @@ def test_messages_are_redacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     observer.on_end("failed", "HTTPError: swordfish-swordfish refused")
     assert "swordfish" not in stream.getvalue()
     assert "refused" in stream.getvalue()
+
+
+def test_an_evaluation_says_what_probes_found_and_could_not(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    record = replace(with_experts(fake_eval(50)), notes=("no held-out token of 'cpp' got to an expert",))
+    Progress(tmp_path, stream).on_eval(record)
+    lines = stream.getvalue().splitlines()
+    assert f"  experts/specialisation {0.3 * 50 / 400:.3f}" in lines
+    assert not any("specialisation/1" in line for line in lines)
+    assert lines[-1] == "  no held-out token of 'cpp' got to an expert"

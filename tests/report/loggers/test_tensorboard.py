@@ -6,7 +6,7 @@ import pytest
 
 from leanmill.core.errors import ConfigError
 from leanmill.report.loggers.tensorboard import TensorBoardLog
-from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, fake_step, play
+from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, fake_step, play, with_experts
 
 
 def test_scalars_come_back_and_a_resume_replaces_what_it_repeats(tmp_path: Path) -> None:
@@ -14,7 +14,10 @@ def test_scalars_come_back_and_a_resume_replaces_what_it_repeats(tmp_path: Path)
 
     recipe = fake_recipe(tmp_path)
     play([TensorBoardLog(tmp_path)], fake_info(recipe, tmp_path), until=70, status=None)
-    play([TensorBoardLog(tmp_path)], fake_info(recipe, tmp_path, start_step=50), until=100)
+    log = TensorBoardLog(tmp_path)
+    play([log], fake_info(recipe, tmp_path, start_step=50), until=100, status=None)
+    log.on_eval(with_experts(fake_eval(100)))
+    log.on_end("finished")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     losses = events.Scalars("loss/cross_entropy")
@@ -25,6 +28,7 @@ def test_scalars_come_back_and_a_resume_replaces_what_it_repeats(tmp_path: Path)
     assert events.Scalars("eval_bits_per_byte/cpp")[0].value == pytest.approx(
         fake_eval(50).domains["cpp"].bits_per_byte
     )
+    assert events.Scalars("eval_probes/experts/specialisation")[0].value == pytest.approx(0.3 * 100 / 400)
 
 
 def test_a_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

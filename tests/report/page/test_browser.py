@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html import unescape
 from pathlib import Path
@@ -12,7 +13,7 @@ from leanmill.report.loggers.jsonl import JsonlLog
 from leanmill.report.loggers.sites import SiteStatistics
 from leanmill.report.page.html import write_report
 from tests.report.page.chromium import BINARY, open_page
-from tests.trainer.fake_run import fake_info, fake_recipe, fake_step, play
+from tests.trainer.fake_run import fake_info, fake_recipe, fake_step, fake_study, play, with_experts
 
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium on PATH; apt-get install chromium")
@@ -63,6 +64,35 @@ if (select) {
   document.querySelector('[data-site="0"]').click();
   answers.rowSelects = select.value === "0" && path() === first;
 }
+for (const figure of document.querySelectorAll("[data-heat]")) {
+  const plot = figure.querySelector(".plot"), box = plot.getBoundingClientRect();
+  for (const share of [-0.1, 0, 0.5, 0.999, 1.2]) {
+    const clientX = box.left + share * box.width, clientY = box.top + share * box.height;
+    plot.dispatchEvent(new PointerEvent("pointermove", {clientX, clientY}));
+  }
+  for (const key of ["ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown", "a"])
+    plot.dispatchEvent(new KeyboardEvent("keydown", {key, cancelable: true}));
+  plot.dispatchEvent(new PointerEvent("pointerleave"));
+}
+const load = document.querySelector('[data-heat="load"]');
+if (load) {
+  const plot = load.querySelector(".plot"), box = plot.getBoundingClientRect(), out = load.querySelector(".read-out");
+  answers.resting = out.textContent;
+  plot.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 2, clientY: box.bottom - 2}));
+  answers.corner = out.textContent;
+  answers.cellShown = !load.querySelector(".cell").hidden;
+  plot.dispatchEvent(new PointerEvent("pointerleave"));
+  answers.restsAgain = out.textContent === answers.resting;
+  const paths = () => document.querySelector('[data-heat="domains"] svg').innerHTML.replaceAll("></path>", "/>");
+  const first = paths(), layer = document.getElementById("layer");
+  layer.value = "2";
+  layer.dispatchEvent(new Event("change"));
+  answers.layerChanged = paths() !== first;
+  layer.value = "0";
+  layer.dispatchEvent(new Event("change"));
+  answers.drawsAsWritten = [...paths().matchAll(/M/g)].length === [...first.matchAll(/M/g)].length
+    && [...first.matchAll(/d="([^"]*)"/g)].every((found) => paths().includes(found[1]));
+}
 answers.overflow = document.documentElement.scrollWidth > document.documentElement.clientWidth;
 document.documentElement.setAttribute("data-answers", JSON.stringify(answers));
 </script>"""
@@ -75,8 +105,6 @@ def _attribute(dom: str, name: str) -> str:
 
 def _exercise(page: Path, *flags: str) -> dict[str, object]:
     """Open a copy with an error hook in front and made-up user input behind; return what it saw."""
-    import json
-
     text = page.read_text(encoding="utf-8")
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', HOOK, text, count=1)
     copy = page.with_name("exercised.html")
@@ -98,11 +126,33 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(run_dir)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a mixture of experts, with a study of its routing."""
+    run_dir = tmp_path_factory.mktemp("mixture")
+    recipe = fake_recipe(run_dir)
+    play([JsonlLog(run_dir)], fake_info(recipe, run_dir), until=400, change=with_experts)
+    (run_dir / "routing.json").write_text(json.dumps(fake_study(400)))
+    return write_report(run_dir)
+
+
 def test_the_page_as_written_runs_its_script_under_its_own_policy(report: Path) -> None:
     opened = open_page(report)
     assert opened.console == []
     # The script marks the chosen site: without it the attribute is not there.
     assert re.search(r'<tr data-site="0" class="chosen">', opened.dom)
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_heatmaps_read_out_their_cells_and_follow_the_layer(mixture: Path, width: int) -> None:
+    answers = _exercise(mixture, f"--window-size={width},900")
+    assert str(answers["resting"]).startswith("smallest 0 at layer 4, expert 7")
+    assert answers["corner"] == "0 at layer 4, expert 7"
+    assert answers["cellShown"]
+    assert answers["restsAgain"]
+    assert answers["layerChanged"]
+    assert answers["drawsAsWritten"]
+    assert answers["overflow"] is False
 
 
 def test_every_control_works(report: Path) -> None:
