@@ -182,6 +182,12 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of the checkpoint's recipe")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--routing",
+        dest="studies_routing",
+        action="store_true",
+        help="study what a mixture of experts routes by, against the run's earlier checkpoints; for the report",
+    )
 
 
 def _compress(parser: argparse.ArgumentParser) -> None:
