@@ -14,7 +14,7 @@ BENCHMARKS ?=
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_JOBS ?= 2
 
-.PHONY: train test test-cpus test-slow checks style docs bench claims setup clean
+.PHONY: train train-moe test test-cpus test-slow checks style docs bench claims setup clean
 
 setup: $(READY)
 
@@ -27,6 +27,10 @@ $(READY): pyproject.toml constraints.txt
 
 train: $(READY)
 	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --nproc-per-node $(NPROC) launch/train.py --config recipes/quickstart.yaml $(ARGS)
+
+# The same with a mixture of experts.
+train-moe: $(READY)
+	OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/torchrun --nproc-per-node $(NPROC) launch/train.py --config recipes/moe_quickstart.yaml $(ARGS)
 
 test: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup

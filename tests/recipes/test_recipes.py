@@ -11,7 +11,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 def test_the_promised_recipes_exist():
     promised = {"quickstart", "pretrain_1b", "sparse_finetune", "ternary_pretrain", "lora_sft", "distill_student"}
-    promised |= {"prune_and_retrain"}
+    promised |= {"prune_and_retrain", "moe_quickstart", "moe_pretrain"}
     promised |= {"learned_mask"}
     assert promised <= {path.stem for path in RECIPES}
 
@@ -48,3 +48,11 @@ def test_models_given_inline_can_be_planned_on_8_ranks_or_2(path):
         result = plan(one, world_size)
         assert result.num_parameters > 1e6
         assert result.peak_bytes < 80 * 2**30
+
+
+def test_moe_pretrain_has_1b_active_of_7b():
+    from leanmill.plan.plan import plan
+
+    result = plan(load_recipe(next(path for path in RECIPES if path.stem == "moe_pretrain")), 8)
+    assert result.num_parameters == pytest.approx(6.9e9, rel=0.01)
+    assert result.num_active == pytest.approx(1.3e9, rel=0.02)
