@@ -97,7 +97,7 @@ def by_hand(num_ranks, num_micro):
                     objective = objective + WEIGHT * decisions[layer].mean() / (num_ranks * num_micro)
     objective.backward()
     gradients = {name: p.grad for name, p in module.model.named_parameters() if p.requires_grad}
-    shares = {layer: float(torch.cat(parts).mean()) for layer, parts in ran.items()}
+    shares = {layer: float(torch.cat(parts).detach().mean()) for layer, parts in ran.items()}
     return gradients, sum(excesses) / len(excesses), shares
 
 
