@@ -68,7 +68,7 @@ class DdpEngine(TorchEngine):
             experts = [p for p in self.module.parameters() if is_spread(p)]
             staged = {id(p) for p in own}
             group = self.layout.experts.get_group("replicate")
-            self._experts = ExpertReduction([p for p in experts if id(p) not in staged], group)
+            self._experts = ExpertReduction([p for p in experts if p.requires_grad and id(p) not in staged], group)
             own += experts
         _leave_out(self.module, own)
         self._make_optimizer(preparation)

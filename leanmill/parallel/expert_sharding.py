@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,8 @@ class ExpertSharding:
     def __init__(self, layout: Layout) -> None:
         from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 
+        # It calls gathering over two dims of a mesh slow, whoever asks for a whole weight, and says so on every rank.
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         mesh = layout.experts
         self.has_replicas = layout.expert_replicate > 1
         self._num_shards = layout.expert_shard

@@ -17,7 +17,7 @@ UNSAID = ("checkpoint.accept_changes", "checkpoint.resume")
 """How a resume is asked for; no property of the run."""
 FREE = (
     # Where and how it is computed, and what is written: the same maths up to rounding.
-    "name", "run_dir", "device", "engine", "eval", "checkpoint", "log", "cluster",
+    "name", "run_dir", "device", "engine", "layout", "eval", "checkpoint", "log", "cluster",
     "batch.tokens_per_micro_batch", "train.activation_checkpointing", "train.compile", "train.deterministic",
     "train.logits_chunk_tokens", "model.attention",
     # Checks, which change nothing that passes them.

@@ -141,6 +141,7 @@ def _sections(recipe: Recipe, world_sizes: Sequence[int]) -> dict[str, list[str]
         "data": _data(recipe.data),
         "techniques": _techniques(recipe),
         "engine": [_engine(recipe)],
+        "layout": _layout(recipe),
         "batch": _batch(recipe, world_sizes),
         "length": [_length(recipe)],
         "optimizer": [_optimizer(recipe)],
@@ -214,6 +215,18 @@ def _engine(recipe: Recipe) -> str:
     options = engine.model_dump(mode="json", exclude={"type"}, exclude_defaults=True)
     given = f" ({', '.join(f'{key}={value}' for key, value in options.items())})" if options else ""
     return f"{engine.type}{given}: {' '.join((type(engine).__doc__ or '').split())}"
+
+
+def _layout(recipe: Recipe) -> list[str]:
+    layout, sharded = recipe.layout, recipe.layout.dp_shard
+    lines = []
+    if sharded is not None or layout.dp_replicate is not None:
+        lines.append(f"replicas {layout.dp_replicate or 'as ranks allow'} x shards {sharded or 'as ranks allow'}")
+    if layout.ep > 1:
+        lines.append(
+            f"ep {layout.ep}: groups of {layout.ep} ranks share the experts of each layer; tokens travel to them"
+        )
+    return lines
 
 
 def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:

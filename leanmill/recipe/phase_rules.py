@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _WHOLE_RECIPE = "it holds for all phases: set it once for the whole recipe, or make the phase a recipe of its own"
 _REFUSED = {
     "engine": f"all phases share one set of processes, so {_WHOLE_RECIPE} with model.path at the model this one leaves",
+    "layout": _WHOLE_RECIPE,
     "device": _WHOLE_RECIPE,
     "cluster": _WHOLE_RECIPE,
     "plugins": _WHOLE_RECIPE,

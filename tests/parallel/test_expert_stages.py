@@ -76,6 +76,12 @@ def test_every_kind_of_stage_under_two_ranks(engine: str) -> None:
 
 
 @pytest.mark.slow
+def test_replicas_of_experts_with_stages() -> None:
+    """Frozen experts have no gradient to average, and learned steps are averaged as the weights are."""
+    _assert_like_one_process({"type": "ddp"}, ("mask, ternary, adapter", "mask in steps", "learned mask"), 4)
+
+
+@pytest.mark.slow
 def test_experts_are_staged_once_a_step_on_the_ranks_that_hold_them_whole() -> None:
     """Four experts on four ranks in groups of two: each rank keeps one, and gathers the other of its two."""
     notes = _assert_like_one_process({"type": "fsdp"}, ("mask in steps", "ternary", "mask, ternary, adapter"), 4)

@@ -35,8 +35,9 @@ def keys(old: Recipe, new: Recipe) -> list[str]:
 @pytest.mark.parametrize(
     "override",
     [
-        "name=other", "run_dir=elsewhere", "device=cpu", "engine=fsdp", "eval.every_steps=5", "checkpoint.keep_last=3",
-        "log.every_steps=1", "cluster.step_timeout_seconds=9", "train.total_tokens=2000000", "train.compile=true",
+        "name=other", "run_dir=elsewhere", "device=cpu", "engine=fsdp", "layout.ep=2", "eval.every_steps=5",
+        "checkpoint.keep_last=3", "log.every_steps=1", "cluster.step_timeout_seconds=9", "train.total_tokens=2000000",
+        "train.compile=true",
         "train.activation_checkpointing=full", "train.non_finite=skip", "batch.tokens_per_micro_batch=8192",
         "model.attention=eager", "data.cache_dir=/elsewhere",
     ],

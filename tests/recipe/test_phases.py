@@ -120,6 +120,7 @@ def test_round_trips(tmp_path):
     [
         ("engine", "fsdp", "all phases share one set of processes"),
         ("engine.type", "fsdp", "all phases share one set of processes"),
+        ("layout.ep", 2, "it holds for all phases"),
         ("run_dir", "x", "a phase has its folder inside the run's"),
         ("seed", 1, "set it once for the whole recipe"),
         ("model.path", "x", "type phases.1.start_from to choose which"),
