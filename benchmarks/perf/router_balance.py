@@ -1,0 +1,185 @@
+"""What synchronising the loads of experts costs a step: calls, bytes, and its share of the time, at 4 ranks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import interleaved, ratio, stepper
+from machine import conditions, write_result
+from options import DEFAULTS
+from torch import Tensor
+
+from leanmill.models.build import build_on_meta
+from leanmill.parallel.build import build_engine
+from leanmill.parallel.launch import Ranks
+from leanmill.recipe.root import Recipe
+from leanmill.trainer.loop import Loop
+from leanmill.trainer.prepare import prepare
+
+
+MODEL = {
+    "model_type": "mixtral",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+"""22M parameters, 6M of them for a token."""
+LENGTH, ROWS_PER_RANK, MICRO_BATCHES = 256, 2, 2
+SCOPES = {"micro_batch": {"scope": "micro_batch"}, "global_batch": {"scope": "global_batch", "estimator": "running"}}
+
+
+class RandomRows:
+    """Rows of random tokens; what they say costs the same."""
+
+    position_tokens = 0
+
+    def next_rows(self, num_rows: int, *, rank: int, world_size: int) -> dict[str, Tensor]:
+        ids = torch.randint(MODEL["vocab_size"], (num_rows // world_size, LENGTH))  # type: ignore[arg-type]
+        positions = torch.arange(LENGTH).expand_as(ids).contiguous()
+        return {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": positions, "row_ids": ids[:, 0]}
+
+
+def make_loop(options: dict[str, Any], num_ranks: int) -> Loop:
+    tokens = num_ranks * ROWS_PER_RANK * LENGTH
+    recipe = Recipe.model_validate(
+        {
+            "device": "cpu",
+            "model": {"config": MODEL},
+            "data": {"sequence_length": LENGTH},
+            "techniques": [{"type": "router_balance"} | options],
+            "engine": "ddp",
+            "batch": {"tokens_per_step": tokens, "tokens_per_micro_batch": tokens // num_ranks // MICRO_BATCHES},
+            "train": {"steps": 100_000, "precision": "fp32"},
+        }
+    )
+    rank = dist.get_rank()
+    ranks = Ranks(rank=rank, world_size=num_ranks, local_rank=rank, device=torch.device("cpu"))
+    engine, _ = build_engine(recipe.engine, ranks=ranks, precision="fp32", model_bytes=0)
+    prepared = prepare(recipe, build_on_meta(recipe.model, vocab_size=None), engine, num_micro_batches=MICRO_BATCHES)
+    loop = Loop(
+        recipe=recipe,
+        engine=engine,
+        data=RandomRows(),  # type: ignore[arg-type]
+        step_rules=prepared.techniques.step_rules,
+        observers=(),
+        num_steps=100_000,
+        num_micro_batches=MICRO_BATCHES,
+        save=lambda step: None,
+        evaluate=lambda step: None,
+    )
+    loop.start()
+    return loop
+
+
+def reductions_of(step: Callable[[], None], size: int) -> list[float]:
+    """Seconds of each reduction of `size` numbers in a step, waiting for other ranks included."""
+    plain, seconds = dist.all_reduce, list[float]()
+
+    def timed(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        result = plain(tensor, *args, **kwargs)
+        if tensor.numel() == size:
+            seconds.append(time.perf_counter() - started)
+        return result
+
+    dist.all_reduce = timed  # type: ignore[assignment]
+    try:
+        step()
+    finally:
+        dist.all_reduce = plain
+    return seconds
+
+
+def alone(size: int, times: int = 50) -> float:
+    """Median seconds of such a reduction when all ranks come to it together."""
+    tensor, seconds = torch.ones(size, dtype=torch.float64), []
+    for _ in range(times):
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(tensor)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def work(rounds: int, folder: Path) -> None:
+    """What every rank does."""
+    torch.set_num_threads(1)
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meeting'}",
+        rank=int(os.environ["RANK"]),
+        world_size=num_ranks,
+        timeout=timedelta(seconds=120),
+    )
+    measured_under = conditions()
+    steps = {name: stepper(make_loop(options, num_ranks)) for name, options in SCOPES.items()}
+    seconds = interleaved(steps, rounds=rounds)
+    size = 2 + MODEL["num_hidden_layers"] * MODEL["num_local_experts"]  # type: ignore[operator]
+    found = {name: reductions_of(step, size) for name, step in steps.items()}
+    once, step_seconds = alone(size), statistics.median(seconds["global_batch"])
+    calls = len(found["global_batch"])
+    figures = {
+        "global_batch_step_over_micro_batch_step": ratio(seconds, "global_batch", "micro_batch"),
+        "share_of_a_step_when_ranks_come_together": calls * once / step_seconds,
+        "calls_a_step": calls,
+        "calls_a_step_of_micro_batch": len(found["micro_batch"]),
+        "bytes_a_rank_hands_over_a_step": 8 * size * calls,
+        "seconds_of_a_call_when_ranks_come_together": once,
+        "seconds_of_the_calls_of_a_step_with_waiting": sum(found["global_batch"]),
+        "step_seconds_median": step_seconds,
+        "ranks": num_ranks,
+        "layers": MODEL["num_hidden_layers"],
+        "experts": MODEL["num_local_experts"],
+        "micro_batches": MICRO_BATCHES,
+        "tokens_a_rank": ROWS_PER_RANK * LENGTH,
+        "rounds": rounds,
+    }
+    if dist.get_rank() == 0:
+        measured_under["command"] = f"python benchmarks/perf/router_balance.py --ranks {num_ranks} --rounds {rounds}"
+        write_result("router_balance", figures, measured_under)
+    dist.barrier()
+    os._exit(0)  # gloo threads that ran collectives inside autograd may abort at the interpreter's exit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=DEFAULTS["router_balance"]["rounds"])
+    parser.add_argument("--meeting", type=Path, help="set for the ranks that this script starts")
+    arguments = parser.parse_args()
+    if arguments.meeting is not None:
+        work(arguments.rounds, arguments.meeting)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--rounds", str(arguments.rounds), "--meeting", folder]
+        world = {"WORLD_SIZE": str(arguments.ranks), "OMP_NUM_THREADS": "1"}
+        started = [
+            subprocess.Popen(command, env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(arguments.ranks)
+        ]
+        codes = [process.wait() for process in started]
+    if any(codes):
+        sys.exit(f"ranks ended with {codes}")
+
+
+if __name__ == "__main__":
+    main()
