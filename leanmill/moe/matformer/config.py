@@ -70,7 +70,7 @@ class MixNMatch(SurgeryConfig):
     """Neurons of each layer's MLP."""
     budget: float | None = Field(default=None, gt=0, le=1)
     """Share of all neurons to keep at most. Two neighbouring `granularities` are mixed, the narrower one in the first
-    layers: the paper's rule of the least slope."""
+    layers."""
     granularities: Divisors = Field(default_factory=lambda: [1, 2, 4, 8])
     """Divisors to mix, for `budget`."""
     padded: bool = False

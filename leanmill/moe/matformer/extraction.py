@@ -17,7 +17,7 @@ _ROWS = tuple(f"mlp.{part}_proj.{kind}" for part in ("gate", "up") for kind in (
 _COLUMNS = "mlp.down_proj.weight"
 
 
-def least_slope(num_layers: int, width: int, budget: float, granularities: Sequence[int]) -> list[int]:
+def mixed_widths(num_layers: int, width: int, budget: float, granularities: Sequence[int]) -> list[int]:
     """Return the widths of layers that keep at most a share of all neurons: two neighbouring ones, the narrower first.
 
     Args:
@@ -92,7 +92,7 @@ class Cut:
         if self.granularity is not None:
             return [self.full // self.granularity] * num_layers
         assert self.budget is not None
-        return least_slope(num_layers, self.full, self.budget, self.granularities)
+        return mixed_widths(num_layers, self.full, self.budget, self.granularities)
 
     def block(self, block: StoredBlock) -> Iterator[tuple[str, Tensor]]:
         if _COLUMNS not in block.names:

@@ -10,7 +10,7 @@ from leanmill.core.registry import parse_pass, parse_technique
 from leanmill.core.rules import StepContext
 from leanmill.core.sites import Sites
 from leanmill.core.technique import InstallContext
-from leanmill.moe.matformer.extraction import least_slope
+from leanmill.moe.matformer.extraction import mixed_widths
 from leanmill.recipe.compress import CompressRecipe
 from leanmill.trainer.passes.run import compress
 
@@ -153,13 +153,13 @@ def test_what_is_cut_out_computes_what_was_trained(options, widths, tmp_path):
 
 
 def test_a_budget_mixes_neighbours_the_narrower_first():
-    assert least_slope(4, 16, 1.0, [1, 2, 4, 8]) == [16] * 4
-    assert least_slope(4, 16, 0.7, [1, 2, 4, 8]) == [8, 8, 8, 16]
-    assert least_slope(4, 16, 0.5, [1, 2, 4, 8]) == [8] * 4
-    assert least_slope(4, 16, 0.49, [1, 2, 4, 8]) == [4, 8, 8, 8]
-    assert least_slope(4, 16, 0.3, [1, 4]) == [4] * 4
+    assert mixed_widths(4, 16, 1.0, [1, 2, 4, 8]) == [16] * 4
+    assert mixed_widths(4, 16, 0.7, [1, 2, 4, 8]) == [8, 8, 8, 16]
+    assert mixed_widths(4, 16, 0.5, [1, 2, 4, 8]) == [8] * 4
+    assert mixed_widths(4, 16, 0.49, [1, 2, 4, 8]) == [4, 8, 8, 8]
+    assert mixed_widths(4, 16, 0.3, [1, 4]) == [4] * 4
     with pytest.raises(ConfigError, match="type at least 0.25"):
-        least_slope(4, 16, 0.2, [1, 4])
+        mixed_widths(4, 16, 0.2, [1, 4])
 
 
 def test_models_and_options_that_do_not_fit():
