@@ -19,7 +19,7 @@ from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, Stage
 from leanmill.export.activations import settle_activations
 from leanmill.export.compare import allowed, check_same, reload, sample_logits
-from leanmill.export.folded import prepare_config
+from leanmill.export.folded import beside_of, left_out, prepare_config
 from leanmill.export.folding import detach_adapters, fold_sites, reshaping_stages
 from leanmill.export.formats import Activations, Checked, Format
 from leanmill.models.pretrained import load_weights, quiet_transformers
@@ -64,6 +64,7 @@ class AdapterFormat(Format):
         self.needs_base = _needs_base(rebuilt)
         path = rebuilt.recipe.model.path
         self.base_name = str((out_dir / "base").resolve()) if self.needs_base else str(path)
+        self.left_out = left_out(beside_of(self.model))
         _strip(self.model)
 
     @classmethod
@@ -93,7 +94,7 @@ class AdapterFormat(Format):
             max_difference=difference,
             tolerance=allowed(self.expected),
             num_parameters=sum(f.a.numel() + f.b.numel() for f in self.adapters.values()),
-            notes=(f"{len(self.adapters)} adapters on {self.base_name}{beside}",),
+            notes=(f"{len(self.adapters)} adapters on {self.base_name}{beside}", *self.left_out),
         )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from leanmill.core.around import iter_arounds
+from leanmill.core.around import Beside, iter_arounds
 from leanmill.core.errors import RunError
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
@@ -39,7 +40,7 @@ class FoldedFormat(Format):
         self.staged = folded_weights(model)
         """Weights that training multiplied with, by parameter name."""
         self.masked = _masks(model)
-        self.beside = tuple(b for _, _, around in iter_arounds(model) if (b := around.beside()) is not None)
+        self.beside = beside_of(model)
         """What stands around modules and does not fold into them."""
         self.after_settling(model)
         fold(model)
@@ -64,12 +65,7 @@ class FoldedFormat(Format):
     @property
     def left_out(self) -> tuple[str, ...]:
         """What a format must say that has no place for weights beside the model's own."""
-        return tuple(
-            f"{len(beside.weights)} weights beside the model's own are left out; --to hf carries them"
-            if beside.weights
-            else " ".join(beside.notes)
-            for beside in self.beside
-        )
+        return left_out(self.beside)
 
     def check_weights(self, reloaded: Any, *, but: frozenset[str] = frozenset()) -> None:
         """Look at the weights read back: equal to the trained ones, N of every M kept.
@@ -83,6 +79,21 @@ class FoldedFormat(Format):
         """
         for name in self.staged.keys() - but:
             _check_weight(name, reloaded.get_parameter(name), self.staged[name], self.masked)
+
+
+def beside_of(model: Any) -> tuple[Beside, ...]:
+    """Return what stands around the model's modules and does not fold into them."""
+    return tuple(beside for _, _, around in iter_arounds(model) if (beside := around.beside()) is not None)
+
+
+def left_out(besides: Sequence[Beside]) -> tuple[str, ...]:
+    """Return what a report says of `besides` where the format has no place for their weights."""
+    return tuple(
+        f"{len(beside.weights)} weights beside the model's own are left out; --to hf carries them"
+        if beside.weights
+        else " ".join(beside.notes)
+        for beside in besides
+    )
 
 
 def prepare_config(model: Any, rebuilt: Rebuilt, folder: Path) -> None:

@@ -241,6 +241,9 @@ def test_another_family_s_folder_leaves_the_blocks_out_and_says_so(tmp_path: Pat
     report = export_model(checkpoint, tmp_path / "out")
     assert "blocks of multi_token are left out: llama has no place" in str(report)
     assert not any("eh_proj" in name for name in load_file(report.path / "model.safetensors"))
+    lora = {"type": "lora", "rank": 2, "alpha": 4, "where": "branch"}
+    _, checkpoint = checkpoint_of(tmp_path / "adapted", "llama", [{"type": "multi_token"}, lora])
+    assert "blocks of multi_token are left out" in str(export_model(checkpoint, tmp_path / "adapter", to="adapter"))
 
 
 def test_deepseek_s_folder_carries_the_blocks_where_transformers_looks(tmp_path: Path, monkeypatch) -> None:
