@@ -63,6 +63,7 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
         f"run_dir={run_dir}",
         "device=cpu",
         "engine=single",
+        "layout.ep=1",
         "train.total_tokens=null",
         f"train.steps={NUM_STEPS}",
         "train.compile=false",
