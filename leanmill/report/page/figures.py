@@ -134,12 +134,15 @@ def _speed(run: RunData, events: Sequence[tuple[str, int]]) -> list[Chart]:
 def _metrics(records: Sequence[Record], kind: str, unit: str) -> list[Chart]:
     """One chart a metric that step rules or probes report, but those of one layer: see `layers_view.py`."""
     names = [name for name in keys(records, "metrics") if name.count("/") == 1]
+    found = [(name, points(records, "metrics", name)) for name in names]
     return [
         Chart(
             id=f"{kind}-{index}", title=name.replace("/", ": ").replace("_", " "), unit=unit, format=number,
-            series=[Series(label=name, points=points(records, "metrics", name), color=index % _NUM_COLOURS + 1)],
+            series=[Series(label=name, points=values, color=index % _NUM_COLOURS + 1)],
+            # A count that stays 0 has no axis below it.
+            from_zero=not any(value for _, value in values),
         )
-        for index, name in enumerate(names)
+        for index, (name, values) in enumerate(found)
     ]  # fmt: skip
 
 

@@ -19,7 +19,9 @@ def layers_section(run: RunData) -> Section | None:
         metric, separator, place = name.rpartition("/")
         if separator and "/" in metric:
             places.setdefault(metric, []).append(place)
-    heats = [_heat(run, index, metric, layers) for index, (metric, layers) in enumerate(places.items())]
+    drawn = [_heat(run, index, metric, layers) for index, (metric, layers) in enumerate(places.items())]
+    # What is 0 everywhere, such as drops where nothing drops, its chart says.
+    heats = [heat for heat in drawn if any(value for row in heat.cells for value in row)]
     content = f'<div class="heats of-2">{"".join(map(draw_heat, heats))}</div>'
     return Section(title="By layer", content=content, heats=heats) if heats else None
 

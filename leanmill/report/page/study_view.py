@@ -93,7 +93,7 @@ def _learning(study: Record) -> Chart | None:
 def _drops(study: Record) -> Heat:
     """The heatmap of drops by position."""
     found = study["drops"]
-    rows = {f"capacity {factor}": rates for factor, rates in found["by_capacity"].items()}
+    rows = dict(found["by_capacity"])
     if found.get("as_run"):
         rows = {"as run": found["as_run"], **rows}
     width = len(next(iter(rows.values())))
@@ -101,7 +101,7 @@ def _drops(study: Record) -> Heat:
     return Heat(
         id="drops", title="Drops towards the end", unit="share of choices dropped, by position",
         cells=list(rows.values()), rows=list(rows), columns=[f"{i * length // width:,}" for i in range(width)],
-        row_name="at", column_name="position", colours=levels(every, percent),
+        row_name="capacity", column_name="position", colours=levels(every, percent),
         note="If an expert took only so many times its even share of a row's choices, in the order of the tokens.",
     )  # fmt: skip
 

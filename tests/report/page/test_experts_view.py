@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_metrics_by_layer_are_a_heatmap_and_no_charts(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "experts/max_violation</span>" in page
     assert "experts/max_violation/1</span>" not in page
+
+
+def test_metrics_that_are_0_everywhere_have_no_heatmap(tmp_path):
+    def without_drops(record):
+        record = with_experts(record)
+        drops = {"experts/drop_rate": 0.0, "experts/drop_rate/1": 0.0}
+        return replace(record, metrics={**record.metrics, **drops}) if hasattr(record, "losses") else record
+
+    play([JsonlLog(tmp_path)], fake_info(fake_recipe(tmp_path), tmp_path), until=50, change=without_drops)
+    section = layers_section(load_run(tmp_path))
+    assert section is not None
+    assert [heat.title for heat in section.heats] == ["experts: max violation"]
+    assert "experts/drop_rate</span>" in write_report(tmp_path).read_text()
 
 
 def test_dense_runs_have_neither(tmp_path):
