@@ -22,6 +22,7 @@ from options import DEFAULTS
 from torch import Tensor
 
 from leanmill.models.build import build_on_meta
+from leanmill.moe.loads.loads import Loads
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
@@ -90,6 +91,13 @@ def make_loop(options: dict[str, Any], num_ranks: int) -> Loop:
     return loop
 
 
+def num_reduced(loop: Loop) -> int:
+    """How many numbers one reduction of loads has: counts of all layers, and what metrics add up beside them."""
+    (loads,) = (rule for rule in loop.step_rules if isinstance(rule, Loads))
+    assert loads.last_step is not None
+    return loads.last_step.numel()
+
+
 def reductions_of(step: Callable[[], None], size: int) -> list[float]:
     """Seconds of each reduction of `size` numbers in a step, waiting for other ranks included."""
     plain, seconds = dist.all_reduce, list[float]()
@@ -132,9 +140,10 @@ def work(rounds: int, folder: Path) -> None:
         timeout=timedelta(seconds=120),
     )
     measured_under = conditions()
-    steps = {name: stepper(make_loop(options, num_ranks)) for name, options in SCOPES.items()}
+    loops = {name: make_loop(options, num_ranks) for name, options in SCOPES.items()}
+    steps = {name: stepper(loop) for name, loop in loops.items()}
     seconds = interleaved(steps, rounds=rounds)
-    size = 2 + MODEL["num_hidden_layers"] * MODEL["num_local_experts"]  # type: ignore[operator]
+    size = num_reduced(loops["global_batch"])
     found = {name: reductions_of(step, size) for name, step in steps.items()}
     once, step_seconds = alone(size), statistics.median(seconds["global_batch"])
     calls = len(found["global_batch"])
@@ -142,6 +151,7 @@ def work(rounds: int, folder: Path) -> None:
         "global_batch_step_over_micro_batch_step": ratio(seconds, "global_batch", "micro_batch"),
         "share_of_a_step_when_ranks_come_together": calls * once / step_seconds,
         "calls_a_step": calls,
+        "numbers_a_call": size,
         "calls_a_step_of_micro_batch": len(found["micro_batch"]),
         "bytes_a_rank_hands_over_a_step": 8 * size * calls,
         "seconds_of_a_call_when_ranks_come_together": once,

@@ -87,9 +87,9 @@ def move_biases(sites: Sites, context: InstallContext, *, rate: float, until: fl
         bias = decision.policy.bias
         if bias is None:
             raise ConfigError(
-                f"bias_balance: {place.name} has no bias among its buffers that only changes the choice of experts, which "
-                f"an export would carry; choose a family that has, e.g. model.config.model_type: deepseek_v3, or a loss: "
-                f"router_balance"
+                f"bias_balance: {place.name} has no bias among its buffers that changes only the choice of experts, "
+                f"which an export would carry; choose a family that has, e.g. model.config.model_type: deepseek_v3, or "
+                f"a loss: router_balance"
             )
         routers.append((place.module, layer, place.name, bias))
     context.shared(BiasRule, lambda: BiasRule(loads, routers, rate=rate, until=until))
