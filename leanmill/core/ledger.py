@@ -32,14 +32,24 @@ def is_recompute() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@torch.library.custom_op("leanmill::add_once", mutates_args={"into"})
 def add_once(into: Tensor, value: Tensor) -> None:
-    """Add `value` to `into` in place, unless a forward is only being recomputed; compiled code keeps it whole."""
+    """Add `value`, without gradients, to `into` in place, unless a forward is only being recomputed."""
+    if torch.compiler.is_compiling():
+        _add_once(into, value)
+    elif not is_recompute():
+        # An operator of one's own takes five times as long to call.
+        with torch.no_grad():
+            into.add_(value)
+
+
+@torch.library.custom_op("leanmill::add_once", mutates_args={"into"})
+def _add_once(into: Tensor, value: Tensor) -> None:
+    """Kept whole by compiled code, which would not ask again in recomputation."""
     if not is_recompute():
         into.add_(value)
 
 
-@add_once.register_fake
+@_add_once.register_fake
 def _(into: Tensor, value: Tensor) -> None:
     return None
 
