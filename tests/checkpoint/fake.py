@@ -36,7 +36,7 @@ class FakeEngine(Engine):
         raise NotImplementedError
 
     prepare = forward_backward = clip = step = evaluate = gradients = full_parameter = prepare_frozen = close = _unused
-    set_trainable = _unused
+    set_trainable = _look = _unused
     param_groups = views = property(_unused)  # type: ignore[assignment]
 
 

@@ -63,7 +63,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
     },
 }
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3")
 
 
 def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:

@@ -35,7 +35,9 @@ total = sum_over_ranks(torch.tensor(float(ranks.rank + 1)))
 set_timeout(30)
 name = broadcast_object("from 0" if ranks.rank == 0 else None)
 finish()
-print(f"rank {ranks.rank}/{ranks.world_size} local {ranks.local_rank}: {total:g} {name}", flush=True)
+# In one write, as both ranks have one pipe.
+sys.stdout.write(f"rank {ranks.rank}/{ranks.world_size} local {ranks.local_rank}: {total:g} {name}\\n")
+sys.stdout.flush()
 os._exit(0)
 """
 

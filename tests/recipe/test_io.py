@@ -121,7 +121,7 @@ def test_bad_overrides(load, override, message):
         ("batch=5", ["batch=5 is not allowed"]),
         ("techniques=ternary", ["techniques='ternary'", "list"]),
         ("techniques=[ternary]", ["techniques.0", "{type: ternary}"]),
-        ("techniques=[{type: ternry}]", ["unknown technique type 'ternry'", "did you mean ternary?"]),
+        ("techniques=[{type: ternry}]", ["unknown technique type 'ternry'", "did you mean ternary"]),
         ("techniques=[{type: lora, rnk: 3}]", ["unknown key techniques.0.rnk", "did you mean 'rank'?"]),
         ("techniques=[{type: lora, rank: 0}]", ["techniques.0.rank=0", "greater than or equal to 1"]),
         (

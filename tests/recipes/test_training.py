@@ -98,7 +98,10 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
             overrides += [f"{given}.train.total_tokens=null", f"{given}.train.steps={NUM_STEPS}"]
             overrides.append(f"{given}.schedule.warmup_steps=1")
         overrides.append(f"phases.{index}.calibration.num_rows=8")
-    frozen = [f"{i}.{key}" for i, technique in enumerate(recipe.techniques) for key in technique.frozen_models()]
+    techniques = list(enumerate(recipe.techniques))
+    chosen = [i for i, technique in techniques if isinstance(getattr(technique, "layers", None), list)]
+    overrides += [f"techniques.{i}.layers=[1]" for i in chosen]
+    frozen = [f"{i}.{key}" for i, technique in techniques for key in technique.frozen_models()]
     return overrides + [f"techniques.{key}={files / 'model'}" for key in frozen]
 
 

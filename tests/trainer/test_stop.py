@@ -31,7 +31,7 @@ def _handlers() -> Iterator[None]:
 
 
 def send(name: signal.Signals) -> None:
-    os.kill(os.getpid(), name)
+    signal.raise_signal(name)  # in this thread: one sent to the process may reach another first
 
 
 @contextmanager

@@ -91,7 +91,8 @@ class Router(TechniqueConfig):
                     f"for {name} to limit; remove one of the two"
                 )
         for name in ("drop", "capacity_over"):
-            if self.capacity_factor is None and name in self.model_fields_set:
+            # By value: a saved recipe names every key.
+            if self.capacity_factor is None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(f"router.{name} says how capacity is kept to, which is not set; set capacity_factor")
         return self
 
