@@ -35,7 +35,7 @@ class Claim:
     base: str = "base.yaml"
     """The recipe that variants change."""
     also: Mapping[str, str] = field(default_factory=dict)
-    """What is read beside losses: its name, and the metric of the last step's record."""
+    """What is read beside losses: its name, and the metric in the last records."""
 
 
 def _low_bit(bits: int) -> dict[str, Variant]:
@@ -53,11 +53,14 @@ def _one_shot(name: str) -> Variant:
 
 _RIGL = {"type": "rigl", "density": 0.1, "update_every_steps": 20}
 
-_LOAD = {"largest load over the mean": "router_balance/max_load"}
+_ROUTING = {"MaxVio": "experts/max_violation", "specialisation": "experts/specialisation"}
+_WITH_BIAS = ["model.config.model_type=glm4_moe", "model.moe.num_shared_experts=1"]
+"""A family with a bias on the choice of experts; it wants a shared one."""
 
 
-def _balanced(scope: str) -> Variant:
-    return Variant(techniques=[{"type": "router_balance", "weight": 0.02, "scope": scope}])
+def _balanced(scope: str, weight: float = 0.02, overrides: Sequence[str] = ()) -> Variant:
+    balance = {"type": "router_balance", "weight": weight, "scope": scope}
+    return Variant(techniques=[balance], overrides=overrides)
 
 
 def _split(granularity: int, num_shared_experts: int) -> Variant:
@@ -98,13 +101,35 @@ CLAIMS: dict[str, Claim] = {
             "sequence": _balanced("sequence"),
         },
         base="moe.yaml",
-        also=_LOAD,
+        also=_ROUTING,
     ),
     "moe_fine_grained": Claim(
         says="fine-grained experts, and one of them shared, end below as many weights in coarse ones",
         source="Dai et al. 2024, arXiv:2401.06066",
         variants={"fine-grained and shared": _split(4, 1), "fine-grained": _split(4, 0), "coarse": _split(1, 0)},
         base="moe.yaml",
-        also=_LOAD,
+        also=_ROUTING,
+    ),
+    "moe_bias_balance": Claim(
+        says="a bias on the choice of experts balances them at a lower loss than a large auxiliary loss does",
+        source="Wang et al. 2024, arXiv:2408.15664",
+        variants={
+            "bias": Variant(techniques=[{"type": "bias_balance", "rate": 0.01}], overrides=_WITH_BIAS),
+            "auxiliary loss of weight 0.3": _balanced("global_batch", 0.3, _WITH_BIAS),
+        },
+        base="moe.yaml",
+        also=_ROUTING,
+    ),
+    "moe_upcycled": Claim(
+        says="a trained model whose MLPs become experts goes on to a lower loss than itself, at equal tokens",
+        source="He et al. 2024, arXiv:2410.07524",
+        variants={
+            "upcycled": Variant(
+                techniques=_balanced("global_batch").techniques,
+                passes=[{"type": "upcycle", "num_experts": 8, "top_k": 2}],
+                continues=True,
+            ),
+            "continued dense": Variant(continues=True),
+        },
     ),
 }

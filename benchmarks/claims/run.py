@@ -141,7 +141,7 @@ def _compress(model: Path, base: Path, variant: Variant, seed: int, out: Path) -
 
 
 def _train(run_dir: Path, base: Path, variant: Variant, seed: int, overrides: Sequence[str]) -> dict[str, float]:
-    """Train where that was not done before; return the last held-out loss, nats a token, and the rules' metrics."""
+    """Train where that was not done before; return the last held-out loss, nats a token, and the last metrics."""
     found = _measured(run_dir)
     if found is not None:
         return found
@@ -161,7 +161,7 @@ def _measured(run_dir: Path) -> dict[str, float] | None:
     if not any(record["kind"] == "end" and record["status"] == "finished" for record in records):
         return None
     last = {record["kind"]: record for record in records}
-    return {**last["step"]["metrics"], "loss": float(last["eval"]["domains"]["all"]["loss"])}
+    return {**last["step"]["metrics"], **last["eval"]["metrics"], "loss": float(last["eval"]["domains"]["all"]["loss"])}
 
 
 def num_steps(folder: Path, name: str) -> int:
