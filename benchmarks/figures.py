@@ -44,10 +44,11 @@ CLAIMS_HEAD = """# Claims
 
 What papers say of their methods, asked of small models that read a small corpus once, three seeds a variant: a Llama of
 1.1M parameters on Python source, and mixtures of experts on Python, C++ and English. `make claims` trains all of it;
-`benchmarks/claims/` has the recipes and the settings. Losses are held-out nats a token, lower is better. An order
-*holds* where every seed of the one is below every seed of the other, *fails* where it is the other way round, and is
-*unresolved* where they overlap: at this size an effect may be smaller than what seeds differ by, and then nothing is
-said for or against the paper.
+`benchmarks/claims/` has the recipes and the settings. Losses are held-out nats a token, lower is better. Runs of one seed
+start from the same weights and read the same rows, so variants are compared seed by seed: an order *holds* where the one
+is below the other in every seed, by more on average than that lead differs between seeds, *fails* where it is above so,
+and is *unresolved* else: at this size an effect may be smaller than what seeds differ by, and then nothing is said for or
+against the paper.
 """
 
 
@@ -227,7 +228,10 @@ def claim_section(name: str, result: dict[str, Any]) -> str:
         means = [sum(values) / len(values) for values in (losses, *(of[variant] for of in also.values()))]
         cells = [variant, ", ".join(f"{loss:.3f}" for loss in losses), *(f"{mean:.3f}" for mean in means)]
         lines.append(f"| {' | '.join(cells)} |")
-    said = [f"{o['better']} below {o['worse']} by {o['gap']:.3f}: **{o['verdict']}**" for o in found["orders"]]
+    said = []
+    for order in found["orders"]:
+        lead = f"{order['better']} below {order['worse']} by {order['gap']:.3f}"
+        said.append(f"{lead}, which seeds differ in by {order['spread']:.3f}: **{order['verdict']}**")
     return "\n".join([*lines, "", "; ".join(said) + ".", ""])
 
 

@@ -68,6 +68,10 @@ def test_orders_of_claims_are_what_the_seeds_resolve(monkeypatch):
     found = [(order["better"], order["worse"], order["verdict"]) for order in run.orders(losses)]
     assert found == [("a", "b", "holds"), ("b", "c", "unresolved"), ("c", "d", "fails")]
     assert run.orders(losses)[0]["gap"] == pytest.approx(0.3)
+    assert run.orders(losses)[1]["spread"] == pytest.approx(0.3)
+    assert (
+        run.orders({"a": [1.0, 3.0], "b": [1.1, 5.0]})[0]["verdict"] == "unresolved"
+    )  # below, by what seeds differ in
 
 
 def test_every_variant_of_a_claim_is_a_recipe(monkeypatch):
@@ -82,11 +86,11 @@ def test_every_variant_of_a_claim_is_a_recipe(monkeypatch):
 def test_a_claims_section_has_its_losses_and_verdicts(figures):
     name = next(iter(figures.CLAIMS))
     losses = {"quest": [1.0, 2.0], "lsq": [3.0, 4.0]}
-    order = {"better": "quest", "worse": "lsq", "gap": 2.0, "verdict": "holds"}
+    order = {"better": "quest", "worse": "lsq", "gap": 2.0, "spread": 0.5, "verdict": "holds"}
     under = {"date": "2026-01-01", "processor": "some"}
     also = {"load": {"quest": [5.0, 6.0], "lsq": [7.0, 8.0]}}
     found = {"losses": losses, "orders": [order], "steps": 7, "also": also}
     text = figures.claim_section(name, {"figures": found, "conditions": under})
     assert "| variant | losses of seeds | mean | load |\n|---|---|---|---|" in text
     assert "| quest | 1.000, 2.000 | 1.500 | 5.500 |" in text
-    assert "quest below lsq by 2.000: **holds**" in text
+    assert "quest below lsq by 2.000, which seeds differ in by 0.500: **holds**" in text
