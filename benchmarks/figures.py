@@ -42,13 +42,13 @@ again.
 
 CLAIMS_HEAD = """# Claims
 
-What papers say of their methods, asked of small models that read a small corpus once, three seeds a variant: a Llama of
-1.1M parameters on Python source, and mixtures of experts on Python, C++ and English. `make claims` trains all of it;
-`benchmarks/claims/` has the recipes and the settings. Losses are held-out nats a token, lower is better. Runs of one seed
-start from the same weights and read the same rows, so variants are compared seed by seed: an order *holds* where the one
-is below the other in every seed, by more on average than that lead differs between seeds, *fails* where it is above so,
-and is *unresolved* else: at this size an effect may be smaller than what seeds differ by, and then nothing is said for or
-against the paper.
+What papers say of their methods, asked of small models that read a small corpus once, three seeds a variant: a Llama
+of 1.1M parameters on Python source, and mixtures of experts on Python, C++ and English. `make claims` trains all of
+it; `benchmarks/claims/` has the recipes and the settings. Losses are held-out nats a token, lower is better. Runs of
+one seed start from the same weights and read the same rows, so variants are compared seed by seed: an order *holds*
+where the one is below the other in every seed, by more on average than that lead differs between seeds, *fails* where
+it is above so, and is *unresolved* else: at this size an effect may be smaller than what seeds differ by, and then
+nothing is said for or against the paper.
 """
 
 
