@@ -14,6 +14,7 @@ BENCHMARKS = (
     "techniques",
     "checkpoint_stall",
     "plan_memory",
+    "compress_memory",
     "router_balance",
     "kernels",
     "moe_layer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from leanmill.models.mixture.shape import Shape
@@ -85,6 +85,19 @@ def _by_first(shape: Shape) -> dict[str, Any]:
 
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
 
+_DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    words="sigmoid router in fp32 with a bias for choosing; multi-head latent attention",
+    num_experts="n_routed_experts",
+    expert_size="moe_intermediate_size",
+    num_shared="n_shared_experts",
+    min_shared=1,
+    placement=_by_first,
+    has_steps=False,
+    normalises="norm_topk_prob",
+    defaults=_ONE_GROUP,
+)
+
 FAMILIES = (
     Family(
         model_type="ernie4_5_moe",
@@ -124,52 +137,19 @@ FAMILIES = (
         has_pyramid=True,
         has_residual=True,
     ),
-    Family(
-        model_type="deepseek_v3",
-        words="sigmoid router in fp32 with a bias for choosing; multi-head latent attention",
-        num_experts="n_routed_experts",
-        expert_size="moe_intermediate_size",
-        num_shared="n_shared_experts",
-        min_shared=1,
-        placement=_by_first,
-        has_steps=False,
-        normalises="norm_topk_prob",
-        defaults=_ONE_GROUP,
-    ),
-    Family(
+    _DEEPSEEK_V3,
+    replace(
+        _DEEPSEEK_V3,
         model_type="deepseek_v2",
         words="softmax router, weights as they are; multi-head latent attention",
-        num_experts="n_routed_experts",
-        expert_size="moe_intermediate_size",
-        num_shared="n_shared_experts",
-        min_shared=1,
-        placement=_by_first,
-        has_steps=False,
         normalises=False,
+        defaults={},
     ),
-    Family(
-        model_type="glm4_moe",
-        words="deepseek_v3's router; grouped-query attention",
-        num_experts="n_routed_experts",
-        expert_size="moe_intermediate_size",
-        num_shared="n_shared_experts",
-        min_shared=1,
-        placement=_by_first,
-        has_steps=False,
-        normalises="norm_topk_prob",
-        defaults=_ONE_GROUP,
-    ),
-    Family(
+    replace(_DEEPSEEK_V3, model_type="glm4_moe", words="deepseek_v3's router; grouped-query attention"),
+    replace(
+        _DEEPSEEK_V3,
         model_type="dots1",
         words="deepseek_v3's router; grouped-query attention with norms of queries and keys",
-        num_experts="n_routed_experts",
-        expert_size="moe_intermediate_size",
-        num_shared="n_shared_experts",
-        min_shared=1,
-        placement=_by_first,
-        has_steps=False,
-        normalises="norm_topk_prob",
-        defaults=_ONE_GROUP,
     ),
     Family(
         model_type="mixtral",
