@@ -7,8 +7,9 @@ import argparse
 
 def run(args: argparse.Namespace) -> int:
     """Validate `args.recipe` with `args.overrides`, look for its files, try its model and explain it."""
-    from leanmill.recipe.explain import check_files, explain
+    from leanmill.recipe.explain import explain
     from leanmill.recipe.io import load_recipe
+    from leanmill.recipe.local_files import check_files
     from leanmill.recipe.on_this_machine import local_model
     from leanmill.trainer.verdicts import is_known_good, remember
 

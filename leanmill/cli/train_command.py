@@ -58,8 +58,8 @@ def _quit() -> NoReturn:
 
 def _load(path: str, overrides: Sequence[str]) -> Recipe:
     from leanmill.core.errors import ConfigError
-    from leanmill.recipe.explain import check_files
     from leanmill.recipe.io import load_recipe
+    from leanmill.recipe.local_files import check_files
 
     try:
         recipe = load_recipe(path, overrides)

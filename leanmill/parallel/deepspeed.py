@@ -6,10 +6,7 @@ optimizer wrappers' own methods, all of them in `deepspeed_state`.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import logging
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,18 +16,17 @@ from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
-from leanmill.core.experts import is_stacked_experts
-from leanmill.core.quiet import ignore_warning
 from leanmill.core.views import Views
 from leanmill.parallel import config as configs
+from leanmill.parallel import deepspeed_storage as storage
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
 from leanmill.parallel.deepspeed_experts import LocalExperts, marker
-from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, empty_share, share
+from leanmill.parallel.deepspeed_start import start_deepspeed
+from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, share
 from leanmill.parallel.engine import Engine, Losses, Preparation
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.single import freeze
-from leanmill.parallel.tensors import full
 from leanmill.parallel.views_zero import ZeroViews
 
 
@@ -69,7 +65,7 @@ class DeepSpeedEngine(Engine):
         self._mesh = cpu_mesh()
         self.layout = layout or Layout(self.data_size)
         self._experts = LocalExperts(self.layout)
-        _start_deepspeed(device)
+        start_deepspeed(device)
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
         import deepspeed
@@ -85,17 +81,17 @@ class DeepSpeedEngine(Engine):
             persist_below=self.persist_below,
         )
         self._experts.spread(self._model)
-        self._give_storage(module)
+        storage.give(module, self._mesh, self.device, stage=self.config.stage)
         preparation.materialise(module)
-        for owner, key, buffer in _own_tensors(module, "_buffers"):
+        for owner, key, buffer in storage.own_tensors(module, "_buffers"):
             owner._buffers[key] = buffer.to(self.device)
         # Before ZeRO-3 empties the parameters: groups depend on their shapes.
         optimizer = preparation.make_optimizer(module)
         check_optimizer(optimizer)
         self._experts.localise(self._model, optimizer)
         if self.config.stage == 3:
-            _mark_experts(module)
-            replaced = self._partition(module, ds_config)
+            storage.mark_experts(module)
+            replaced = storage.partition(module, self.device, ds_config)
             for group in optimizer.param_groups:
                 group["params"] = [replaced[id(p)] for p in group["params"]]
         if self.layout.ep > 1:
@@ -107,42 +103,6 @@ class DeepSpeedEngine(Engine):
         self._zero = ZeroState(self._optimizer, self.config.stage)
         self._client_optimizer = optimizer
         module.train()
-
-    def _give_storage(self, module: nn.Module) -> None:
-        """Replace meta parameters by ones with storage, tied ones staying one object.
-
-        Stages 0 to 2 keep the whole model on the device. Stage 3 fills rows of a DTensor on the
-        CPU first, so that no rank ever holds more than its share and one whole parameter.
-        """
-        new: dict[int, nn.Parameter] = {}
-        for owner, key, tensor in _own_tensors(module, "_parameters"):
-            if not tensor.is_meta:
-                continue
-            if id(tensor) not in new:
-                sharded = self.config.stage == 3 and self.data_size > 1 and tensor.dim() > 0
-                place = "cpu" if self.config.stage == 3 else self.device
-                value = empty_share(tensor, self._mesh) if sharded else torch.empty_like(tensor, device=place)
-                new[id(tensor)] = nn.Parameter(value, tensor.requires_grad)
-            owner._parameters[key] = new[id(tensor)]
-
-    def _partition(self, module: nn.Module, ds_config: dict[str, Any]) -> dict[int, nn.Parameter]:
-        """Turn every parameter into a ZeRO-3 one, whole for a moment each; return old id -> new."""
-        from deepspeed import zero
-
-        done: dict[int, nn.Parameter] = {}
-        kept: list[Tensor] = []  # ids stay unique only as long as the old ones live
-        for owner, key, tensor in _own_tensors(module, "_parameters"):
-            if id(tensor) not in done:
-                kept.append(tensor)
-                new = nn.Parameter(full(tensor.detach()).to(self.device), tensor.requires_grad)
-                if done:
-                    # One set of groups and, with NVMe, one set of buffers for all parameters.
-                    next(iter(done.values())).convert_to_zero_parameters(param_list=[new])  # type: ignore[attr-defined]
-                else:
-                    zero.Init(module=nn.ParameterList([new]), config_dict_or_path=ds_config)
-                done[id(tensor)] = new
-            owner._parameters[key] = done[id(tensor)]
-        return done
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
         if len(micro_batches) != self._preparation.num_micro_batches:
@@ -281,40 +241,3 @@ class DeepSpeedEngine(Engine):
             return self._experts.hand_out(parameter, value)
         replicated = self.config.stage == 0 or (self.config.stage < 3 and not parameter.requires_grad)
         return value.detach() if replicated else share(value, self._mesh)
-
-
-def _own_tensors(module: nn.Module, kind: Literal["_parameters", "_buffers"]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """List (owner, key, tensor), shared tensors once an owner, in an order equal on all ranks."""
-    owners = list(module.modules())
-    return iter([(o, k, t) for o in owners for k, t in getattr(o, kind).items() if t is not None])
-
-
-def _mark_experts(module: nn.Module) -> None:
-    """Let ZeRO-3 gather a layer's experts as one, whatever each rank's tokens are routed to."""
-    from deepspeed.utils import set_z3_leaf_modules_by_name
-
-    names = [name for name, child in module.named_modules() if is_stacked_experts(child)]
-    if names:
-        set_z3_leaf_modules_by_name(module, names)
-
-
-def _start_deepspeed(device: torch.device) -> None:
-    """Import DeepSpeed, quietly, for this device and on the process group that exists."""
-    # It insists on the launcher's variable even when it is handed a process group.
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    with contextlib.redirect_stdout(None):
-        import deepspeed
-        from deepspeed import accelerator, ops
-        from deepspeed.utils import logger
-
-        logger.setLevel(logging.ERROR)
-        # It calls collectives by names that torch has deprecated, once a parameter.
-        ignore_warning(r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
-        if device.type == "cpu" and accelerator.get_accelerator().device_name() != "cpu":
-            from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-            accelerator.set_accelerator(CPU_Accelerator())
-        # Its shared-memory all-reduce for CPUs is compiled at start (20 to 100 s, and needs a
-        # compiler); gloo does without.
-        ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=None, dist_init_required=False)

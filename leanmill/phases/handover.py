@@ -15,8 +15,8 @@ from leanmill.export import export_model
 from leanmill.models.config import ModelConfig
 from leanmill.recipe.phases import place_of, places_asked_for, source_of, trained_before
 from leanmill.recipe.root import Recipe
+from leanmill.trainer.beginning import Start
 from leanmill.trainer.passes.rewind import rewind
-from leanmill.trainer.run import Start
 
 
 log = logging.getLogger(__name__)

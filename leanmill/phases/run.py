@@ -25,8 +25,9 @@ from leanmill.recipe.phases import phase_names, source_of
 from leanmill.recipe.root import Recipe
 from leanmill.report.files import write_atomically
 from leanmill.trainer.passes.run import compress_in
+from leanmill.trainer.processes import Processes, processes
 from leanmill.trainer.recipe_file import write_recipe
-from leanmill.trainer.run import Processes, RunResult, processes, run_in
+from leanmill.trainer.run import RunResult, run_in
 from leanmill.trainer.run_lock import exclusive
 from leanmill.trainer.stop import Stop
 

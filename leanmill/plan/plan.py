@@ -14,8 +14,8 @@ import torch
 from leanmill.core.errors import ConfigError
 from leanmill.plan.engines import candidates, engine_of, label
 from leanmill.plan.fit import Case, remedies
-from leanmill.plan.memory import Memory
 from leanmill.plan.subject import Subject
+from leanmill.plan.weight import Memory
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
 from leanmill.trainer.prepare import with_precision

@@ -29,8 +29,9 @@ from leanmill.parallel.layout import resolve_layout
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.staging import fits, is_table
 from leanmill.plan.fit import Case
-from leanmill.plan.memory import Memory, Weight, estimate, staged_copies
+from leanmill.plan.memory import estimate, staged_copies
 from leanmill.plan.transient import activation_bytes, logits_bytes
+from leanmill.plan.weight import Memory, Weight
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
 from leanmill.trainer.prepare import install_techniques

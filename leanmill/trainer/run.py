@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
-from leanmill.checkpoint.reading import optimized_names, read_document
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.rules import state_of
-from leanmill.core.stage import is_added_tensor
 from leanmill.core.technique import token_shares
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
@@ -28,26 +22,25 @@ from leanmill.data.train_data import TrainData
 from leanmill.models.build import build_on_meta
 from leanmill.models.counting import num_parameters
 from leanmill.models.flops import flops_per_token
-from leanmill.models.pretrained import local_folder
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.expert_parallel import check_experts, num_held_parameters
-from leanmill.parallel.launch import Ranks, finish, init_processes, set_timeout
-from leanmill.parallel.naming import state_buffers, state_parameters
+from leanmill.parallel.launch import set_timeout
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
-from leanmill.recipe.changes import changes, check_accepted
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import derive_steps
 from leanmill.recipe.rules import num_steps as steps_of_run
 from leanmill.report.loggers.build import build_observers
 from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
+from leanmill.trainer.beginning import Beginning, Start, saved_part
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
+from leanmill.trainer.processes import Processes, processes
 from leanmill.trainer.recipe_file import write_recipe
 from leanmill.trainer.run_lock import RunLock, exclusive
-from leanmill.trainer.stop import Stop, StopSignals
+from leanmill.trainer.stop import Stop
 
 
 log = logging.getLogger(__name__)
@@ -68,44 +61,6 @@ class RunResult:
     rank: int
     interrupted: bool = False
     """Stopped by Ctrl-C (SIGINT) rather than by a scheduler."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Processes:
-    """The processes that a run, or several after one another, is given."""
-
-    ranks: Ranks
-    signals: StopSignals
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """What a run that has no checkpoint of its own yet takes from one of another run."""
-
-    checkpoint: Path
-    model: bool = False
-    """Whether the weights and what stages and step rules hold go on; the model must have the same of them."""
-    optimizer: bool = False
-    """Whether the moments go on as well."""
-    data: bool = False
-    """Whether the position in the data does."""
-
-
-@contextmanager
-def processes(recipe: Recipe) -> Iterator[Processes]:
-    """Join the processes that a recipe's `device` and `cluster` ask for, and leave them at the end."""
-    ranks = init_processes(recipe.device, recipe.cluster)
-    signals = StopSignals(limit_seconds=recipe.cluster.interrupt_seconds)
-    try:
-        yield Processes(ranks=ranks, signals=signals)
-    except RuntimeError as error:
-        lost = lost_rank(error)
-        if lost is None:
-            raise
-        raise lost from error
-    finally:
-        finish()
-        signals.release()
 
 
 def run(recipe: Recipe) -> RunResult:
@@ -172,7 +127,7 @@ class _Run:
         )
         num_micro_batches, _ = derive_steps(recipe, self.engine.data_size)
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
-        state = self._find()
+        self.beginning = Beginning.find(recipe, self.manager, self.data, self.start)
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         flops = flops_per_token(model, recipe.data.sequence_length, shares)
         num_total, _ = num_parameters(model)
@@ -182,16 +137,17 @@ class _Run:
             self.engine,
             num_micro_batches=num_micro_batches,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            rule_states=state.get("rules") or self._rules_to_begin_with(),
+            rule_states=self.beginning.rule_states,
         )
         self.saved = saved_part(recipe, model, prepared)
         self.probes = prepared.techniques.probes
-        self._load(prepared, state)
+        self.beginning.load(prepared, self.engine, self.saved)
         self.manager.clear_away()
+        state = self.beginning.state
         num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
         self._write_recipe(tokenizer)
         self.observers = build_observers(recipe, self.run_dir, ranks.rank)
-        loop = self._loop(prepared, num_steps, num_micro_batches, state)
+        loop = self._loop(prepared, num_steps, num_micro_batches)
         info = RunInfo(
             recipe=recipe,
             run_dir=self.run_dir,
@@ -203,7 +159,7 @@ class _Run:
             num_parameters=num_total,
             num_trainable=prepared.num_trainable,
             flops_per_token=flops,
-            notes=(why, prepared.conversion, *self.engine.notes, *self._notes(num_steps, state)),
+            notes=(why, prepared.conversion, *self.engine.notes, *self._data_notes(num_steps), *self.beginning.notes),
         )
         return self._train(loop, info)
 
@@ -251,8 +207,8 @@ class _Run:
         for observer in self.observers:
             observer.on_end(status, message)
 
-    def _loop(self, prepared: Prepared, num_steps: int, num_micro_batches: int, state: dict[str, Any]) -> Loop:
-        recipe = self.recipe
+    def _loop(self, prepared: Prepared, num_steps: int, num_micro_batches: int) -> Loop:
+        recipe, state = self.recipe, self.beginning.state
         self.loop = Loop(
             recipe=recipe,
             engine=self.engine,
@@ -276,56 +232,10 @@ class _Run:
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
         barrier()
 
-    def _find(self) -> dict[str, Any]:
-        """Find what to resume and return its `train_state`, which decides how the model is prepared."""
-        path = self.manager.find(self.recipe.checkpoint.resume)
-        if path is None:
-            return {}
-        self.changes = changes(read_document(path, "recipe.json"), self.recipe)
-        check_accepted(self.changes, self.recipe.checkpoint.accept_changes, str(path))
-        state = self.manager.train_state(path)
-        # Before the model, since other data may be why the model has another vocabulary.
-        self.data.identity.check(state["data"]["identity"])
-        self.resumed_from = path
-        return state
-
-    def _load(self, prepared: Prepared, state: dict[str, Any]) -> None:
-        """Go on from what `_find` found, or begin with what the run was given."""
-        if state:
-            if prepared.techniques.trainable_schedule is not None:
-                # What trained in the step that was saved, and so has state; the next step may change it.
-                self.engine.set_trainable(prepared.trained & optimized_names(self.resumed_from))
-            self.manager.load(self.resumed_from, self.engine, **self.saved)
-            self.data.load_state_dict(state["data"])
-        elif self.start is not None:
-            self._begin_with(self.start)
-
-    def _rules_to_begin_with(self) -> dict[str, Any]:
-        if self.start is None or not self.start.model:
-            return {}
-        return self.manager.train_state(self.start.checkpoint).get("rules", {})  # type: ignore[no-any-return]
-
-    def _begin_with(self, start: Start) -> None:
-        if start.data:
-            data = self.manager.train_state(start.checkpoint)["data"]
-            self.data.identity.check(data["identity"])
-            self.data.load_state_dict(data)
-        if start.model:
-            self.manager.load(start.checkpoint, self.engine, optimizer=start.optimizer, **self.saved)
-
-    def _notes(self, num_steps: int, state: dict[str, Any]) -> list[str]:
-        return [*self._data_notes(num_steps), *self._resume_note(state)]
-
     def _data_notes(self, num_steps: int) -> list[str]:
         num_rows = num_steps * self.recipe.batch.tokens_per_step // self.recipe.data.sequence_length
         warnings = [f"WARNING: {line}" for line in self.data.warnings(num_rows)]
         return [self.data.describe(num_rows), *warnings]
-
-    def _resume_note(self, state: dict[str, Any]) -> list[str]:
-        if not state:
-            return []
-        changed = [f"changed since: {'; '.join(map(str, self.changes))}"] if self.changes else []
-        return [f"resumed {self.resumed_from} at step {state['step']}", *changed]
 
     def _save(self, step: int) -> None:
         state = {
@@ -365,15 +275,3 @@ class _Run:
 
 def _run_dir(recipe: Recipe) -> Path:
     return Path(recipe.run_dir.format(name=recipe.name))
-
-
-def saved_part(recipe: Recipe, model: nn.Module, prepared: Prepared) -> dict[str, Any]:
-    """What of the model a checkpoint holds: all of it, or only adapters and stages beside a named base.
-
-    A frozen base that came from a checkpoint is not written again; its digest is.
-    """
-    if not (prepared.techniques.freeze_base and recipe.model.path):
-        return {}
-    names = {name for name, _ in state_parameters(model) if name in prepared.trained or is_added_tensor(name)}
-    names |= {name for name, _ in state_buffers(model) if is_added_tensor(name)}
-    return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanmill.core.ledger import Account, Ledger, ledger_of, write_late
+from leanmill.core.account import Account, write_late
+from leanmill.core.ledger import Ledger, ledger_of
 from leanmill.core.stage import TechniqueModule
 from leanmill.models.activation_checkpointing import _selective_contexts
 from leanmill.trainer.meter import Meter

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.architecture.multi_token.targets import labels_ahead, tokens_ahead
+from leanmill.core.account import Account
 from leanmill.core.around import Around, Beside, Call, Ring
 from leanmill.core.batches import Batch
 from leanmill.core.errors import RunError
-from leanmill.core.ledger import Account
 from leanmill.core.shared_head import SharedHead
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from leanmill.core.ledger import Account
+from leanmill.core.account import Account
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.shared_head import SharedHead
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from leanmill.core.account import Account
 from leanmill.core.around import Around, Call, Ring
 from leanmill.core.dataflow import final_norm
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.ledger import Account
 from leanmill.core.shared_head import SharedHead
 
 

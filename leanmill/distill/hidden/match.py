@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.account import Account
 from leanmill.core.around import Around, Call, Ring
 from leanmill.core.batches import Batch
-from leanmill.core.ledger import Account
 from leanmill.core.operands import recomputed
 from leanmill.core.sites import Sites
 from leanmill.core.taps import FrozenTaps, hidden_of

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from leanmill.core.account import add_once
 from leanmill.core.batches import Batch
-from leanmill.core.ledger import Ledger, add_once
+from leanmill.core.ledger import Ledger
 from leanmill.core.places import Place
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.sites import Sites

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.account import Account
 from leanmill.core.around import Around, Call, Ring
 from leanmill.core.batches import Batch
 from leanmill.core.errors import RunError
-from leanmill.core.ledger import Account
 from leanmill.moe.mixture_of_depths.capacity import num_chosen
 from leanmill.moe.mixture_of_depths.choice import Choice, choose, cut_arguments, size_for, take
 from leanmill.moe.mixture_of_depths.router import DepthRouter, Scores

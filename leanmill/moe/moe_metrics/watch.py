@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.core.ledger import add_once, is_recompute
+from leanmill.core.account import add_once, is_recompute
 from leanmill.moe.loads.loads import RouterLoads, Sum
 from leanmill.moe.routing.decision import Reader, Routing
 from leanmill.moe.routing.policy import Score

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.ledger import Account, Ledger, add_once
+from leanmill.core.account import Account, add_once
+from leanmill.core.ledger import Ledger
 from leanmill.moe.loads.loads import RouterLoads, Sum
 from leanmill.moe.loads.tokens import TokenShare
 from leanmill.moe.router_balance.factors import Devices, of_experts

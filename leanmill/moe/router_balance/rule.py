@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from leanmill.core.account import write_late
 from leanmill.core.batches import Batch
-from leanmill.core.ledger import Ledger, write_late
+from leanmill.core.ledger import Ledger
 from leanmill.core.rules import StepRule
 from leanmill.moe.loads.loads import Loads, RouterLoads
 from leanmill.moe.router_balance.balance import Balance

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.account import Account, add_once, write_late
 from leanmill.core.around import Around, Call, Ring, arounds
 from leanmill.core.errors import ConfigError
-from leanmill.core.ledger import Account, Ledger, add_once, write_late
+from leanmill.core.ledger import Ledger
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.sites import Sites
 from leanmill.parallel.collectives import sum_over_ranks

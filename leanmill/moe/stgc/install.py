@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanmill.core.account import Account
 from leanmill.core.around import Around, Call, Ring
 from leanmill.core.errors import ConfigError
-from leanmill.core.ledger import Account, Ledger
+from leanmill.core.ledger import Ledger
 from leanmill.core.rules import StepRule
 from leanmill.core.sites import Sites
 from leanmill.moe.routing.decision import Decision, Reader, Routing

@@ -1,0 +1,67 @@
+"""What a plan counts: the parameters of a model, and the bytes of a rank by part."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model, tied ones once."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    trainable: bool
+    block: int | None
+    """Index of the decoder block it lies in; None outside."""
+    staged: bool = False
+    """Whether a staged weight is computed from it."""
+    once_whole: bool = False
+    """Whether that may be done once a step where a rank has all of it."""
+    once_in_parts: bool = False
+    """Whether that may be done once a step on shards."""
+    is_table: bool = False
+    """Whether rows are looked up in it."""
+    is_expert: bool = False
+    """Whether it has an entry for each expert of a layer."""
+    sharers: int | None = None
+    """Ranks that share what is counted of it, where those are not the ones that share other weights."""
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole parameter."""
+        return self.numel * self.itemsize
+
+    def on_rank(self, ep: int, sharers: int) -> Weight:
+        """Return what a rank has of it, where `ep` ranks have experts of their own and `sharers` the same ones."""
+        if ep == 1 or not self.is_expert:
+            return self
+        return replace(self, shape=(self.shape[0] // ep, *self.shape[1:]), sharers=sharers)
+
+
+@dataclass
+class Memory:
+    """Bytes of one rank by part, on its device and (offloaded) on its host."""
+
+    held: dict[str, int] = field(default_factory=dict)
+    transient: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    """Held in host memory, or on NVMe, by offload."""
+
+    @property
+    def peak(self) -> int:
+        """Everything on the device at once."""
+        return sum(self.held.values()) + sum(self.transient.values())
+
+    def add(self, kind: Literal["held", "transient", "host"], part: str, num_bytes: float) -> None:
+        """Add to a part; parts of no bytes are left out."""
+        if num_bytes > 0:
+            parts: dict[str, int] = getattr(self, kind)
+            parts[part] = parts.get(part, 0) + round(num_bytes)

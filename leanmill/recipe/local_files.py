@@ -1,0 +1,89 @@
+"""The files and folders that a recipe names, looked for on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.paths import expand_user
+from leanmill.data.config import HfDataset, Mixture
+from leanmill.recipe.root import Recipe
+
+
+def check_files(recipe: Recipe) -> None:
+    """Refuse local paths of the recipe that do not exist or cannot be written; hub names are left to the hub.
+
+    Not part of parsing: a recipe saved in a checkpoint stays readable after its data moved.
+
+    Raises:
+        ConfigError: One line for each path.
+    """
+    recipes = [recipe, *recipe.training_phases()]
+    named = dict.fromkeys(pair for one in recipes for pair in _local_paths(one))
+    found = [f"{key}={path!r} does not exist; correct the path" for key, path in named if _gone(path)]
+    found += [
+        f"{key}={str(folder)!r} cannot be written: {problem}; set {key} to a folder that can, e.g. {key}={example}"
+        for key, folder, example in _written_folders(recipe)
+        if (problem := _unwritable(folder))
+    ]
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _written_folders(recipe: Recipe) -> Iterator[tuple[str, Path, str]]:
+    """Yield (key, folder, an example of another) of what the run creates."""
+    yield "run_dir", Path(recipe.run_dir.format(name=recipe.name)), "runs/{name}"
+    if recipe.data.cache_dir is not None:
+        yield "data.cache_dir", expand_user(recipe.data.cache_dir), "cache"
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Say why `folder` cannot be created or written in, or None."""
+    for place in (folder, *folder.absolute().parents):
+        try:
+            is_folder = place.is_dir()
+            if not is_folder and not place.exists():
+                continue
+        except OSError as error:
+            return f"{place}: {error.strerror}"
+        if not is_folder:
+            return f"{place} is a file"
+        return None if os.access(place, os.W_OK | os.X_OK) else f"{place} is read-only for this user"
+    return None
+
+
+def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield (key, path) of every value that can only mean a local path."""
+    named = {
+        "model.path": recipe.model.path,
+        "data.tokenizer.path": recipe.data.tokenizer.path,
+        "checkpoint.resume": recipe.checkpoint.resume if recipe.checkpoint.resume not in ("auto", "never") else None,
+    }
+    for index, technique in enumerate(recipe.techniques):
+        for key, model in {**technique.frozen_models(), **technique.read_models()}.items():
+            named[f"techniques.{index}.{key}"] = model
+    source = recipe.data.source
+    if isinstance(source, HfDataset):
+        named["data.source.path"] = source.path
+    if isinstance(source, Mixture):
+        for index, part in enumerate(source.sources):
+            if isinstance(part, HfDataset):
+                named[f"data.source.sources.{index}.path"] = part.path
+    for key, path in named.items():
+        if path is not None and (key == "checkpoint.resume" or _looks_local(path)):
+            yield key, path
+
+
+def _looks_local(path: str) -> bool:
+    data_file = Path(path).suffix in (".jsonl", ".json", ".parquet", ".arrow", ".txt")
+    return path.startswith(("/", "./", "../", "~")) or data_file
+
+
+def _gone(path: str) -> bool:
+    expanded = expand_user(path)
+    if any(sign in path for sign in "*?["):
+        root = Path(expanded.anchor) if expanded.is_absolute() else Path()
+        return not any(root.glob(str(expanded.relative_to(root) if expanded.is_absolute() else expanded)))
+    return not expanded.exists()
