@@ -230,9 +230,11 @@ def claim_section(name: str, result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     said = []
     for order in found["orders"]:
-        lead = f"{order['better']} below {order['worse']} by {order['gap']:.3f}"
+        side = "below" if order["gap"] >= 0 else "above"
+        lead = f"{order['better']} {side} {order['worse']} by {abs(order['gap']):.3f}"
         said.append(f"{lead}, which seeds differ in by {order['spread']:.3f}: **{order['verdict']}**")
-    return "\n".join([*lines, "", "; ".join(said) + ".", ""])
+    why = ["", claim.remark] if claim.remark else []
+    return "\n".join([*lines, "", "; ".join(said) + ".", *why, ""])
 
 
 def main() -> None:

@@ -145,12 +145,12 @@ def compress_under(recipe: str, out: str, limit_bytes: str) -> None:
 
 @contextmanager
 def sampled() -> Iterator[list[int]]:
-    """Collect this process's anonymous memory every 5 ms."""
+    """Collect this process's anonymous memory every 20 ms."""
     found: list[int] = []
     stop = threading.Event()
 
     def watch() -> None:
-        while not stop.wait(0.005):
+        while not stop.wait(0.02):
             found.append(anonymous_bytes())
 
     thread = threading.Thread(target=watch, daemon=True)
