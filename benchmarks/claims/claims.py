@@ -108,7 +108,8 @@ CLAIMS: dict[str, Claim] = {
         base="moe.yaml",
         also=_ROUTING,
         remark="Experts balanced over the global batch specialise 1.6 to 4 times as much, in every seed and at a load "
-        "as even, as the paper has it; in losses a run this short shows nothing of it. A micro-batch here is one sequence.",
+        "as even, as the paper has it; in losses a run this short shows nothing of it. A micro-batch here is "
+        "one sequence.",
     ),
     "moe_fine_grained": Claim(
         says="fine-grained experts, and one of them shared, end below as many weights in coarse ones",
