@@ -8,9 +8,14 @@ module then holds the weights of its rank's experts only. Stages on expert weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
+
+
+Meanwhile = Callable[[], None]
+"""Work of the same layer that does not wait for routed tokens, such as its shared experts."""
 
 
 class ExpertCompute(Protocol):
@@ -41,7 +46,15 @@ class ExpertCompute(Protocol):
 class Dispatch(Protocol):
     """Brings tokens to their experts, has them computed, and brings the results back."""
 
-    def __call__(self, compute: ExpertCompute, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __call__(
+        self,
+        compute: ExpertCompute,
+        tokens: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
         """Return the sum over each token's experts of weight x expert(token), [T, H], T as on this rank.
 
         Gradients reach tokens, combine weights and the weights of experts, wherever those are.
@@ -52,21 +65,38 @@ class Dispatch(Protocol):
             top_k_index: Their experts [T, K] int64, counted among all; the number of all experts stands for
                 a copy that was dropped, which goes nowhere.
             top_k_weights: [T, K].
+            meanwhile: Called once, when whatever travels first has set out and nothing has been waited for.
         """
 
 
 class LocalDispatch:
     """All experts are here."""
 
-    def __call__(self, compute: ExpertCompute, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __call__(
+        self,
+        compute: ExpertCompute,
+        tokens: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
         """Compute every routed expert, without dropping tokens."""
+        if meanwhile is not None:
+            meanwhile()
         return compute(tokens, top_k_index, top_k_weights)
 
 
 LOCAL = LocalDispatch()
 ATTRIBUTE = "expert_dispatch"
+MEANWHILE = "expert_meanwhile"
 
 
 def dispatch_of(module: nn.Module) -> Dispatch:
     """Return what brings tokens to the experts of `module`: local unless a layout has set another."""
     return getattr(module, ATTRIBUTE, LOCAL)
+
+
+def meanwhile_of(module: nn.Module) -> Meanwhile | None:
+    """Return what is to be done while tokens travel to the experts of `module`, if a layout has set something."""
+    return getattr(module, MEANWHILE, None)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanmill.core.dispatch import ATTRIBUTE, Dispatch, dispatch_of
+from leanmill.core.dispatch import ATTRIBUTE, Dispatch, dispatch_of, meanwhile_of
 from leanmill.core.errors import ConfigError
 from leanmill.core.expert_shards import part_here, with_divided_gradient
 from leanmill.core.operands import recomputed
@@ -115,7 +115,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Returns:
         [T, H] in the dtype of `hidden_states`.
     """
-    out = dispatch_of(self)(partial(compute_experts, self), hidden_states, top_k_index, top_k_weights)
+    routed = hidden_states, top_k_index, top_k_weights
+    out = dispatch_of(self)(partial(compute_experts, self), *routed, meanwhile=meanwhile_of(self))
     return out.to(hidden_states.dtype)
 
 

@@ -31,15 +31,19 @@ _COLLECTIVES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_t
 """What these return is waited for again in recomputation, which then returns at once."""
 
 
-def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "selective", "full"]) -> None:
+def apply_activation_checkpointing(
+    model: nn.Module, mode: Literal["none", "selective", "full"], *, keeps_received: bool = False
+) -> None:
     """Recompute decoder blocks in backward, in training mode only.
 
     Args:
         model: The Hugging Face causal LM.
         mode: `none` changes nothing; `full` keeps a block's input only; `selective` also keeps
             what its matmuls, its attention and its collectives return and recomputes the rest (norms,
-            activations, rotary embeddings), which costs little time. So tokens travel to experts of other
-            ranks once, where `full` sends them again (Singh et al., 2023, arXiv:2303.06318, section 4.2).
+            activations, rotary embeddings), which costs little time.
+        keeps_received: `full` too keeps what collectives return, and recomputes the rest: tokens travel to
+            experts of other ranks once, and not again in backward (Singh et al., 2023, arXiv:2303.06318,
+            section 4.2).
 
     Raises:
         ConfigError: The family does not support it.
@@ -53,6 +57,8 @@ def apply_activation_checkpointing(model: nn.Module, mode: Literal["none", "sele
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
         options["context_fn"] = _selective_contexts
+    elif keeps_received:
+        options["context_fn"] = _received_contexts
     model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
     # The switch also makes embeddings require gradients, for reentrant checkpoints. Ours are not,
     # and a frozen embedding should cost no backward.
@@ -82,10 +88,17 @@ def _selective_contexts() -> tuple[Any, Any]:
     return create_selective_checkpoint_contexts(_kept_operators())
 
 
+def _received_contexts() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_overloads(torch.ops._c10d_functional, _COLLECTIVES))
+
+
 @cache
 def _kept_operators() -> list[Any]:
-    """Overloads that exist in this version of torch."""
-    names = [(torch.ops.aten, (*_MATMULS, *_ATTENTION)), (torch.ops._c10d_functional, _COLLECTIVES)]
-    packets = [getattr(library, name) for library, wanted in names for name in wanted if hasattr(library, name)]
-    kept = [packet.default for packet in packets if "default" in packet.overloads()]
+    kept = _overloads(torch.ops.aten, (*_MATMULS, *_ATTENTION)) + _overloads(torch.ops._c10d_functional, _COLLECTIVES)
     return [*kept, torch.ops.higher_order.flex_attention]
+
+
+def _overloads(library: Any, names: tuple[str, ...]) -> list[Any]:
+    """Those that exist in this version of torch."""
+    packets = [getattr(library, name) for name in names if hasattr(library, name)]
+    return [packet.default for packet in packets if "default" in packet.overloads()]

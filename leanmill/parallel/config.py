@@ -119,6 +119,12 @@ class LayoutConfig(Config):
     ep: int = Field(default=1, ge=1)
     """Ranks that share the experts of each layer: each holds num_experts / ep of them, and tokens travel to their
     experts. They read different data all the same. 1 leaves all experts on every rank."""
+    expert_chunks: int = Field(default=1, ge=1, le=64)
+    """Pieces of a rank's tokens that travel to their experts one after the other, with `ep`: while one is computed the
+    next is under way, in forward and in backward. More pieces are smaller products; 2 to 4 where travel is slow."""
+    expert_resend: bool = False
+    """With `ep` and `train.activation_checkpointing: full`, send tokens to their experts once more in backward, instead
+    of keeping what came from other ranks: less memory, more travel."""
     dp_shard: int | None = Field(default=None, ge=1)
     """Ranks that a parameter is sharded over, under `engine=fsdp`; the same as `engine.shard_size`. None: all ranks."""
     dp_replicate: int | None = Field(default=None, ge=1)

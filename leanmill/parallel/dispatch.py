@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanmill.core.dispatch import ExpertCompute
+from leanmill.core.dispatch import ExpertCompute, Meanwhile
 from leanmill.core.errors import ConfigError
 from leanmill.core.product import compute_dtype
 from leanmill.kernels.moe_permute.op import moe_unpermute, sort_by_expert, spread_rows
-from leanmill.parallel.dispatch_sizes import Sizes, agree_on_sizes
+from leanmill.parallel.dispatch_sizes import Sizes, agree_on_chunks, agree_on_sizes
 from leanmill.parallel.exchange import Travelling, TravellingRouting
 
 
@@ -43,7 +43,7 @@ class AllToAllDispatch:
             group: The ranks.
             num_experts: Of all ranks.
             num_chunks: Pieces of each rank's tokens that travel one after the other, so that one piece is
-                computed while the next travels. Equal on all ranks.
+                computed while the next travels. Equal on all ranks, which the first call makes sure of.
 
         Raises:
             ConfigError: The group's size does not divide the experts, or no chunk is asked for.
@@ -57,19 +57,31 @@ class AllToAllDispatch:
             raise ConfigError(f"num_chunks is {num_chunks}; it must be at least 1")
         self.group, self.num_experts, self.num_chunks = group, num_experts, num_chunks
         self.num_local_experts = num_experts // group.size()
+        self._has_agreed = False
 
     def __deepcopy__(self, memo: Any) -> AllToAllDispatch:
         """A copy of a model meets the same ranks."""
         return self
 
     @torch.compiler.disable
-    def __call__(self, compute: ExpertCompute, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __call__(
+        self,
+        compute: ExpertCompute,
+        tokens: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
         """See `leanmill.core.dispatch.Dispatch`.
 
         Raises:
             RunError: Ranks disagree on what travels, or one routes to an expert that does not exist; raised
                 on all ranks, before tokens are sent.
         """
+        if not self._has_agreed:
+            agree_on_chunks(self.num_chunks, self.group, tokens.device)
+            self._has_agreed = True
         # As the products would cast them: fewer bytes, the same rows.
         tokens = tokens.to(compute_dtype(tokens))
         weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
@@ -83,6 +95,8 @@ class AllToAllDispatch:
         for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
             if after is not None:
                 after.send()
+            if meanwhile is not None and chunk is chunks[0]:
+                meanwhile()
             chunk.compute(compute)
         return torch.cat([chunk.result() for chunk in chunks]) if len(chunks) > 1 else chunks[0].result()
 

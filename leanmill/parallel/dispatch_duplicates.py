@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.core.dispatch import Dispatch, ExpertCompute
+from leanmill.core.dispatch import Dispatch, ExpertCompute, Meanwhile
 
 
 class WithoutDuplicates:
@@ -28,6 +28,9 @@ class WithoutDuplicates:
     gradients of the rank's own slice: sum them over the group.
 
     In a compiled block it is a graph break, as the dispatch between ranks is.
+
+    No layout holds the same tokens on several ranks yet, so nothing sets it: a layout with tensor parallelism
+    wraps the dispatch in it (`leanmill.core.experts.set_dispatch`), with its group of tensor ranks.
     """
 
     def __init__(self, dispatch: Dispatch, group: dist.ProcessGroup) -> None:
@@ -39,11 +42,19 @@ class WithoutDuplicates:
         return self
 
     @torch.compiler.disable
-    def __call__(self, compute: ExpertCompute, tokens: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __call__(
+        self,
+        compute: ExpertCompute,
+        tokens: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        *,
+        meanwhile: Meanwhile | None = None,
+    ) -> Tensor:
         """See `leanmill.core.dispatch.Dispatch`."""
         own_tokens, own_weights = (_TakeSlice.apply(t, self.group) for t in (tokens, top_k_weights))
         own_index = _slice(top_k_index, self.group)
-        results = self.dispatch(compute, own_tokens, own_index, own_weights)
+        results = self.dispatch(compute, own_tokens, own_index, own_weights, meanwhile=meanwhile)
         return _GatherSlices.apply(results, tokens.shape[0], self.group)  # type: ignore[no-any-return]
 
 

@@ -34,6 +34,22 @@ class Sizes:
     """Copies that experts here take, over all rows that come."""
 
 
+def agree_on_chunks(num_chunks: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Check that all ranks cut their tokens into as many pieces: how long every later table is.
+
+    A plain collective, which no recomputation repeats or looks for. Once a run.
+
+    Raises:
+        RunError: They do not; the same on all ranks.
+    """
+    mine = torch.tensor([num_chunks], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(everyone, mine, group=group)
+    found = [int(number) for number in everyone]
+    if len(set(found)) > 1:
+        raise RunError(_differ("layout.expert_chunks", [str(number) for number in found]))
+
+
 def agree_on_sizes(
     ranks_of_rows: Tensor,
     ranks_of_copies: Tensor,
@@ -110,11 +126,7 @@ def _check(table: list[list[int]], num_experts: int) -> None:
     for column, name in enumerate(_FACTS):
         found = [row[column] for row in table]
         if len(set(found)) > 1:
-            told = ", ".join(f"rank {rank}: {_told(name, value)}" for rank, value in enumerate(found))
-            raise RunError(
-                f"expert parallelism: ranks differ in {name} ({told}), so no tokens were exchanged; start every rank "
-                f"with the same recipe and the same checkpoint"
-            )
+            raise RunError(_differ(name, [_told(name, value) for value in found]))
     for rank, row in enumerate(table):
         lowest, highest = row[len(_FACTS) : _NUM_FACTS]
         if lowest < 0 or highest > num_experts:
@@ -122,6 +134,14 @@ def _check(table: list[list[int]], num_experts: int) -> None:
                 f"expert parallelism: rank {rank} routes to expert {lowest if lowest < 0 else highest} of "
                 f"{num_experts}; a router must choose 0 .. {num_experts - 1}, or {num_experts} for a dropped copy"
             )
+
+
+def _differ(name: str, found: list[Any]) -> str:
+    told = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
+    return (
+        f"expert parallelism: ranks differ in {name} ({told}), so no tokens were exchanged; start every rank with the "
+        f"same recipe and the same checkpoint"
+    )
 
 
 def _told(name: str, value: int) -> Any:

@@ -18,6 +18,7 @@ from leanmill.core.near import near_divisors
 from leanmill.core.noise import Noise
 from leanmill.parallel.dispatch import AllToAllDispatch
 from leanmill.parallel.layout import Layout
+from leanmill.parallel.shared_experts import overlap_shared_experts
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -73,11 +74,13 @@ def spread_experts(model: nn.Module, layout: Layout, mesh: DeviceMesh, placement
     """
     check_experts(model, layout.ep)
     group = layout.experts.get_group("ep")
-    for name, module, num_experts in expert_modules(model):
+    block_of = {id(child): block for block in model.modules() for child in block._modules.values()}
+    for name, module, num_experts in list(expert_modules(model)):
         held = num_experts // layout.ep
         shard = ExpertShard(layout.experts.get_local_rank("ep") * held, held, layout.divisor("expert"))
-        set_dispatch(module, AllToAllDispatch(group, num_experts), name)
+        set_dispatch(module, AllToAllDispatch(group, num_experts, num_chunks=layout.expert_chunks), name)
         set_expert_shard(module, shard)
+        overlap_shared_experts(block_of[id(module)], module)
         for path, owner in module.named_modules():
             if ".inputs" in path:
                 continue  # activations: what of those is learned is shared by all experts

@@ -38,6 +38,8 @@ class Layout:
     ep: int = 1
     """Ranks that share the experts of a layer; neighbours, since tokens travel between them."""
     device_type: str = "cpu"
+    expert_chunks: int = 1
+    """Pieces of a rank's tokens that travel to experts one after the other."""
 
     @property
     def data_size(self) -> int:
@@ -101,7 +103,7 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
             f"layout.ep={ep} neither divides the {dp_shard} ranks that parameters are sharded over nor is a multiple "
             f"of them; set layout.ep={near_divisors(ep, dp_shard)}, or layout.dp_shard={ep}"
         )
-    return Layout(world_size, dp_shard, ep, device_type)
+    return Layout(world_size, dp_shard, ep, device_type, config.expert_chunks)
 
 
 def _dp_shard(config: LayoutConfig, engine: EngineConfig, world_size: int) -> int:

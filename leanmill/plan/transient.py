@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
     top_k and shared experts); in fp32: what each of the two norms keeps. Latent attention also keeps what queries,
     keys and values are made of. With `full` recomputation a
     layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs. Layers that run
-    for a share of the tokens keep that share.
+    for a share of the tokens keep that share. With expert parallelism recomputation keeps what came from other ranks.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
     hidden, inner = config.hidden_size, _mlp_width(config)
@@ -27,12 +28,27 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
     whole = size * (2 * hidden + projected + 2 * attended + 4 * inner) + 4 * 4 * hidden
     matmuls = size * (2 * hidden + projected + attended + 2 * inner)
     tokens, layers = recipe.batch.tokens_per_micro_batch, sum(token_shares)
+    received = _received_bytes(recipe, config, size)
     kept = {
         "none": layers * whole,
-        "selective": layers * (matmuls + size * hidden) + whole,
-        "full": layers * size * hidden + whole,
+        "selective": layers * (matmuls + size * hidden + received) + whole,
+        "full": layers * (size * hidden + (0 if recipe.layout.expert_resend else received)) + whole,
     }
     return int(tokens * kept[recipe.train.activation_checkpointing])
+
+
+def _received_bytes(recipe: Recipe, config: Any, size: int) -> float:
+    """Tokens that came to experts here and results that came back, for one token of a layer.
+
+    A token goes once to each rank with any of its experts, its own included; experts are taken as chosen evenly.
+    """
+    num_ranks, top_k = recipe.layout.ep, getattr(config, "num_experts_per_tok", None)
+    found = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    num_experts = next((number for number in found if isinstance(number, int)), None)
+    if num_ranks == 1 or num_experts is None or not isinstance(top_k, int):
+        return 0.0
+    elsewhere = math.comb(num_experts - num_experts // num_ranks, top_k) / math.comb(num_experts, top_k)
+    return num_ranks * (1 - elsewhere) * (2 * size * config.hidden_size + 8 * top_k)
 
 
 def _attention_widths(config: Any) -> tuple[int, int]:

@@ -142,8 +142,11 @@ def _layout(recipe: Recipe) -> list[str]:
     if sharded is not None or layout.dp_replicate is not None:
         lines.append(f"replicas {layout.dp_replicate or 'as ranks allow'} x shards {sharded or 'as ranks allow'}")
     if layout.ep > 1:
+        pieces = f" in {layout.expert_chunks} pieces" if layout.expert_chunks > 1 else ""
+        again = ", and once more in backward" if layout.expert_resend else ""
         lines.append(
             f"ep {layout.ep}: groups of {layout.ep} ranks share the experts of each layer; tokens travel to them"
+            f"{pieces}{again}"
         )
     return lines
 

@@ -21,6 +21,7 @@ def layout_problems(recipe: Sections) -> Iterator[str]:
     yield from _sharding(recipe)
     if recipe.layout.ep > 1:
         yield from _experts(recipe)
+    yield from _exchange(recipe)
 
 
 def _sharding(recipe: Sections) -> Iterator[str]:
@@ -70,3 +71,19 @@ def _experts(recipe: Sections) -> Iterator[str]:
             yield (
                 f"layout.ep={ep} does not divide model.config.{key}={number}; set layout.ep={near_divisors(ep, number)}"
             )
+
+
+def _exchange(recipe: Sections) -> Iterator[str]:
+    layout, kept = recipe.layout, recipe.train.activation_checkpointing
+    if layout.ep == 1:
+        for key, value in (("expert_chunks", layout.expert_chunks), ("expert_resend", layout.expert_resend)):
+            if value != type(layout).model_fields[key].default:
+                yield (
+                    f"layout.{key}={str(value).lower()} is about tokens that travel to experts of other ranks, and "
+                    f"with layout.ep=1 none do; set layout.ep, or remove it"
+                )
+    elif layout.expert_resend and kept != "full":
+        yield (
+            f"layout.expert_resend=true has recomputation send tokens once more, and train.activation_checkpointing="
+            f"{kept} recomputes no experts of other ranks; set train.activation_checkpointing=full, or remove it"
+        )

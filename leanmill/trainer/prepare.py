@@ -153,7 +153,11 @@ def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple
         recipe.train.logits_chunk_tokens,
         ledger=context.ledger,
     )
-    apply_activation_checkpointing(model, recipe.train.activation_checkpointing)
+    apply_activation_checkpointing(
+        model,
+        recipe.train.activation_checkpointing,
+        keeps_received=recipe.layout.ep > 1 and not recipe.layout.expert_resend,
+    )
     return techniques, module
 
 

@@ -59,12 +59,14 @@ def prepared(
     max_norm: float | None = MAX_NORM,
     install: Callable[[Any], object] = lambda model: None,
     num_experts: int = NUM_EXPERTS,
+    **exchange: Any,
 ) -> Engine:
-    layout = LayoutConfig(ep=ep)
+    layout = LayoutConfig(ep=ep, **exchange)
     engine, _ = build_engine(config, ranks=cases.ranks_here(), precision=precision, model_bytes=0, layout=layout)  # type: ignore[arg-type]
     module = cases.SumLoss(model_on_meta(dtype, num_experts=num_experts))
     install(module.model)
-    apply_activation_checkpointing(module.model, recompute)  # type: ignore[arg-type]
+    keeps_received = ep > 1 and not layout.expert_resend
+    apply_activation_checkpointing(module.model, recompute, keeps_received=keeps_received)  # type: ignore[arg-type]
     engine.prepare(
         module,
         Preparation(

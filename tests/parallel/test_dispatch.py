@@ -1,6 +1,7 @@
 """Experts spread over ranks: outputs and all gradients are those of one rank; what does not fit raises on all."""
 
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.parallel.dispatch import AllToAllDispatch
+from leanmill.parallel.exchange import _Trip
 from tests.distributed import run_ranks
 from tests.parallel.dispatch_cases import (
     HIDDEN,
@@ -100,6 +102,10 @@ def test_the_next_chunk_travels_while_one_is_computed():
         def note(what):
             sent.found.append((what, None, None))
 
+        def wait(trip, end=_Trip.end):
+            note("wait")
+            return end(trip)
+
         def compute(tokens, index, weights, **_):
             note("compute")
             out = tokens * weights.sum(1, keepdim=True)
@@ -108,15 +114,17 @@ def test_the_next_chunk_travels_while_one_is_computed():
 
         dispatch = AllToAllDispatch(dist.group.WORLD, NUM_EXPERTS, num_chunks=3)
         tokens, weights = (t.clone().requires_grad_() for t in (one.tokens, one.weights))
-        with sent:
+        with sent, patch.object(_Trip, "end", wait):
             dispatch(compute, tokens, one.index, weights).backward(one.upstream)
         return ["travel" if name == "all_to_all_single" else name for name in sent.names()]
 
     first, second = run_ranks(run, 2)
     assert first == second
-    send, back = ["travel"] * 2, ["travel"]
-    forward = [*send, *send, "compute", *back, *send, "compute", *back, "compute", *back]
-    backward = [*back * 3, *["backward", *send] * 3]
+    send, arrive, back, home = ["travel"] * 2, ["wait"] * 2, ["travel"], ["wait"]
+    compute = [*arrive, "compute", *back]
+    forward = [*send, *send, *compute, *send, *compute, *compute, *home * 3]
+    # The last chunk was sent when the first was computed, and so its gradients have until then to come home.
+    backward = [*back * 3, *[*home, "backward", *send] * 2, *arrive, *home, "backward", *send, *arrive * 2]
     assert first == ["all_gather_into_tensor", *forward, *backward]
 
 
@@ -152,6 +160,10 @@ def other_experts(mine, module):
     module.expert_dispatch.num_experts = 16
 
 
+def other_chunks(mine, module):
+    module.expert_dispatch.num_chunks = 3
+
+
 def other_top_k(mine, module):
     return Inputs(mine.tokens, mine.index[:, :2], mine.weights[:, :2], mine.upstream)
 
@@ -162,10 +174,11 @@ def other_top_k(mine, module):
         (other_dtype, r"tokens' dtype \(rank 0: torch.float64, rank 1: torch.float32\)"),
         (other_experts, r"num_experts \(rank 0: 8, rank 1: 16\)"),
         (other_top_k, r"top_k \(rank 0: 3, rank 1: 2\)"),
+        (other_chunks, r"layout.expert_chunks \(rank 0: 1, rank 1: 3\), so no tokens were exchanged"),
         (other_index(9), "rank 1 routes to expert 9 of 8"),
         (other_index(-1), "rank 1 routes to expert -1 of 8"),
     ],
-    ids=["dtype", "experts", "top_k", "too high", "negative"],
+    ids=["dtype", "experts", "top_k", "chunks", "too high", "negative"],
 )
 def test_ranks_that_disagree_all_raise_the_same_line(change, message):
     first, second = disagreeing(change)

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from leanmill.models.activation_checkpointing import _selective_contexts
+from leanmill.models.activation_checkpointing import _received_contexts, _selective_contexts
 from tests.distributed import run_ranks
 from tests.parallel.dispatch_cases import Collectives, compare, experts_module, inputs, spread_module, together
 
@@ -26,14 +26,14 @@ def layers(module, function=None):
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2])
-@pytest.mark.parametrize("keeps", [False, True], ids=["full", "selective"])
+@pytest.mark.parametrize("keeps", [None, _received_contexts, _selective_contexts], ids=["resend", "full", "selective"])
 def test_recomputation_repeats_collectives_in_one_order_or_not_at_all(keeps, num_chunks):
     ranks = inputs([5, 2])
 
     def run():
         module = spread_module(num_chunks=num_chunks)
         with Collectives() as collectives:
-            run = layers(module, _selective_contexts if keeps else None)
+            run = layers(module, keeps)
             found = ranks[dist.get_rank()].run_with(run, module)
         return found, collectives.names()
 
