@@ -18,6 +18,7 @@ import torch
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
 from leanmill.core.secrets import shown
+from leanmill.models.expert_sizes import check_expert_sizes
 from leanmill.models.pretrained import one_line, quiet_transformers
 
 
@@ -220,13 +221,7 @@ def _check_built(hf_config: Any) -> None:
             f"model.config.num_key_value_heads={groups} does not divide num_attention_heads={heads}; "
             f"give one of {', '.join(fitting[:12])}"
         )
-    chosen, written = getattr(hf_config, "num_experts_per_tok", None), hf_config.to_dict()
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        count = written.get(key)
-        if isinstance(count, int) and isinstance(chosen, int) and 0 < count < chosen:
-            raise ConfigError(
-                f"model.config.num_experts_per_tok={chosen} is more than {key}={count}; give at most {count}"
-            )
+    check_expert_sizes(hf_config, "model.config.")
     size = getattr(hf_config, "vocab_size", None)
     for key in _SPECIAL_TOKENS:
         given = getattr(hf_config, key, None)

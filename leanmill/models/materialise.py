@@ -3,7 +3,7 @@
 Values depend on the seed and on a tensor's name only. For random weights every rank computes the
 whole of one module's tensors on the CPU, with a generator seeded from (seed, module name), and
 keeps its share, so no rank count, engine or order of materialising changes them and nothing is
-communicated. A checkpoint is read by rank 0 and broadcast one tensor at a time.
+communicated. Of a checkpoint each rank reads what it holds a part of, and rank 0 what all hold.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def _causal_lm(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
-    """Broadcast the checkpoint's weights into `model`; return the ids of the tensors it filled."""
+    """Read the checkpoint's weights into `model`; return the ids of the tensors it filled."""
     weights = StoredWeights(config)
     filled: set[int] = set()
     for name, owner, key in _base_tensors(model):
         tensor = _with_storage(owner, key, model)
         if id(tensor) not in filled:
-            assign(tensor, weights.take(name, tensor))
+            weights.fill(name, tensor)
             filled.add(id(tensor))
     return frozenset(filled)
 

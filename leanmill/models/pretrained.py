@@ -16,6 +16,7 @@ from torch import nn
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.paths import expand_user
 from leanmill.models.config import ModelConfig
+from leanmill.models.expert_sizes import check_expert_sizes
 
 
 def load_frozen(
@@ -76,6 +77,35 @@ def local_folder(path: str, revision: str | None) -> Path:
     return Path(str(cached_file(path, "config.json", revision=revision))).parent
 
 
+def weights_folder(config: ModelConfig, *, downloads: bool) -> tuple[Path, Any] | None:
+    """Return the folder with the weights of `config.path`, and its transformers config.
+
+    Args:
+        config: With a `path`.
+        downloads: Whether a model of the hub is fetched; else None stands for one that is not here.
+
+    Raises:
+        ConfigError: It is no checkpoint that can be loaded.
+        RunError: The hub cannot be reached.
+    """
+    folder = expand_user(str(config.path))
+    if folder.is_dir():
+        return folder, pretrained_config(config)
+    from huggingface_hub import snapshot_download
+
+    wanted: dict[str, Any] = {
+        "revision": config.revision,
+        "allow_patterns": ["model*.safetensors", "model.safetensors.index.json"],
+    }
+    try:
+        hf_config = pretrained_config(config)
+        return Path(snapshot_download(str(config.path), local_files_only=not downloads, **wanted)), hf_config
+    except Exception as error:
+        if not downloads:
+            return None
+        raise _hub_error(config, error) if not isinstance(error, ConfigError | RunError) else error from error
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep back transformers' progress bars and tables; what matters in them we say in one line."""
@@ -119,6 +149,7 @@ def pretrained_config(config: ModelConfig) -> Any:
         )
     except Exception as error:
         raise _hub_error(config, error) from error
+    check_expert_sizes(hf_config, f"{path}/config.json: ")
     if getattr(hf_config, "quantization_config", None) is not None:
         raise ConfigError(
             f"{path} holds quantised weights, which cannot be trained or distilled here; give the "
@@ -174,10 +205,7 @@ def _check_report(path: str, report: dict[str, Any]) -> None:
     """Refuse a checkpoint that does not fill the model."""
     missing = sorted(report.get("missing_keys", ()))
     if missing:
-        raise ConfigError(
-            f"{path} lacks {len(missing)} weights of the model its config describes: {_some(missing)}; "
-            f"give the complete checkpoint"
-        )
+        raise ConfigError(incomplete(path, missing))
     mismatched = [str(item[0]) if isinstance(item, tuple) else str(item) for item in report.get("mismatched_keys", ())]
     if mismatched:
         raise ConfigError(
@@ -187,6 +215,14 @@ def _check_report(path: str, report: dict[str, Any]) -> None:
     errors = report.get("error_msgs") or report.get("conversion_errors")
     if errors:
         raise ConfigError(f"{path} cannot be converted: {one_line(errors)}")
+
+
+def incomplete(path: str, missing: list[str]) -> str:
+    """Say that a checkpoint lacks weights."""
+    return (
+        f"{path} lacks {len(missing)} weights of the model its config describes: {_some(missing)}; give the complete "
+        f"checkpoint"
+    )
 
 
 def one_line(error: object) -> str:

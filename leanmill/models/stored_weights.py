@@ -1,19 +1,27 @@
-"""The weights of a checkpoint of the plain model: read by one rank, handed to all."""
+"""The weights of a checkpoint of the plain model: each rank reads its part, or one reads and hands to all."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.models.config import ModelConfig
+from leanmill.models.folder_weights import FolderWeights
 from leanmill.models.pretrained import load_weights
-from leanmill.parallel.collectives import broadcast_object
+from leanmill.parallel.collectives import broadcast_object, same_on_all_ranks
+from leanmill.parallel.tensors import assign, write_part
 
 
 class StoredWeights:
-    """Reads a checkpoint at the first `take`, on rank 0, and frees every weight that was taken.
+    """Opens a checkpoint at the first use and reads one weight at a time.
+
+    What a rank holds a part of (its rows, its experts) it reads itself, and no more, where every rank sees the
+    folder. What all hold is read by rank 0 and broadcast. A folder that only transformers can read, since names
+    or layout of its family take more than renaming and stacking, is loaded whole by rank 0, and every weight
+    freed that was taken.
 
     Args:
         config: With the `path` to read.
@@ -21,59 +29,111 @@ class StoredWeights:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
-        self._weights: dict[str, Tensor] | None = None
+        self._is_open = self._everyone_reads = False
+        self._folder: FolderWeights | None = None
+        self._weights: dict[str, Tensor] = {}
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Write a weight into `tensor`, which may be sharded. A collective.
+
+        Args:
+            name: Dotted name in the plain model; each can be read once.
+            tensor: Of the weight's shape, any dtype.
+
+        Raises:
+            ConfigError: The checkpoint cannot be read, lacks weights, or has this one in another shape.
+            RunError: The hub cannot be reached.
+        """
+        self._open()
+        folder = self._folder
+        if folder is None or not self._everyone_reads or not isinstance(tensor, DTensor):
+            assign(tensor, self.take(name, tensor))
+            return
+        source = folder.sources.get(name)
+        if source is None or source.shape != tuple(tensor.shape):
+            raise ConfigError(self._unlike(name, tensor, None if source is None else list(source.shape)))
+        write_part(tensor, lambda part, offsets: folder.read_into(part, name, offsets))
 
     def take(self, name: str, like: Tensor) -> Tensor:
         """Return a weight, whole, on every rank. A collective.
 
         Args:
-            name: Dotted name in the plain model; each can be taken once.
+            name: Dotted name in the plain model; each can be read once.
             like: Tells shape and dtype.
 
         Raises:
-            ConfigError: The checkpoint cannot be read, lacks the weight, or has it in another shape.
-            RunError: The hub cannot be reached.
+            ConfigError, RunError: See `fill`.
         """
-        if self._weights is None:
-            self._weights = self._read()
-        return self._broadcast(self._weights.pop(name, None), like, name)
+        self._open()
+        folder, value = self._folder, self._weights.pop(name, None)
+        if folder is None:
+            return self._broadcast(value, like, name)
+        source = folder.sources.get(name)
+        if _is_reader() and (source is None or source.shape != tuple(like.shape)):
+            raise ConfigError(self._unlike(name, like, None if source is None else list(source.shape)))
+        if _is_reader():
+            value = torch.empty(like.shape, dtype=like.dtype)
+            folder.read_into(value, name)
+        return self._broadcast(value, like, name)
 
     def close(self) -> None:
         """Forget what was not taken."""
-        self._weights = {}
+        self._is_open, self._folder, self._weights = True, None, {}
 
-    def _read(self) -> dict[str, Tensor]:
-        weights: dict[str, Tensor] = {}
+    def _open(self) -> None:
+        """Agree on who reads what. A collective, once."""
+        if self._is_open:
+            return
+        self._is_open = True
         problem: dict[str, str] = {}
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if _is_reader():
             try:
-                weights = _tensors_of(self.config)
+                self._folder = FolderWeights.open(self.config, downloads=True)
+                if self._folder is None:
+                    self._weights = _tensors_of(self.config)
             except (ConfigError, RunError) as error:
                 problem = {"kind": type(error).__name__, "message": str(error)}
-        problem = broadcast_object(problem)
-        if problem:
+        told = broadcast_object({"problem": problem, "is_folder": self._folder is not None})
+        if problem := told["problem"]:
             raise (ConfigError if problem["kind"] == "ConfigError" else RunError)(problem["message"])
-        return weights
+        if told["is_folder"]:
+            if not _is_reader():
+                self._folder = self._seen_here()
+            identity = None if self._folder is None else self._folder.identity
+            self._everyone_reads = same_on_all_ranks(identity)
+
+    def _seen_here(self) -> FolderWeights | None:
+        """Open the folder where this rank has it too; on another machine it may be missing."""
+        try:
+            return FolderWeights.open(self.config, downloads=False)
+        except (ConfigError, RunError, OSError):
+            return None
+
+    def _unlike(self, name: str, like: Tensor, shape: list[int] | None) -> str:
+        holds = f"no {name}" if shape is None else f"{name} {shape}"
+        return (
+            f"{self.config.path} holds {holds}, and the model has it {list(like.shape)}; give a checkpoint of this "
+            f"very model, complete"
+        )
 
     def _broadcast(self, value: Tensor | None, like: Tensor, name: str) -> Tensor:
-        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
-        if (is_alone or dist.get_rank() == 0) and (value is None or value.shape != like.shape):
-            holds = f"no {name}" if value is None else f"{name} {list(value.shape)}"
-            raise ConfigError(
-                f"{self.config.path} holds {holds}, and the model has it {list(like.shape)}; give a checkpoint of this "
-                f"very model, complete"
-            )
-        if is_alone:
+        if _is_reader() and (value is None or value.shape != like.shape):
+            raise ConfigError(self._unlike(name, like, None if value is None else list(value.shape)))
+        if not dist.is_initialized() or dist.get_world_size() == 1:
             assert value is not None
             return value
         device = (
             torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
         )
-        whole = torch.empty(like.shape, dtype=like.dtype, device=device)
-        if value is not None:
-            whole.copy_(value)
-        dist.broadcast(whole, src=0)
-        return whole
+        if value is None:
+            value = torch.empty(like.shape, dtype=like.dtype, device=device)
+        value = value.to(device, like.dtype).contiguous()
+        dist.broadcast(value, src=0)
+        return value
+
+
+def _is_reader() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _tensors_of(config: ModelConfig) -> dict[str, Tensor]:

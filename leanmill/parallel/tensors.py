@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,24 @@ def assign(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
+@torch.no_grad()
+def write_part(target: DTensor, write: Callable[[Tensor, Sequence[int]], object]) -> None:
+    """Have `write(part, offsets)` fill this rank's part of `target`, which begins there in the whole."""
+    _, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    inside = [min(offset, whole) for offset, whole in zip(offsets, target.shape, strict=True)]
+    write(target.to_local(), inside)
+
+
 def _local_write(target: DTensor, whole: Tensor) -> None:
     """Write the box of `whole` that lies on this rank."""
-    sizes, offsets = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
-        whole = whole.narrow(dim, min(offset, whole.shape[dim]), size)
-    target.to_local().copy_(whole)
+
+    def write(part: Tensor, offsets: Sequence[int]) -> None:
+        box = whole
+        for dim, (offset, size) in enumerate(zip(offsets, part.shape, strict=True)):
+            box = box.narrow(dim, offset, size)
+        part.copy_(box)
+
+    write_part(target, write)
 
 
 @torch.no_grad()

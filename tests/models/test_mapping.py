@@ -75,7 +75,13 @@ def test_what_makes_no_llama_is_refused_in_one_line(changes, expected):
         # Nothing declares these; running a few tokens finds them.
         ("mixtral", {"hidden_size": 36}, "does not make a model"),
         ("qwen3_moe", {"head_dim": 9}, "even rotary dimension"),
-        ("deepseek_v3", {"n_group": 3}, "does not make a model"),
+        ("deepseek_v3", {"n_group": 3}, "n_group=3 does not divide n_routed_experts=4; give one of 1, 2, 4"),
+        ("deepseek_v3", {"topk_group": 3}, "topk_group=3 is more than n_group=2; give at most 2"),
+        (
+            "deepseek_v3",
+            {"num_experts_per_tok": 3},
+            "leaves a token 2 experts, and num_experts_per_tok=3; give topk_group at least 2",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_each_other_are_refused(family, changes, expected):
