@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,17 +37,30 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sharded_like(whole: DTensor, part: Tensor, name: str) -> Tensor:
-    """Give a rank's part a place in a DTensor: alike where it has the shape, else one row a rank."""
-    mesh, placements = whole.device_mesh, whole.placements
-    num_ranks = [mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
-    if len(num_ranks) != 1 or whole.shape[0] % num_ranks[0]:
+    """Give a rank's part a place in a DTensor: alike where it has the shape, else one entry of a grid of parts.
+
+    The grid has a dim for each dim that the whole is sharded along, so that a part lies where its elements do,
+    and the same elements in other parts make a grid of another shape.
+    """
+    mesh, placements = whole.device_mesh, cast(tuple[Any, ...], whole.placements)
+    sharded = [(mesh.size(dim), placement) for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    if whole._local_tensor.numel() * math.prod(size for size, _ in sharded) != whole.numel():
         raise ConfigError(
             f"optimizer.type=adamw8bit: the state of {name} {list(whole.shape)} does not divide over the ranks it is "
             f"sharded over, so it cannot be saved; use optimizer.type=adamw, or engine: ddp"
         )
     if part.shape == whole._local_tensor.shape:
         return DTensor.from_local(part, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
-    rows = [placement if placement.is_replicate() else Shard(0) for placement in placements]
-    shape = torch.Size((num_ranks[0], *part.shape))
+    dims: list[int] = sorted({placement.dim for _, placement in sharded})
+    grid = [math.prod(size for size, placement in sharded if placement.dim == dim) for dim in dims]
+    shape = torch.Size((*grid, *part.shape))
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(part.unsqueeze(0), mesh, rows, run_check=False, shape=shape, stride=stride)
+    places = [one if one.is_replicate() else _along(one, dims.index(one.dim)) for one in placements]
+    local = part.view((1,) * len(dims) + part.shape)
+    return DTensor.from_local(local, mesh, places, run_check=False, shape=shape, stride=stride)
+
+
+def _along(placement: Any, dim: int) -> Any:
+    """Return the placement along another dim."""
+    factor = getattr(placement, "split_factor", None)
+    return Shard(dim) if factor is None else type(placement)(dim, split_factor=factor)

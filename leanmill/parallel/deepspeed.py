@@ -38,7 +38,7 @@ class DeepSpeedEngine(Engine):
         device: This rank's device.
         precision: `bf16` computes matmuls in bf16 under autocast over fp32 parameters.
         persist_below: ZeRO-3 keeps parameters with fewer elements gathered.
-        layout: Of the run; None spreads nothing. Stages 1 and 2 take experts that ranks share.
+        layout: Of the run; None spreads nothing.
 
     Raises:
         ConfigError: The section asks for what this machine or the stage cannot do.
@@ -64,8 +64,8 @@ class DeepSpeedEngine(Engine):
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
         self._mesh = cpu_mesh()
         self.layout = layout or Layout(self.data_size)
-        self._experts = LocalExperts(self.layout)
         start_deepspeed(device)
+        self._experts = LocalExperts(self.layout, config.stage)
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
         import deepspeed
@@ -91,10 +91,10 @@ class DeepSpeedEngine(Engine):
         self._experts.localise(self._model, optimizer)
         if self.config.stage == 3:
             storage.mark_experts(module)
-            replaced = storage.partition(module, self.device, ds_config)
+            replaced = storage.partition(module, self.device, ds_config, before=self._experts.replace)
             for group in optimizer.param_groups:
                 group["params"] = [replaced[id(p)] for p in group["params"]]
-        if self.layout.ep > 1:
+        if self.layout.ep > 1 and self.config.stage < 3:
             module.add_module("shares_experts", marker(self.layout.ep))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
@@ -128,10 +128,9 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def clip(self, max_norm: float | None) -> Tensor:
         if self.config.stage == 0:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = nn.utils.get_total_norm(gradients).float()
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            norm = self._experts.total_norm(parameters)
             if max_norm is not None:
-                parameters = [p for p in self.module.parameters() if p.grad is not None]
                 nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
             return norm
         self._optimizer.clip_grad = max_norm or 0.0

@@ -1,11 +1,13 @@
 """Experts that ranks share, as DeepSpeed takes them: plain tensors with this rank's part, averaged in their own groups.
 
 DeepSpeed reduces a parameter with `allreduce = False` over the expert data parallel group of its `group_name`,
-cuts it up among those ranks, and divides the sum by the number of all ranks.
+cuts it up among those ranks, and divides the sum by the number of all ranks. Stage 3 does so with parameters of
+the family "autoep_expert", in the group that they name when they are partitioned.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.expert_shards import expert_shard_of, set_expert_shard
 from leanmill.parallel.deepspeed_state import cpu_mesh
 from leanmill.parallel.expert_parallel import expert_modules, replicated_experts, spread_experts
@@ -27,12 +30,19 @@ class LocalExperts:
 
     Args:
         layout: Of the run.
+        stage: Of ZeRO.
+
+    Raises:
+        ConfigError: This DeepSpeed has no groups for parameters of stage 3.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, stage: int = 2) -> None:
+        if layout.ep > 1 and stage == 3:
+            _check_has_groups(layout.ep)
         self.layout = layout
         self._wholes: dict[int, torch.Size] = {}
-        self._kept: list[Tensor] = []  # ids stay unique only as long as what they name lives
+        self._staged: set[int] = set()
+        self._kept: dict[int, Tensor] = {}  # ids stay unique only as long as what they name lives
         if layout.ep > 1:
             self._mesh, self._placements = replicated_experts(layout)
             self._cpu_mesh = self._mesh if layout.device_type == "cpu" else cpu_mesh((-1, layout.ep))
@@ -59,7 +69,9 @@ class LocalExperts:
             for owner in module.modules():
                 for key, parameter in owner._parameters.items():
                     if isinstance(parameter, DTensor):
-                        new[id(parameter)] = owner._parameters[key] = self._local(parameter, is_staged)
+                        local = nn.Parameter(local_part(parameter.detach()), parameter.requires_grad)
+                        new[id(parameter)] = owner._parameters[key] = local
+                        self._declare(local, parameter.shape, is_staged)
                 for key, buffer in owner._buffers.items():
                     if isinstance(buffer, DTensor):
                         owner._buffers[key] = self._note(local_part(buffer), buffer.shape)
@@ -73,31 +85,53 @@ class LocalExperts:
     def _group_name(self) -> str:
         return f"ep_size_{self.layout.ep}"
 
-    def _local(self, parameter: DTensor, is_staged: bool) -> nn.Parameter:
-        local: Any = nn.Parameter(local_part(parameter.detach()), parameter.requires_grad)
+    def _declare(self, local: Any, whole: torch.Size, is_staged: bool) -> None:
         local.allreduce, local.group_name = False, self._group_name
         if is_staged and local.requires_grad:
             # The product's share has been divided by `ep` already; a stage's own has not.
             local.register_hook(lambda gradient: gradient * self.layout.divisor("expert"))
-        self._note(local, parameter.shape)
-        return local  # type: ignore[no-any-return]
+            self._staged.add(id(local))
+        self._note(local, whole)
+
+    def replace(self, old: Tensor, new: Any) -> None:
+        """Let `new`, which ZeRO-3 is about to partition, be the part that `old` was; nothing for other tensors."""
+        if not self.is_part(old):
+            return
+        is_staged = id(old) in self._staged
+        self._staged.discard(id(old))
+        del self._kept[id(old)]  # a whole part, which nobody is to hold any more
+        self._declare(new, self._wholes.pop(id(old)), is_staged)
+        new.ds_zero_placement_family = "autoep_expert"
+        new.ds_zero_partition_group_name = self._group_name
+        new.ds_zero_partition_process_group = self.replicas
 
     def _note(self, local: Tensor, whole: torch.Size) -> Tensor:
         self._wholes[id(local)] = whole
-        self._kept.append(local)
+        self._kept[id(local)] = local
         return local
 
     def shape(self, tensor: Tensor) -> torch.Size:
         """Return the shape of the whole that `tensor` is a part of, or its own."""
-        return self._wholes.get(id(tensor), tensor.shape)
+        return self._wholes.get(id(tensor), _shape(tensor))
 
     def offset(self, tensor: Tensor) -> int:
         """Return where the first element of `tensor` stands in the flattened whole."""
-        return tensor.numel() * self.layout.experts.get_local_rank("ep") if self.is_part(tensor) else 0
+        return _shape(tensor).numel() * self.layout.experts.get_local_rank("ep") if self.is_part(tensor) else 0
 
     def is_part(self, tensor: Tensor) -> bool:
         """Whether other ranks hold other experts of what `tensor` is a part of."""
         return id(tensor) in self._wholes
+
+    def total_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the norm over the gradients of whole parameters, reduced already, fp32. A collective."""
+        parts = [p.grad for p in parameters if p.grad is not None and self.is_part(p)]
+        others = [p.grad for p in parameters if p.grad is not None and not self.is_part(p)]
+        norm = nn.utils.get_total_norm(others).float()
+        if not parts:
+            return norm
+        squared = nn.utils.get_total_norm(parts).float().square()
+        dist.all_reduce(squared, group=self.sharers)
+        return (norm.square() + squared).sqrt()
 
     @property
     def replicas(self) -> dist.ProcessGroup:
@@ -128,9 +162,24 @@ class LocalExperts:
         """Return what of a whole `value`, plain or sharded, belongs into `tensor`. A collective where it is sharded."""
         if not self.is_part(tensor):
             return value.full_tensor() if isinstance(value, DTensor) else value
-        target = self.hand_out(tensor, torch.empty(tensor.shape, dtype=value.dtype))
+        target = self.hand_out(tensor, torch.empty(_shape(tensor), dtype=value.dtype))
         assign(target, value)
         return target.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    """Also of what ZeRO-3 has partitioned, which is left as an empty tensor."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def _check_has_groups(ep: int) -> None:
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    if not hasattr(DeepSpeedZeroOptimizer_Stage3, "_gradient_averaging_world_size"):
+        raise ConfigError(
+            f"layout.ep={ep} under engine.stage=3 needs DeepSpeed 0.19.8 or newer, where parameters have groups of "
+            f"their own; upgrade, or set engine.stage=2, or type engine=fsdp"
+        )
 
 
 def _register_groups(name: str, layout: Layout) -> None:

@@ -235,7 +235,12 @@ class ZeroState:
     @staticmethod
     def _partition(parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's flat part of `value`, padded to the size all ranks have."""
-        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        size, rank = parameter.ds_tensor.ds_numel, partition_rank(parameter)  # type: ignore[attr-defined]
         flat = value.detach().reshape(-1)
-        part = flat[dist.get_rank() * size : (dist.get_rank() + 1) * size]
+        part = flat[rank * size : (rank + 1) * size]
         return torch.nn.functional.pad(part, (0, size - part.numel()))
+
+
+def partition_rank(parameter: nn.Parameter) -> int:
+    """Return which of its partitions of stage 3 is here; experts have groups of their own."""
+    return getattr(parameter, "ds_zero_partition_rank", dist.get_rank())

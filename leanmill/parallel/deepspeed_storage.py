@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from leanmill.core.experts import is_stacked_experts
 from leanmill.parallel.deepspeed_state import empty_share
@@ -31,15 +32,29 @@ def give(module: nn.Module, mesh: DeviceMesh, device: torch.device, *, stage: in
         if not tensor.is_meta:
             continue
         if id(tensor) not in new:
-            sharded = stage == 3 and mesh.size() > 1 and tensor.dim() > 0
+            is_shared = isinstance(tensor, DTensor)  # experts, of which this rank has its own
+            sharded = stage == 3 and mesh.size() > 1 and tensor.dim() > 0 and not is_shared
             place = "cpu" if stage == 3 else device
             value = empty_share(tensor, mesh) if sharded else torch.empty_like(tensor, device=place)
             new[id(tensor)] = nn.Parameter(value, tensor.requires_grad)
         owner._parameters[key] = new[id(tensor)]
 
 
-def partition(module: nn.Module, device: torch.device, ds_config: dict[str, Any]) -> dict[int, nn.Parameter]:
-    """Turn every parameter into a ZeRO-3 one, whole for a moment each; return old id -> new."""
+def partition(
+    module: nn.Module,
+    device: torch.device,
+    ds_config: dict[str, Any],
+    *,
+    before: Callable[[Tensor, nn.Parameter], object],
+) -> dict[int, nn.Parameter]:
+    """Turn every parameter into a ZeRO-3 one, whole for a moment each; return old id -> new.
+
+    Args:
+        module: Its parameters have values.
+        device: This rank's.
+        ds_config: DeepSpeed's.
+        before: Called with an old parameter and the new one in its place, before that is partitioned.
+    """
     from deepspeed import zero
 
     done: dict[int, nn.Parameter] = {}
@@ -48,6 +63,7 @@ def partition(module: nn.Module, device: torch.device, ds_config: dict[str, Any]
         if id(tensor) not in done:
             kept.append(tensor)
             new = nn.Parameter(full(tensor.detach()).to(device), tensor.requires_grad)
+            before(tensor, new)
             if done:
                 # One set of groups and, with NVMe, one set of buffers for all parameters.
                 next(iter(done.values())).convert_to_zero_parameters(param_list=[new])  # type: ignore[attr-defined]

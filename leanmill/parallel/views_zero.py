@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from leanmill.core.views import Box, Span, View, check_same_shape
 from leanmill.parallel.collectives import reduced
 from leanmill.parallel.deepspeed_experts import LocalExperts
-from leanmill.parallel.deepspeed_state import ZeroState
+from leanmill.parallel.deepspeed_state import ZeroState, partition_rank
 from leanmill.parallel.views import ModelViews, WholeView
 
 
@@ -126,12 +125,18 @@ class FragmentOfReplica(_FlatView):
         data.copy_(reduced(whole, "sum", group).view(data.shape))
 
 
-class FrozenExpertsView(WholeView):
-    """Stages 1 and 2: this rank's experts of a frozen parameter."""
+class WholeExpertsView(WholeView):
+    """This rank's experts, not cut up: of any parameter in stage 0, of a frozen one in stages 1 and 2."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, experts: LocalExperts) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        experts: LocalExperts,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.experts = experts
-        super().__init__(name, parameter, None)
+        super().__init__(name, parameter, optimizer)
 
     def _piece(self) -> Box:
         sizes, shape = tuple(self.parameter.shape), tuple(self.experts.shape(self.parameter))
@@ -143,7 +148,7 @@ class FrozenExpertsView(WholeView):
 
     def beside(self, parameter: nn.Parameter) -> View:
         check_same_shape(self, self.experts.shape(parameter))
-        return FrozenExpertsView(f"(beside {self.name})", parameter, self.experts)
+        return WholeExpertsView(f"(beside {self.name})", parameter, self.experts)
 
 
 class PartitionView(_FlatView):
@@ -151,7 +156,7 @@ class PartitionView(_FlatView):
 
     def __init__(self, name: str, parameter: Any, zero: ZeroState, experts: LocalExperts) -> None:
         total, share = parameter.ds_numel, parameter.ds_tensor.ds_numel
-        start = min(dist.get_rank() * share, total)
+        start = min(partition_rank(parameter) * share, total)
         span = Span(tuple(parameter.ds_shape), start, min(start + share, total))
         super().__init__(name, parameter, zero, span, experts)
 
@@ -183,7 +188,7 @@ class PartitionView(_FlatView):
         return self._states_at(optimizer.fp32_partitioned_groups_flat[index], start)
 
     def beside(self, parameter: Any) -> View:
-        check_same_shape(self, parameter.ds_shape)
+        check_same_shape(self, self.experts.shape(parameter))
         return PartitionView(f"(beside {self.name})", parameter, self.zero, self.experts)
 
     def publish(self) -> None:
@@ -214,7 +219,8 @@ class ZeroViews(ModelViews):
             return PartitionView(name, parameter, self._zero, self._experts)
         if stage == 0 or not parameter.requires_grad:
             if self._experts.is_part(parameter):
-                return FrozenExpertsView(name, parameter, self._experts)
+                optimizer = self._zero.base if stage == 0 else None
+                return WholeExpertsView(name, parameter, self._experts, optimizer)
             return WholeView(name, parameter, self._zero.base)
         return FragmentView(name, parameter, self._zero, self._experts)
 

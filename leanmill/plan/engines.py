@@ -53,7 +53,7 @@ def candidates(world_size: int, layout: LayoutConfig) -> list[EngineConfig]:
         return [SingleEngine()]
     if {layout.dp_shard, layout.dp_replicate} - {None}:
         return [FsdpEngine()]
-    stages: tuple[Any, ...] = (0, 1, 2, 3) if layout.ep == 1 else (1, 2)
+    stages: tuple[Any, ...] = (0, 1, 2, 3)
     return [DdpEngine(), FsdpEngine(), *(DeepSpeedEngine(stage=stage) for stage in stages)]
 
 

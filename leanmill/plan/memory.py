@@ -241,7 +241,7 @@ def _zero3(
     weights_at: Literal["held", "host"] = "held" if engine.offload_parameters is None else "host"
     state: Literal["held", "host"] = "held" if engine.offload_optimizer is None else "host"
     for w in weights:
-        share = math.ceil(w.numel / world_size)
+        share = math.ceil(w.numel / (w.sharers or world_size))
         part = "weights" if w.trainable else "masks" if w.itemsize == 1 else "frozen weights"
         memory.add(weights_at, part, share * w.itemsize)
         if w.trainable:

@@ -48,22 +48,6 @@ def _experts(recipe: Sections) -> Iterator[str]:
     ep, engine = recipe.layout.ep, recipe.engine
     if engine.type == "single":
         yield f"layout.ep={ep} spreads experts over ranks, and engine=single is one; type engine=fsdp, or layout.ep=1"
-    if engine.type == "deepspeed" and engine.stage not in (1, 2):
-        instead = "gathers all experts of a layer at a time" if engine.stage == 3 else "keeps whole replicas"
-        yield (
-            f"layout.ep={ep} needs ZeRO stage 1 or 2, and stage {engine.stage} {instead}; set engine.stage=2, or type "
-            f"engine=fsdp, or layout.ep=1"
-        )
-    if engine.type == "deepspeed" and engine.offload_optimizer is not None:
-        yield (
-            f"layout.ep={ep} does not go with engine.offload_optimizer, under which DeepSpeed takes norms of experts "
-            f"another way; remove the offload, or type engine={{type: fsdp, cpu_offload: true}}"
-        )
-    if recipe.optimizer.type == "adamw8bit":
-        yield (
-            f"layout.ep={ep} cuts experts where blocks of optimizer.type=adamw8bit do not end, so its state could not "
-            f"be saved; set optimizer.type=adamw, or layout.ep=1"
-        )
     config = recipe.model.family_config or {}
     for key in _NUM_EXPERTS:
         number = config.get(key)

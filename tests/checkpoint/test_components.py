@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from leanmill.checkpoint.components import take_apart
 from leanmill.checkpoint.config import CheckpointConfig
@@ -74,6 +76,35 @@ def test_uneven_shards_are_refused() -> None:
             take_apart({"w/exp_avg": _sharded(_quantised(8, 64), 15)})
 
     run_ranks(body, 2)
+
+
+def test_parts_lie_where_their_experts_do() -> None:
+    """On 2 x 2 ranks: experts cut twice have one grid, in their order; the same experts cut into rows have another."""
+
+    def body() -> tuple[list[Any], int]:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "ep"))
+        found = []
+        for placements, local in (
+            ((_StridedShard(0, split_factor=2), Shard(0)), (2, 8, 64)),
+            ((Shard(1), Shard(0)), (4, 4, 64)),
+        ):
+            state = _quantised(*local, seed=dist.get_rank())
+            whole = {"run_check": False, "shape": torch.Size((8, 8, 64)), "stride": (512, 64, 1)}
+            scale = take_apart({"w": DTensor.from_local(state, mesh, placements, **whole)})["w.scale"]
+            assert isinstance(scale, DTensor)
+            sizes, offsets = compute_local_shape_and_global_offset(scale.shape, mesh, scale.placements)
+            assert torch.equal(scale.to_local().view(-1), state.scale)
+            found.append((tuple(scale.shape), tuple(offsets)))
+        return found, dist.get_rank()
+
+    for (cut, rows), rank in run_ranks(body, 4):
+        shard, ep = divmod(rank, 2)
+        assert cut == ((4, 4), (2 * ep + shard, 0))
+        assert rows == ((2, 2, 4), (ep, shard, 0))
 
 
 def test_plain_state_passes_through() -> None:

@@ -14,6 +14,7 @@ from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError
+from leanmill.optim.config import Adam8bit
 from leanmill.parallel.config import DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, SingleEngine
 from leanmill.parallel.engine import Engine
 from tests.distributed import run_ranks
@@ -24,8 +25,10 @@ from tests.parallel import expert_cases as experts
 SAVED_AT, STEPS = 2, 3
 
 
-def _train_and_save(run_dir: Path, config: EngineConfig, ep: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    engine = experts.prepared(config, ep=ep, dtype=dtype)
+def _train_and_save(
+    run_dir: Path, config: EngineConfig, ep: int, dtype: torch.dtype, **options: Any
+) -> tuple[Any, Any]:
+    engine = experts.prepared(config, ep=ep, dtype=dtype, **options)
     manager = CheckpointManager(run_dir, CheckpointConfig(), overlap=True)
     at_save = experts.train(engine, num_steps=SAVED_AT)["weights"]
     manager.save(SAVED_AT, engine, {"step": SAVED_AT}, {})
@@ -35,8 +38,10 @@ def _train_and_save(run_dir: Path, config: EngineConfig, ep: int, dtype: torch.d
     return at_save, at_end
 
 
-def _load_and_train(run_dir: Path, config: EngineConfig, ep: int, dtype: torch.dtype) -> tuple[Any, Any]:
-    engine = experts.prepared(config, ep=ep, dtype=dtype)
+def _load_and_train(
+    run_dir: Path, config: EngineConfig, ep: int, dtype: torch.dtype, **options: Any
+) -> tuple[Any, Any]:
+    engine = experts.prepared(config, ep=ep, dtype=dtype, **options)
     loaded = _load(run_dir, engine)
     return loaded, _go_on(engine)
 
@@ -88,7 +93,7 @@ def test_from_four_sharers_to_two_to_none_and_back(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_and_fsdp_read_each_other(tmp_path: Path, stage: Any) -> None:
     pytest.importorskip("deepspeed")
     zero = DeepSpeedEngine(stage=stage)
@@ -97,6 +102,28 @@ def test_deepspeed_and_fsdp_read_each_other(tmp_path: Path, stage: Any) -> None:
         _check(tmp_path / "zero", saved, config, ep, world, torch.float32)
     saved = run_ranks(_train_and_save, 2, tmp_path / "fsdp", FsdpEngine(), 2, torch.float32)[0]
     _check(tmp_path / "fsdp", saved, zero, 2, 4, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "world_size"), [(DdpEngine(), 2), (FsdpEngine(), 4)], ids=["ddp", "fsdp"])
+def test_8_bit_state_of_experts_continues_bitwise(tmp_path: Path, config: EngineConfig, world_size: int) -> None:
+    """32 experts, so that blocks of 256 fit what a rank has of them."""
+    pytest.importorskip("torchao.optim")
+
+    def body(first: bool) -> tuple[Any, Any]:
+        options: dict[str, Any] = {
+            "num_experts": 32,
+            "make_optimizer": lambda module: experts.optimizer(module, Adam8bit(lr=1e-2)),
+        }
+        function = _train_and_save if first else _load_and_train
+        return function(tmp_path, config, 2, torch.float32, **options)
+
+    saved, loaded = (run_ranks(body, world_size, first, timeout_seconds=600.0) for first in (True, False))
+    on_disk = list((tmp_path / "checkpoints").rglob(".metadata"))
+    assert any("down_proj/exp_avg.scale" in one.read_text(errors="replace") for one in on_disk)
+    for (at_save, at_end), (values, continued) in zip(saved, loaded, strict=True):
+        assert _equal(at_save, values)
+        assert _equal(at_end, continued)
 
 
 def test_a_checkpoint_without_some_experts_is_refused_by_name(tmp_path: Path) -> None:

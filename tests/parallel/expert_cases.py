@@ -12,7 +12,7 @@ from leanmill.models.activation_checkpointing import apply_activation_checkpoint
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
 from leanmill.optim.build import build_optimizer
-from leanmill.optim.config import AdamW
+from leanmill.optim.config import AdamW, OptimizerConfig
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import EngineConfig, LayoutConfig
 from leanmill.parallel.engine import Engine, Preparation
@@ -59,6 +59,7 @@ def prepared(
     max_norm: float | None = MAX_NORM,
     install: Callable[[Any], object] = lambda model: None,
     num_experts: int = NUM_EXPERTS,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     **exchange: Any,
 ) -> Engine:
     layout = LayoutConfig(ep=ep, **exchange)
@@ -71,7 +72,7 @@ def prepared(
         module,
         Preparation(
             materialise=materialise(),
-            make_optimizer=optimizer,
+            make_optimizer=make_optimizer or optimizer,
             num_micro_batches=num_micro_batches,
             max_grad_norm=max_norm,
         ),
@@ -83,8 +84,8 @@ def materialise() -> Callable[[nn.Module], None]:
     return make_materialiser(ModelConfig(config={"model_type": "qwen3_moe"}), seed=3)
 
 
-def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-    config = AdamW(lr=1e-2, weight_decay=0.1)
+def optimizer(module: nn.Module, config: OptimizerConfig | None = None) -> torch.optim.Optimizer:
+    config = config or AdamW(lr=1e-2, weight_decay=0.1)
     named = [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]
     return build_optimizer(config, named)
 

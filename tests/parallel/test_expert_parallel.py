@@ -16,7 +16,14 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.views import Box
-from leanmill.parallel.config import DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, SingleEngine
+from leanmill.parallel.config import (
+    DdpEngine,
+    DeepSpeedEngine,
+    DeepSpeedOffload,
+    EngineConfig,
+    FsdpEngine,
+    SingleEngine,
+)
 from leanmill.parallel.expert_parallel import check_experts
 from tests.distributed import run_ranks
 from tests.parallel import cases
@@ -28,8 +35,13 @@ ENGINES: dict[str, EngineConfig] = {
     "fsdp": FsdpEngine(),
     "hybrid": FsdpEngine(shard_size=2),
     "keeps weights": FsdpEngine(reshard_after_forward=False),
+    "zero0": DeepSpeedEngine(stage=0),
     "zero1": DeepSpeedEngine(stage=1),
     "zero2": DeepSpeedEngine(stage=2),
+    "zero3": DeepSpeedEngine(stage=3),
+    "zero2 offload": DeepSpeedEngine(stage=2, offload_optimizer=DeepSpeedOffload(device="cpu")),
+    "zero3 offload": DeepSpeedEngine(stage=3, offload_optimizer=DeepSpeedOffload(device="cpu")),
+    "fsdp offload": FsdpEngine(cpu_offload=True),
 }
 
 
@@ -63,7 +75,7 @@ def test_clipping_shows() -> None:
 
 @pytest.mark.parametrize(("name", "num_micro_batches", "recompute"), [("ddp", 3, "full"), ("fsdp", 3, "none")])
 def test_two_ranks_share_experts(name: str, num_micro_batches: int, recompute: str) -> None:
-    options = {"ep": 2, "num_micro_batches": num_micro_batches, "recompute": recompute}
+    options = {"ep": 2, "num_micro_batches": num_micro_batches, "recompute": recompute, "expert_chunks": 2}
     results = run_ranks(lambda: trained(ENGINES[name], **options), 2)
     assert_like_one_process(results, reference(), atol=1e-13)
 
@@ -72,7 +84,7 @@ def test_two_ranks_share_experts(name: str, num_micro_batches: int, recompute: s
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("num_micro_batches", [1, 3])
 @pytest.mark.parametrize("ep", [2, 4])
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "hybrid", "keeps weights"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "hybrid", "keeps weights", "fsdp offload"])
 def test_four_ranks_share_experts(name: str, ep: int, num_micro_batches: int, recompute: str) -> None:
     """At ep 2 each expert has two replicas or is cut in two; at ep 4 the hybrid's groups are larger than its shards."""
     options = {"ep": ep, "num_micro_batches": num_micro_batches, "recompute": recompute}
@@ -81,13 +93,13 @@ def test_four_ranks_share_experts(name: str, ep: int, num_micro_batches: int, re
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize(("num_micro_batches", "recompute"), [(1, "none"), (3, "full")])
 @pytest.mark.parametrize(("world_size", "ep"), [(2, 2), (4, 2), (4, 4)])
-@pytest.mark.parametrize("name", ["zero1", "zero2"])
-def test_zero_shares_experts(name: str, world_size: int, ep: int, num_micro_batches: int) -> None:
+@pytest.mark.parametrize("name", [name for name in ENGINES if name.startswith("zero")])
+def test_zero_shares_experts(name: str, world_size: int, ep: int, num_micro_batches: int, recompute: str) -> None:
     """DeepSpeed's masters are fp32."""
     pytest.importorskip("deepspeed")
-    options = {"ep": ep, "num_micro_batches": num_micro_batches, "dtype": torch.float32}
+    options = {"ep": ep, "num_micro_batches": num_micro_batches, "dtype": torch.float32, "recompute": recompute}
     results = run_ranks(lambda: trained(ENGINES[name], **options), world_size)
     assert_like_one_process(results, reference(dtype=torch.float32), atol=2e-5)
 

@@ -69,7 +69,7 @@ def test_stages_on_shared_experts(staging: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_every_kind_of_stage_under_two_ranks(engine: str) -> None:
     names = tuple(name for name in TECHNIQUES if not (engine.startswith("zero") and name == "turns"))
     _assert_like_one_process(contract_cases.ENGINES[engine], names, 2)

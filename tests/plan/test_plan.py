@@ -140,7 +140,7 @@ NUM_IN_EXPERTS = 2 * 8 * 3 * 64 * 96
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
 def test_held_memory_where_ranks_share_experts(name):
     if name.startswith("zero"):
         pytest.importorskip("deepspeed")
@@ -162,7 +162,7 @@ def test_a_rank_holds_its_experts():
     assert same_number == num_parameters
     assert alone["weights"] - shared["weights"] == 4 * NUM_IN_EXPERTS * 3 // 4
     assert alone["optimizer state"] - shared["optimizer state"] == 8 * NUM_IN_EXPERTS * 3 // 4
-    assert others == {"ddp", "fsdp", "deepspeed ZeRO-1", "deepspeed ZeRO-2"}
+    assert others == {"ddp", "fsdp", *(f"deepspeed ZeRO-{stage}" for stage in range(4))}
     # What is sharded over all ranks is so however experts are spread.
     for engine in ("fsdp", {"type": "deepspeed", "stage": 2}):
         for part in ("gradients", "optimizer state"):
@@ -251,6 +251,19 @@ def test_recomputation_and_chunking_shrink_what_they_should():
     assert len(set(sizes)) == 3
     chunked = _recipe(train={"steps": 1, "precision": "bf16", "logits_chunk_tokens": 8})
     assert logits_bytes(chunked, 100, 16) == 8 * 100 * 2 + 4 * 100 * 16
+
+
+def test_recomputation_keeps_what_came_from_other_ranks():
+    def activations(mode, **layout):
+        recipe = _recipe("ddp", model=MIXTURE, layout=layout, train={"steps": 1, "activation_checkpointing": mode})
+        config = build_on_meta(recipe.model).config
+        return activation_bytes(recipe, config, [1.0] * config.num_hidden_layers)
+
+    # 2 of 8 experts, 4 of them here: 1 - (4 x 3) / (8 x 7) of the tokens need each of the two ranks.
+    rows = 2 * (1 - 12 / 56)
+    expected = 2 * 32 * rows * (2 * 4 * MIXTURE["config"]["hidden_size"] + 8 * 2)
+    assert activations("full", ep=2) - activations("full") == pytest.approx(expected, abs=1)
+    assert activations("full", ep=2, expert_resend=True) == activations("full")
 
 
 def test_what_blocks_leave_out_is_not_counted():
