@@ -16,6 +16,7 @@ BENCHMARKS = (
     "plan_memory",
     "compress_memory",
     "router_balance",
+    "expert_bytes",
     "kernels",
     "moe_layer",
     "quickstart",

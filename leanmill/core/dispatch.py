@@ -8,7 +8,7 @@ module then holds the weights of its rank's experts only. Stages on expert weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ class ExpertCompute(Protocol):
         *,
         num_experts: int | None = None,
         num_copies: int | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return the sum over each token's experts of weight x expert(token), [T, H].
 
@@ -40,6 +41,8 @@ class ExpertCompute(Protocol):
             num_experts: How many are here; None stands for all of the module's.
             num_copies: How many entries of `top_k_index` name an expert, where the caller knows: nothing
                 is stored for the others then.
+            weights: Of `num_experts` experts, by the module's own names, instead of those that it holds; what
+                stages make of its own is not for them.
         """
 
 

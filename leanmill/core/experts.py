@@ -9,6 +9,7 @@ whose staged weight is recomputed in backward.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,7 @@ def set_dispatch(module: nn.Module, dispatch: Dispatch, name: str) -> None:
     Raises:
         ConfigError: Our compute does not cover the module.
     """
-    use_our_compute(module, name, remedy="cannot be spread over ranks; remove layout.ep")
+    use_our_compute(module, name, remedy="cannot be spread over ranks; remove layout.ep and layout.experts")
     setattr(module, ATTRIBUTE, dispatch)
 
 
@@ -128,6 +129,7 @@ def compute_experts(
     *,
     num_experts: int | None = None,
     num_copies: int | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Compute the experts whose weights `module` holds; see `ExpertCompute`."""
     held: int = module.num_experts if num_experts is None else num_experts  # type: ignore[assignment]
@@ -135,9 +137,10 @@ def compute_experts(
     offsets = counts.cumsum(0)
     # Tokens are gathered while they are multiplied and summed while results are stored, so the only
     # copies of every token's K rows that exist are the two in the middle.
-    gate_up = _site_matmul(module, "gate_up_proj", tokens, offsets, gather_index=positions, num_rows=num_copies)
+    routing: dict[str, Any] = {"weights": weights, "num_rows": num_copies}
+    gate_up = _site_matmul(module, "gate_up_proj", tokens, offsets, gather_index=positions, **routing)
     hidden = swiglu(gate_up) if _is_swiglu(module) else module._apply_gate(gate_up)  # type: ignore[operator]
-    routing: dict[str, Any] = {"scatter_index": positions, "scatter_weights": top_k_weights, "num_rows": num_copies}
+    routing |= {"scatter_index": positions, "scatter_weights": top_k_weights}
     return _site_matmul(module, "down_proj", hidden, offsets, **routing)
 
 
@@ -150,7 +153,17 @@ def _is_swiglu(module: nn.Module) -> bool:
     return gate is _default_apply_gate and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
 
 
-def _site_matmul(module: nn.Module, parameter_name: str, rows: Tensor, offsets: Tensor, **routing: Any) -> Tensor:
+def _site_matmul(
+    module: nn.Module,
+    parameter_name: str,
+    rows: Tensor,
+    offsets: Tensor,
+    *,
+    weights: Mapping[str, Tensor] | None,
+    **routing: Any,
+) -> Tensor:
+    if weights is not None:
+        return grouped(rows, weights[parameter_name], None, offsets, **routing)
     sites = module._modules.get("sites")
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
     if site is None or not site.is_staged:

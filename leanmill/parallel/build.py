@@ -57,6 +57,7 @@ def build_engine(
     engine = _make(config, ranks, precision, resolved)
     places = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     experts = f", experts over groups of {resolved.ep}" if resolved.ep > 1 else ""
+    experts = ", experts sharded over all of them" if resolved.fully_sharded else experts
     return engine, f"engine {engine.name} on {places}{experts} ({ranks.device.type}, {precision}): {why}"
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
@@ -113,6 +113,29 @@ EngineConfig = Annotated[
 ]
 
 
+class SpreadExperts(Config):
+    """Groups of `ep` ranks share the experts of each layer evenly; tokens travel to them."""
+
+    type: Literal["spread"] = "spread"
+
+
+class FullyShardedExperts(Config):
+    """Experts and their optimizer state sharded over all ranks, each expert on one (Hecate, arXiv:2502.02581).
+
+    Ranks fetch copies of those that they have many tokens for, for the length of a micro-batch.
+    """
+
+    type: Literal["fully_sharded"] = "fully_sharded"
+    materialise: Literal["fewest_bytes", "loaded"] = "fewest_bytes"
+    """Which experts a rank fetches: those whose copy moves fewer bytes than their tokens would, while the other
+    tokens travel; or all that it has tokens for (`loaded`), so that none travels."""
+    rematerialise: bool = True
+    """Drop copies after forward and fetch them again in backward; false keeps them in between."""
+    move_every_steps: int | None = Field(default=100, ge=1)
+    """Optimizer steps after which experts move, with their optimizer state, to owners chosen by the load since the
+    last time; None leaves them where they are."""
+
+
 class LayoutConfig(Config):
     """How ranks share the work: dp_replicate x dp_shard are all ranks, and groups of `ep` among them share experts."""
 
@@ -129,3 +152,19 @@ class LayoutConfig(Config):
     """Ranks that a parameter is sharded over, under `engine=fsdp`; the same as `engine.shard_size`. None: all ranks."""
     dp_replicate: int | None = Field(default=None, ge=1)
     """Replicas of the sharded model. None: whatever dp_shard leaves of the ranks."""
+    experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
+    """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _expand_experts(cls, value: Any) -> Any:
+        # Only the one has options, so naming one of them asks for it.
+        return {"type": value} if isinstance(value, str) else {"type": "fully_sharded", **_plain(value)}
+
+    def num_expert_ranks(self, world_size: int) -> int:
+        """Return how many ranks share the experts of a layer."""
+        return world_size if isinstance(self.experts, FullyShardedExperts) else self.ep
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return value.model_dump() if isinstance(value, Config) else value  # type: ignore[no-any-return]

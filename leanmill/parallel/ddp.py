@@ -15,6 +15,7 @@ from leanmill.parallel.config import DdpEngine as DdpConfig
 from leanmill.parallel.engine import Losses, Preparation
 from leanmill.parallel.expert_parallel import is_spread, replicated_experts, spread_experts
 from leanmill.parallel.expert_reduction import ExpertReduction
+from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks, ensure_process_group
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.single import freeze
@@ -58,13 +59,17 @@ class DdpEngine(TorchEngine):
         self._experts = ExpertReduction((), None)
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
-        if self.layout.ep > 1:
+        if self.layout.fully_sharded is not None:
+            self._owned = OwnedExperts(module.model, self.layout)  # type: ignore[arg-type]
+        elif self.layout.ep > 1:
             spread_experts(module.model, self.layout, *replicated_experts(self.layout))  # type: ignore[arg-type]
         self.staging = ReplicaStaging(self._staged_once(module, self.config.staging), self.precision)
         preparation.materialise(module)
         self.module = module.to(self.device)
         own = [p for weight in self.staging.weights for p in weight.own]
-        if self.layout.ep > 1:
+        if self._owned is not None:
+            own += self._owned.parameters()
+        elif self.layout.ep > 1:
             experts = [p for p in self.module.parameters() if is_spread(p)]
             staged = {id(p) for p in own}
             group = self.layout.experts.get_group("replicate")

@@ -139,7 +139,7 @@ class _Chunk:
         """Wait for rows, have the experts here computed, and begin to send results back."""
         weights, index = self._routing_under_way.arrive()
         tokens = self._tokens_under_way.arrive()
-        options = {"num_experts": self.num_local_experts, "num_copies": self.sizes.num_copies}
+        options: dict[str, Any] = {"num_experts": self.num_local_experts, "num_copies": self.sizes.num_copies}
         out = compute(tokens, index, weights, **options)
         self._results_under_way = Travelling(out, self.sizes.splits.reversed())
 

@@ -7,7 +7,7 @@ table, and all raise, or none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Sizes:
     """Rows to and from each rank."""
     num_copies: int
     """Copies that experts here take, over all rows that come."""
+    told: list[list[int]] = field(default_factory=list)
+    """What each rank told the others beside its sizes; the same for each chunk."""
 
 
 def agree_on_chunks(num_chunks: int, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -60,6 +62,7 @@ def agree_on_sizes(
     num_experts: int,
     group: dist.ProcessGroup,
     num_chunks: int,
+    tell: Tensor | None = None,
 ) -> list[Sizes]:
     """Exchange counts, check that all ranks speak of the same thing, and return the sizes of each chunk.
 
@@ -74,6 +77,7 @@ def agree_on_sizes(
         num_experts: Of all ranks.
         group: The ranks that experts are spread over.
         num_chunks: Pieces of T that travel one after the other, as `Tensor.tensor_split` makes them.
+        tell: int64 [N], as many on each rank: what every rank is to know beside that (`Sizes.told`).
 
     Raises:
         RunError: Ranks disagree, or one routes to an expert that does not exist; the same on all ranks.
@@ -84,16 +88,18 @@ def agree_on_sizes(
         for chunks in (ranks_of_rows.tensor_split(num_chunks), ranks_of_copies.tensor_split(num_chunks))
     ]
     facts = _facts(tokens, top_k_index, top_k_weights, num_experts)
-    mine = torch.cat([facts, *(count.flatten() for count in counts)])
+    mine = torch.cat([facts, *(count.flatten() for count in counts), *([] if tell is None else [tell])])
     table = _all_gather(mine, group)
     _check(table, num_experts)
-    starts = range(_NUM_FACTS, _NUM_FACTS + 2 * num_chunks * num_ranks, num_ranks)
+    end = _NUM_FACTS + 2 * num_chunks * num_ranks
+    starts = range(_NUM_FACTS, end, num_ranks)
     body = [[row[start : start + num_ranks] for row in table] for start in starts]
     me = group.rank()
     return [
         Sizes(
             Splits(send=body[chunk][me], receive=[row[me] for row in body[chunk]], group=group),
             num_copies=sum(row[me] for row in body[num_chunks + chunk]),
+            told=[row[end:] for row in table],
         )
         for chunk in range(num_chunks)
     ]

@@ -168,6 +168,16 @@ class Engine(ABC):
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """Write what `optimizer_state` returned (after a checkpoint was read into it)."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know of how this engine has placed things: JSON-able, equal on all ranks.
+
+        A collective. Another engine, or another number of ranks, may ignore it.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Take what `state_dict` of this or another engine returned, once weights and optimizer state are there."""
+
     @abstractmethod
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         """Bring a frozen, materialised CPU model to the device, sharded where this engine shards."""

@@ -29,13 +29,21 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def num_held_parameters(model: nn.Module, ep: int) -> int:
-    """Return the parameters that a rank without sharding holds, where `ep` ranks share experts; tied ones once."""
+    """Return the parameters that a rank without sharding holds, where `ep` ranks share experts; tied ones once.
+
+    The mean over ranks where they do not share evenly.
+    """
     shared = sum(p.numel() for _, module, _ in expert_modules(model) for p in module.parameters())
     return sum(p.numel() for p in model.parameters()) - shared + shared // ep
 
 
-def check_experts(model: nn.Module, ep: int) -> None:
+def check_experts(model: nn.Module, ep: int, *, is_even: bool = True) -> None:
     """Refuse a model whose experts `ep` ranks cannot share; it may be on the meta device.
+
+    Args:
+        model: The causal LM.
+        ep: Ranks that share its experts.
+        is_even: Whether each must have as many.
 
     Raises:
         ConfigError: It has no experts, keeps them as separate modules, or a layer's do not divide.
@@ -50,9 +58,11 @@ def check_experts(model: nn.Module, ep: int) -> None:
             if lists
             else "this model has no experts"
         )
+        if not is_even:
+            raise ConfigError(f"layout.experts=fully_sharded shards experts over ranks, and {why}; remove it")
         raise ConfigError(f"layout.ep={ep} spreads experts over ranks, and {why}; set layout.ep=1")
     for name, _, num_experts in found:
-        if num_experts % ep:
+        if is_even and num_experts % ep:
             near = near_divisors(ep, *(number for _, _, number in found))
             raise ConfigError(
                 f"layout.ep={ep} does not divide the {num_experts} experts of {name}; set layout.ep={near}"

@@ -21,6 +21,7 @@ from leanmill.parallel.config import LayoutConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.expert_parallel import spread_experts
 from leanmill.parallel.expert_sharding import ExpertSharding
+from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks, ensure_process_group
 from leanmill.parallel.layout import Layout, resolve_layout
 from leanmill.parallel.single import freeze
@@ -75,7 +76,9 @@ class FsdpEngine(TorchEngine):
         """Whether everything is gathered in fp32 and autocast gives bf16."""
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
-        if self.layout.ep > 1:
+        if self.layout.fully_sharded is not None:
+            self._owned = OwnedExperts(module.model, self.layout)  # type: ignore[arg-type]
+        elif self.layout.ep > 1:
             self._experts = self._spread_experts(module.model)  # type: ignore[arg-type]
         group = self.mesh.get_group("shard")
         against = {} if self._experts is None else {"reason_against": self._experts.reason_against}
@@ -127,6 +130,7 @@ class FsdpEngine(TorchEngine):
             offload_policy=self._offload_policy(),
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=None if self._experts is None else self._experts.placement,
+            ignored_params=None if self._owned is None else set(self._owned.parameters()),
         )
         if self._gathers_bf16:
             _split_off_staged(module, self.staging.weights, self._mixed_precision("fp32"))

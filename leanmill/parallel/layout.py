@@ -8,6 +8,8 @@ it, depends on the family of a parameter:
 | dense | all, or a share among `dp_shard` ranks | all ranks | 1 |
 | expert | num_experts / ep, or a share of those | the ranks with the same experts | ep |
 
+Fully sharded experts are those of an `ep` of all ranks, more on one rank than on another.
+
 Every rank reads data of its own, those that share experts too. The tokens of all `ep` ranks of a group
 meet at one expert, whose gradient is therefore the sum of theirs.
 """
@@ -22,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_divisors
-from leanmill.parallel.config import DeepSpeedEngine, EngineConfig, FsdpEngine, LayoutConfig
+from leanmill.parallel.config import DeepSpeedEngine, EngineConfig, FsdpEngine, FullyShardedExperts, LayoutConfig
 
 
 Family = Literal["dense", "expert"]
@@ -40,6 +42,8 @@ class Layout:
     device_type: str = "cpu"
     expert_chunks: int = 1
     """Pieces of a rank's tokens that travel to experts one after the other."""
+    fully_sharded: FullyShardedExperts | None = None
+    """How experts are sharded over all ranks, `ep` being all of them; None where ranks share them evenly."""
 
     @property
     def data_size(self) -> int:
@@ -93,6 +97,12 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         ConfigError: The sizes do not fit the ranks, or each other; the message names the nearest that do.
     """
     dp_shard = _dp_shard(config, engine, world_size)
+    if isinstance(config.experts, FullyShardedExperts):
+        if world_size == 1:
+            raise ConfigError(
+                "layout.experts=fully_sharded shards experts over ranks, and there is one; start several, or remove it"
+            )
+        return Layout(world_size, dp_shard, world_size, device_type, fully_sharded=config.experts)
     ep = config.ep
     if world_size % ep:
         raise ConfigError(

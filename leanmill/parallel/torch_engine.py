@@ -16,6 +16,7 @@ from leanmill.core.names import state_name
 from leanmill.core.staging import StagedOnce
 from leanmill.core.views import Views
 from leanmill.parallel.engine import Engine, Losses, Preparation
+from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.optimizer_state import allocate_state
@@ -40,6 +41,8 @@ class TorchEngine(Engine):
         self._optimizer: torch.optim.Optimizer | None = None
         self.staging: StepStaging = ReplicaStaging((), precision)
         """The weights that are staged once a step; those of `prepare`."""
+        self._owned: OwnedExperts | None = None
+        """The experts that each have one rank, where a layout shards them fully."""
 
     # How engines differ.
 
@@ -92,6 +95,8 @@ class TorchEngine(Engine):
         self._skips_on_device = bool(getattr(self._optimizer, "_step_supports_amp_scaling", False)) and all(
             p.device.type == self.device.type for p in parameters
         )
+        if self._owned is not None:
+            self._owned.settle(self._optimizer)
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
         self.staging.begin()
@@ -135,6 +140,8 @@ class TorchEngine(Engine):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.staging.forget()
+        if self._owned is not None:
+            self._owned.after_step(optimizer)
 
     def set_trainable(self, names: Collection[str]) -> None:
         optimized = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -172,64 +179,83 @@ class TorchEngine(Engine):
 
     @property
     def views(self) -> Views:
-        return NativeViews(self._model, self.optimizer)
+        owned = (lambda parameter: False) if self._owned is None else self._owned.owns
+        return NativeViews(self._model, self.optimizer, is_scattered=owned)
 
     # Values by name.
+
+    def _handed_out(self, parameter: Tensor, tensor: Tensor) -> Tensor:
+        """Return `tensor`, laid out like `parameter`, as others may see it."""
+        return tensor if self._owned is None else self._owned.handed_out(parameter, tensor)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in state_parameters(self._model):
             if parameter.grad is not None:
-                yield name, full(parameter.grad)
+                yield name, full(self._handed_out(parameter, parameter.grad))
 
     def full_parameter(self, name: str) -> Tensor:
         wanted = state_name(name)
         for known, parameter in state_parameters(self._model, aliases=True):
             if known == wanted:
-                return full(parameter.detach()).cpu().clone()
+                return full(self._handed_out(parameter, parameter.detach())).cpu().clone()
         raise KeyError(f"no parameter {name!r}")
 
     def model_state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {name: p.detach() for name, p in state_parameters(self._model)}
+        state: dict[str, Tensor] = {name: self._handed_out(p, p.detach()) for name, p in state_parameters(self._model)}
         return state | {name: buffer.detach() for name, buffer in state_buffers(self._model)}
 
     def load_model_state(self, state: Mapping[str, Tensor]) -> None:
-        known: dict[str, Tensor] = dict(state_parameters(self._model, aliases=True))
-        known |= dict(state_buffers(self._model))
-        _load(known, state, "model")
+        known: dict[str, tuple[Tensor, Tensor]] = {n: (p, p) for n, p in state_parameters(self._model, aliases=True)}
+        known |= {name: (buffer, buffer) for name, buffer in state_buffers(self._model)}
+        self._load(known, state, "model")
         self.staging.forget()
 
     def optimizer_state(self) -> dict[str, Tensor]:
+        return {name: self._handed_out(*pair) for name, pair in self._optimizer_tensors().items()}
+
+    def _optimizer_tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return each tensor of the optimizer's state by name, live, behind the parameter that it is of."""
         optimizer = self.optimizer
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         allocate_state(optimizer, trained)
         names = {id(p): name for name, p in state_parameters(self._model)}
-        flat: dict[str, Tensor] = {}
+        flat: dict[str, tuple[Tensor, Tensor]] = {}
         for parameter in trained:
             for key, value in optimizer.state[parameter].items():
                 if not isinstance(value, Tensor):
                     raise TypeError(f"optimizer state {key!r} is a {type(value).__name__}; checkpoints hold tensors")
-                flat[f"{names[id(parameter)]}/{key}"] = value
+                flat[f"{names[id(parameter)]}/{key}"] = (parameter, value)
         return flat
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        known = self.optimizer_state()
+        known = self._optimizer_tensors()
         missing = sorted(known.keys() - state.keys())
         if missing:
             raise RunError(
                 f"the checkpoint lacks optimizer state {missing[0]} and {len(missing) - 1} more; resume with the "
                 f"optimizer and techniques it was written with"
             )
-        _load(known, state, "optimizer")
+        self._load(known, state, "optimizer")
+
+    def _load(self, known: Mapping[str, tuple[Tensor, Tensor]], state: Mapping[str, Tensor], kind: str) -> None:
+        for name, value in state.items():
+            if name not in known:
+                raise RunError(
+                    f"the checkpoint's {kind} state holds {name}, which this run has not; use its own recipe"
+                )
+            parameter, target = known[name]
+            try:
+                if self._owned is None or not self._owned.take_in(parameter, target, value):
+                    assign(target, value)
+            except ValueError as error:
+                raise RunError(f"the checkpoint's {kind} state does not fit at {name}: {error}") from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._owned is None else {"experts": self._owned.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self._owned is not None and "experts" in state:
+            self._owned.load_state_dict(state["experts"], self.optimizer)
 
     def close(self) -> None:
         self._optimizer = None
-
-
-def _load(known: Mapping[str, Tensor], state: Mapping[str, Tensor], kind: str) -> None:
-    for name, value in state.items():
-        if name not in known:
-            raise RunError(f"the checkpoint's {kind} state holds {name}, which this run has not; use its own recipe")
-        try:
-            assign(known[name], value)
-        except ValueError as error:
-            raise RunError(f"the checkpoint's {kind} state does not fit at {name}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.names import state_name
 from leanmill.core.views import Box, Span, View, Views, check_same_shape
 from leanmill.parallel.collectives import reduced
@@ -107,13 +108,30 @@ class NativeViews(ModelViews):
     Args:
         model: The live causal LM.
         optimizer: Of its trained parameters.
+        is_scattered: Whether what of a parameter is here is no box of it, so that there is no view of it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        is_scattered: Callable[[Tensor], bool] = lambda parameter: False,
+    ) -> None:
         super().__init__(model)
-        self._optimizer = optimizer
+        self._optimizer, self._is_scattered = optimizer, is_scattered
 
     def of(self, parameter: nn.Parameter) -> View:
+        """Return the view of a live parameter.
+
+        Raises:
+            ConfigError: Its experts are fully sharded, and lie here in no order that a rule could know.
+        """
+        if self._is_scattered(parameter):
+            raise ConfigError(
+                f"a step rule reads {self.name_of(parameter)}, and layout.experts=fully_sharded moves its experts "
+                f"between ranks; set layout.experts=spread and layout.ep, or exclude the experts from the technique"
+            )
         kind = ShardView if isinstance(parameter, DTensor) else WholeView
         return kind(self.name_of(parameter), parameter, self._optimizer)
 

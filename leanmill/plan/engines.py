@@ -53,6 +53,8 @@ def candidates(world_size: int, layout: LayoutConfig) -> list[EngineConfig]:
         return [SingleEngine()]
     if {layout.dp_shard, layout.dp_replicate} - {None}:
         return [FsdpEngine()]
+    if layout.experts.type == "fully_sharded":
+        return [DdpEngine(), FsdpEngine()]
     stages: tuple[Any, ...] = (0, 1, 2, 3)
     return [DdpEngine(), FsdpEngine(), *(DeepSpeedEngine(stage=stage) for stage in stages)]
 

@@ -109,7 +109,7 @@ def plan(
     if world_size % per_node:
         raise ConfigError(f"{world_size} ranks do not fill machines of {per_node}; give --nodes and --gpus-per-node")
     num_micro_batches, num_steps = derive_steps(recipe, world_size)
-    subject, available = Subject.of(recipe), int(rank_memory_gib * 2**30)
+    subject, available = Subject.of(recipe, world_size), int(rank_memory_gib * 2**30)
     engine, why = engine_of(recipe, world_size, per_node, 4 * subject.num_held, rank_memory_gib)
     asked = Case(recipe=recipe, engine=engine, world_size=world_size)
 

@@ -59,8 +59,12 @@ class Subject:
     """The model's own."""
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Subject:
+    def of(cls, recipe: Recipe, world_size: int) -> Subject:
         """Build the model of a recipe and install its techniques, without memory.
+
+        Args:
+            recipe: The recipe.
+            world_size: Ranks that may share experts.
 
         Raises:
             ConfigError: A technique does not fit the model, or a frozen model is not there.
@@ -74,8 +78,9 @@ class Subject:
         )
         # Before techniques add theirs.
         num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
-        check_experts(model, recipe.layout.ep)
-        num_held = num_held_parameters(model, recipe.layout.ep)
+        num_sharers = recipe.layout.num_expert_ranks(world_size)
+        check_experts(model, num_sharers, is_even=recipe.layout.experts.type == "spread")
+        num_held = num_held_parameters(model, num_sharers)
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         flops = flops_per_token(model, recipe.data.sequence_length, shares)
         context = InstallContext(
@@ -112,10 +117,20 @@ class Subject:
             precision=changed.train.precision,
             num_micro_batches=derive_steps(changed, case.world_size)[0],
         )
+        if layout.fully_sharded is not None:
+            memory.add("transient", "fetched experts", self._fetched_bytes(changed.train.precision))
         memory.add("transient", "activations", activation_bytes(changed, config, self.token_shares))
         memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
         memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
         return memory
+
+    def _fetched_bytes(self, precision: str) -> int:
+        """Copies of all experts of the largest layer and their gradients: the most that a rank may fetch at once."""
+        layers: dict[int | None, int] = {}
+        for weight in self.weights:
+            width = 2 if precision == "bf16" else weight.itemsize
+            layers[weight.block] = layers.get(weight.block, 0) + 2 * weight.is_expert * weight.numel * width
+        return max(layers.values(), default=0)
 
 
 def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[Weight]:

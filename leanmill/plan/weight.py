@@ -40,10 +40,13 @@ class Weight:
         return self.numel * self.itemsize
 
     def on_rank(self, ep: int, sharers: int) -> Weight:
-        """Return what a rank has of it, where `ep` ranks have experts of their own and `sharers` the same ones."""
+        """Return what a rank has of it, where `ep` ranks have experts of their own and `sharers` the same ones.
+
+        Where ranks have unequal numbers of experts, that of those with the most.
+        """
         if ep == 1 or not self.is_expert:
             return self
-        return replace(self, shape=(self.shape[0] // ep, *self.shape[1:]), sharers=sharers)
+        return replace(self, shape=(-(-self.shape[0] // ep), *self.shape[1:]), sharers=sharers)
 
 
 @dataclass

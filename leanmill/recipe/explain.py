@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from leanmill.checkpoint.phases import MODEL
 from leanmill.core.registry import PASSES, known_techniques
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
+from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
@@ -141,6 +142,12 @@ def _layout(recipe: Recipe) -> list[str]:
     lines = []
     if sharded is not None or layout.dp_replicate is not None:
         lines.append(f"replicas {layout.dp_replicate or 'as ranks allow'} x shards {sharded or 'as ranks allow'}")
+    if isinstance(layout.experts, FullyShardedExperts):
+        moved = layout.experts.move_every_steps
+        lines.append(
+            f"experts fully sharded over all ranks, copies by {layout.experts.materialise}; owners "
+            + ("stay" if moved is None else f"follow the load every {moved} steps")
+        )
     if layout.ep > 1:
         pieces = f" in {layout.expert_chunks} pieces" if layout.expert_chunks > 1 else ""
         again = ", and once more in backward" if layout.expert_resend else ""

@@ -19,7 +19,9 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 def layout_problems(recipe: Sections) -> Iterator[str]:
     """Yield what cannot hold on any number of ranks; the rest is for `leanmill.parallel.layout`."""
     yield from _sharding(recipe)
-    if recipe.layout.ep > 1:
+    if recipe.layout.experts.type == "fully_sharded":
+        yield from _fully_sharded(recipe)
+    elif recipe.layout.ep > 1:
         yield from _experts(recipe)
     yield from _exchange(recipe)
 
@@ -70,4 +72,27 @@ def _exchange(recipe: Sections) -> Iterator[str]:
         yield (
             f"layout.expert_resend=true has recomputation send tokens once more, and train.activation_checkpointing="
             f"{kept} recomputes no experts of other ranks; set train.activation_checkpointing=full, or remove it"
+        )
+
+
+def _fully_sharded(recipe: Sections) -> Iterator[str]:
+    engine, asked = recipe.engine, "layout.experts=fully_sharded"
+    if recipe.layout.ep > 1:
+        yield f"{asked} shards experts over all ranks, and layout.ep={recipe.layout.ep} over groups of them; remove one"
+    if engine.type == "single":
+        yield f"{asked} shards experts over ranks, and engine=single is one; type engine=fsdp, or remove it"
+    if engine.type == "deepspeed":
+        yield (
+            f"{asked} moves experts and their optimizer state between ranks, which DeepSpeed's flat partitions do not "
+            f"allow; type engine=fsdp or engine=ddp, or spread experts with layout.ep"
+        )
+    if engine.type == "fsdp" and engine.cpu_offload:
+        yield (
+            f"{asked} sends experts from where they are kept, and engine.cpu_offload keeps them in host memory; remove "
+            f"the offload, or spread experts with layout.ep"
+        )
+    if recipe.optimizer.type == "adamw8bit":
+        yield (
+            f"{asked} moves experts one by one, and optimizer.type=adamw8bit keeps blocks of state across their ends; "
+            f"set optimizer.type=adamw, or remove {asked}"
         )

@@ -88,6 +88,7 @@ class Beginning:
                 # What trained in the step that was saved, and so has state; the next step may change it.
                 engine.set_trainable(prepared.trained & optimized_names(self.path))
             self.manager.load(self.path, engine, **saved)
+            engine.load_state_dict(self.state.get("engine", {}))
             self.data.load_state_dict(self.state["data"])
         elif self.start is not None:
             self._load_other(self.start, engine, saved)

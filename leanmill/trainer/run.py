@@ -117,12 +117,13 @@ class _Run:
         )
         self.domains, self.data = on_every_rank(lambda: self._read_data(tokenizer))
         check_ranks_agree(self.data.identity, self.domains)
-        check_experts(model, recipe.layout.ep)
+        num_sharers = recipe.layout.num_expert_ranks(ranks.world_size)
+        check_experts(model, num_sharers, is_even=recipe.layout.experts.type == "spread")
         self.engine, why = build_engine(
             recipe.engine,
             ranks=ranks,
             precision=resolve_precision(recipe.train.precision, ranks.device.type),
-            model_bytes=4 * num_held_parameters(model, recipe.layout.ep),
+            model_bytes=4 * num_held_parameters(model, num_sharers),
             layout=recipe.layout,
         )
         num_micro_batches, _ = derive_steps(recipe, self.engine.data_size)
@@ -247,6 +248,7 @@ class _Run:
             "world_size": self.ranks.world_size,
             "num_skipped": self.loop.meter.num_skipped,
             "rules": state_of(self.loop.step_rules),
+            "engine": self.engine.state_dict(),
         }
         score = self.scores["all"].loss if self.scores_step == step and self.scores else None
         recipe = self.recipe.model_dump(mode="json")

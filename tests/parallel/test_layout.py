@@ -30,10 +30,17 @@ def test_sizes(layout: dict[str, int], engine: EngineConfig, world_size: int, si
     assert (found.divisor("dense"), found.divisor("expert")) == (1, found.ep)
 
 
+def test_fully_sharded_experts_are_on_all_ranks() -> None:
+    found = resolve_layout(LayoutConfig(experts="fully_sharded"), FsdpEngine(shard_size=2), 6)  # type: ignore[arg-type]
+    assert (found.dp_shard, found.ep, found.expert_shard, found.expert_replicate) == (2, 6, 1, 1)
+    assert found.divisor("expert") == 6
+
+
 @pytest.mark.parametrize(
     ("layout", "engine", "world_size", "message"),
     [
         ({"ep": 3}, DdpEngine(), 8, r"layout.ep=3 does not divide the 8 ranks; set layout.ep=2 or 4"),
+        ({"experts": "fully_sharded"}, AutoEngine(), 1, r"and there is one; start several, or remove it"),
         ({"ep": 2}, AutoEngine(), 1, r"layout.ep=2 does not divide the 1 rank; set layout.ep=1"),
         ({"ep": 6}, FsdpEngine(shard_size=4), 12, r"nor is a multiple of them; set layout.ep=4, or layout.dp_shard=6"),
         ({"dp_shard": 3}, FsdpEngine(), 8, r"layout.dp_shard=3 does not divide the 8 ranks; set one of \[2, 4, 8\]"),

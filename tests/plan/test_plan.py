@@ -163,6 +163,12 @@ def test_a_rank_holds_its_experts():
     assert alone["weights"] - shared["weights"] == 4 * NUM_IN_EXPERTS * 3 // 4
     assert alone["optimizer state"] - shared["optimizer state"] == 8 * NUM_IN_EXPERTS * 3 // 4
     assert others == {"ddp", "fsdp", *(f"deepspeed ZeRO-{stage}" for stage in range(4))}
+    sharded = plan(_recipe("ddp", model=MIXTURE, layout={"experts": "fully_sharded"}, data=data), 4)
+    assert set(sharded.alternatives) == {"ddp", "fsdp"}
+    assert sharded.memory.held == shared
+    assert (
+        sharded.memory.transient["fetched experts"] == 2 * 2 * NUM_IN_EXPERTS // 2
+    )  # one layer's, and gradients, bf16
     # What is sharded over all ranks is so however experts are spread.
     for engine in ("fsdp", {"type": "deepspeed", "stage": 2}):
         for part in ("gradients", "optimizer state"):

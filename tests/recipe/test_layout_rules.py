@@ -25,6 +25,13 @@ def test_engines_that_share_experts(engine: Any) -> None:
     assert recipe(engine=engine, layout={"ep": 4}, optimizer={"type": "adamw8bit"}).layout.ep == 4
 
 
+@pytest.mark.parametrize("engine", ["auto", "ddp", "fsdp"])
+def test_naming_an_option_of_fully_sharded_experts_asks_for_them(engine: Any) -> None:
+    named = recipe(engine=engine, layout={"experts": "fully_sharded"}).layout
+    assert named == recipe(engine=engine, layout={"experts": {"move_every_steps": 100}}).layout
+    assert (named.num_expert_ranks(6), recipe(layout={"ep": 4}).layout.num_expert_ranks(8)) == (6, 4)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -35,6 +42,21 @@ def test_engines_that_share_experts(engine: Any) -> None:
         ({"layout": {"expert_chunks": 2}}, "layout.expert_chunks=2 is about tokens .* set layout.ep, or remove it"),
         ({"layout": {"expert_resend": True}}, "layout.expert_resend=true is about tokens"),
         ({"layout": {"ep": 2, "expert_resend": True}}, "set train.activation_checkpointing=full, or remove it"),
+        ({"layout": {"ep": 2, "experts": "fully_sharded"}}, "over all ranks, and layout.ep=2 over groups of them"),
+        ({"engine": "single", "layout": {"experts": "fully_sharded"}}, "engine=single is one; type engine=fsdp, or"),
+        (
+            {"engine": "deepspeed", "layout": {"experts": "fully_sharded"}},
+            "do not allow; type engine=fsdp",
+        ),
+        (
+            {"engine": {"type": "fsdp", "cpu_offload": True}, "layout": {"experts": "fully_sharded"}},
+            "keeps them in host memory; remove the offload",
+        ),
+        (
+            {"optimizer": {"type": "adamw8bit", "lr": 1e-3}, "layout": {"experts": "fully_sharded"}},
+            "across their ends; set optimizer.type=adamw",
+        ),
+        ({"layout": {"experts": {"materialise": "all"}}}, "fewest_bytes"),
         ({"engine": "ddp", "layout": {"dp_shard": 2}}, "engine=ddp keeps whole ones; type engine=fsdp"),
         ({"engine": {"type": "deepspeed"}, "layout": {"dp_shard": 2}}, "which shards over all ranks; remove it"),
         (
