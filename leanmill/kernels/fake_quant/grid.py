@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 
-Kind = Literal["signed", "symmetric", "unsigned", "midrise"]
+Kind = Literal["signed", "symmetric", "unsigned", "midrise", "stretched"]
 """Codes of a grid of b bits: `signed` -2^(b-1) .. 2^(b-1) - 1, `symmetric` the same without the lowest,
-`unsigned` 0 .. 2^b - 1, `midrise` the halves between -2^(b-1) and 2^(b-1), which leave out zero."""
+`unsigned` 0 .. 2^b - 1, `midrise` the halves between -2^(b-1) and 2^(b-1), which leave out zero, `stretched` those
+of `symmetric`, but values receive a gradient half a step past the outermost."""
 Gradient = Literal["lsq", "straight_through"]
 """What the value receives: `lsq` nothing outside of the grid, `straight_through` everything."""
 
@@ -28,15 +29,17 @@ class Grid:
     low: int
     high: int
     shift: float = 0.0
+    reach: float = 0.0
+    """Steps past the outermost codes at which the value's gradient ends."""
 
     @property
     def edges(self) -> tuple[float, float]:
         """Values in units of the scale between which LSQ passes the value's gradient.
 
-        The outermost codes, as in LSQ; with a mid-rise grid half a step further, which is where
-        both ParetoQ and QuEST (its trust region) put them.
+        The outermost codes, as in LSQ; with mid-rise and stretched grids half a step further, which is
+        where both ParetoQ and QuEST (its trust region) put them.
         """
-        return float(self.low), self.high + 2 * self.shift
+        return self.low + self.shift - self.reach, self.high + self.shift + self.reach
 
 
 def make_grid(num_bits: int, kind: Kind) -> Grid:
@@ -49,7 +52,7 @@ def make_grid(num_bits: int, kind: Kind) -> Grid:
         raise ValueError(f"grid {kind!r} is unknown; use one of {', '.join(get_args(Kind))}")
     if not isinstance(num_bits, int) or isinstance(num_bits, bool) or not 1 <= num_bits <= 8:
         raise ValueError(f"num_bits={num_bits!r} is out of range; use a whole number from 1 to 8")
-    if num_bits == 1 and kind in ("signed", "symmetric"):
+    if num_bits == 1 and kind in ("signed", "symmetric", "stretched"):
         raise ValueError(
             f"a {kind} grid of 1 bit has no positive code; use grid='midrise' for -s/2 and s/2, "
             f"grid='unsigned' for 0 and s, or leanmill.kernels.ternary.op.binary"
@@ -59,7 +62,8 @@ def make_grid(num_bits: int, kind: Kind) -> Grid:
         "signed": Grid(-half, half - 1),
         "symmetric": Grid(1 - half, half - 1),
         "unsigned": Grid(0, 2 * half - 1),
-        "midrise": Grid(-half, half - 1, 0.5),
+        "midrise": Grid(-half, half - 1, shift=0.5, reach=0.5),
+        "stretched": Grid(1 - half, half - 1, reach=0.5),
     }
     return grids[kind]
 

@@ -49,7 +49,8 @@ def fake_quant(
         offset: Floating, of the scale's shape, or None.
         num_bits: 1 to 8.
         grid: `signed` (-2^(b-1) to 2^(b-1) - 1), `symmetric` (without the lowest), `unsigned`
-            (0 to 2^b - 1) or `midrise` (the halves between -2^(b-1) and 2^(b-1)).
+            (0 to 2^b - 1), `midrise` (the halves between -2^(b-1) and 2^(b-1)) or `stretched` (as `symmetric`,
+            the value's gradient ending half a step past the outermost codes; ParetoQ's ternary is that of 2 bits).
         gradient: `lsq`, or `straight_through`: the weight receives g everywhere.
         grad_scale: Factor of the gradients of scale and offset. None is LSQ's 1 / sqrt(N Qp), N the
             weights that share a scale and Qp the largest code. (The paper has one scale a layer;

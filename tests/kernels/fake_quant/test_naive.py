@@ -11,10 +11,11 @@ from leanmill.kernels.fake_quant.op import initial_scale
 
 
 GRIDS = [(2, "signed"), (4, "signed"), (8, "signed"), (2, "symmetric"), (1, "unsigned"), (3, "unsigned")]
-GRIDS += [(1, "midrise"), (2, "midrise"), (4, "midrise")]
+GRIDS += [(1, "midrise"), (2, "midrise"), (4, "midrise"), (2, "stretched"), (3, "stretched")]
 LEVELS = {
     (2, "signed"): [-2, -1, 0, 1],
     (3, "symmetric"): [-3, -2, -1, 0, 1, 2, 3],
+    (2, "stretched"): [-1, 0, 1],
     (2, "unsigned"): [0, 1, 2, 3],
     (1, "midrise"): [-0.5, 0.5],
     (2, "midrise"): [-1.5, -0.5, 0.5, 1.5],
@@ -80,10 +81,11 @@ def test_gradients_are_those_of_autograd_with_rounding_passed_through(bits, kind
     low, high = grid.edges
     clipped = u.clamp(low, high)
     codes = straight_through_round(clipped - grid.shift).clamp(grid.low, grid.high) + grid.shift
-    if kind == "midrise":
+    if kind in ("midrise", "stretched"):
         # Past the outermost code but inside of the edges, rounding still passes the gradient.
-        codes = clipped + ((clipped - 0.5).round().clamp(grid.low, grid.high) + 0.5 - clipped).detach()
-        codes = torch.where((u < low) | (u > high), u.sign() * (grid.high + 0.5), codes)
+        shift = grid.shift
+        codes = clipped + ((clipped - shift).round().clamp(grid.low, grid.high) + shift - clipped).detach()
+        codes = torch.where((u < low) | (u > high), u.sign() * (grid.high + shift), codes)
     (codes * s + b).flatten(-2).backward(grad)
     with torch.no_grad():
         arguments = weight, scale.view(shape), None if offset is None else offset.view(shape), grid
