@@ -33,7 +33,8 @@ def build_optimizer(
     Returns:
         The optimizer with a group for each combination of settings (`decay` or `no_decay` in the
         group's key `name`, and what differs from `config`), each with `initial_lr`, the peak that a
-        schedule's factor multiplies. Groups at `config.lr` come first.
+        schedule's factor multiplies, and `initial_weight_decay`, which a schedule may end. Groups at
+        `config.lr` come first.
 
     Raises:
         ConfigError: Nothing is trainable, or the optimizer's package is not installed.
@@ -83,7 +84,7 @@ def _group(config: OptimizerConfig, decay: bool, said: ParamSettings, params: li
     lr = config.lr * (1.0 if said.lr_factor is None else said.lr_factor)
     weight_decay = said.weight_decay if said.weight_decay is not None else config.weight_decay if decay else 0.0
     group: dict[str, Any] = {"params": params, "name": _group_name(decay, said), "weight_decay": weight_decay}
-    group |= {"lr": lr, "initial_lr": lr}
+    group |= {"lr": lr, "initial_lr": lr, "initial_weight_decay": weight_decay}
     return group if said.betas is None else group | {"betas": said.betas}
 
 

@@ -77,8 +77,15 @@ class Adam8bit(_OptimizerBase):
 OptimizerConfig = Annotated[AdamW | Lion | Adam8bit, Field(discriminator="type")]
 
 
+_Share = Annotated[float, Field(gt=0, lt=1)]
+
+
 class ScheduleConfig(Config):
-    """Learning rate over the run, as a factor of the peak. Warm-up is linear from 0."""
+    """Learning rate over the run, as a factor of the peak, and weight decay. Warm-up is linear from 0.
+
+    The schedule of BitNet b1.58 and TriLM (Kaushal et al. 2024, arXiv:2407.12327) is `type: linear` with
+    `drop_at: 0.5` and `weight_decay_until: 0.67`.
+    """
 
     type: Literal["cosine", "linear", "wsd", "infinite", "constant"] = "cosine"
     """`wsd`: warm-up, stable, decay (arXiv:2404.06395). `infinite`: warm-up, cosine cooldown to a
@@ -93,6 +100,12 @@ class ScheduleConfig(Config):
     """Share of the run for the cosine cooldown (`infinite`)."""
     constant_factor: float = Field(default=0.4, gt=0, le=1)
     """Factor of the constant phase (`infinite`)."""
+    drop_at: _Share | None = None
+    """Share of the run after which the peak is a lower one: what `type` says is multiplied by `drop_factor`."""
+    drop_factor: float = Field(default=2 / 3, gt=0, lt=1)
+    """The later peak as a factor of the first; TriLM has 0.625 to 0.69."""
+    weight_decay_until: _Share | None = None
+    """Share of the run after which no parameter is decayed any more; TriLM 2/3, BitNet b1.58 1/2."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -103,6 +116,11 @@ class ScheduleConfig(Config):
             )
         if self.type == "infinite":
             self._check_infinite()
+        if self.drop_at is None and "drop_factor" in self.model_fields_set and self.drop_factor != 2 / 3:
+            raise ValueError(
+                f"schedule.drop_factor={self.drop_factor:g} without drop_at changes nothing; set schedule.drop_at, "
+                f"e.g. 0.5, or remove drop_factor"
+            )
         return self
 
     def _check_infinite(self) -> None:

@@ -23,13 +23,24 @@ def lr_factor(config: ScheduleConfig, step: int, num_steps: int) -> float:
       c (m / c)^q. Up to the anneal nothing depends on N but the length of the cooldown, so a run
       can be picked up from its constant phase with more data.
 
-    Every schedule with a decay is exactly m at the last step, s = N - 1.
+    Every schedule with a decay is exactly m at the last step, s = N - 1. From step round(`drop_at` N) on all of
+    this is multiplied by `drop_factor`, as if the peak were a lower one (Kaushal et al. 2024, arXiv:2407.12327).
 
     Args:
         config: The schedule.
         step: Index of the optimizer step about to run, from 0.
         num_steps: Optimizer steps of the whole run.
     """
+    has_dropped = config.drop_at is not None and step >= round(config.drop_at * num_steps)
+    return _of_peak(config, step, num_steps) * (config.drop_factor if has_dropped else 1.0)
+
+
+def decays(config: ScheduleConfig, step: int, num_steps: int) -> bool:
+    """Whether optimizer step `step` decays weights: before step round(`weight_decay_until` `num_steps`)."""
+    return config.weight_decay_until is None or step < round(config.weight_decay_until * num_steps)
+
+
+def _of_peak(config: ScheduleConfig, step: int, num_steps: int) -> float:
     warmup = warmup_steps(config, num_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)

@@ -189,10 +189,14 @@ def _optimizer(recipe: Recipe) -> str:
     warmup = schedule.warmup_steps
     warmup_steps = warmup if isinstance(warmup, int) else round(warmup * steps)
     wrapped = ", wrapped in Lookahead" if optimizer.lookahead else ""
+    lower = 1.0 if schedule.drop_at is None else schedule.drop_factor
+    last = lower * schedule.min_factor * optimizer.lr
+    drop = f", times {lower:g} from {schedule.drop_at:.0%} of the run" if schedule.drop_at else ""
+    until = f" until {schedule.weight_decay_until:.0%} of the run" if schedule.weight_decay_until else ""
     return (
         f"{optimizer.type}{wrapped}, peak learning rate {optimizer.lr:g} after {warmup_steps:,} warm-up steps, then "
-        f"{schedule.type}{'' if schedule.type == 'constant' else f' to {schedule.min_factor * optimizer.lr:g}'}; "
-        f"weight decay {optimizer.weight_decay:g}"
+        f"{schedule.type}{'' if schedule.type == 'constant' else f' to {last:g}'}{drop}; "
+        f"weight decay {optimizer.weight_decay:g}{until}"
     )
 
 

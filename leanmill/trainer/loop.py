@@ -14,7 +14,7 @@ from leanmill.core.errors import RunError
 from leanmill.core.ledger import ledger_of
 from leanmill.core.rules import StepContext, StepRule, metrics_of
 from leanmill.data.build import TrainData
-from leanmill.optim.schedules import lr_factor
+from leanmill.optim.schedules import decays, lr_factor
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
 from leanmill.recipe.root import Recipe
@@ -106,8 +106,10 @@ class Loop:
             rule.begin_step(context)
         micro_batches, num_valid = self._next_batch(context)
         factor = lr_factor(recipe.schedule, self.step, self.num_steps)
+        has_decay = decays(recipe.schedule, self.step, self.num_steps)
         for group in engine.param_groups:
             group["lr"] = group["initial_lr"] * factor
+            group["weight_decay"] = group["initial_weight_decay"] if has_decay else 0.0
         with torch.enable_grad():
             losses = engine.forward_backward(micro_batches, num_valid)
         self.before_update()

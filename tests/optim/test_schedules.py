@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from leanmill.optim.config import ScheduleConfig
-from leanmill.optim.schedules import lr_factor, warmup_steps
+from leanmill.optim.schedules import decays, lr_factor, warmup_steps
 
 
 def _curve(num_steps: int, **settings: object) -> list[float]:
@@ -48,6 +48,18 @@ def test_infinite_by_hand() -> None:
     assert curve == pytest.approx([0.5, *cooldown, 0.4, 0.4, 0.4, 0.2, 0.1], abs=1e-12)
 
 
+def test_a_lower_peak_in_the_second_half_by_hand() -> None:
+    curve = _curve(9, type="linear", warmup_steps=0, min_factor=0.0, drop_at=0.5, drop_factor=0.5)
+    # Linear to 0 over 8 steps; from step round(0.5 * 9) = 4 on half of that.
+    assert curve == pytest.approx([1, 7 / 8, 6 / 8, 5 / 8, 2 / 8, 1.5 / 8, 1 / 8, 0.5 / 8, 0], abs=1e-12)
+    assert _curve(4, type="constant", warmup_steps=0, drop_at=0.5) == pytest.approx([1, 1, 2 / 3, 2 / 3])
+
+
+def test_weight_decay_ends_where_asked() -> None:
+    assert [decays(ScheduleConfig(weight_decay_until=0.67), step, 6) for step in range(6)] == [True] * 4 + [False] * 2
+    assert all(decays(ScheduleConfig(), step, 6) for step in range(6))
+
+
 def test_the_constant_phase_of_infinite_does_not_know_how_the_run_ends() -> None:
     short = _curve(1000, type="infinite", warmup_steps=10, cooldown_fraction=0.2, decay_fraction=0.1)
     assert set(short[300:800]) == {0.4}
@@ -84,6 +96,9 @@ def test_warmup_in_steps_and_as_a_share() -> None:
         ({"type": "infinite", "min_factor": 0.0}, "above 0"),
         ({"type": "infinite", "min_factor": 0.5, "constant_factor": 0.4}, "at most"),
         ({"type": "infinite", "cooldown_fraction": 0.7, "decay_fraction": 0.4}, "at most 1"),
+        ({"drop_factor": 0.5}, r"set schedule\.drop_at"),
+        ({"drop_at": 1.0}, "less than 1"),
+        ({"weight_decay_until": 1.5}, "less than 1"),
     ],
 )
 def test_impossible_schedules_are_refused(settings: dict[str, object], message: str) -> None:

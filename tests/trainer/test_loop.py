@@ -29,7 +29,7 @@ class IdleEngine:
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         self.bad, self.steps = bad, 0
         self.skips: list[bool] = []
-        self.param_groups = [{"lr": 1.0, "initial_lr": 1.0}]
+        self.param_groups = [{"lr": 1.0, "initial_lr": 1.0, "weight_decay": 0.1, "initial_weight_decay": 0.1}]
 
     def forward_backward(self, micro_batches: Any, num_valid: Tensor) -> dict[str, Tensor]:
         self.steps += 1
