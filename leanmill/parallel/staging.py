@@ -65,12 +65,14 @@ class StepStaging(ABC):
             self.forget()
             with torch.no_grad():
                 self._stage(has_backward=False)
-            self._staged_at = self._versions()
         self._lend()
         try:
             yield
         finally:
             self._take_back()
+            # Afterwards: in its first forward FSDP2 makes shards that are empty anew, on the ranks that have them, and
+            # all ranks must agree on whether to stage again.
+            self._staged_at = self._versions()
 
     def forget(self) -> None:
         """Let staged weights go: something was written."""
