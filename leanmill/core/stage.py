@@ -296,6 +296,10 @@ class InputStage(OperandStage):
     """Whether the weight's `undo` cancels this stage, so that a plain layer computes the same without it."""
     formats: ClassVar[tuple[str, ...]] = ()
     """Packings of an export whose layers do to their input what this stage does."""
+    may_be_left_out: ClassVar[bool] = True
+    """Whether an export may be asked to leave this stage out: it rounds, and the model is nearly the same without."""
+    norm_eps: ClassVar[float | None] = None
+    """Of a root-mean-square norm without gain, which this stage is; None where it is none."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the staged activations, same shape and dtype."""

@@ -7,7 +7,7 @@ modules it installed or in the terms and rules it returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -155,6 +155,10 @@ class TechniqueConfig(Config):
         Under ZeRO-3 a weight that a step does not use keeps its gradient of the last one.
         """
         return None
+
+    def problems_in_a_run_of(self, num_steps: int) -> Iterable[str]:
+        """Yield what does not fit a run of so many steps, such as a schedule that ends after it, and what to type."""
+        return ()
 
     def token_shares(self, num_layers: int) -> Mapping[int, float]:
         """Return what share of a row's tokens decoder blocks run for in training, by index; all where none is given.

@@ -23,6 +23,7 @@ def settle_activations(model: Any, activations: Activations, packing: str = "non
     Raises:
         ConfigError: The export would compute something else than was trained, and nobody asked for that.
     """
+    _check_kept(model, packing)
     lost: dict[str, int] = {}
     formats: list[tuple[str, ...]] = []
     for _, site in iter_sites(model):
@@ -45,6 +46,17 @@ def settle_activations(model: Any, activations: Activations, packing: str = "non
                 if left is not None:
                     site.put_input(left)
     return (f"written with float activations, as asked: training rounded them ({_listed(lost)})",) if lost else ()
+
+
+def _check_kept(model: Any, packing: str) -> None:
+    """Refuse stages that the model cannot do without and the format does not repeat."""
+    for name, site in iter_sites(model):
+        for stage in site.input_stages():
+            if not stage.may_be_left_out and packing not in stage.formats:
+                raise ConfigError(
+                    f"{stage.technique} changes the input of {name} as a plain layer does not, and the model cannot do "
+                    f"without; type --to {' or '.join(sorted(stage.formats))}, whose layers do the same"
+                )
 
 
 def _listed(lost: dict[str, int]) -> str:

@@ -63,7 +63,22 @@ def _why_not(model: nn.Module) -> str | None:
                 f"{name} is not {{-s, 0, s}} with one s for the whole weight, which is all the BitNet format holds; "
                 f"train with ternary {{granularity: tensor}}, or use --to packed or hf"
             )
+    if len(_norms(model)) > 1:
+        return (
+            "some quantised layers have a norm inside (input_norm) and some have none, and the BitNet format says it "
+            "once for all; train all with the same input_norm, or use --to hf"
+        )
     return None
+
+
+def _norms(model: nn.Module) -> set[float | None]:
+    """Epsilons of the norms inside of quantised linear sites, None of those without."""
+    sites = [site for _, site in iter_sites(model) if isinstance(site, LinearSite)]
+    return {
+        next((stage.norm_eps for stage in site.input_stages() if stage.norm_eps is not None), None)
+        for site in sites
+        if site.stage(Slot.QUANT) is not None
+    }
 
 
 def _split(weight: Tensor) -> tuple[Tensor, float]:
@@ -88,32 +103,36 @@ class BitnetFormat(FoldedFormat):
     def covers(cls, model: Any) -> str | None:
         return _why_not(model)
 
+    def before_folding(self, model: Any) -> None:
+        (self.norm_eps,) = _norms(model)
+
     def after_settling(self, model: Any) -> None:
         self.ternary = {name: _split(weight) for name, weight in _quantised(model)}
 
     def write(self, folder: Path) -> None:
         prepare_config(self.model, self.rebuilt, folder)
-        _save(self.model, self.ternary, folder)
+        _save(self.model, self.ternary, folder, self.norm_eps)
 
     def check(self, folder: Path) -> Checked:
         """Load the folder back and compare it with the trained model on 8-bit inputs.
 
-        The reference is the folded fp32 model with the input of each packed layer rounded to 8 bits, as the
-        format does it. Two models that are equal up to fp32 sums may still round a value near the middle
-        of two steps apart, and each such choice moves the logits by much more than those sums. The reference
-        therefore takes the choices of the reloaded model, after checking that each is one that rounding its own
-        input allows; what is left is the order of sums, and the bound that of any other export.
+        The reference is the folded fp32 model with the input of each packed layer normed, where it was in
+        training, and rounded to 8 bits, as the format does it. Two models that are equal up to fp32 sums may
+        still round a value near the middle of two steps apart, and each such choice moves the logits by much
+        more than those sums. The reference therefore takes the choices of the reloaded model, after checking
+        that each is one that rounding its own input allows; what is left is the order of sums, and the bound
+        that of any other export.
 
         Raises:
             RunError: A layer rounds or computes something else.
         """
-        model, ternary, expected = self.model, self.ternary, self.trained
+        model, ternary, expected, eps = self.model, self.ternary, self.trained, self.norm_eps
         with torch.compiler.set_stance("force_eager"):  # transformers decorates this format with torch.compile
             reloaded = reload(folder)
             rounded: dict[str, list[Tensor]] = {name: [] for name in ternary}
-            with _hooked(reloaded, {name: _record(rounded[name]) for name in ternary}):
+            with _hooked(reloaded, {name: _record(rounded[name], eps) for name in ternary}):
                 found = sample_logits(reloaded)
-        with _hooked(model, {name: _replay(name, rounded[name]) for name in ternary}):
+        with _hooked(model, {name: _replay(name, rounded[name], eps) for name in ternary}):
             reference = sample_logits(model)
         difference = check_same(found, reference, "the reloaded BitNet export, inputs rounded to 8 bits,")
         agreement = min((found[k].argmax(-1) == expected[k].argmax(-1)).float().mean().item() for k in expected)
@@ -135,8 +154,8 @@ class BitnetFormat(FoldedFormat):
         )
 
 
-def _save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) -> None:
-    """Save the folded `model` with the linears in `ternary` packed."""
+def _save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path, norm_eps: float | None) -> None:
+    """Save the folded `model` with the linears in `ternary` packed, and a norm inside of each where there is one."""
     from transformers import BitNetQuantConfig
 
     plain = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in ternary]
@@ -144,8 +163,11 @@ def _save(model: Any, ternary: dict[str, tuple[Tensor, float]], folder: Path) ->
     for name, (weight, scale) in ternary.items():
         state[f"{name}.weight"] = pack(weight)
         state[f"{name}.weight_scale"] = torch.tensor([1 / scale])
+        if norm_eps is not None:
+            state[f"{name}.rms_norm.weight"] = torch.ones(weight.shape[1])
+    norm: dict[str, Any] = {} if norm_eps is None else {"use_rms_norm": True, "rms_norm_eps": norm_eps}
     quantization = BitNetQuantConfig(
-        modules_to_not_convert=plain, linear_class="bitlinear", quantization_mode="offline"
+        modules_to_not_convert=plain, linear_class="bitlinear", quantization_mode="offline", **norm
     )
     model.config.quantization_config = quantization
     try:
@@ -165,25 +187,30 @@ def _hooked(model: Any, hooks: dict[str, Callable[..., Any]]) -> Iterator[None]:
             handle.remove()
 
 
-def _record(rounded: list[Tensor]) -> Callable[..., None]:
+def _record(rounded: list[Tensor], norm_eps: float | None) -> Callable[..., None]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rounded.append(quantise_input(inputs[0]))
+        rounded.append(quantise_input(_normed(inputs[0], norm_eps)))
 
     return hook
 
 
-def _replay(name: str, rounded: list[Tensor]) -> Callable[..., Tensor]:
+def _replay(name: str, rounded: list[Tensor], norm_eps: float | None) -> Callable[..., Tensor]:
     """Give a layer of the reference the rounded inputs of the reloaded one, call by call."""
     left = list(rounded)
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        taken = left.pop(0)
-        step = inputs[0].abs().amax(dim=-1, keepdim=True).clamp(min=1e-5) / 127
-        if not ((inputs[0] - taken).abs() <= (0.5 + _ROUNDING_SLACK) * step).all():  # not >, so that NaN fails
+        taken, rows = left.pop(0), _normed(inputs[0], norm_eps)
+        step = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5) / 127
+        if not ((rows - taken).abs() <= (0.5 + _ROUNDING_SLACK) * step).all():  # not >, so that NaN fails
             raise RunError(f"the input of {name} differs in the reloaded BitNet export; nothing was written")
         return taken
 
     return hook
+
+
+def _normed(rows: Tensor, norm_eps: float | None) -> Tensor:
+    """Divide each row [..., in] by its root mean square, where there is a norm."""
+    return rows if norm_eps is None else rows * (rows.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
 
 
 def quantise_input(rows: Tensor) -> Tensor:

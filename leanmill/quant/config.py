@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import WeightTechniqueConfig
+from leanmill.core.technique import TechniqueConfig, WeightTechniqueConfig
+
+
+class Warmup(TechniqueConfig):
+    """Mixed into techniques whose rounding may set in by and by."""
+
+    warmup_steps: int | float = Field(default=0, ge=0)
+    """Steps (int), or share of the run (float below 1), in which operands go from full precision to rounded ones:
+    x + lambda (Q(x) - x), lambda growing linearly from 0 to 1. For models that were trained without rounding."""
+
+    @model_validator(mode="after")
+    def _warmup_is_a_share(self) -> Warmup:
+        if isinstance(self.warmup_steps, float) and self.warmup_steps >= 1:
+            raise ConfigError(
+                f"{self._type}.warmup_steps={self.warmup_steps}: a float is a share of the run and must be below 1; "
+                f"type warmup_steps: {round(self.warmup_steps)} for steps"
+            )
+        return self
+
+    @property
+    def has_warmup(self) -> bool:
+        """Whether there is any."""
+        return self.warmup_steps > 0
+
+    @property
+    def _type(self) -> str:
+        return str(type(self).model_fields["type"].default)
+
+    def problems_in_a_run_of(self, num_steps: int) -> Iterator[str]:
+        steps = self.warmup_steps if isinstance(self.warmup_steps, int) else round(self.warmup_steps * num_steps)
+        if steps and steps >= num_steps:
+            yield (
+                f"{self._type}.warmup_steps={self.warmup_steps} is not over before the last of {num_steps} steps, so "
+                f"no step would train what is exported; set {self._type}.warmup_steps below {num_steps}, e.g. 0.2"
+            )
+
+
+class BitNetInputs(TechniqueConfig):
+    """Mixed into techniques whose layers may treat their input as BitNet's do."""
+
+    activation_bits: Literal[8] | None = None
+    """8 rounds each token of the input to 8-bit codes by its largest magnitude, as BitNet does; None leaves
+    activations alone (Spectra's TriLM)."""
+    input_norm: bool = False
+    """Divide each token of the input by its root mean square first, as inside of BitNet's layers. Layers right
+    behind a norm of the model have that already: those of attention's output and of an MLP's have not, unless the
+    model is of the family `bitnet`."""
 
 
 class SharedScales(WeightTechniqueConfig):

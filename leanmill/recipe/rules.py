@@ -36,6 +36,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _views(recipe)
     yield from _turns(recipe)
     yield from _modules_left_out(recipe)
+    yield from _schedules(recipe)
     yield from layout_problems(recipe)
     yield from _secrets(recipe)
 
@@ -215,6 +216,14 @@ def _modules_left_out(recipe: Sections) -> Iterator[str]:
                 f"{config.type} leaves modules out of a step, and engine.stage=3 would give their weights the gradient "  # type: ignore[attr-defined]
                 f"of the step before; set {remedy}, or engine.stage=2 or engine=fsdp"
             )
+
+
+def _schedules(recipe: Sections) -> Iterator[str]:
+    train = recipe.train
+    if recipe.phases or (train.total_tokens is None) == (train.steps is None):  # said elsewhere
+        return
+    for config in recipe.techniques:
+        yield from config.problems_in_a_run_of(num_steps(recipe))
 
 
 def _secrets(recipe: Sections) -> Iterator[str]:

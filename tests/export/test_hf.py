@@ -158,7 +158,9 @@ def test_a_bitnet_export_that_computes_something_else_is_refused(
     _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [TERNARY])
     save = bitnet._save
 
-    def damaged(model: nn.Module, ternary: dict[str, tuple[torch.Tensor, float]], folder: Path) -> None:
+    def damaged(
+        model: nn.Module, ternary: dict[str, tuple[torch.Tensor, float]], folder: Path, norm_eps: float | None
+    ) -> None:
         name = "model.layers.1.self_attn.v_proj"
         weight, scale = ternary[name]
         if damage == "scale":
@@ -170,7 +172,7 @@ def test_a_bitnet_export_that_computes_something_else_is_refused(
         norm = model.get_parameter("model.layers.1.input_layernorm.weight")
         with torch.no_grad():
             norm *= 1.05 if damage == "norm" else 1
-            save(model, ternary, folder)
+            save(model, ternary, folder, norm_eps)
             norm /= 1.05 if damage == "norm" else 1
 
     monkeypatch.setattr(bitnet, "_save", damaged)
@@ -293,3 +295,21 @@ def test_bitnet_packing_repeats_the_inputs_of_training(tmp_path: Path) -> None:
     report = export_model(checkpoint, tmp_path / "out", to="bitnet")
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ternary", "binary"])
+def test_bitnet_packing_repeats_the_norm_inside_of_layers(kind: str, tmp_path: Path) -> None:
+    whole = {"type": kind, "activation_bits": 8, "input_norm": True}
+    model, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", [whole])
+    with pytest.raises(ConfigError, match=r"cannot do without; type --to bitnet"):
+        export_model(checkpoint, tmp_path / "none", activations="float")
+    report = export_model(checkpoint, tmp_path / "out", to="bitnet")
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-3, atol=1e-3)
+
+
+def test_a_norm_inside_of_some_layers_only_is_refused(tmp_path: Path) -> None:
+    parts = [{"type": "binary", "targets": ["q_proj"]}, {**TERNARY, "input_norm": True, "targets": ["k_proj"]}]
+    _, checkpoint = checkpoint_of(tmp_path / "run", "qwen3", parts)
+    with pytest.raises(ConfigError, match=r"train all with the same input_norm"):
+        export_model(checkpoint, tmp_path / "out", to="bitnet")

@@ -24,6 +24,9 @@ TECHNIQUES = {
         {"type": "layernorm_scaling", "start": "as_loaded"},
     ],
     "routers": [{"type": "mixture_of_depths", "layers": [1]}, {"type": "router_tuning", "num_layers": 2}],
+    # Half-way in full precision, the rest of the schedule after the resume.
+    "bitnet": [{"type": "ternary", "activation_bits": 8, "warmup_steps": 3}],
+    "lsq_plus": [{"type": "lsq", "activation_bits": 4, "activation_offset": True, "warmup_steps": 3}],
     "both": [{"type": "mask_llm"}, {"type": "lsq", "activation_bits": 8}],
 }
 
@@ -37,6 +40,9 @@ def home(tmp_path_factory):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     return folder
+
+
+SCHEDULE = {"type": "linear", "drop_at": 0.5, "weight_decay_until": 0.75}
 
 
 def recipe(home, techniques, run_dir):
@@ -53,6 +59,7 @@ def recipe(home, techniques, run_dir):
             "cache_dir": str(home / "cache"),
         },
         techniques=techniques,
+        schedule=SCHEDULE,
         batch={"tokens_per_step": 64, "tokens_per_micro_batch": 32},
         train={"steps": 4, "precision": "fp32", "deterministic": True},
         eval={"tokens_per_domain": 32},

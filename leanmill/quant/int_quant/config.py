@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from leanmill.core.technique import Installation, InstallContext
-from leanmill.quant.config import SharedScales
+from leanmill.quant.config import SharedScales, Warmup
 
 
 if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class IntQuant(SharedScales):
+class IntQuant(Warmup, SharedScales):
     """Weights, and activations if asked, on a symmetric integer grid, trained straight-through.
 
     The scale is computed from the values at every forward: quantisation-aware training as in Jacob et
@@ -39,11 +39,19 @@ class IntQuant(SharedScales):
         """
         from leanmill.quant.int_quant.stage import IntActivations, IntWeights
         from leanmill.quant.scales import check_groups
+        from leanmill.quant.warmup import warmup_rules
 
         selected = sites.select(self.targets, self.exclude)
         check_groups(selected, self.type, self.group_size)
-        sites.put(selected, lambda site: IntWeights(self.weight_bits, self.scale, self.granularity, self.group_size))
+        sites.put(
+            selected,
+            lambda site: IntWeights(
+                self.weight_bits, self.scale, self.granularity, self.group_size,
+                has_warmup=self.has_warmup, device=site.raw_weight.device,
+            ),
+        )  # fmt: skip
         if self.activation_bits is not None:
             for site in selected:
-                site.put_input(IntActivations(self.activation_bits))
-        return Installation()
+                device = site.raw_weight.device
+                site.put_input(IntActivations(self.activation_bits, has_warmup=self.has_warmup, device=device))
+        return Installation(step_rules=warmup_rules(sites, self.type, self.warmup_steps))

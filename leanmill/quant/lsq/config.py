@@ -8,19 +8,20 @@ from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import Installation, InstallContext, TrainedTechniqueConfig
-from leanmill.quant.config import SharedScales
+from leanmill.quant.config import SharedScales, Warmup
 
 
 if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class Lsq(TrainedTechniqueConfig, SharedScales):
+class Lsq(TrainedTechniqueConfig, Warmup, SharedScales):
     """Weights, and activations if asked, on integer grids whose step sizes are trained.
 
     LSQ: Esser et al. 2020, arXiv:1902.08153. Steps start at 2 mean |w| / sqrt(Qp) of the loaded weights,
     those of activations at that of the first global batch, and get no weight decay. With one bit the grid
-    of weights is {-s/2, s/2}; ParetoQ (Liu et al. 2025, arXiv:2502.02631) is `grid: midrise`.
+    of weights is {-s/2, s/2}. LSQ+ (Bhalgat et al. 2020, arXiv:2004.09576) is `activation_offset: true` and
+    `weight_start: lsq_plus`.
     """
 
     type: Literal["lsq"] = "lsq"
@@ -41,12 +42,24 @@ class Lsq(TrainedTechniqueConfig, SharedScales):
     """Codes of activations: `signed` as for weights, `unsigned` 0 to 2^b - 1 for inputs that are never
     negative, such as those behind a ReLU. Behind SiLU or GELU they are signed."""
 
+    activation_offset: bool = False
+    """LSQ+: codes of activations stand around a trained offset, so that the grid covers what is not symmetric, such
+    as the output of SiLU or GELU. Step and offset start at the least squared error over the first global batch."""
+    weight_start: Literal["lsq", "lsq_plus"] = "lsq"
+    """Where steps of weights start: `lsq` 2 mean |w| / sqrt(Qp), `lsq_plus` max(|mu - 3 sigma|, |mu + 3 sigma|) /
+    2^(b-1) of what shares a step."""
+
     @model_validator(mode="after")
     def _activation_grid_belongs_to_activations(self) -> Lsq:
         if self.activation_grid != "signed" and self.activation_bits is None:
             raise ConfigError(
                 f"lsq with activation_grid {self.activation_grid} and no activation_bits; set activation_bits too, "
                 f"e.g. 8, or remove activation_grid"
+            )
+        if self.activation_offset and self.activation_bits is None:
+            raise ConfigError(
+                "lsq with activation_offset and no activation_bits has no activations to offset; set activation_bits "
+                "too, e.g. 4, or remove activation_offset"
             )
         return self
 
@@ -64,20 +77,30 @@ class Lsq(TrainedTechniqueConfig, SharedScales):
         """
         from leanmill.quant.lsq.stage import LsqStage
         from leanmill.quant.scales import check_groups
+        from leanmill.quant.warmup import warmup_rules
 
         selected = sites.select(self.targets, self.exclude)
         check_groups(selected, self.type, self.group_size)
         sites.put(
             selected,
-            lambda site: LsqStage(site.raw_weight, self.weight_bits, self.grid, self.granularity, self.group_size),
-        )
+            lambda site: LsqStage(
+                site.raw_weight, self.weight_bits, self.grid, self.granularity, self.group_size,
+                start=self.weight_start, has_warmup=self.has_warmup,
+            ),
+        )  # fmt: skip
+        rules = warmup_rules(sites, self.type, self.warmup_steps)
         if self.activation_bits is None:
-            return Installation()
-        from leanmill.quant.lsq.activations import CalibrateSteps, LsqActivations
+            return Installation(step_rules=rules)
+        from leanmill.quant.lsq.activations import LsqActivations
+        from leanmill.quant.lsq.calibration import CalibrateSteps
 
         for site in selected:
             if site.takes_inputs:
                 weight = site.raw_weight
-                bits, grid = self.activation_bits, self.activation_grid
-                site.put_input(LsqActivations(weight.shape[-1], bits, grid, device=weight.device))
-        return Installation(step_rules=(CalibrateSteps(sites.model),))
+                site.put_input(
+                    LsqActivations(
+                        weight.shape[-1], self.activation_bits, self.activation_grid,
+                        has_offset=self.activation_offset, has_warmup=self.has_warmup, device=weight.device,
+                    )
+                )  # fmt: skip
+        return Installation(step_rules=(CalibrateSteps(sites.model), *rules))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from leanmill.core.stage import Codes, LearnedGrid, PartStaging, Slot, Stage
-from leanmill.kernels.fake_quant.grid import Kind, default_grad_scale, make_grid
-from leanmill.kernels.fake_quant.op import fake_quant, initial_scale
-from leanmill.quant.codes import grid_codes
-from leanmill.quant.scales import Granularity, scale_shape
+from leanmill.kernels.fake_quant.grid import Kind
+from leanmill.kernels.fake_quant.op import initial_scale
+from leanmill.quant.grids import UniformGrid
+from leanmill.quant.scales import Granularity
+from leanmill.quant.sharing import Sharing
+from leanmill.quant.stages import LearnedScale
 
 
-class LsqStage(Stage):
+Start = Literal["lsq", "lsq_plus"]
+
+
+class LsqStage(LearnedScale):
     """Round a weight [..., out, in] to a grid with trained steps; gradients of value and step are LSQ's.
 
     Args:
@@ -23,11 +27,11 @@ class LsqStage(Stage):
         grid: See `fake_quant`.
         granularity: What shares a step.
         group_size: Neighbours of a group.
+        start: Where steps begin, see `Lsq.weight_start`.
+        has_warmup: See `WarmedUp`.
     """
 
-    slot: ClassVar[Slot] = Slot.QUANT
     technique: ClassVar[str] = "lsq"
-    once_a_step: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -36,38 +40,31 @@ class LsqStage(Stage):
         grid: Kind = "signed",
         granularity: Granularity = "tensor",
         group_size: int | None = None,
+        *,
+        start: Start = "lsq",
+        has_warmup: bool = False,
     ) -> None:
-        super().__init__()
-        self.num_bits, self.grid = num_bits, grid
-        self.is_shared = granularity == "tensor" and weight.dim() == 2
-        shape = scale_shape(weight.shape, granularity, group_size)
-        self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
+        super().__init__(weight, UniformGrid(num_bits, grid), Sharing(granularity, group_size), has_warmup=has_warmup)
+        self.starts_as: Start = start
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return fake_quant(weight, self.scale, num_bits=self.num_bits, grid=self.grid)
+    def start(self, weight: Tensor) -> Tensor:
+        if self.starts_as == "lsq_plus":
+            return three_sigma_start(weight, self.grid.num_bits, self.sharing)
+        shape = tuple(self.scale.shape)
+        return initial_scale(weight, shape, num_bits=self.grid.num_bits, grid=self.grid.kind)
 
-    def codes(self, weight: Tensor) -> Codes:
-        return grid_codes(weight, self.scale, self.num_bits, self.grid)
 
-    def learned_grid(self) -> LearnedGrid:
-        return LearnedGrid(scale=self.scale, num_bits=self.num_bits, kind=self.grid)
+def three_sigma_start(weight: Tensor, num_bits: int, sharing: Sharing) -> Tensor:
+    """Return max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1) of what shares a step (Bhalgat et al. 2020, eq. 8).
 
-    def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
-        return self._with_shared_step(part, shape) if self.is_shared else self.by_itself(part)
-
-    def _with_shared_step(self, part: Tensor, shape: torch.Size) -> PartStaging:
-        # LSQ divides the step's gradient by the number of weights that share it, here or elsewhere.
-        grad_scale = default_grad_scale(torch.empty(shape, device="meta"), 1, make_grid(self.num_bits, self.grid))
-        return fake_quant(part, self.scale, num_bits=self.num_bits, grid=self.grid, grad_scale=grad_scale)
-        yield
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.scale.fill_(1.0)
-
-    @torch.no_grad()
-    def initialise(self, weight: Tensor) -> None:
-        self.scale.copy_(initial_scale(weight, tuple(self.scale.shape), num_bits=self.num_bits, grid=self.grid))
-
-    def extra_repr(self) -> str:
-        return f"num_bits={self.num_bits}, grid={self.grid}, scales={tuple(self.scale.shape)}"
+    Args:
+        weight: [..., out, in].
+        num_bits: b.
+        sharing: What shares a step.
+    """
+    exact = weight.double()
+    count = sharing.sum(torch.ones_like(exact))
+    mean = sharing.sum(exact) / count
+    deviation = (sharing.sum(exact.square()) / count - mean.square()).clamp(min=0).sqrt()
+    # The larger of the two, whatever the sign of the mean.
+    return (mean.abs() + 3 * deviation) / 2 ** (num_bits - 1)

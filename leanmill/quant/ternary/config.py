@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
-
-from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
+from leanmill.core.technique import Installation, InstallContext, WeightTechniqueConfig
+from leanmill.quant.config import BitNetInputs, Warmup
 
 
 if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class Ternary(TechniqueConfig):
+class Ternary(BitNetInputs, Warmup, WeightTechniqueConfig):
     """Weights in {-s, 0, s}, trained straight-through.
 
     BitNet b1.58 (Ma et al. 2024, arXiv:2402.17764), ternary weight networks (Li et al.
-    2016, arXiv:1605.04711) and the least-squares choice of both scale and threshold.
+    2016, arXiv:1605.04711) and the least-squares choice of both scale and threshold. BitNet whole is
+    `activation_bits: 8` with `input_norm: true`; TriLM (Kaushal et al. 2024, arXiv:2407.12327) is neither, with
+    `schedule.drop_at` and `schedule.weight_decay_until`.
     """
 
     type: Literal["ternary"] = "ternary"
@@ -27,21 +28,24 @@ class Ternary(TechniqueConfig):
     mean of what exceeds it. `mse`: s and threshold that minimise the squared error, by sorting."""
     granularity: Literal["tensor", "row"] = "tensor"
     """What shares a scale: a whole weight (each expert of a stacked one), or one output row."""
-    activation_bits: Literal[8] | None = None
-    """8 rounds each token of the input to 8-bit codes by its largest magnitude, as BitNet b1.58 does; None
-    leaves activations alone (Spectra's TriLM)."""
-    targets: list[str] | None = None
-    """Patterns of weights to take; None takes every linear and expert weight except the head."""
-    exclude: list[str] = Field(default_factory=list)
-    """Patterns of weights to leave out again."""
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
-        """Put a quantiser stage on every target."""
-        from leanmill.quant.ternary.stage import Int8Activations, TernaryStage
+        """Put a quantiser stage on every target, and what its input goes through."""
+        from leanmill.quant.inputs import put_inputs
+        from leanmill.quant.ternary.stage import Int8Activations, TernaryNorm, TernaryStage
+        from leanmill.quant.warmup import warmup_rules
 
         selected = sites.select(self.targets, self.exclude)
-        sites.put(selected, lambda site: TernaryStage(self.scale, self.granularity))
-        if self.activation_bits is not None:
-            for site in selected:
-                site.put_input(Int8Activations())
-        return Installation()
+        sites.put(
+            selected,
+            lambda site: TernaryStage(
+                self.scale, self.granularity, has_warmup=self.has_warmup, device=site.raw_weight.device
+            ),
+        )
+        put_inputs(
+            selected,
+            norm=TernaryNorm if self.input_norm else None,
+            rounding=Int8Activations if self.activation_bits else None,
+            has_warmup=self.has_warmup,
+        )
+        return Installation(step_rules=warmup_rules(sites, self.type, self.warmup_steps))

@@ -10,45 +10,54 @@ import torch
 from torch import Tensor
 
 from leanmill.core.operands import lend
-from leanmill.core.stage import Codes, InputSlot, InputStage, PartStaging, Slot, Stage, Statistic
-from leanmill.kernels.fake_quant.activations import quantise_activations
+from leanmill.core.stage import Codes, PartStaging, Statistic
 from leanmill.kernels.packing.op import pack, unpack
 from leanmill.kernels.ternary.naive import Scale
 from leanmill.kernels.ternary.op import Granularity, ternary
+from leanmill.quant.inputs import Int8Input, NormInput
+from leanmill.quant.sharing import Sharing
+from leanmill.quant.stages import QuantStage
 
 
-class TernaryStage(Stage):
+class TernaryStage(QuantStage):
     """Snap a weight [..., out, in] to {-s, 0, s}; the gradient passes unchanged.
 
     Args:
         scale: How s and the threshold are chosen, see `leanmill.kernels.ternary.op.ternary`.
         granularity: One s a matrix (`tensor`) or an output row (`row`).
+        has_warmup: See `WarmedUp`.
+        device: Of the weight.
     """
 
-    slot: ClassVar[Slot] = Slot.QUANT
     technique: ClassVar[str] = "ternary"
-    once_a_step: ClassVar[bool] = True
 
-    def __init__(self, scale: Scale = "absmean", granularity: Granularity = "tensor") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        scale: Scale = "absmean",
+        granularity: Granularity = "tensor",
+        *,
+        has_warmup: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(Sharing(granularity), has_warmup=has_warmup, device=device)
         self.scale: Scale = scale
         self.granularity: Granularity = granularity
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def rounded(self, weight: Tensor) -> Tensor:
         return ternary(weight, self.scale, self.granularity)
 
     @torch.no_grad()
-    def codes(self, weight: Tensor) -> Codes:
-        levels = self(weight).float()
+    def codes(self, weight: Tensor) -> Codes | None:
+        if self.is_mixed:
+            return None
+        levels = self.rounded(weight).float()
         shared = (-2, -1) if self.granularity == "tensor" else (-1,)
         scales = levels.abs().amax(shared, keepdim=True)
         # One scale a row is what packed layers hold; it may be the same for all.
         rows = scales.expand(*levels.shape[:-1], 1)
         return Codes(values=levels.sign().to(torch.int8), encoding="ternary", scales=rows, zero=0.0)
 
-    def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging | None:
-        if self.granularity == "row" or len(shape) > 2:
-            return self.by_itself(part)  # each expert has a scale of its own
+    def rounded_part(self, part: Tensor, shape: torch.Size) -> PartStaging | None:
         return None if self.scale == "mse" else self._with_sums(part, shape.numel())
 
     def _with_sums(self, part: Tensor, num_weights: int) -> PartStaging:
@@ -65,7 +74,9 @@ class TernaryStage(Stage):
         # Rounded once, as in `ternary`.
         return lend(part, (exact.sign() * is_kept).to(part.dtype) * level.to(part.dtype))
 
-    def packing(self, shape: torch.Size) -> TernaryPacking:
+    def packing(self, shape: torch.Size) -> TernaryPacking | None:
+        if self.strength is not None:  # what lies between is not ternary
+            return None
         # What shares a scale within a part: all of it, a matrix of it, or a row.
         dims = (-1,) if self.granularity == "row" else (-2, -1)
         return TernaryPacking(shape[-1], dims)
@@ -92,12 +103,15 @@ class TernaryPacking:
         return (unpack(codes, 2, self.num_in).to(scales.dtype) - 1) * scales
 
 
-class Int8Activations(InputStage):
-    """Round every token [..., in] to 8-bit codes and back, straight-through (BitNet b1.58)."""
+class Int8Activations(Int8Input):
+    """Tokens of 8 bits before ternary weights (BitNet b1.58)."""
 
-    slot: ClassVar[InputSlot] = InputSlot.QUANT
     technique: ClassVar[str] = "ternary"
     formats: ClassVar[tuple[str, ...]] = ("bitnet", "packed")
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return quantise_activations(tokens)
+
+class TernaryNorm(NormInput):
+    """The norm inside of BitNet's layers."""
+
+    technique: ClassVar[str] = "ternary"
+    formats: ClassVar[tuple[str, ...]] = ("bitnet",)

@@ -11,7 +11,8 @@ from leanmill.core.rules import StepContext
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.models.materialise import initialise_stages
 from leanmill.parallel.launch import Ranks
-from leanmill.quant.lsq.activations import CalibrateSteps, LsqActivations
+from leanmill.quant.lsq.activations import LsqActivations
+from leanmill.quant.lsq.calibration import CalibrateSteps
 from tests.contract_cases import ENGINES, NUM_ROWS, FixedRows, recipe_of, train
 from tests.core.tiny import install, loss_of, tiny, tokens
 from tests.distributed import run_ranks
@@ -128,7 +129,7 @@ def test_activations_that_nothing_reaches_are_named():
     context = StepContext(step=0, num_steps=9, num_micro_batches=1)
     with pytest.raises(RunError, match=r"reached model\.layers\.0\.self_attn\.q_proj.*lsq\.exclude"):
         rule.change_batches([], context, lambda batch: None)
-    assert all(site.inputs["quant"].observed is None for _, site in iter_sites(model))
+    assert all(site.inputs["quant"].watch is None for _, site in iter_sites(model))
 
 
 def test_experts_share_a_step_and_train_it():

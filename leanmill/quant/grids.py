@@ -1,0 +1,65 @@
+"""Uniform grids as objects: which levels there are, what rounding to them does to gradients, and their codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from leanmill.core.stage import Codes
+from leanmill.kernels.fake_quant.grid import Gradient, Kind, make_grid
+from leanmill.kernels.fake_quant.op import fake_quant
+from leanmill.quant.codes import grid_codes
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """Levels at equal distances and the estimator of their gradient, as `fake_quant` has them."""
+
+    num_bits: int
+    """1 to 8."""
+    kind: Kind = "signed"
+    gradient: Gradient = "lsq"
+
+    @property
+    def largest_code(self) -> int:
+        """Qp, at least 1."""
+        return max(1, make_grid(self.num_bits, self.kind).high)
+
+    def round(
+        self, values: Tensor, scale: Tensor, offset: Tensor | None = None, *, grad_scale: float | None = None
+    ) -> Tensor:
+        """Return `values` [..., in] on the grid; scale, offset and `grad_scale` are as `fake_quant` takes them.
+
+        On a grid without zero, values that are exactly 0 stay 0, so that a mask before it holds; they keep
+        their gradient, and the scale gets none of them.
+        """
+        rounded = fake_quant(
+            values, scale, offset, num_bits=self.num_bits, grid=self.kind, gradient=self.gradient, grad_scale=grad_scale
+        )
+        return _KeepZeros.apply(values, rounded) if self.kind == "midrise" else rounded  # type: ignore[no-any-return]
+
+    def codes(self, weight: Tensor, scale: Tensor) -> Codes | None:
+        """Return the integers of a weight [..., out, in] that `round` takes to the grid; None where it kept a zero."""
+        if self.kind == "midrise" and bool((weight == 0).any()):
+            return None
+        return grid_codes(weight, scale, self.num_bits, self.kind)
+
+
+class _KeepZeros(torch.autograd.Function):
+    """`rounded`, and 0 where `values` are; only `values` are kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        return torch.where(values == 0, 0.0, rounded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (values,) = ctx.saved_tensors
+        is_zero = values == 0
+        return torch.where(is_zero, grad, 0.0), torch.where(is_zero, 0.0, grad)
