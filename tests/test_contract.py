@@ -123,7 +123,11 @@ def test_trained_weights_keep_their_promises(combination, teacher):
             mask = site.stages["mask"].mask
             assert int(mask.sum()) == site.stages["mask"].num_active, name
             assert (weight[~mask] == 0).all(), name
-        if "ternary" in names:
+        if "binary" in names:
+            assert weight.abs().unique().numel() == 1, name
+        if "paretoq" in names:
+            assert all(row.abs().unique().numel() <= 2 for row in weight), name
+        if {"ternary", "bitnet"} & set(names):
             for matrix in weight if weight.dim() == 3 else [weight]:
                 assert matrix.unique().numel() <= 3, name
                 torch.testing.assert_close(matrix.unique(), -matrix.unique().flip(0), rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +71,11 @@ def _split(granularity: int, num_shared_experts: int) -> Variant:
     return Variant(techniques=_balanced("global_batch").techniques, overrides=split)
 
 
+def _ternary_under(**schedule: Any) -> Variant:
+    linear = {"type": "linear", "warmup_steps": 0.05, "min_factor": 0.0}
+    return Variant(techniques=[{"type": "ternary"}], overrides=[f"schedule={json.dumps(linear | schedule)}"])
+
+
 CLAIMS: dict[str, Claim] = {
     "low_bit_w4a4": Claim(
         says="QuEST trains to a lower loss than LSQ, and LSQ than plain straight-through, at 4 bits",
@@ -84,6 +90,15 @@ CLAIMS: dict[str, Claim] = {
         says="the same at 2 bits",
         source="Panferov et al. 2025, arXiv:2502.05003",
         variants=_low_bit(2),
+    ),
+    "trilm_schedule": Claim(
+        says="ternary weights end lower with a lower peak in the second half and no weight decay in the last third",
+        source="Kaushal et al. 2024, arXiv:2407.12327",
+        variants={
+            "TriLM schedule": _ternary_under(drop_at=0.5, drop_factor=2 / 3, weight_decay_until=2 / 3),
+            "linear decay alone": _ternary_under(),
+            "constant rate": _ternary_under(type="constant"),
+        },
     ),
     "one_shot_2_4": Claim(
         says="pruned to 2:4 in one shot, SparseGPT loses less than Wanda, and Wanda less than magnitude",

@@ -43,6 +43,11 @@ TECHNIQUES: dict[str, Entry] = {
         "weights in {-s, 0, s}: absmean (BitNet b1.58), TWN or MSE-optimal scale",
         "Ma et al. 2024, arXiv:2402.17764; Li et al. 2016, arXiv:1605.04711",
     ),
+    "binary": Entry(
+        "leanmill.quant.binary.config:Binary",
+        "weights in {-s, s}: signs and the mean magnitude (BitNet, XNOR-Net, BiLM), straight-through",
+        "Wang et al. 2023, arXiv:2310.11453; Rastegari et al. 2016, arXiv:1603.05279",
+    ),
     "int_quant": Entry(
         "leanmill.quant.int_quant.config:IntQuant",
         "integer weights and activations of 2 to 8 bits, absmax or MSE scale, straight-through",
@@ -50,8 +55,13 @@ TECHNIQUES: dict[str, Entry] = {
     ),
     "lsq": Entry(
         "leanmill.quant.lsq.config:Lsq",
-        "weights of 1 to 8 bits and activations of 2 to 8 with learned step sizes",
-        "Esser et al. 2020, arXiv:1902.08153; Liu et al. 2025, arXiv:2502.02631",
+        "weights of 1 to 8 bits and activations of 2 to 8 with learned step sizes and offsets: LSQ, LSQ+",
+        "Esser et al. 2020, arXiv:1902.08153; Bhalgat et al. 2020, arXiv:2004.09576",
+    ),
+    "paretoq": Entry(
+        "leanmill.quant.paretoq.config:ParetoQ",
+        "weights of 1, 1.58, 2, 3 or 4 bits, one learned scale a row, for each the grid that suits it",
+        "Liu et al. 2025, arXiv:2502.02631",
     ),
     "quest": Entry(
         "leanmill.quant.quest.config:Quest",

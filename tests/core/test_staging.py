@@ -13,9 +13,13 @@ from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage, Statistic
 from leanmill.core.staging import StagedOnce, Tape, run_together, staged_once
 from leanmill.peft_ext.lora.stage import LoraStage
+from leanmill.quant.binary.stage import BinaryStage
 from leanmill.quant.int_quant.stage import IntWeights
 from leanmill.quant.lsq.stage import LsqStage
+from leanmill.quant.paretoq.stage import make_stage
 from leanmill.quant.quest.stage import HadamardWeight, QuestWeight
+from leanmill.quant.sharing import Sharing
+from leanmill.quant.stages import LearnedScale
 from leanmill.quant.ternary.stage import TernaryStage
 from leanmill.sparse.bdwp.stage import BdwpStage
 from leanmill.sparse.nm_sparsity.stage import NMSparsityStage
@@ -39,6 +43,12 @@ CHAINS: dict[str, Callable[[Tensor], list[Stage]]] = {
     "nm+lsq": lambda w: [NMSparsityStage(2, 4, 0.3), LsqStage(w, 3)],
     "int": lambda w: [IntWeights(4, granularity="tensor")],
     "int rows, mse": lambda w: [IntWeights(4, "mse", "row")],
+    "binary": lambda w: [BinaryStage(Sharing("tensor"), center=True)],
+    "nm+binary groups": lambda w: [NMSparsityStage(2, 4, 0.3), BinaryStage(Sharing("group", 8), center=False)],
+    "ternary, warmed up": lambda w: [_half_way(TernaryStage(has_warmup=True))],
+    "lsq, warmed up": lambda w: [_half_way(LsqStage(w, 3, has_warmup=True))],
+    "paretoq": lambda w: [make_stage(w, 1.58)],
+    "nm+paretoq of 1 bit": lambda w: [NMSparsityStage(2, 4, 0.3), make_stage(w, 1)],
     "quest": lambda w: [HadamardWeight(16), QuestWeight(4)],
     "nm+quest": lambda w: [HadamardWeight(16), NMSparsityStage(2, 4, 0.3), QuestWeight(4)],
 }
@@ -50,12 +60,17 @@ def _masked(weight: Tensor) -> StaticMask:
     return stage
 
 
+def _half_way(stage: Any) -> Any:
+    stage.strength.fill_(0.25)
+    return stage
+
+
 def site_with(stages: Callable[[Tensor], Sequence[Stage]], seed: int = 0) -> LinearSite:
     torch.manual_seed(seed)
     site = LinearSite.adopt(nn.Linear(NUM_IN, NUM_OUT, bias=False), "layer")
     for stage in stages(site.weight):
         site.put(stage)
-        if isinstance(stage, LsqStage):
+        if isinstance(stage, LearnedScale):
             stage.initialise(site.weight)
     return site
 
