@@ -27,6 +27,9 @@ class StepContext:
     """Backward passes that this rank adds up in this step."""
     views: Views | None = None
     """This rank's pieces of weights, gradients and optimizer state; None where nothing trains (an export)."""
+    is_reported: bool = True
+    """Whether metrics are read after this step, as far as is known before it: who counts for them alone need not
+    where they are not."""
     skipped: Tensor | None = None
     """In `after_optimizer`: bool scalar on the device, equal on all ranks, whether the gradients were not finite,
     so that weights and optimizer state are as they were. Reading its value waits for the device."""
@@ -73,7 +76,11 @@ class StepRule:
         """Take what `state_dict` returned, while the model is still on the meta device."""
 
     def metrics(self) -> Mapping[str, float]:
-        """Return numbers to log beside the losses; equal on all ranks, no collective. Read when a record is due."""
+        """Return numbers to log beside the losses; equal on all ranks, no collective. Read when a record is due.
+
+        Where a run is asked to stop, also after a step that was not `StepContext.is_reported`: what was not counted
+        is left out.
+        """
         return {}
 
 

@@ -75,7 +75,7 @@ class Loop:
             if self.step == first + 1:
                 self.on_first_step()
             finished, stop, is_stuck = self.step == self.num_steps, agreement.reached(asked()), False
-            if finished or stop or self.step % recipe.log.every_steps == 0:
+            if stop or self._is_reported(self.step):
                 self._log()
                 is_stuck = skips.is_stuck(self.step, self.num_skipped)
             # Whoever asked to stop may not wait for long: an evaluation has time after the resume.
@@ -100,7 +100,11 @@ class Loop:
         recipe, engine = self.recipe, self.engine
         seed_step(recipe.seed, self.step, engine.data_rank)
         context = StepContext(
-            step=self.step, num_steps=self.num_steps, num_micro_batches=self.num_micro_batches, views=engine.views
+            step=self.step,
+            num_steps=self.num_steps,
+            num_micro_batches=self.num_micro_batches,
+            views=engine.views,
+            is_reported=self._is_reported(self.step + 1),
         )
         for rule in self.step_rules:
             rule.begin_step(context)
@@ -123,6 +127,10 @@ class Loop:
         self.meter.update(losses, num_valid, norm, skip, step=self.step + 1)
         if recipe.train.non_finite == "stop" and self._reads_at_once and skip:
             self._raise_non_finite(self.step + 1)
+
+    def _is_reported(self, step: int) -> bool:
+        """Whether a record is due after `step` steps, unless the run is asked to stop before."""
+        return step == self.num_steps or step % self.recipe.log.every_steps == 0
 
     @property
     def _reads_at_once(self) -> bool:

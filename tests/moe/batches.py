@@ -47,6 +47,7 @@ def step(
     *,
     everyone: Sequence[dict[str, Tensor]] | None = None,
     num_ranks: int = 1,
+    is_reported: bool = True,
 ) -> None:
     """What an engine does whose reductions average, up to complete gradients.
 
@@ -56,9 +57,10 @@ def step(
         batches: Micro-batches of this rank.
         everyone: Those of all ranks.
         num_ranks: Of all.
+        is_reported: See `StepContext`.
     """
     scale = num_ranks / num_valid(everyone or batches)
-    told = StepContext(step=0, num_steps=1, num_micro_batches=len(batches))
+    told = StepContext(step=0, num_steps=1, num_micro_batches=len(batches), is_reported=is_reported)
     for rule in rules:
         rule.begin_step(told)
     module.ledger.begin_step(token_scale=scale, num_micro_batches=len(batches))

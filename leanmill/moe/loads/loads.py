@@ -43,18 +43,30 @@ class Sum(TechniqueModule):
         add_once(self.value, value)
 
 
+class Demand:
+    """In which steps somebody reads the sums; one of a run."""
+
+    is_open: bool = True
+    """Whether in the step under way."""
+    every_step: bool = False
+    """Whether somebody does in all; else where metrics are reported."""
+
+
 class RouterLoads(Reader):
     """Counts what one router chooses, copies that are dropped afterwards included."""
 
     technique = "router_loads"
 
-    def __init__(self, layer: int, policy: Policy, counts: Sum) -> None:
+    def __init__(self, layer: int, policy: Policy, counts: Sum, demand: Demand) -> None:
         super().__init__()
-        self.layer, self.policy, self.counts = layer, policy, counts
+        self.layer, self.policy, self.counts, self.demand = layer, policy, counts, demand
+
+    @property
+    def is_looking(self) -> bool:
+        return self.training and (torch.compiler.is_compiling() or self.demand.is_open)
 
     def forward(self, routing: Routing) -> Tensor:
-        if self.training:
-            self.counts.add(routing.counts.sum(0).float())
+        self.counts.add(routing.counts.sum(0).float())
         return routing.weights
 
 
@@ -62,7 +74,8 @@ class Loads(StepRule):
     """Sums over tokens of all routers of a model: of a micro-batch, of the step, of all ranks. One a run (`loads_of`).
 
     All sums of a step are reduced together, fp64, in one collective after its last backward; where someone
-    `needs_each_micro_batch`, in one after each forward instead.
+    `needs_each_micro_batch`, in one after each forward instead. Where everybody asked for reported steps alone, the
+    others have none and cost nothing.
 
     Args:
         ledger: Of the run.
@@ -80,13 +93,16 @@ class Loads(StepRule):
     whole: Tensor | None = None
     """Of the whole step of all ranks, before its first backward, if someone `needs_whole_step`."""
     last_step: Tensor | None = None
-    """Of all micro-batches of all ranks, of the last step: from `before_optimizer` of it to that of the next."""
+    """Of all micro-batches of all ranks, of the last step: from `before_optimizer` of it to that of the next. None
+    where nobody needed them of that step."""
 
     def __init__(
         self, ledger: Ledger, routers: Sequence[tuple[Place, Decision]], group: dist.ProcessGroup | None = None
     ) -> None:
         self.group, self.tokens = group, TokenShare(ledger, group)
         self._ledger, self._sums, self._spans = ledger, dict[str, Sum](), dict[str, slice]()
+        self.demand = Demand()
+        self._completions: list[Callable[[], None]] = []
         self._listeners: list[Callable[[], None]] = []
         self._reduces_each = self._looks_ahead = self._remembers = False
         self._remembered: Mapping[str, Any] = {}
@@ -97,7 +113,8 @@ class Loads(StepRule):
 
     def _count(self, index: int, place: Place, decision: Decision) -> RouterLoads:
         counts = self.open(f"counts/{place.name}", decision.policy.num_experts)
-        decision.tell(found := RouterLoads(index if place.layer is None else place.layer, decision.policy, counts))
+        layer = index if place.layer is None else place.layer
+        decision.tell(found := RouterLoads(layer, decision.policy, counts, self.demand))
         return found
 
     # What techniques ask for, at installation.
@@ -130,6 +147,10 @@ class Loads(StepRule):
         """Have `last_step` saved in checkpoints, for what depends on it in the next."""
         self._remembers = True
 
+    def complete_by(self, function: Callable[[], None]) -> None:
+        """Call `function` after each training forward that counts, before its sums are added up."""
+        self._completions.append(function)
+
     def after_micro_batch(self, function: Callable[[], None]) -> None:
         """Call `function` after each training forward, before its backward, when sums of it are there."""
         self._listeners.append(function)
@@ -156,14 +177,21 @@ class Loads(StepRule):
 
     def begin_step(self, context: StepContext) -> None:
         self.micro_batch = self.all_ranks = self.so_far = self.whole = None
+        self.demand.is_open = self.demand.every_step or context.is_reported
         if self._remembered:
             self._recall()
 
     def _begin_forward(self, batch: Batch) -> None:
+        if not self.demand.is_open:
+            return
         torch._foreach_zero_([one.value for one in self._sums.values()])
 
     @torch.no_grad()
     def _end_forward(self) -> None:
+        if not self.demand.is_open:
+            return
+        for function in self._completions:
+            function()
         values = [one.value for one in self._sums.values()]
         found = torch.cat([self.tokens.count, torch.ones_like(self.tokens.count), *values]).double()
         each = self._reduces_each and not self._ledger.is_looking
@@ -181,8 +209,8 @@ class Loads(StepRule):
 
     def before_optimizer(self, context: StepContext) -> None:
         if self.so_far is None:
-            return
-        if self.whole is not None:
+            self.last_step = None
+        elif self.whole is not None:
             self.last_step = self.whole
         else:
             self.last_step = self.so_far if self._reduces_each else reduced(self.so_far, "sum", self.group)
@@ -206,10 +234,17 @@ class Loads(StepRule):
         self.last_step, self._remembered = torch.tensor(flat, dtype=torch.float64, device=device), {}
 
 
-def loads_of(sites: Sites, context: InstallContext) -> Loads:
+def loads_of(sites: Sites, context: InstallContext, *, only_reported: bool = False) -> Loads:
     """Return the loads of a run's routers, the same for all techniques that ask.
+
+    Args:
+        sites: Of the model.
+        context: Of the run.
+        only_reported: Whether whoever asks needs them in steps alone whose metrics are reported.
 
     Raises:
         ConfigError: The model has no routers, or ones whose output is not understood.
     """
-    return context.shared(Loads, lambda: Loads(context.ledger, decisions(sites, context.ledger, decide=False)))
+    loads = context.shared(Loads, lambda: Loads(context.ledger, decisions(sites, context.ledger, decide=False)))
+    loads.demand.every_step |= not only_reported
+    return loads

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from leanmill.core.rules import StepRule
+from leanmill.core.rules import StepContext, StepRule
 from leanmill.moe.load_statistics import load_entropy, max_violation, num_dead
 from leanmill.moe.loads.loads import Loads
-from leanmill.moe.moe_metrics.watch import RouterWatch
+from leanmill.moe.moe_metrics.watch import Looks, RouterWatch
 
 
 NAME = "experts"
@@ -17,21 +17,27 @@ NAME = "experts"
 class ExpertMetrics(StepRule):
     """Reports what the last step's tokens did; no collective and no waiting but when a record is due.
 
+    After a step that nobody knew to be reported there is nothing to report.
+
     Args:
         loads: Of the run.
+        looks: Of the model.
         watches: Of all routers.
         by_layer: Whether to report each layer.
     """
 
     name = NAME
 
-    def __init__(self, loads: Loads, watches: Sequence[RouterWatch], *, by_layer: bool) -> None:
-        self._loads, self._watches, self._by_layer = loads, watches, by_layer
+    def __init__(self, loads: Loads, looks: Looks, watches: Sequence[RouterWatch], *, by_layer: bool) -> None:
+        self._loads, self._looks, self._watches, self._by_layer = loads, looks, watches, by_layer
+
+    def begin_step(self, context: StepContext) -> None:
+        self._looks.is_due.fill_(context.is_reported)
 
     def metrics(self) -> Mapping[str, float]:
         """Return means over layers (`dead_experts`: the number in all), and those of each layer as `name/layer`."""
         step = self._loads.last_step
-        if step is None:
+        if step is None or not self._looks.is_due:
             return {}
         step = step.cpu()  # all that follows is the host's
         found: dict[str, dict[int, float]] = {}
@@ -54,7 +60,7 @@ def of_layer(counts: Sequence[float], sums: Sequence[float]) -> dict[str, float]
 
     Args:
         counts: [E] how often each expert was chosen.
-        sums: What `watch.look` added up.
+        sums: As `watch.look` returns them.
 
     Returns:
         `max_violation`, `load_entropy`, `dead_experts`; `drop_rate`, the share of choices that no expert computed;

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.account import add_once, is_recompute
+from leanmill.core.batches import Batch
 from leanmill.moe.loads.loads import RouterLoads, Sum
 from leanmill.moe.routing.decision import Reader, Routing
-from leanmill.moe.routing.policy import Score
 
 
 NUM_SUMS = 4
-"""Of `look`: entropies, mean squares of logits, choices that are dropped, tokens."""
+"""Numbers of a router, see `look`."""
 _FLOOR = -1e4
 """Logits this far below a token's largest have no share, and closed experts, at -inf, are put there."""
+_MOST_HELD = 2**20
+"""Logits that are kept at once: 4 MB in fp32. Of more, operations take longer to run than to call."""
 
 
 class Shown:
@@ -25,29 +29,19 @@ class Shown:
     """bool [B x S]."""
 
 
-def look(into: Tensor, logits: Tensor, is_kept: Tensor | None, mask: Tensor | None, score: Score) -> None:
-    """Add sums over tokens to `into`, fp32 [NUM_SUMS], unless a forward is only being recomputed.
+def look(logits: Tensor, is_kept: Tensor | None, mask: Tensor | None, *, is_sigmoid: bool) -> Tensor:
+    """Return sums over the tokens of routers, fp32 [..., NUM_SUMS].
+
+    They are the entropies of the shares of affinity in nats, the mean squares of logits (of an expert that is closed to
+    the token counting 0), the number of choices that are dropped, and that of tokens: fewer than the batch's where a
+    technique leaves some out.
 
     Args:
-        into: Gets the entropies of the shares of affinity in nats, the mean squares of logits (of an expert that is
-            closed to the token counting 0), the number of choices that are dropped, and that of tokens: fewer than
-            the batch's where a technique leaves some out.
-        logits: [T, E], without gradients; -inf where an expert is closed.
-        is_kept: bool [T, K]: False for choices that are dropped; None where none are.
+        logits: [..., T, E], without gradients; -inf where an expert is closed.
+        is_kept: bool [..., T, K]: False for choices that are dropped; None where none are.
         mask: bool [T] or None: which positions are tokens.
-        score: How logits become scores, see `affinities`.
+        is_sigmoid: How logits become scores, see `affinities`.
     """
-    if torch.compiler.is_compiling():
-        _look_op(into, logits, is_kept, mask, score == "sigmoid")
-    else:
-        # An operator of one's own takes longer to call than all of this.
-        with torch.no_grad():
-            _look(into, logits, is_kept, mask, score == "sigmoid")
-
-
-def _look(into: Tensor, logits: Tensor, is_kept: Tensor | None, mask: Tensor | None, is_sigmoid: bool) -> None:
-    if is_recompute():
-        return
     wide = logits.float()
     if mask is not None:
         # Whatever padding holds, NaN too, reaches nobody.
@@ -60,20 +54,73 @@ def _look(into: Tensor, logits: Tensor, is_kept: Tensor | None, mask: Tensor | N
     entropies = totals.log() - parts.mul_(below).sum(-1) / totals
     if mask is not None:
         entropies = entropies.masked_fill(~mask, 0)
-    squares = wide.masked_fill(wide == -torch.inf, 0).square_().sum() / wide.shape[1]
-    dropped = squares.new_zeros(()) if is_kept is None else (~is_kept).sum().to(squares.dtype)
-    num_tokens = squares.new_full((), len(wide)) if mask is None else mask.sum().to(squares.dtype)
-    into.add_(torch.stack([entropies.sum(), squares, dropped, num_tokens]))
+    squares = wide.masked_fill(wide == -torch.inf, 0).square_().sum((-2, -1)) / wide.shape[-1]
+    dropped = torch.zeros_like(squares) if is_kept is None else (~is_kept).sum((-2, -1)).to(squares.dtype)
+    num_tokens = torch.full_like(squares, wide.shape[-2]) if mask is None else mask.sum().to(squares).expand_as(squares)
+    return torch.stack([entropies.sum(-1), squares, dropped, num_tokens], dim=-1)
 
 
 @torch.library.custom_op("leanmill::look_at_router", mutates_args={"into"})
-def _look_op(into: Tensor, logits: Tensor, is_kept: Tensor | None, mask: Tensor | None, is_sigmoid: bool) -> None:
-    _look(into, logits, is_kept, mask, is_sigmoid)
+def _look_op(
+    into: Tensor, logits: Tensor, is_kept: Tensor | None, mask: Tensor | None, is_sigmoid: bool, is_due: Tensor
+) -> None:
+    """Kept whole by compiled code, which asks neither for recomputation nor for the step."""
+    if bool(is_due) and not is_recompute():
+        into.add_(look(logits, is_kept, mask, is_sigmoid=is_sigmoid))
 
 
 @_look_op.register_fake
-def _(into: Tensor, logits: Tensor, is_kept: Tensor | None, mask: Tensor | None, is_sigmoid: bool) -> None:
+def _(
+    into: Tensor, logits: Tensor, is_kept: Tensor | None, mask: Tensor | None, is_sigmoid: bool, is_due: Tensor
+) -> None:
     return None
+
+
+class Held(NamedTuple):
+    """One router of the forward under way; see `look`."""
+
+    into: Tensor
+    logits: Tensor
+    is_kept: Tensor | None
+    mask: Tensor | None
+    is_sigmoid: bool
+
+
+class Looks:
+    """The routers of a forward, kept until it ends and looked at together. One of a model.
+
+    On few tokens an operation takes as long to call as to run.
+    """
+
+    def __init__(self) -> None:
+        self.is_due = torch.ones((), dtype=torch.bool)
+        """Whether in this step; on the CPU, for compiled code to ask."""
+        self._held: list[Held] = []
+        self._num_held = 0
+
+    def begin_forward(self, batch: Batch) -> None:
+        """Forget what a forward that failed has left."""
+        self._held, self._num_held = [], 0
+
+    def hold(self, seen: Held) -> None:
+        """Keep what a router saw, and look once much is kept."""
+        self._held.append(seen)
+        self._num_held += seen.logits.numel()
+        if self._num_held > _MOST_HELD:
+            self.look()
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Add the sums of all that is kept to where each belongs."""
+        held, self._held, self._num_held = self._held, [], 0
+        alike: dict[Any, list[Held]] = {}
+        for one in held:
+            alike.setdefault((one.logits.shape, one.is_sigmoid, one.is_kept is None), []).append(one)
+        for group in alike.values():
+            first = group[0]
+            is_kept = None if first.is_kept is None else torch.stack([one.is_kept for one in group])  # type: ignore[misc]
+            sums = look(torch.stack([one.logits for one in group]), is_kept, first.mask, is_sigmoid=first.is_sigmoid)
+            torch._foreach_add_([one.into for one in group], list(sums.unbind()))
 
 
 class RouterWatch(Reader):
@@ -82,6 +129,7 @@ class RouterWatch(Reader):
     Args:
         loads: Of the router.
         sums: Of this module, reduced along with the loads.
+        looks: Of the model.
         shown: Of the model.
     """
 
@@ -89,12 +137,12 @@ class RouterWatch(Reader):
     seen: Tensor
     """fp32 [E]: tokens of the evaluation under way sent to each expert, on this rank."""
 
-    def __init__(self, loads: RouterLoads, sums: Sum, shown: Shown) -> None:
+    def __init__(self, loads: RouterLoads, sums: Sum, looks: Looks, shown: Shown) -> None:
         super().__init__()
-        self.sums, self.shown = sums, shown
+        self.sums, self.looks, self.shown = sums, looks, shown
         # Past nn.Module's registration: it looks at the router by itself.
         self.__dict__["_loads"] = loads
-        self.score: Score = loads.policy.score
+        self.is_sigmoid = loads.policy.score == "sigmoid"
         self.register_buffer("seen", torch.zeros(loads.policy.num_experts), persistent=False)
 
     @property
@@ -102,9 +150,17 @@ class RouterWatch(Reader):
         """What counts the router's choices."""
         return self.__dict__["_loads"]  # type: ignore[no-any-return]
 
+    @property
+    def is_looking(self) -> bool:
+        return not self.training or torch.compiler.is_compiling() or bool(self.looks.is_due)
+
     def forward(self, routing: Routing) -> Tensor:
         if self.training:
-            look(self.sums.value, routing.logits.detach(), routing.is_kept, routing.token_mask, self.score)
+            seen = Held(self.sums.value, routing.logits.detach(), routing.is_kept, routing.token_mask, self.is_sigmoid)
+            if torch.compiler.is_compiling():
+                _look_op(*seen, self.looks.is_due)
+            elif not is_recompute():
+                self.looks.hold(seen)
         else:
             mask = self.shown.mask
             if mask is not None and len(mask) != len(routing.experts):

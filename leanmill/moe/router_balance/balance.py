@@ -79,9 +79,11 @@ class Balance(Reader):
         self.sent = sent
         self.register_buffer("shares", torch.zeros(self.policy.num_experts), persistent=False)
 
+    @property
+    def is_looking(self) -> bool:
+        return self.training
+
     def forward(self, routing: Routing) -> Tensor:
-        if not self.training:
-            return routing.weights
         weights = self._balance_rows(routing) if self.over_rows else self._balance(routing)
         z = routing.z_loss
         return self.z.attach(weights, z if routing.token_mask is None else z * self.tokens.share)

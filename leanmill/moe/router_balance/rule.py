@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ Estimator = Literal["running", "warm_start", "two_pass"]
 
 
 class BalanceRule(StepRule):
-    """Writes the factors of a micro-batch whose forward has ended, and reports loads.
+    """Writes the factors of a micro-batch whose forward has ended.
 
     Args:
         ledger: Of the run.
@@ -110,14 +109,3 @@ class BalanceRule(StepRule):
         assert loads.all_ranks is not None
         mean = loads.num_tokens(loads.all_ranks) / loads.num_micro_batches(loads.all_ranks)
         return loads.num_tokens(loads.micro_batch) / mean.clamp(min=1)
-
-    def metrics(self) -> Mapping[str, float]:
-        """Return the largest load of the last step's tokens over the mean load: each layer's, and their mean."""
-        if self._loads.last_step is None:
-            return {}
-        layers = [layer for _, layer in self._balances]
-        loads = [self._loads.part(self._loads.last_step, layer.counts) for layer in layers]
-        ratios = torch.stack([load.max() / load.mean() for load in loads]).tolist()
-        return {"max_load": sum(ratios) / len(ratios)} | {
-            f"max_load/{layer.layer}": ratio for layer, ratio in zip(layers, ratios, strict=True)
-        }

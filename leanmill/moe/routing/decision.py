@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Routing(NamedTuple):
     counts: Tensor
     """[S, E] int64: how often each expert was chosen by each sequence's tokens, dropped copies included."""
     z_loss: Tensor
-    """Scalar fp32, differentiable: mean of logsumexp(logits)^2 over tokens that are not masked. NaN in training where
+    """Scalar fp32, differentiable: mean of logsumexp(logits)^2 over tokens that are not masked. NaN where
     nobody asked for a decision (`Decision.decides`): who only looks has no loss."""
     mean_probability: Tensor
     """[S, E] fp32, differentiable: mean share of affinity (see `affinities`) over a sequence's tokens; NaN likewise."""
@@ -49,6 +50,11 @@ class Reader(TechniqueModule):
 
     technique: ClassVar[str]
     """Registered name of the technique, for messages."""
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether it does anything in the forward under way; true in compiled code, which would be compiled twice."""
+        return True
 
     def forward(self, routing: Routing) -> Tensor:
         """Return `routing.weights`, or them with losses attached (`Account.attach`): values stay."""
@@ -134,19 +140,20 @@ class Decision(Around):
         Of what is decided here, logits and weights are fp32. Copies that are not computed have weight 0, and
         expert E where experts skip it (see `skips_empty`).
         """
+        readers = [reader for reader in self.readers.values() if reader.is_looking]
         if self.policy.is_exact and ((self.training and self.decides) or self.changes_inference):
-            routing, rest = self._decide(args[0]), []
+            routing, rest = self._decide(args[0], [*args[1:], *kwargs.values()]), []
         else:
             output = call(*args, **kwargs)
-            if not self.readers:
+            if not readers:
                 return output
             logits, weights, experts, *rest = output
             routing = self._observe(logits, weights, experts)
-        for reader in self.readers.values():
+        for reader in readers:
             routing = routing._replace(weights=reader(routing))
         return (routing.logits, routing.weights, self._sent_to(routing), *rest)
 
-    def _decide(self, hidden: Tensor) -> Routing:
+    def _decide(self, hidden: Tensor, given: Sequence[Tensor]) -> Routing:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         router, policy = self.module, self.policy
         options: list[Option] = list(self.options.values())  # type: ignore[arg-type]
@@ -162,7 +169,7 @@ class Decision(Around):
             policy.top_k,
             score=policy.score,
             normalise=policy.normalise,
-            bias=None if policy.bias is None else router._buffers[policy.bias],
+            bias=policy.bias_of(router, given),
             scaling=policy.scaling,
             groups=policy.groups,
             token_mask=mask,
@@ -179,7 +186,7 @@ class Decision(Around):
         settings = Settings(1, self.policy.score == "sigmoid", True, 1.0, num_sequences=num_sequences)
         # The router sends padding somewhere too, which counts nowhere.
         counted = experts if mask is None else experts.masked_fill(~mask.unsqueeze(-1), self.policy.num_experts)
-        if not self.decides and self.training:
+        if not self.decides:
             unknown = logits.new_full((), torch.nan, dtype=torch.float32)
             counts = naive.counts(counted, self.policy.num_experts, settings)
             return Routing(logits, weights, experts, None, counts, unknown, unknown.expand(counts.shape), mask)

@@ -31,12 +31,15 @@ class SeenRouting(Reader):
         self.routing: tuple[Tensor, Tensor, Tensor] | None = None
         """Logits, combine weights, experts; as experts see them."""
 
+    @property
+    def is_looking(self) -> bool:
+        return self.training
+
     def forward(self, routing: Routing) -> Tensor:
-        if self.training:
-            experts = routing.experts
-            if routing.is_kept is not None:
-                experts = experts.masked_fill(~routing.is_kept, routing.logits.shape[-1])
-            self.routing = routing.logits, routing.weights.detach(), experts
+        experts = routing.experts
+        if routing.is_kept is not None:
+            experts = experts.masked_fill(~routing.is_kept, routing.logits.shape[-1])
+        self.routing = routing.logits, routing.weights.detach(), experts
         return routing.weights
 
 

@@ -15,8 +15,9 @@ from leanmill.core.registry import parse_technique, unasked_techniques
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.compile import compile_blocks
 from leanmill.moe.load_statistics import specialisation
+from leanmill.moe.loads.loads import Loads
 from leanmill.moe.moe_metrics.rule import of_layer
-from leanmill.moe.moe_metrics.watch import NUM_SUMS, look
+from leanmill.moe.moe_metrics.watch import NUM_SUMS, Held, Looks, RouterWatch, look
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.train_module import TrainModule
@@ -139,8 +140,7 @@ def test_loads_are_those_of_all_ranks():
 def test_dropped_and_closed_choices_by_hand(score):
     logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, -1.0, 30.0], [9.0, 9.0, torch.nan]])
     is_kept = torch.tensor([[True, False], [True, True], [True, True]])
-    sums = torch.zeros(NUM_SUMS)
-    look(sums, logits, is_kept, torch.tensor([True, True, False]), score)
+    sums = look(logits, is_kept, torch.tensor([True, True, False]), is_sigmoid=score == "sigmoid")
     entropy = 0.0
     for row in ([1.0, 2.0], [0.0, -1.0, 30.0]):
         scores = torch.tensor(row, dtype=torch.float64)
@@ -150,11 +150,48 @@ def test_dropped_and_closed_choices_by_hand(score):
     assert sums.tolist() == pytest.approx([entropy, (1 + 4 + 0 + 1 + 900) / 3, 1, 2], rel=1e-5)
 
 
-def test_logits_in_half_precision_are_summed_in_fp32():
-    logits, sums = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.zeros(2, NUM_SUMS)
-    look(sums[0], logits, None, None, "softmax")
-    look(sums[1], logits.float(), None, None, "softmax")
-    assert torch.equal(sums[0], sums[1])
+@pytest.mark.parametrize("most", [10**6, 0])
+def test_routers_are_looked_at_together_and_each_gets_its_own(most, monkeypatch):
+    monkeypatch.setattr("leanmill.moe.moe_metrics.watch._MOST_HELD", most)
+    generator, looks, wanted = torch.Generator().manual_seed(0), Looks(), []
+    sums = [torch.ones(NUM_SUMS) for _ in range(5)]
+    # Layers of another width, score or with dropped choices are others' sums; two of a kind are one stack.
+    for into, (width, drops, is_sigmoid) in zip(
+        sums, [(4, False, False), (4, True, False), (6, False, True), (4, False, False), (4, True, False)], strict=True
+    ):
+        logits = torch.randn(7, width, generator=generator).bfloat16()
+        is_kept = torch.rand(7, 2, generator=generator) < 0.5 if drops else None
+        looks.hold(Held(into, logits, is_kept, None, is_sigmoid))
+        wanted.append(1 + look(logits.float(), is_kept, None, is_sigmoid=is_sigmoid))
+    looks.look()
+    torch.testing.assert_close(torch.stack(sums), torch.stack(wanted), msg="bf16 logits are summed in fp32")
+    looks.look()
+    torch.testing.assert_close(torch.stack(sums), torch.stack(wanted), msg="what was looked at is kept no longer")
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_steps_between_reports_cost_nothing_and_say_nothing(compiled, balanced):
+    model, offered = spread("mixtral"), context()
+    raw = [{"type": "moe_metrics"}, *([{"type": "router_balance", "weight": 0.5}] if balanced else [])]
+    installed = install_techniques([parse_technique(one) for one in raw], model, offered)
+    module = TrainModule(model, ledger=offered.ledger).train()
+    if compiled:
+        compile_blocks(model)
+    (loads,) = (rule for rule in installed.step_rules if isinstance(rule, Loads))
+    watches = [one for one in model.modules() if isinstance(one, RouterWatch)]
+    for seed, is_reported in ((1, False), (2, True), (3, False), (4, True)):
+        for one in watches:
+            one.sums.value.fill_(torch.nan)
+        step(module, installed.step_rules, [batch_of(seed)], is_reported=is_reported)
+        assert all(one.sums.value.isfinite().all() == (is_reported or balanced) for one in watches)
+        assert (loads.last_step is not None) == (is_reported or balanced)
+        if is_reported:
+            assert metrics_of(installed).keys() >= {"max_violation", "router_entropy/1"}
+        else:
+            assert metrics_of(installed) == {}
+    if not balanced:
+        check(metrics_of(installed), "mixtral", [batch_of(4)])
 
 
 def test_dropped_choices_are_a_rate():

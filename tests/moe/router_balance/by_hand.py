@@ -27,10 +27,6 @@ class Found:
     counts: list[Tensor] = field(default_factory=list)
     """[E] of each layer."""
 
-    @property
-    def max_load(self) -> float:
-        return float(torch.stack([c.max() / c.mean() for c in self.counts]).mean())
-
 
 @dataclass(kw_only=True)
 class _Part:
