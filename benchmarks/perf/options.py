@@ -3,6 +3,6 @@
 DEFAULTS: dict[str, dict[str, int]] = {
     "step_time": {"rounds": 12},
     "techniques": {"rounds": 12},
-    "router_balance": {"rounds": 12},
+    "router_balance": {"rounds": 24},
     "checkpoint_stall": {"saves": 5, "steps_between": 4},
 }

@@ -1,4 +1,8 @@
-"""What synchronising the loads of experts costs a step: calls, bytes, and its share of the time, at 4 ranks."""
+"""What synchronising the loads of experts over ranks costs a step at 4 ranks: calls, bytes, and the extra time.
+
+One run, whose steps alternate between reducing the loads and leaving each rank with its own, in pairs of either order;
+the extra of a pair is what reducing costs, waiting for slower ranks included.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import interleaved, ratio, stepper
+from common import stepper
 from machine import conditions, write_result
 from options import DEFAULTS
 from torch import Tensor
 
 from leanmill.models.build import build_on_meta
-from leanmill.moe.loads.loads import Loads
+from leanmill.moe.loads import loads as counting
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
@@ -32,20 +36,20 @@ from leanmill.trainer.prepare import prepare
 
 MODEL = {
     "model_type": "mixtral",
-    "vocab_size": 4096,
+    "vocab_size": 2048,
     "hidden_size": 256,
     "intermediate_size": 256,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_local_experts": 16,
+    "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-"""22M parameters, 6M of them for a token."""
+"""11M parameters, 4M of them for a token."""
 LENGTH, ROWS_PER_RANK, MICRO_BATCHES = 256, 2, 2
-SCOPES = {"micro_batch": {"scope": "micro_batch"}, "global_batch": {"scope": "global_batch", "estimator": "running"}}
+WARMUP_STEPS = 2
 
 
 class RandomRows:
@@ -59,14 +63,14 @@ class RandomRows:
         return {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": positions, "row_ids": ids[:, 0]}
 
 
-def make_loop(options: dict[str, Any], num_ranks: int) -> Loop:
+def make_loop(num_ranks: int) -> Loop:
     tokens = num_ranks * ROWS_PER_RANK * LENGTH
     recipe = Recipe.model_validate(
         {
             "device": "cpu",
             "model": {"config": MODEL},
             "data": {"sequence_length": LENGTH},
-            "techniques": [{"type": "router_balance"} | options],
+            "techniques": [{"type": "router_balance", "scope": "global_batch", "estimator": "running"}],
             "engine": "ddp",
             "batch": {"tokens_per_step": tokens, "tokens_per_micro_batch": tokens // num_ranks // MICRO_BATCHES},
             "train": {"steps": 100_000, "precision": "fp32"},
@@ -93,28 +97,34 @@ def make_loop(options: dict[str, Any], num_ranks: int) -> Loop:
 
 def num_reduced(loop: Loop) -> int:
     """How many numbers one reduction of loads has: counts of all layers, and what metrics add up beside them."""
-    (loads,) = (rule for rule in loop.step_rules if isinstance(rule, Loads))
+    (loads,) = (rule for rule in loop.step_rules if isinstance(rule, counting.Loads))
     assert loads.last_step is not None
     return loads.last_step.numel()
 
 
-def reductions_of(step: Callable[[], None], size: int) -> list[float]:
-    """Seconds of each reduction of `size` numbers in a step, waiting for other ranks included."""
-    plain, seconds = dist.all_reduce, list[float]()
+def timed_pairs(step: Callable[[], None], rounds: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of steps that reduce loads and of ones that do not, in pairs; and the reductions of a step that does."""
+    reduce, calls = counting.reduced, 0
 
-    def timed(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        started = time.perf_counter()
-        result = plain(tensor, *args, **kwargs)
-        if tensor.numel() == size:
-            seconds.append(time.perf_counter() - started)
-        return result
+    def counted(tensor: Tensor, *args: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return reduce(tensor, *args)
 
-    dist.all_reduce = timed  # type: ignore[assignment]
+    functions = {"reduced": counted, "own": lambda tensor, *args: tensor.clone()}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     try:
-        step()
+        for number in range(rounds):
+            # Either order, so that drift of the machine favours none.
+            for name in sorted(functions, reverse=bool(number % 2)):
+                counting.reduced = functions[name]  # type: ignore[assignment]
+                dist.barrier()
+                started = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - started)
     finally:
-        dist.all_reduce = plain
-    return seconds
+        counting.reduced = reduce
+    return seconds, calls // rounds
 
 
 def alone(size: int, times: int = 50) -> float:
@@ -140,23 +150,25 @@ def work(rounds: int, folder: Path) -> None:
         timeout=timedelta(seconds=120),
     )
     measured_under = conditions()
-    loops = {name: make_loop(options, num_ranks) for name, options in SCOPES.items()}
-    steps = {name: stepper(loop) for name, loop in loops.items()}
-    seconds = interleaved(steps, rounds=rounds)
-    size = num_reduced(loops["global_batch"])
-    found = {name: reductions_of(step, size) for name, step in steps.items()}
-    once, step_seconds = alone(size), statistics.median(seconds["global_batch"])
-    calls = len(found["global_batch"])
+    loop = make_loop(num_ranks)
+    step = stepper(loop)
+    for _ in range(WARMUP_STEPS):
+        step()
+    size = num_reduced(loop)
+    seconds, calls = timed_pairs(step, rounds)
+    extra = [a - b for a, b in zip(seconds["reduced"], seconds["own"], strict=True)]
+    low, middle, high = statistics.quantiles(extra, n=4)
+    once, step_seconds = alone(size), statistics.median(seconds["own"])
     figures = {
-        "global_batch_step_over_micro_batch_step": ratio(seconds, "global_batch", "micro_batch"),
+        "extra_share_of_a_step": middle / step_seconds,
+        "extra_share_of_a_step_quartiles": [low / step_seconds, high / step_seconds],
         "share_of_a_step_when_ranks_come_together": calls * once / step_seconds,
+        "extra_seconds_median": middle,
+        "step_seconds_median": step_seconds,
         "calls_a_step": calls,
         "numbers_a_call": size,
-        "calls_a_step_of_micro_batch": len(found["micro_batch"]),
         "bytes_a_rank_hands_over_a_step": 8 * size * calls,
         "seconds_of_a_call_when_ranks_come_together": once,
-        "seconds_of_the_calls_of_a_step_with_waiting": sum(found["global_batch"]),
-        "step_seconds_median": step_seconds,
         "ranks": num_ranks,
         "layers": MODEL["num_hidden_layers"],
         "experts": MODEL["num_local_experts"],
