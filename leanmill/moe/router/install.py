@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.experts import is_stacked_experts, use_our_compute
 from leanmill.core.noise import FreshNoise
 from leanmill.core.rules import StepRule
 from leanmill.core.sites import Sites
@@ -18,7 +16,7 @@ from leanmill.moe.router.groups import Grouped
 from leanmill.moe.router.jitter import Jitter
 from leanmill.moe.router.mask_moe import MaskMoe, draw_visible, frequent, read_counts
 from leanmill.moe.routing.decision import Decision
-from leanmill.moe.routing.install import decisions
+from leanmill.moe.routing.install import decisions, skip_what_nobody_takes
 from leanmill.moe.routing.policy import Policy
 
 
@@ -50,7 +48,7 @@ def install(
     if mask is not None:
         _close(sites, context, found, *mask)
     if capacity is not None or choice is not None:
-        _skip_what_nobody_takes(sites)
+        skip_what_nobody_takes(sites.model)
     if mask is not None or choice is not None:
         found[0].tokens.watch(sites.model)
     if jitter == 0:
@@ -102,11 +100,3 @@ def _close(
         decision.add(
             MaskMoe(draw_visible(is_frequent, num_experts, num_visible, seed=context.seed, name=decision.name))
         )
-
-
-def _skip_what_nobody_takes(sites: Sites) -> None:
-    """Have experts computed by code that knows empty places, where there is such for them; else they cost time."""
-    for path, module in sites.model.named_modules():
-        if is_stacked_experts(module):
-            with suppress(ConfigError):
-                use_our_compute(module, path, remedy="")

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from leanmill.core.around import arounds
 from leanmill.core.batches import Batch
-from leanmill.core.experts import IMPLEMENTATION, is_stacked_experts
+from leanmill.core.errors import ConfigError
+from leanmill.core.experts import IMPLEMENTATION, is_stacked_experts, use_our_compute
 from leanmill.core.ledger import Ledger
 from leanmill.core.places import Place, find_modules
 from leanmill.core.sites import Sites
 from leanmill.moe.routing.decision import Decision
-from leanmill.moe.routing.policy import Policy, policy_of
+from leanmill.moe.routing.policy import ARGUMENT, Policy, policy_of
 from leanmill.moe.routing.tokens import Tokens
 
 
@@ -35,9 +37,31 @@ def decisions(sites: Sites, ledger: Ledger, *, decide: bool = True) -> list[tupl
     if not all(found):
         _stand(sites, ledger, places)
     standing = [(place, _decision(place.module)) for place in places]
-    for _, decision in standing:
+    for place, decision in standing:
+        if decide and decision.policy.bias not in (None, ARGUMENT):
+            hold_whole(place.module, str(decision.policy.bias))
         decision.decides |= decide
     return standing
+
+
+def hold_whole(router: nn.Module, path: str) -> None:
+    """Make a bias that the family has as a frozen parameter a buffer of the same name.
+
+    Engines shard parameters, and gather those of a module where it is called; a decision reads the bias of a module
+    below the router that nobody calls.
+    """
+    above, _, name = path.rpartition(".")
+    owner = router.get_submodule(above)
+    if name in owner._parameters:
+        parameter = owner._parameters.pop(name)
+        assert parameter is not None
+        owner.register_buffer(name, parameter.detach())
+
+
+def skips_empty_places(model: nn.Module) -> Callable[[], bool]:
+    """Return what says whether all experts of a model are computed by code that knows empty places."""
+    configs = [getattr(module, "config", None) for module in model.modules() if is_stacked_experts(module)]
+    return lambda: {getattr(config, "_experts_implementation", None) for config in configs} == {IMPLEMENTATION}
 
 
 def check_routers(model: nn.Module) -> None:
@@ -47,6 +71,14 @@ def check_routers(model: nn.Module) -> None:
         ConfigError: A router's output is not understood.
     """
     _policies(model, [(path, router) for path, _, router in find_modules(model, "router")])
+
+
+def skip_what_nobody_takes(model: nn.Module) -> None:
+    """Have experts computed by code that knows empty places, where there is such for them; else they cost time."""
+    for path, module in model.named_modules():
+        if is_stacked_experts(module):
+            with suppress(ConfigError):
+                use_our_compute(module, path, remedy="")
 
 
 def decision_of(router: nn.Module) -> Decision | None:
@@ -67,13 +99,13 @@ def _stand(sites: Sites, ledger: Ledger, places: list[Place]) -> None:
         found.append(Decision(policy, tokens, place.name))
         place.around(found[-1])
 
-    configs = [getattr(module, "config", None) for module in sites.model.modules() if is_stacked_experts(module)]
+    skips = skips_empty_places(sites.model)
 
     def look(batch: Batch) -> None:
         # Asked here, since techniques installed later may choose how experts are computed.
-        implementations = {getattr(config, "_experts_implementation", None) for config in configs}
+        skips_empty = skips()
         for decision in found:
-            decision.skips_empty = implementations == {IMPLEMENTATION}
+            decision.skips_empty = skips_empty
         tokens.begin_forward(batch)
 
     ledger.before_forward(look)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +22,8 @@ from leanmill.kernels.topk_router.settings import Settings
 
 Score = Literal["softmax", "sigmoid"]
 """How logits become scores; sigmoid ones are normalised over experts to be shares (arXiv:2412.19437, eq. 18)."""
+ARGUMENT = "(argument)"
+"""Stands for a path where the block around a router holds its bias and calls it with that."""
 _NUM_TOKENS = 256
 _FEW = 16
 """Tokens that tell most wrong policies already."""
@@ -38,10 +42,23 @@ class Policy:
     scaling: float = 1.0
     groups: Groups | None = None
     bias: str | None = None
-    """Name of the module's buffer [num_experts] that is added to scores for the choice only."""
+    """What is added to scores for the choice only: the path below the module of a tensor with a number an expert that
+    no gradient trains, or `ARGUMENT`, where the router is called with it."""
     is_exact: bool = True
     """Whether this is all that the router computes, and its logits are its `weight` x the hidden state, plus its
     `bias` where it has one; else only the number of experts, top_k and score are known."""
+
+    def bias_of(self, router: nn.Module, given: Sequence[Tensor]) -> Tensor | None:
+        """Return `bias` itself [num_experts].
+
+        Args:
+            router: Whose policy it is.
+            given: What it is called with beside the hidden state.
+        """
+        if self.bias is None:
+            return None
+        found: Any = given[0] if self.bias == ARGUMENT else functools.reduce(getattr, self.bias.split("."), router)
+        return found.reshape(-1)  # type: ignore[no-any-return]
 
 
 def affinities(logits: Tensor, score: Score) -> Tensor:
@@ -73,11 +90,12 @@ def policy_of(router: nn.Module, name: str, hidden_size: int) -> Policy:
         ConfigError: Its output has another form, or its scores come from neither softmax nor sigmoid.
     """
     twin, hidden = _twin(router, hidden_size)
+    given = _further(twin)
     try:
-        output = type(twin).forward(twin, hidden)
+        output = type(twin).forward(twin, hidden, *given)
     except (RuntimeError, TypeError, ValueError, IndexError):
         output = None
-    found = _read(twin, hidden, *output[:3]) if is_routing(output) else None
+    found = _read(twin, hidden, given, *output[:3]) if is_routing(output) else None
     if found is None:
         raise ConfigError(
             f"the router {name} returns something else than (logits, combine weights, experts) with softmax or sigmoid "
@@ -103,15 +121,29 @@ def _twin(router: nn.Module, hidden_size: int) -> tuple[nn.Module, Tensor]:
     return twin, torch.randn(_NUM_TOKENS, hidden_size, generator=generator)
 
 
-def _read(router: nn.Module, hidden: Tensor, logits: Tensor, weights: Tensor, experts: Tensor) -> Policy | None:
+def _further(twin: nn.Module) -> list[Tensor]:
+    """What a router must be called with beside the hidden state: nothing, or a bias."""
+    parameters = list(inspect.signature(type(twin).forward).parameters.values())[2:]
+    wanted = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    weight = getattr(twin, "weight", None)
+    if len(wanted) != 1 or not isinstance(weight, Tensor):
+        return []
+    return [torch.randn(len(weight), generator=torch.Generator().manual_seed(1)) / 10]
+
+
+def _read(
+    router: nn.Module, hidden: Tensor, given: Sequence[Tensor], logits: Tensor, weights: Tensor, experts: Tensor
+) -> Policy | None:
     score = _score(logits, weights, experts)
     if score is None:
         return None
     policy = Policy(logits.shape[1], experts.shape[1], score, is_exact=False)
     if not _is_linear(router, hidden, logits):
         return policy
-    for candidate in _candidates(router, policy, logits, weights, experts):
-        if all(_decides_so(candidate, router, logits[:n], weights[:n], experts[:n]) for n in (_FEW, _NUM_TOKENS)):
+    biases = [*_biases(router, policy.num_experts), *[ARGUMENT] * len(given)]
+    for candidate in _candidates(policy, biases, logits, weights, experts):
+        bias = candidate.bias_of(router, given)
+        if all(_decides_so(candidate, bias, logits[:n], weights[:n], experts[:n]) for n in (_FEW, _NUM_TOKENS)):
             return candidate
     return policy
 
@@ -135,21 +167,21 @@ def _score(logits: Tensor, weights: Tensor, experts: Tensor) -> Score | None:
 
 
 def _is_linear(router: nn.Module, hidden: Tensor, logits: Tensor) -> bool:
-    """Whether the logits are those of a linear layer whose parameters are the router's only ones."""
+    """Whether the logits are those of a linear layer whose parameters are the only ones of the router that train."""
     own = dict(router.named_parameters())
     weight, bias = own.pop("weight", None), own.pop("bias", None)
-    if weight is None or own or weight.shape != (logits.shape[1], hidden.shape[1]):
+    shape = (logits.shape[1], hidden.shape[1])
+    if weight is None or weight.shape != shape or own.keys() - set(_biases(router, shape[0])):
         return False
     return torch.allclose(F.linear(hidden, weight, bias), logits, rtol=1e-4, atol=1e-5)
 
 
 def _candidates(
-    router: nn.Module, policy: Policy, logits: Tensor, weights: Tensor, experts: Tensor
+    policy: Policy, biases: Sequence[str], logits: Tensor, weights: Tensor, experts: Tensor
 ) -> Iterator[Policy]:
     """Yield what the router may compute, what is simple first."""
     scores = logits.sigmoid() if policy.score == "sigmoid" else logits.softmax(-1)
     chosen, total = scores.gather(1, experts), weights.sum(-1)
-    biases = [name for name, buffer in router._buffers.items() if _has_one_an_expert(buffer, policy)]
     for normalise, scaling in ((True, total), (False, total / chosen.sum(-1))):
         if not torch.allclose(scaling, scaling[0].expand_as(scaling), rtol=1e-4):
             continue
@@ -159,8 +191,14 @@ def _candidates(
                 yield replace(told, bias=bias, groups=groups)
 
 
-def _has_one_an_expert(buffer: Tensor | None, policy: Policy) -> bool:
-    return buffer is not None and buffer.is_floating_point() and buffer.shape == (policy.num_experts,)
+def _biases(router: nn.Module, num_experts: int) -> list[str]:
+    """Paths of what may be added to scores: tensors with a number an expert that no gradient trains."""
+    frozen = [(path, parameter) for path, parameter in router.named_parameters() if not parameter.requires_grad]
+    return [
+        path
+        for path, tensor in (*router.named_buffers(), *frozen)
+        if tensor.is_floating_point() and tensor.shape in ((num_experts,), (1, num_experts))
+    ]
 
 
 def _rounded(number: float) -> float:
@@ -181,11 +219,10 @@ def _groups(policy: Policy, experts: Tensor) -> Iterator[Groups]:
                 yield from (Groups(num_groups, open_groups, best) for best in (1, 2) if best <= size)
 
 
-def _decides_so(policy: Policy, router: nn.Module, logits: Tensor, weights: Tensor, experts: Tensor) -> bool:
+def _decides_so(policy: Policy, bias: Tensor | None, logits: Tensor, weights: Tensor, experts: Tensor) -> bool:
     """Whether a policy gives these experts, in whatever order, and their weights."""
     groups = policy.groups or Groups(1, 1)
     settings = Settings(policy.top_k, policy.score == "sigmoid", policy.normalise, policy.scaling, *groups)
-    bias = None if policy.bias is None else router._buffers[policy.bias]
     ours, index, *_ = naive.topk_router(logits, bias, None, settings)
     ours_dense = torch.zeros_like(logits).scatter_(1, index, ours)
     return torch.allclose(ours_dense, torch.zeros_like(logits).scatter_(1, experts, weights), rtol=1e-4, atol=1e-6)

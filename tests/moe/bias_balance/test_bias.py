@@ -120,6 +120,31 @@ def test_shares_its_counts_with_a_loss():
     assert sorted(rule.name for rule in rules) == ["bias_balance", "router_balance", "router_loads"]
 
 
+HELD_ELSEWHERE = {
+    "ernie4_5_moe": "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias",
+    "minimax_m2": "model.layers.0.mlp.e_score_correction_bias",
+}
+
+
+@pytest.mark.parametrize("family", HELD_ELSEWHERE)
+def test_a_bias_that_the_family_holds_elsewhere_moves_and_is_the_plain_model_s(family):
+    model, offered = tiny(family), context()
+    installed = install_techniques([BiasBalance(rate=RATE)], model, offered)
+    module, rules = TrainModule(model, ledger=offered.ledger).train(), installed.step_rules
+    (loads,) = [rule for rule in rules if isinstance(rule, Loads)]
+    bias, wanted = model.get_buffer(HELD_ELSEWHERE[family]), torch.zeros(4)
+    for number in range(3):
+        step(module, rules, [batch_of(number)])
+        end(rules, 0)
+        wanted += bias_step(loads.part(loads.last_step, loads.layers[0].counts), RATE).float()
+        torch.testing.assert_close(bias.flatten(), wanted, rtol=0, atol=1e-7)
+    assert wanted.abs().max() > RATE
+    plain = tiny(family, seed=1)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".around." not in name})
+    ids = batch_of(9)["input_ids"]
+    assert torch.equal(model.eval()(ids).logits, plain.eval()(ids).logits)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
 def test_a_family_without_a_bias_is_refused(family):
     with pytest.raises(ConfigError, match="gate has no bias.*deepseek_v3.*router_balance"):

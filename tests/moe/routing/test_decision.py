@@ -17,7 +17,7 @@ from leanmill.moe.routing.policy import affinities
 from tests.core.tiny import tiny, tokens
 
 
-FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+FAMILIES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "ernie4_5_moe", "minimax_m2")
 
 
 class Seen(Reader):
@@ -36,8 +36,9 @@ def spread(model: nn.Module) -> nn.Module:
     """Scale routers up, and give correction biases values, so that choices differ."""
     for _, _, router in find_modules(model, "router"):
         router.weight.data.mul_(20)
-        for buffer in router.buffers(recurse=False):
-            buffer.normal_(std=0.1)
+    for name, bias in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            bias.normal_(std=0.1)
     return model
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.places import find_modules
 from leanmill.kernels.topk_router.op import Groups
-from leanmill.moe.routing.policy import Policy, affinities, policy_of
+from leanmill.moe.routing.policy import ARGUMENT, Policy, affinities, policy_of
 from tests.core.tiny import tiny
 
 
@@ -29,6 +29,9 @@ FOUND = [
     ("deepseek_v3", V3, Policy(12, 3, "sigmoid", scaling=2.5, groups=Groups(4, 2, 2), bias=BIAS)),
     ("deepseek_v3", {"n_group": 1, "norm_topk_prob": False, "num_experts_per_tok": 1},
      Policy(4, 1, "sigmoid", normalise=False, scaling=2.5, bias=BIAS)),
+    # A frozen parameter below the router; what the block calls it with.
+    ("ernie4_5_moe", {}, Policy(4, 2, "softmax", bias=f"moe_statics.{BIAS}")),
+    ("minimax_m2", {}, Policy(4, 2, "sigmoid", bias=ARGUMENT)),
 ]  # fmt: skip
 
 
