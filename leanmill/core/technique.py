@@ -168,6 +168,13 @@ class TechniqueConfig(Config):
         """
         return {}
 
+    def further_tokens(self) -> int:
+        """Return how many further tokens every position predicts in training.
+
+        Each takes a matmul [H, 2H], a block like the model's last and the output head once more.
+        """
+        return 0
+
     def watches(self, model: nn.Module) -> bool:
         """Whether it has something to look at in `model`, for techniques that are installed unasked.
 

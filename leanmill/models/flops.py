@@ -13,7 +13,7 @@ document mask saves is not subtracted, as in the paper, so utilisation compares 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -40,7 +40,9 @@ From NVIDIA's data sheets, without structured sparsity (B200: HGX, half of the s
 _MATMUL_SIZE = 1024
 
 
-def flops_per_token(model: nn.Module, sequence_length: int, token_shares: Sequence[float] | None = None) -> float:
+def flops_per_token(
+    model: nn.Module, sequence_length: int, token_shares: Sequence[float] | None = None, *, further_tokens: int = 0
+) -> float:
     """Return the training FLOPs (forward and backward) of one token.
 
     `6 * N + 12 * L * H * Q * S`, see the module's docstring. N holds every weight of at least 2 dims
@@ -53,11 +55,13 @@ def flops_per_token(model: nn.Module, sequence_length: int, token_shares: Sequen
         sequence_length: S, tokens of a row.
         token_shares: Of a row's tokens, the share c that each block runs for: of its weights c count, and of its
             pairs of tokens c^2. None is all of them.
+        further_tokens: How many each position predicts beside the next, see `TechniqueConfig.further_tokens`.
     """
     attention = attention_flops_per_token(model.config, sequence_length)
+    further = further_tokens * (6.0 * _matmul_parameters_of_a_further_token(model) + attention / _num_layers(model))
     if token_shares:
         attention *= sum(share**2 for share in token_shares) / len(token_shares)
-    return 6.0 * active_matmul_parameters(model, token_shares) + attention
+    return 6.0 * active_matmul_parameters(model, token_shares) + attention + further
 
 
 def active_matmul_parameters(model: nn.Module, token_shares: Sequence[float] | None = None) -> float:
@@ -74,8 +78,13 @@ def active_matmul_parameters(model: nn.Module, token_shares: Sequence[float] | N
         skipped |= {
             id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head.weight
         }
+    return _count(model, model, skipped, of_block)
+
+
+def _count(model: nn.Module, part: nn.Module, skipped: set[int], of_block: Mapping[int, float]) -> float:
+    """Return the weights of `part` that multiply one token, by the share of it that modules run for."""
     total = 0.0
-    for module in model.modules():
+    for module in part.modules():
         share = _share_of_experts(model, module) * of_block.get(id(module), 1.0)
         for parameter in module.parameters(recurse=False):
             # Some routers keep a bias, which no gradient trains, as a matrix of one row.
@@ -84,6 +93,19 @@ def active_matmul_parameters(model: nn.Module, token_shares: Sequence[float] | N
                 skipped.add(id(parameter))  # a tied weight is met twice
                 total += share * parameter.numel()
     return total
+
+
+def _matmul_parameters_of_a_further_token(model: nn.Module) -> float:
+    """Of a block like the last, of the matmul before it, and of the head again."""
+    hidden_size: int = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
+    block = _count(model, decoder_blocks(model)[-1], {id(p) for p in added_parameters(model)}, {})
+    head = model.get_output_embeddings().weight.numel()  # type: ignore[operator]
+    return float(block + 2 * hidden_size**2 + head)
+
+
+def _num_layers(model: nn.Module) -> int:
+    found: int = model.config.num_hidden_layers  # type: ignore[union-attr, assignment]
+    return found
 
 
 def attention_flops_per_token(config: Any, sequence_length: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from leanmill.core.blocks import decoder_blocks
+from leanmill.core.blocks import added_blocks, decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.parameters import TrainableSchedule
 from leanmill.core.paths import expand_user
@@ -82,7 +82,8 @@ class Subject:
         check_experts(model, num_sharers, is_even=recipe.layout.experts.type == "spread")
         num_held = num_held_parameters(model, num_sharers)
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
-        flops = flops_per_token(model, recipe.data.sequence_length, shares)
+        further = sum(technique.further_tokens() for technique in recipe.techniques)
+        flops = flops_per_token(model, recipe.data.sequence_length, shares, further_tokens=further)
         context = InstallContext(
             load_frozen_model=_no_loading,
             vocab_size=model.config.vocab_size,
@@ -136,7 +137,8 @@ class Subject:
 def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[Weight]:
     """Every parameter; of those that take turns, the set that takes the most memory counts as trained."""
     at_once = None if schedule is None else Turns(schedule, model).heaviest()
-    block_of = {id(p): index for index, block in enumerate(decoder_blocks(model)) for p in block.parameters()}
+    blocks = [*decoder_blocks(model), *added_blocks(model)]
+    block_of = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
     staged = {id(p) for p in staged_parameters(model)}
     experts = {id(p): number for _, module, number in expert_modules(model) for p in module.parameters()}
     whole, in_parts = (staged_once(model, in_parts=in_parts)[0] for in_parts in (False, True))

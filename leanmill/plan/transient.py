@@ -21,20 +21,29 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
     keys and values are made of. With `full` recomputation a
     layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs. Layers that run
     for a share of the tokens keep that share. With expert parallelism recomputation keeps what came from other ranks.
+    Every further token that is predicted keeps a layer's, what the matmul before it takes and returns, and what three
+    norms keep.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
     hidden, inner = config.hidden_size, _mlp_width(config)
     projected, attended = _attention_widths(config)
     whole = size * (2 * hidden + projected + 2 * attended + 4 * inner) + 4 * 4 * hidden
     matmuls = size * (2 * hidden + projected + attended + 2 * inner)
-    tokens, layers = recipe.batch.tokens_per_micro_batch, sum(token_shares)
+    further = num_further_tokens(recipe)
+    tokens, layers = recipe.batch.tokens_per_micro_batch, sum(token_shares) + further
     received = _received_bytes(recipe, config, size)
     kept = {
         "none": layers * whole,
         "selective": layers * (matmuls + size * hidden + received) + whole,
         "full": layers * (size * hidden + (0 if recipe.layout.expert_resend else received)) + whole,
     }
-    return int(tokens * kept[recipe.train.activation_checkpointing])
+    between = further * (size * 4 * hidden + 4 * 6 * hidden)
+    return int(tokens * (kept[recipe.train.activation_checkpointing] + between))
+
+
+def num_further_tokens(recipe: Recipe) -> int:
+    """Return how many tokens every position predicts beside the next."""
+    return sum(technique.further_tokens() for technique in recipe.techniques)
 
 
 def _received_bytes(recipe: Recipe, config: Any, size: int) -> float:
@@ -79,8 +88,8 @@ def _mlp_width(config: Any) -> int:
 def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:
     """Estimate what the loss keeps at once: logits of a chunk of tokens and the head's fp32 gradient.
 
-    That gradient is made with the loss, before backward reaches the head. A teacher brings logits of
-    its own.
+    That gradient is made with the loss, before backward reaches the head; one for every token that a position
+    predicts. A teacher brings logits of its own.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
     num_models = 1 + sum(technique.num_frozen_logits() for technique in recipe.techniques)
@@ -92,4 +101,5 @@ def logits_bytes(recipe: Recipe, vocab_size: int, hidden_size: int) -> int:
         logits_alive=num_models,
     )
     tokens = min(rows, recipe.batch.tokens_per_micro_batch)
-    return num_models * tokens * vocab_size * size + 4 * vocab_size * hidden_size
+    gradients = 4 * vocab_size * hidden_size * (1 + num_further_tokens(recipe))
+    return num_models * tokens * vocab_size * size + gradients

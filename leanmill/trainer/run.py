@@ -130,7 +130,8 @@ class _Run:
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.beginning = Beginning.find(recipe, self.manager, self.data, self.start)
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
-        flops = flops_per_token(model, recipe.data.sequence_length, shares)
+        further = sum(technique.further_tokens() for technique in recipe.techniques)
+        flops = flops_per_token(model, recipe.data.sequence_length, shares, further_tokens=further)
         num_total, _ = num_parameters(model)
         prepared = prepare(
             recipe,

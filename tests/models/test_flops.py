@@ -147,6 +147,39 @@ def test_count_equals_what_torch_counts_forward():
     assert counted == pytest.approx(flops.flops_per_token(model, 16) * ids.numel(), rel=2e-3)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_further_tokens_are_counted_as_torch_counts_them(family):
+    """Torch's count of a training forward, whose heads, one a predicted token, are an operation it does not know."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from leanmill.trainer.train_module import TrainModule
+    from tests.core.tiny import VOCAB_SIZE, context, tiny, tokens
+
+    model, offered, depth = tiny(family), context(), 2
+    expected = flops.flops_per_token(model, 16, further_tokens=depth)
+    plain = flops.flops_per_token(model, 16)
+    ids = tokens(2, 16)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(16).expand(2, -1)}
+    further = []
+    for techniques in ([], [{"type": "multi_token", "depth": depth}]):
+        if techniques:
+            from leanmill.core.registry import parse_technique
+            from leanmill.trainer.prepare import install_techniques
+
+            install_techniques([parse_technique(one) for one in techniques], model, offered)
+        model.set_experts_implementation("eager")
+        module = TrainModule(model, ledger=offered.ledger).train()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module(batch)
+        further.append(3 * counter.get_total_flops() / ids.numel())
+    head = 6 * VOCAB_SIZE * 32
+    counted = further[1] - further[0]
+    assert counted in (
+        pytest.approx(expected - plain, rel=2e-3),
+        pytest.approx(expected - plain - depth * head, rel=2e-3),
+    )
+
+
 def test_stages_do_not_change_the_count():
     from leanmill.core.sites import Sites
     from leanmill.core.stage import Slot, Stage

@@ -283,6 +283,28 @@ def test_what_blocks_leave_out_is_not_counted():
     assert part.memory.transient["activations"] == pytest.approx(whole.memory.transient["activations"] / 2, rel=1e-6)
 
 
+def test_further_tokens_are_counted():
+    whole = plan(_recipe(), 2)
+    deep = plan(_recipe(techniques=[{"type": "multi_token", "depth": 2}]), 2)
+    block = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 344
+    each = 6 * (block + 2 * 128 * 128 + 4099 * 128) + 12 * 128 * 32
+    assert deep.flops_per_token == pytest.approx(whole.flops_per_token + 2 * each)
+    assert deep.num_technique == 2 * (block + 2 * 128 * 128 + (2 + 3) * 128)
+    assert deep.num_active == whole.num_active
+    assert deep.memory.transient["logits"] == whole.memory.transient["logits"] + 2 * 4 * 4099 * 128
+    kept, between = whole.memory.transient["activations"] / 3, 32 * 128 * (2 * 4 + 4 * 6)
+    assert deep.memory.transient["activations"] == pytest.approx(
+        whole.memory.transient["activations"] + 2 * (kept + between)
+    )
+
+
+@pytest.mark.parametrize("name", [*ENGINES][:2])
+def test_held_memory_of_further_tokens(name):
+    recipe = _recipe(ENGINES[name], techniques=[{"type": "multi_token"}])
+    measured = run_ranks(_held_after_backward, 2, recipe)
+    assert plan(recipe, 2).held_bytes == pytest.approx(max(measured), rel=0.1)
+
+
 def test_auto_is_decided_by_the_memory_of_a_rank():
     assert plan(_recipe(), 2).engine == "ddp"
     assert plan(_recipe(), 2, rank_memory_gib=0.01).engine == "fsdp"

@@ -30,6 +30,10 @@ class MultiToken(TrainedTechniqueConfig):
     late_from: float = Field(default=0.68, ge=0, le=1)
     """Share of the run's steps after which `late_weight` holds; DeepSeek-V3: 10T of 14.8T tokens."""
 
+    def further_tokens(self) -> int:
+        """Return `depth`."""
+        return self.depth
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Stand behind the model's last norm.
 
