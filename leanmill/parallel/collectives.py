@@ -92,6 +92,11 @@ def gather_objects(value: Any) -> list[Any]:
     return [json.loads(bytes(data.tolist())) for data in everyone]
 
 
+def is_alone() -> bool:
+    """Whether this is the only process."""
+    return not _is_distributed()
+
+
 def is_first_rank() -> bool:
     """Whether this is rank 0, or the only process."""
     return not _is_distributed() or dist.get_rank() == 0

@@ -15,6 +15,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.ledger import Ledger
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.sites import Sites
+from leanmill.moe.router_tuning.rows import only, rows_to_run
 from leanmill.parallel.collectives import sum_over_ranks
 
 
@@ -23,6 +24,8 @@ _TECHNIQUE = "router_tuning"
 
 class SkippedAttention(Around):
     """Multiplies what attention returns by 1 or 0, one decision for each document of a row.
+
+    In evaluation it is not called for rows that skip it whole.
 
     A router scores the mean of what the tokens of a document bring into attention. It attends where the sigmoid of that
     is at least one half; the gradient of the decision is taken for that of the sigmoid (straight-through). In fp32.
@@ -44,6 +47,7 @@ class SkippedAttention(Around):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden_size, device=device))
         self.account = account
+        self._num_parts: int | None = None  # of what attention returns, 0 for a tensor; known once it was called
         self.register_buffer("ran", torch.zeros(2), persistent=False)
         self.register_buffer("coefficient", torch.zeros(1), persistent=False)
 
@@ -57,7 +61,7 @@ class SkippedAttention(Around):
         """Run attention, and keep what it returns [B, S, H] for the documents that attend."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         decision = self._decide(hidden, kwargs.get("position_ids"))
-        output = call(*args, **kwargs)
+        output = self._attend(call, hidden, decision, args, kwargs)
         attended, *rest = output if isinstance(output, tuple) else (output,)
         attended = attended * decision.unsqueeze(-1).to(attended.dtype)
         if self.training:
@@ -65,6 +69,27 @@ class SkippedAttention(Around):
             add_once(self.ran, ran.float())
             attended = self.account.inject(attended, decision.mean().float().reshape(1), self.coefficient)
         return (attended, *rest) if isinstance(output, tuple) else attended
+
+    def _attend(
+        self, call: Call, hidden: Tensor, decision: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Return what attention does; in evaluation, where one process may choose, of rows that skip it zeros."""
+        rows = None if self.training else rows_to_run(decision > 0, args, kwargs)
+        if rows is None:
+            return call(*args, **kwargs)
+        if len(rows) == 0 and self._num_parts is not None:
+            attended = torch.zeros_like(hidden)
+        elif len(rows) == 0:
+            output = call(*args, **kwargs)
+            self._num_parts = len(output) if isinstance(output, tuple) else 0
+            return output
+        else:
+            num_rows = len(hidden)
+            part = call(*only(args, rows, num_rows), **{key: only(one, rows, num_rows) for key, one in kwargs.items()})
+            self._num_parts = len(part) if isinstance(part, tuple) else 0
+            part = part[0] if isinstance(part, tuple) else part
+            attended = part.new_zeros(hidden.shape).index_copy(0, rows, part)
+        return (attended, *[None] * (self._num_parts - 1)) if self._num_parts else attended
 
     def _decide(self, hidden: Tensor, position_ids: Tensor | None) -> Tensor:
         """Return 1 or 0 for every token [B, S], in fp32 or wider."""

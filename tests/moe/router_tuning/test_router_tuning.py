@@ -171,6 +171,39 @@ def test_it_begins_as_the_model_was_and_evaluates_what_it_trains():
     assert torch.equal(module(batch)["cross_entropy"], TrainModule(plain).eval()(batch)["cross_entropy"])
 
 
+def test_attention_is_not_computed_for_rows_that_skip_it():
+    module, _ = module_of(torch.float32)
+    model, batch = module.model.eval(), {"input_ids": tokens(3, 11), "use_cache": False}
+    wanted = model.train()(**batch).logits
+    called = []
+    for layer, around in arounds_of(model).items():
+        model.model.layers[layer].self_attn.q_proj.register_forward_pre_hook(
+            lambda _, args, layer=layer: called.append((layer, len(args[0])))
+        )
+        around.seen = []
+        around.register_forward_pre_hook(lambda around, args, kwargs: around.seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**batch).logits, wanted, rtol=1e-5, atol=1e-6)
+    attends = {
+        layer: around._decide(around.seen[0]["hidden_states"], around.seen[0].get("position_ids")).any(-1)
+        for layer, around in arounds_of(model).items()
+    }
+    assert called == [(layer, int(rows.sum())) for layer, rows in attends.items() if rows.any()]
+    assert any(0 < rows.sum() < 3 for rows in attends.values())
+    # Whole batches that skip: nothing is called, once it is known what attention returns.
+    for around in arounds_of(model).values():
+        around._decide = lambda hidden, positions: hidden.new_zeros(hidden.shape[:2])
+    for _ in range(2):
+        called.clear()
+        with torch.no_grad():
+            found = model(**batch).logits
+    assert called == []
+    assert torch.equal(found, model(**batch).logits)
+    # Kept keys and values are those of all rows.
+    model(input_ids=batch["input_ids"], use_cache=True)
+    assert called == [(1, 3), (2, 3)]
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_other_families_train(family):
     module, rule = module_of(torch.float32, family=family)
