@@ -1,4 +1,4 @@
-"""`leanmill eval`: score a checkpoint on held-out text."""
+"""`leanmill eval`: score a checkpoint, or a model folder, on held-out text."""
 
 from __future__ import annotations
 
@@ -21,15 +21,26 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from leanmill.cli.checkpoints import resolve_checkpoint
+    from leanmill.core.errors import ConfigError
 
-    checkpoint = resolve_checkpoint(args.checkpoint)
-    result, study, lines = _evaluate(checkpoint, args.overrides, routing=args.studies_routing)
+    if _is_model_folder(Path(args.checkpoint)):
+        from leanmill.trainer.evaluate_checkpoint import evaluate_folder
+
+        if args.studies_routing:
+            raise ConfigError(
+                f"--routing studies the checkpoints of a run, and {args.checkpoint} is a model folder; leave it out"
+            )
+        checkpoint = Path(args.checkpoint)
+        result, study, lines = evaluate_folder(checkpoint, args.overrides), None, list[str]()
+    else:
+        checkpoint = resolve_checkpoint(args.checkpoint)
+        result, study, lines = _evaluate(checkpoint, args.overrides, routing=args.studies_routing)
     if args.json:
         domains = {name: asdict(score) for name, score in result.scores.items()}
         found = {"checkpoint": str(checkpoint), "step": result.step, "domains": domains}
         print(json.dumps({**found, "metrics": result.metrics, "tables": result.tables, "routing": study}, indent=2))
         return 0
-    print(f"{checkpoint}, step {result.step:,}")
+    print(checkpoint if result.step is None else f"{checkpoint}, step {result.step:,}")
     print(f"{'domain':<12} {'loss':>8} {'perplexity':>11} {'bits/byte':>10} {'order-0':>8} {'tokens':>9}")
     for name, score in result.scores.items():
         print(
@@ -39,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
     for line in (*_metrics(result.metrics), *result.notes, *lines):
         print(line)
     return 0
+
+
+def _is_model_folder(path: Path) -> bool:
+    """Whether `path` is a model of Hugging Face's form: runs and checkpoints have no config.json."""
+    return (path / "config.json").is_file()
 
 
 def _evaluate(

@@ -22,7 +22,7 @@ _VERBS: dict[str, str] = {
     "check": "validate a recipe and explain it in plain words",
     "methods": "list the techniques",
     "schema": "write the JSON schema of a recipe, for editors",
-    "eval": "score a checkpoint on held-out text",
+    "eval": "score a checkpoint or a model folder on held-out text",
     "compress": "prune, quantise or upcycle a model folder in one shot, a block in memory at a time",
     "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
@@ -179,7 +179,9 @@ def _schema(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
+    parser.add_argument(
+        "--checkpoint", required=True, help="checkpoint folder, a run_dir (its newest), or a Hugging Face folder"
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of the checkpoint's recipe")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(

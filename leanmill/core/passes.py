@@ -8,8 +8,8 @@ None sees the trainer, which streams the blocks through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
@@ -18,9 +18,10 @@ from leanmill.core.config import Config
 
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from leanmill.core.gram import Gram
+    from leanmill.core.probes import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,24 @@ class Surgeon(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertGradients:
+    """How large the experts of one layer and their gradients are, each expert's weights taken together; fp64 [E]."""
+
+    squared_gradient: Tensor
+    """Squared norm of the gradient of the mean loss of all calibration rows."""
+    squared_weight: Tensor
+    """Squared norm of the weights."""
+
+
+class GradientSurgeon(Surgeon, Protocol):
+    """One whose configuration `reads_gradients`."""
+
+    def see(self, gradients: Mapping[int, ExpertGradients]) -> None:
+        """Look at the layers that have experts, by index of the block; called after `config` and before `block`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExpertLayer:
     """The experts of one layer, and what calibration sent to them."""
 
@@ -139,6 +158,8 @@ class ExpertSolution:
     """By expert, as `ExpertLayer.read` gives them."""
     text: str
     """What was done, in one line."""
+    inference: Mapping[str, float] = field(default_factory=dict)
+    """What the pass must know of the layer at inference (`PassConfig.at_inference`); nothing where weights say all."""
 
 
 class ExpertSolver(Protocol):
@@ -164,10 +185,22 @@ class ExpertSolver(Protocol):
 class PassConfig(Config):
     """Base of every pass's configuration; subclasses add `type: Literal["name"]`."""
 
-    reads_text: ClassVar[bool] = True
-    """Whether it looks at calibration rows."""
     changes_architecture: ClassVar[bool] = False
     """Whether the model has other tensors afterwards."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it looks at calibration rows."""
+        return True
+
+    def at_inference(self, model: nn.Module, layers: Mapping[int, Mapping[str, float]]) -> Sequence[Probe]:
+        """Have the model it made compute what weights alone do not say; return what looks on at an evaluation.
+
+        Args:
+            model: The causal LM of the folder that was written, in eval mode.
+            layers: `ExpertSolution.inference` of the layers that have some, by index of the block.
+        """
+        return ()
 
 
 class LayerPassConfig(PassConfig):
@@ -194,8 +227,16 @@ class ExpertPassConfig(PassConfig):
 class SurgeryConfig(PassConfig):
     """Base of passes that make another architecture."""
 
-    reads_text: ClassVar[bool] = False
     changes_architecture: ClassVar[bool] = True
+
+    @property
+    def reads_text(self) -> bool:
+        return self.reads_gradients
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether its surgeon must see what gradients experts have on calibration rows."""
+        return False
 
     def surgeon(self, seed: int) -> Surgeon:
         """Return what operates on one model.

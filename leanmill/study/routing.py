@@ -41,7 +41,8 @@ def study_routing(checkpoint_dir: Path, overrides: Sequence[str] = ()) -> tuple[
         RunError: The checkpoint is damaged, or the file cannot be written. Damaged earlier ones are passed over.
     """
     evaluated, last = _capture(checkpoint_dir, overrides)
-    earlier = []
+    assert evaluated.step is not None
+    earlier: list[tuple[int, Capture]] = []
     for path, _ in reversed(complete_checkpoints(checkpoint_dir.parent)):
         if path == checkpoint_dir:
             continue
@@ -50,7 +51,7 @@ def study_routing(checkpoint_dir: Path, overrides: Sequence[str] = ()) -> tuple[
         except RunError as error:
             log.warning("left out of the study: %s", error)
             continue
-        if other.step < evaluated.step:
+        if other.step is not None and other.step < evaluated.step:
             earlier.append((other.step, capture))
     found = document(evaluated.step, last, sorted(earlier, key=lambda one: one[0]))
     path = checkpoint_dir.parent.parent / FILE_NAME

@@ -1,4 +1,4 @@
-"""Scoring a checkpoint on held-out text in one process, without training."""
+"""Scoring a checkpoint or a model folder on held-out text in one process, without training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from leanmill.core.errors import ConfigError
@@ -22,6 +23,7 @@ from leanmill.recipe.io import apply_override, validate_recipe
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import DomainScore
 from leanmill.trainer.evaluation import Evaluation, evaluate
+from leanmill.trainer.inference import load_for_inference
 from leanmill.trainer.rebuild import rebuild
 from leanmill.trainer.train_module import TrainModule
 
@@ -32,10 +34,11 @@ _CHANGEABLE = ("data.", "eval.", "batch.", "device", "train.precision")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """Scores of one checkpoint."""
+    """Scores of one checkpoint, or of a model folder."""
 
     checkpoint: Path
-    step: int
+    step: int | None
+    """None of a folder."""
     scores: dict[str, DomainScore]
     """By domain, and `all`."""
     metrics: Mapping[str, float]
@@ -65,14 +68,36 @@ def evaluate_checkpoint(
     rebuilt = rebuild(checkpoint_dir)
     recipe = _overridden(rebuilt.recipe, overrides, checkpoint_dir)
     probes = [*rebuilt.probes, *more_probes(rebuilt.model)]
+    return _evaluated(checkpoint_dir, rebuilt.step, recipe, rebuilt.model, rebuilt.tokenizer_dir, probes)
+
+
+def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Evaluated:
+    """Score a Hugging Face folder as it is meant to be run (`load_for_inference`).
+
+    Args:
+        folder: Of a causal LM, with its tokenizer.
+        overrides: As for `evaluate_checkpoint`; of a recipe with the defaults, so that text is that of `local_corpus`
+            where nothing is said.
+
+    Raises:
+        ConfigError: It is no such folder, or a bad override.
+    """
+    recipe = _overridden(Recipe.model_validate({"model": {"path": str(folder)}}), overrides, folder)
+    loaded = load_for_inference(folder, dtype=torch.float32)
+    return _evaluated(folder, None, recipe, loaded.model, folder, loaded.probes)
+
+
+def _evaluated(
+    folder: Path, step: int | None, recipe: Recipe, model: Any, tokenizer_dir: Path | None, probes: Sequence[Probe]
+) -> Evaluated:
     ranks = init_processes(recipe.device, recipe.cluster)
     try:
-        found = _score(recipe, rebuilt.model, _tokenizer(recipe, rebuilt.tokenizer_dir), ranks, probes)
+        found = _score(recipe, model, _tokenizer(recipe, tokenizer_dir), ranks, probes)
     finally:
         finish()
     return Evaluated(
-        checkpoint=checkpoint_dir,
-        step=rebuilt.step,
+        checkpoint=folder,
+        step=step,
         scores=dict(found.scores),
         metrics=found.metrics,
         tables=found.tables,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.passes import ExpertPassConfig, ExpertSolver
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from leanmill.core.probes import Probe
 
 
 class McMoe(ExpertPassConfig):
@@ -30,6 +38,27 @@ class McMoe(ExpertPassConfig):
     """Neighbours in a row that share a scale; None is one scale a row."""
     damping: float = Field(default=0.01, gt=0)
     """Added to the diagonal of the Hessian, as a share of its mean."""
+    leaves_out_second: bool = False
+    """At inference a token does without its second expert where its weight is, against that of the first, below the
+    layer's median on calibration text. For models of two experts a token; `leanmill eval` does it."""
+    protected_share: float = Field(default=0.02, ge=0, le=1)
+    """Share of a row's tokens that keep both experts: those that matter most to others."""
+
+    @model_validator(mode="after")
+    def _protects_something(self) -> Self:
+        # By value: a saved recipe names every key.
+        if not self.leaves_out_second and self.protected_share != type(self).model_fields["protected_share"].default:
+            raise ConfigError(
+                "mc_moe.protected_share says who keeps the second expert where others do without; set "
+                "leaves_out_second: true, or remove it"
+            )
+        return self
+
+    def at_inference(self, model: nn.Module, layers: Mapping[int, Mapping[str, float]]) -> Sequence[Probe]:
+        from leanmill.moe.mc_moe.second import leave_out_second
+
+        thresholds = {layer: found["threshold"] for layer, found in layers.items()}
+        return [leave_out_second(model, thresholds, protected_share=self.protected_share)]
 
     def solver(self) -> ExpertSolver:
         from leanmill.moe.mc_moe.solver import McMoeSolver
@@ -39,4 +68,5 @@ class McMoe(ExpertPassConfig):
             powers=(self.frequency_power, self.weight_power, self.error_power),
             group_size=self.group_size,
             damping=self.damping,
+            leaves_out_second=self.leaves_out_second,
         )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import Tensor
 
 
 CHOICES = (1, 2, 3)
 """Bits of an expert."""
-_WANTED = {2: 1, 3: 2}
-"""Bits that at least one expert must have, each with its flag in a state."""
-_NUM_STATES = 4
+_WANTED = (2, 3)
+"""Bits that at least one expert must have."""
 
 
 def total_bits(average_bits: float, num_experts: int) -> int:
@@ -27,46 +26,37 @@ def assign_bits(cost: Tensor, bits: int) -> list[int]:
     """Return the bits of each expert of a layer that cost least together.
 
     The paper's integer program: minimise sum_ib cost_ib x_ib over x_ib in {0, 1}, where every expert has one choice,
-    all bits together are `bits`, and there is at least one expert of 3 bits and one of 2. Solved exactly by dynamic
-    programming over experts, bits spent so far and which of the two wishes are met: a knapsack of small whole
-    weights, which needs no general solver and no tolerance.
+    all bits together are `bits`, and there is at least one expert of 3 bits and one of 2. Solved by HiGHS (Huangfu and
+    Hall 2018) through SciPy, to its tolerance: about a millionth of the largest cost.
 
     Args:
-        cost: [E, 3] not negative: of each expert at each of `CHOICES`.
+        cost: [E, 3] finite and not negative: of each expert at each of `CHOICES`.
         bits: Of all together.
 
     Raises:
         ValueError: There is no such assignment.
     """
-    cost = cost.double().cpu()
-    # Least cost of the experts so far, by wishes met and bits spent.
-    least = torch.full((_NUM_STATES, bits + 1), torch.inf, dtype=torch.float64)
-    least[0, 0] = 0.0
-    came: list[tuple[Tensor, Tensor]] = []
-    for expert in cost:
-        least, choice, source = _extended(least, expert)
-        came.append((choice, source))
-    state = _NUM_STATES - 1
-    if not torch.isfinite(least[state, bits]):
-        raise ValueError(f"{len(cost)} experts cannot have {bits} bits together with one of 3 and one of 2 among them")
-    found = []
-    for choice, source in reversed(came):
-        chosen, state = int(choice[state, bits]), int(source[state, bits])
-        found.append(chosen)
-        bits -= chosen
-    return found[::-1]
+    from scipy.optimize import Bounds, LinearConstraint, milp
 
-
-def _extended(least: Tensor, cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Add one expert: the least costs, and for each of them its bits and the state it came from."""
-    best = torch.full_like(least, torch.inf)
-    choice, source = torch.zeros(least.shape, dtype=torch.long), torch.zeros(least.shape, dtype=torch.long)
-    for spent, price in zip(CHOICES, cost, strict=True):
-        for before in range(_NUM_STATES):
-            after = before | _WANTED.get(spent, 0)
-            moved = torch.full_like(best[after], torch.inf)
-            moved[spent:] = least[before, : len(moved) - spent] + price
-            better = moved < best[after]
-            best[after] = torch.where(better, moved, best[after])
-            choice[after][better], source[after][better] = spent, before
-    return best, choice, source
+    values = cost.double().cpu().numpy()
+    num_experts = len(values)
+    largest = values.max() or 1.0  # tolerances are absolute
+    each = np.kron(np.eye(num_experts), np.ones(len(CHOICES)))
+    spent = np.tile(np.array(CHOICES, dtype=float), num_experts)
+    wanted = np.stack([np.tile(np.array(CHOICES) == choice, num_experts) for choice in _WANTED]).astype(float)
+    found = milp(
+        (values / largest).ravel(),
+        integrality=np.ones(values.size),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(each, 1, 1),
+            LinearConstraint(spent, bits, bits),
+            LinearConstraint(wanted, 1, np.inf),
+        ],
+        options={"mip_rel_gap": 0},
+    )
+    if found.x is None:
+        raise ValueError(
+            f"{num_experts} experts cannot have {bits} bits together with one of 3 and one of 2 among them"
+        )
+    return [CHOICES[choice] for choice in found.x.reshape(values.shape).argmax(1)]

@@ -16,6 +16,7 @@ from leanmill.moe.mc_moe.program import CHOICES, assign_bits, feasible_bits, tot
 
 
 Expert = dict[str, Tensor]
+_BINS = 4096
 
 
 class McMoeSolver:
@@ -26,12 +27,20 @@ class McMoeSolver:
         powers: Of frequency, weight and error.
         group_size: Neighbours in a row that share a scale; None is the row.
         damping: See `inverse_factor`.
+        leaves_out_second: See `McMoe`.
     """
 
     def __init__(
-        self, *, average_bits: float, powers: tuple[float, float, float], group_size: int | None, damping: float
+        self,
+        *,
+        average_bits: float,
+        powers: tuple[float, float, float],
+        group_size: int | None,
+        damping: float,
+        leaves_out_second: bool,
     ) -> None:
         self.average_bits, self.powers, self.group_size, self.damping = average_bits, powers, group_size, damping
+        self.leaves_out_second = leaves_out_second
 
     def check(self, config: Any) -> None:
         num_experts = config.num_experts
@@ -41,6 +50,11 @@ class McMoeSolver:
                 f"mc_moe: average_bits={self.average_bits} gives {num_experts} experts {bits} bits, and with one of 3 "
                 f"and one of 2 bits among them they take {least} to {most}; type average_bits between "
                 f"{least / num_experts:g} and {most / num_experts:g}"
+            )
+        if self.leaves_out_second and config.num_experts_per_tok != 2:
+            raise ConfigError(
+                f"mc_moe: leaves_out_second is for two experts a token, and this model has "
+                f"{config.num_experts_per_tok}; remove it"
             )
         intermediate = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         for size in (config.hidden_size, intermediate):
@@ -58,7 +72,12 @@ class McMoeSolver:
         cost = (frequency**alpha * weight**beta)[:, None] * error**gamma
         bits = assign_bits(cost, total_bits(self.average_bits, layer.num_experts))
         solved = {expert: self._round(layer, expert, bits[expert]) for expert in range(layer.num_experts)}
-        return ExpertSolution(weights=solved, text=f"bits {' '.join(map(str, bits))}")
+        text = f"bits {' '.join(map(str, bits))}"
+        if not self.leaves_out_second:
+            return ExpertSolution(weights=solved, text=text)
+        threshold = median_ratio(layer)
+        text = f"{text}; second expert left out below {threshold:.3f} of the first"
+        return ExpertSolution(weights=solved, text=text, inference={"threshold": threshold})
 
     def _importance(self, layer: ExpertLayer) -> tuple[Tensor, Tensor]:
         """The share of tokens that choose each expert, and its mean combine weight over all tokens, fp64."""
@@ -109,6 +128,15 @@ class McMoeSolver:
             return inverse_factor(gram, self.damping)
         except ValueError as error:
             raise RunError(f"layer {layer.index}, expert {expert}: {error}") from None
+
+
+def median_ratio(layer: ExpertLayer) -> float:
+    """Return the median over all ranks' tokens of the second combine weight over the first, to 1 / `_BINS`."""
+    ratios = layer.weights.amin(-1) / layer.weights.amax(-1).clamp(min=torch.finfo(layer.weights.dtype).tiny)
+    # Ranks have only to add up a histogram, and find the same on any number of them.
+    counts = layer.total(torch.histc(ratios.double(), bins=_BINS, min=0, max=1))
+    below = counts.cumsum(0)
+    return (int((below < below[-1] / 2).sum()) + 0.5) / _BINS
 
 
 def _rows(layer: ExpertLayer, expert: int) -> tuple[Tensor, Tensor]:

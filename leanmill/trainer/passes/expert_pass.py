@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,10 @@ class ExpertReport:
     """Of the decoder block."""
     technique: str
     text: str
+    layer: int
+    """Index of the block."""
+    inference: Mapping[str, float]
+    """See `ExpertSolution`."""
 
     def __str__(self) -> str:
         return f"{self.technique} {self.name}: {self.text}"
@@ -84,7 +88,15 @@ class ExpertPass:
             self._write(block, solution)
             if solution is not None:
                 name = block.prefix.rstrip(".")
-                reports.append(ExpertReport(name=name, technique=self.technique, text=solution.text))
+                reports.append(
+                    ExpertReport(
+                        name=name,
+                        technique=self.technique,
+                        text=solution.text,
+                        layer=block.index,
+                        inference=solution.inference,
+                    )
+                )
             self.stream.advance(block)
         if self.writer is not None:
             for name in self.stream.other_names:

@@ -6,16 +6,25 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import new_folder
-from leanmill.core.passes import ExpertPassConfig, InputStatistics, LayerPassConfig, LayerSolver, SurgeryConfig
+from leanmill.core.passes import (
+    ExpertPassConfig,
+    InputStatistics,
+    LayerPassConfig,
+    LayerSolver,
+    PassConfig,
+    SurgeryConfig,
+)
 from leanmill.data.build import build_tokenizer, build_train_data
 from leanmill.models.pretrained import local_folder, pretrained_config
 from leanmill.parallel.collectives import barrier, broadcast_object
@@ -26,6 +35,7 @@ from leanmill.recipe.sections import ClusterConfig
 from leanmill.trainer.passes.expert_pass import ExpertPass, ExpertReport
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.foresight import after_passes, check_pass
+from leanmill.trainer.passes.gradients import expert_gradients
 from leanmill.trainer.passes.memory import return_large_blocks
 from leanmill.trainer.passes.statistics import Watch, check_reached, watched
 from leanmill.trainer.passes.stream import Block, BlockStream
@@ -52,6 +62,8 @@ class LayerReport:
 
 
 PassReport = LayerReport | ExpertReport | ModelReport
+SUMMARY = "leanmill.json"
+"""What was done to a model, in its folder."""
 
 
 def compress(recipe: CompressRecipe, out: Path) -> list[PassReport]:
@@ -79,6 +91,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
     batches = calibration_rows(recipe, folder, ranks) if any(config.reads_text for config in recipe.passes) else []
     dtype = torch.bfloat16 if resolve_precision(recipe.precision, ranks.device.type) == "bf16" else torch.float32
     reports: list[PassReport] = []
+    inference = [] if any(config.changes_architecture for config in recipe.passes) else inference_of(folder)
     with new_folder(out) if ranks.rank == 0 else nullcontext() as made:
         place = Path(broadcast_object(str(made)))
         for number, config in enumerate(recipe.passes, 1):
@@ -89,12 +102,15 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             source = SourceFolder(folder)
             writer = TargetFolder(target) if ranks.rank == 0 else None
             if isinstance(config, SurgeryConfig):
-                reports += [operate(config, source, model, writer, seed=recipe.seed)]
+                gradients = expert_gradients(model, batches, ranks) if config.reads_gradients else {}
+                reports += [operate(config, source, model, writer, seed=recipe.seed, gradients=gradients)]
             else:
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
                 assert isinstance(config, LayerPassConfig | ExpertPassConfig)
                 kind = ExpertPass if isinstance(config, ExpertPassConfig) else _Pass
-                reports += kind(config, stream, writer).run()  # type: ignore[arg-type]
+                found = kind(config, stream, writer).run()  # type: ignore[arg-type]
+                inference += _inference(config, found)
+                reports += found
             barrier()
             folder = target
         if ranks.rank == 0:
@@ -104,9 +120,38 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                 "passes": [config.model_dump(mode="json") for config in recipe.passes],
                 "reports": [str(report) for report in reports if not isinstance(report, LayerReport)],
                 "layers": sorted({report.name for report in reports if isinstance(report, LayerReport)}),
+                "inference": inference,
             }
-            (place / "leanmill.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            (place / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return reports
+
+
+def inference_of(folder: Path) -> list[dict[str, Any]]:
+    """Return what passes that wrote a folder do at inference: each `pass`, its configuration, and `layers`.
+
+    Raises:
+        ConfigError: Its summary is damaged.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        return []
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")).get("inference", [])
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); write the folder again with leanmill compress, or delete the file if its "
+            f"weights are to be taken as a plain model"
+        ) from error
+    return found
+
+
+def _inference(config: PassConfig, reports: Sequence[PassReport]) -> list[dict[str, Any]]:
+    layers = {
+        str(report.layer): dict(report.inference)
+        for report in reports
+        if isinstance(report, ExpertReport) and report.inference
+    }
+    return [{"pass": config.model_dump(mode="json"), "layers": layers}] if layers else []
 
 
 class _Pass:

@@ -1,14 +1,15 @@
-"""A surgery from model folder to model folder: the tensors of one block at a time, no text."""
+"""A surgery from model folder to model folder, the tensors of one block at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
 from leanmill.core.blocks import decoder_blocks
-from leanmill.core.passes import StoredBlock, SurgeryConfig
+from leanmill.core.passes import ExpertGradients, GradientSurgeon, StoredBlock, SurgeryConfig
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import pretrained_config
@@ -31,7 +32,13 @@ class ModelReport:
 
 
 def operate(
-    config: SurgeryConfig, source: SourceFolder, model: ModelConfig, writer: TargetFolder | None, *, seed: int
+    config: SurgeryConfig,
+    source: SourceFolder,
+    model: ModelConfig,
+    writer: TargetFolder | None,
+    *,
+    seed: int,
+    gradients: Mapping[int, ExpertGradients],
 ) -> ModelReport:
     """Write what a surgery makes of a model.
 
@@ -41,6 +48,7 @@ def operate(
         model: Names that folder.
         writer: Where the result goes; None on ranks that write nothing.
         seed: The recipe's.
+        gradients: Of experts, where the pass reads them.
 
     Raises:
         ConfigError: The model cannot become what was asked for.
@@ -51,6 +59,8 @@ def operate(
     built = build_on_meta(model, packed=False)
     # As it is stored: building writes the dtype it builds in.
     after = surgeon.config(pretrained_config(model))
+    if config.reads_gradients:
+        cast(GradientSurgeon, surgeon).see(gradients)
     if writer is not None:
         names = {id(module): name for name, module in built.named_modules()}
         prefixes = [f"{names[id(block)]}." for block in decoder_blocks(built)]

@@ -1,0 +1,65 @@
+"""Gradients of a mixture's experts on calibration rows; the one pass over text that holds a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from leanmill.core.blocks import decoder_blocks
+from leanmill.core.experts import is_stacked_experts, stacked_parameters
+from leanmill.core.passes import ExpertGradients
+from leanmill.models.config import ModelConfig
+from leanmill.models.pretrained import load_weights
+from leanmill.parallel.collectives import sum_over_ranks
+from leanmill.parallel.launch import Ranks
+
+
+def expert_gradients(
+    model: ModelConfig, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks
+) -> dict[int, ExpertGradients]:
+    """Return what the experts of each layer and their gradients come to, by index of the block; equal on all ranks.
+
+    Takes memory for the model in fp32 and once more for its experts.
+
+    Args:
+        model: Names a folder.
+        batches: This rank's calibration rows, as many as on each other rank.
+        ranks: Which process this is.
+    """
+    loaded: Any = load_weights(model, dtype=torch.float32).to(ranks.device).train()
+    loaded.requires_grad_(False)  # noqa: FBT003
+    experts = {
+        index: module
+        for index, block in enumerate(decoder_blocks(loaded))
+        for module in block.modules()
+        if is_stacked_experts(module)
+    }
+    for module in experts.values():
+        for name in stacked_parameters(module):
+            module._parameters[name].requires_grad_()  # type: ignore[union-attr]
+    for batch in batches:
+        ids = batch["input_ids"].to(ranks.device)
+        logits = loaded(input_ids=ids, position_ids=batch["position_ids"].to(ranks.device), use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        (loss / (len(batches) * ranks.world_size)).backward()
+    return {index: _sizes(module) for index, module in experts.items()}
+
+
+@torch.no_grad()
+def _sizes(module: nn.Module) -> ExpertGradients:
+    totals: list[Tensor] = []
+    for name in stacked_parameters(module):
+        weight = getattr(module, name)
+        gradient = torch.zeros_like(weight) if weight.grad is None else sum_over_ranks(weight.grad)
+        weight.grad = None
+        totals.append(torch.stack([_squares(gradient), _squares(weight)]))
+    squared_gradient, squared_weight = torch.stack(totals).sum(0)
+    return ExpertGradients(squared_gradient=squared_gradient, squared_weight=squared_weight)
+
+
+def _squares(weight: Tensor) -> Tensor:
+    return torch.stack([expert.double().square().sum() for expert in weight]).cpu()
