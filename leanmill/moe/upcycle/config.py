@@ -88,14 +88,46 @@ class ExpertUpcycle(SurgeryConfig):
     type: Literal["expert_upcycle"] = "expert_upcycle"
     """Name of the pass."""
     factor: int = Field(default=2, ge=2)
-    """How many there will be of each expert; expert i of E becomes i, E + i, 2E + i, ..."""
+    """How many times as many experts there will be."""
+    copies: Literal["equal", "gradient", "saliency"] = "equal"
+    """Which experts are copied: `equal` all as often, expert i of E becoming i, E + i, 2E + i, ...; `gradient` those of
+    the largest squared norm of their gradient on calibration rows, `saliency` of its norm times that of their weights.
+    The last two hold the whole model in memory, and its experts' gradients."""
+    most_copies: int = Field(default=3, ge=1)
+    """Copies of one expert at most, itself not counted, where not all get equally many; the paper's 3."""
     top_k: int | None = Field(default=None, ge=1)
     """Experts that a token goes through; None leaves it as it is. Only `factor` times as many keep the function of a
     model whose weights of chosen experts sum to 1, with `router_noise: 0`."""
     router_noise: float = Field(default=0.01, ge=0)
     """Standard deviation of the noise on the copies' rows of the router, as a share of that of its weights."""
 
+    @property
+    def reads_gradients(self) -> bool:
+        return self.copies != "equal"
+
+    @model_validator(mode="after")
+    def _finds_enough_to_copy(self) -> ExpertUpcycle:
+        if self.copies != "equal" and self.most_copies < self.factor - 1:
+            raise ConfigError(
+                f"expert_upcycle: with most_copies={self.most_copies} there are at most {1 + self.most_copies} times "
+                f"as many experts, and factor={self.factor}; type most_copies={self.factor - 1} or more"
+            )
+        # By value: a saved recipe names every key.
+        if self.copies == "equal" and self.most_copies != type(self).model_fields["most_copies"].default:
+            raise ConfigError(
+                "expert_upcycle.most_copies is for copies of some experts more than of others; remove it, or set "
+                "copies: gradient"
+            )
+        return self
+
     def surgeon(self, seed: int) -> Surgeon:
         from leanmill.moe.upcycle.copies import MoreExperts
 
-        return MoreExperts(factor=self.factor, top_k=self.top_k, router_noise=self.router_noise, seed=seed)
+        return MoreExperts(
+            factor=self.factor,
+            copies=self.copies,
+            most_copies=self.most_copies,
+            top_k=self.top_k,
+            router_noise=self.router_noise,
+            seed=seed,
+        )

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.core.errors import ConfigError
+from leanmill.parallel.launch import Ranks
 from leanmill.recipe.compress import CompressRecipe
-from leanmill.trainer.passes.run import compress
+from leanmill.trainer.passes.run import calibration_rows, compress
+from tests.trainer.passes.test_run import recipe, text, tokenizer  # noqa: F401  (fixtures)
 
 
 SIZES = {
@@ -240,6 +242,53 @@ def test_more_experts_of_a_mixture(tmp_path):
     assert (logits(more) - source).abs().max() > 1e-4 * source.abs().max()
 
 
+def by_hand(folder, batches, copies):
+    """Utility of every expert of every sparse layer, experts taken one by one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").train()
+    loss = torch.zeros(())
+    for batch in batches:
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids, position_ids=batch["position_ids"], use_cache=False).logits
+        loss = loss + F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) / len(batches)
+    loss.backward()
+    found = {}
+    for layer, block in enumerate(model.model.layers):
+        if not hasattr(block.mlp, "experts"):
+            continue
+        parts = [block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj]
+        gradient = [sum(part.grad[e].square().sum() for part in parts).sqrt().item() for e in range(4)]
+        weight = [sum(part[e].square().sum() for part in parts).sqrt().item() for e in range(4)]
+        found[layer] = [g * (g if copies == "gradient" else w) for g, w in zip(gradient, weight, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("copies", ["gradient", "saliency"])
+def test_useful_experts_get_more_copies(copies, text, tokenizer, tmp_path):  # noqa: F811
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24}
+    save(tmp_path / "moe", "qwen3_moe", torch.float32, **sizes, mlp_only_layers=[1], vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "moe")
+    raw = {"type": "expert_upcycle", "copies": copies, "most_copies": 3}
+    config = recipe(tmp_path / "moe", text, tmp_path, raw)
+    one = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    utility = by_hand(tmp_path / "moe", calibration_rows(config, tmp_path / "moe", one), copies)
+    (report,) = compress(config, tmp_path / "more")
+    more, old = (load(tmp_path / name, torch.float32).model.layers for name in ("more", "moe"))
+    assert utility.keys() == {0, 2}
+    told = []
+    for layer, scores in utility.items():
+        best, second = sorted(range(4), key=lambda e: -scores[e])[:2]
+        origins = [0, 1, 2, 3, best, best, best, second]
+        for name in ("gate_up_proj", "down_proj"):
+            assert torch.equal(getattr(more[layer].mlp.experts, name), getattr(old[layer].mlp.experts, name)[origins])
+        rows = old[layer].mlp.gate.weight
+        assert torch.equal(more[layer].mlp.gate.weight[:4], rows)
+        torch.testing.assert_close(
+            more[layer].mlp.gate.weight[4:], rows[origins[4:]], rtol=0, atol=0.1 * rows.std().item()
+        )
+        told.append(f"{layer}: {' '.join(str(origins.count(e)) for e in range(4))}")
+    assert str(report).endswith("; ".join(told))
+
+
 REFUSED = [
     ("gemma2", {"head_dim": 8}, {}, "no mixture of experts with the attention and norms of 'gemma2'.*llama, mistral"),
     ("llama", {"attention_bias": True}, {}, "has attention_bias"),
@@ -274,6 +323,12 @@ def test_options_that_do_not_fit():
     ]:
         with pytest.raises(ValueError, match=message):
             parse_pass({"type": "upcycle", **raw})
+    for raw, message in [
+        ({"copies": "gradient", "factor": 5}, "type most_copies=4 or more"),
+        ({"most_copies": 2}, "set copies: gradient"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            parse_pass({"type": "expert_upcycle", **raw})
     llama = AutoConfig.for_model("llama", **SIZES)
     with pytest.raises(ConfigError, match="give one of mixtral"):
         parse_pass({"type": "expert_upcycle"}).surgeon(0).config(llama)
