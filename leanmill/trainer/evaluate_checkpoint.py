@@ -66,7 +66,8 @@ def evaluate_checkpoint(
         RunError: The checkpoint is damaged.
     """
     rebuilt = rebuild(checkpoint_dir)
-    recipe = _overridden(rebuilt.recipe, overrides, checkpoint_dir)
+    raw = json.loads(rebuilt.recipe.model_dump_json())
+    recipe = _overridden(raw, overrides, checkpoint_dir, source=str(checkpoint_dir / "recipe.json"))
     probes = [*rebuilt.probes, *more_probes(rebuilt.model)]
     return _evaluated(checkpoint_dir, rebuilt.step, recipe, rebuilt.model, rebuilt.tokenizer_dir, probes)
 
@@ -82,7 +83,9 @@ def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Evaluated:
     Raises:
         ConfigError: It is no such folder, or a bad override.
     """
-    recipe = _overridden(Recipe.model_validate({"model": {"path": str(folder)}}), overrides, folder)
+    # Nothing is trained; a recipe must say how long.
+    raw = {"model": {"path": str(folder)}, "train": {"steps": 1}}
+    recipe = _overridden(raw, overrides, folder, source="the recipe of an evaluation")
     loaded = load_for_inference(folder, dtype=torch.float32)
     return _evaluated(folder, None, recipe, loaded.model, folder, loaded.probes)
 
@@ -119,18 +122,17 @@ def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks, probes: Seq
     return evaluate(engine, domains, rows, probes)
 
 
-def _overridden(recipe: Recipe, overrides: Sequence[str], checkpoint_dir: Path) -> Recipe:
+def _overridden(raw: dict[str, Any], overrides: Sequence[str], folder: Path, *, source: str) -> Recipe:
     for override in overrides:
         key = override.partition("=")[0]
         if not key.startswith(_CHANGEABLE):
             raise ConfigError(
-                f"override {override!r}: {key} belongs to the trained weights of {checkpoint_dir}; an evaluation may "
+                f"override {override!r}: {key} belongs to the trained weights of {folder}; an evaluation may "
                 f"change data.*, eval.*, batch.*, device and train.precision"
             )
-    raw: dict[str, Any] = json.loads(recipe.model_dump_json())
     for override in overrides:
         apply_override(raw, override)
-    return validate_recipe(raw, source=str(checkpoint_dir / "recipe.json"))
+    return validate_recipe(raw, source=source)
 
 
 def _tokenizer(recipe: Recipe, saved: Path | None) -> Any:

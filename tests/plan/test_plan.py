@@ -298,9 +298,8 @@ def test_further_tokens_are_counted():
     )
 
 
-@pytest.mark.parametrize("name", [*ENGINES][:2])
-def test_held_memory_of_further_tokens(name):
-    recipe = _recipe(ENGINES[name], techniques=[{"type": "multi_token"}])
+def test_held_memory_of_further_tokens():
+    recipe = _recipe(ENGINES["fsdp"], techniques=[{"type": "multi_token"}])
     measured = run_ranks(_held_after_backward, 2, recipe)
     assert plan(recipe, 2).held_bytes == pytest.approx(max(measured), rel=0.1)
 

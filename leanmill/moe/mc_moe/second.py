@@ -161,13 +161,13 @@ def leave_out_second(model: Any, thresholds: Mapping[int, float], *, protected_s
     skip_what_nobody_takes(model)
     skips_empty = skips_empty_places(model)()
     for place, decision in decisions(Sites(model), Ledger()):
-        if place.layer in thresholds:
-            option = LeaveOutSecond(thresholds[place.layer], protected_share, normalise=decision.policy.normalise).to(
-                place.module.weight.device
-            )  # type: ignore[union-attr, arg-type]
-            decision.add(option)
-            decision.skips_empty = skips_empty
-            layers[place.layer] = option
+        layer = -1 if place.layer is None else place.layer
+        if layer not in thresholds:
+            continue
+        option = LeaveOutSecond(thresholds[layer], protected_share, normalise=decision.policy.normalise)
+        decision.add(option.to(next(place.module.parameters()).device))
+        decision.skips_empty = skips_empty
+        layers[layer] = option
     if missing := sorted(thresholds.keys() - layers.keys()):
         raise ConfigError(
             f"mc_moe: layer {missing[0]} has no router, and what it leaves out was calibrated; give the "
