@@ -296,7 +296,6 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "gamma_mod": ("deeper", "gamma_mod"),
     "router_tuning": ("deeper", "router_tuning"),
     "routed experts": ("mixtral", "router"),
-    "stgc": ("mixtral", "stgc"),
     "nested": ("matformer", "ternary"),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),

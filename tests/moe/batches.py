@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.rules import StepContext, StepRule
+from leanmill.moe.loads.loads import Loads
 from leanmill.trainer.train_module import TrainModule
 from tests.core.tiny import VOCAB_SIZE
 
@@ -38,6 +39,12 @@ def joined(batches: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def num_valid(batches: Sequence[dict[str, Tensor]]) -> Tensor:
     return torch.stack([(batch["labels"] != -100).sum() for batch in batches]).sum().float()
+
+
+def counts_of(loads: Loads) -> Tensor:
+    """How often each expert was chosen in the last step, one layer after another."""
+    assert loads.last_step is not None
+    return torch.cat([loads.part(loads.last_step, layer.counts) for layer in loads.layers])
 
 
 def step(

@@ -46,7 +46,7 @@ def side_sums(
     counted = num_counted(logits, token_mask, settings).to(wide.dtype)
     sums = probabilities.reshape(settings.num_sequences, -1, logits.shape[1]).sum(1)
     means = sums / counted.clamp(min=1).unsqueeze(-1)
-    return counts(index, logits.shape[1], settings), squares.sum() / counted.sum().clamp(min=1), means
+    return counts(index, logits.shape[1], settings.num_sequences), squares.sum() / counted.sum().clamp(min=1), means
 
 
 def _wide(logits: Tensor, token_mask: Tensor | None) -> Tensor:
@@ -93,9 +93,9 @@ def _open_experts(keys: Tensor, scores: Tensor, bias: Tensor | None, settings: S
     return is_best.repeat_interleave(size, 1)
 
 
-def counts(index: Tensor, num_experts: int, settings: Settings) -> Tensor:
-    """Copies that each expert takes of each sequence, int64 [S, E]."""
-    rows = index.reshape(settings.num_sequences, -1)
+def counts(index: Tensor, num_experts: int, num_sequences: int) -> Tensor:
+    """Copies that each expert takes of each sequence, int64 [S, E]; an index of `num_experts` is none."""
+    rows = index.reshape(num_sequences, -1)
     ones = torch.ones_like(rows)
     return ones.new_zeros(len(rows), num_experts + 1).scatter_add_(1, rows, ones)[:, :num_experts].contiguous()
 

@@ -161,10 +161,6 @@ class Loads(StepRule):
         """Return the numbers [N] of one sum out of `micro_batch`, `all_ranks`, `so_far`, `whole` or `last_step`."""
         return sums[self._spans[of.name]]
 
-    def counts(self, sums: Tensor) -> Tensor:
-        """Return the counts of all experts of all `layers`, one layer after another."""
-        return torch.cat([self.part(sums, layer.counts) for layer in self.layers])
-
     def num_tokens(self, sums: Tensor) -> Tensor:
         """Return how many tokens they are sums over, fp64 (1,)."""
         return sums[:1]

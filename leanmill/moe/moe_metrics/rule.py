@@ -32,7 +32,7 @@ class ExpertMetrics(StepRule):
         self._loads, self._looks, self._watches, self._by_layer = loads, looks, watches, by_layer
 
     def begin_step(self, context: StepContext) -> None:
-        self._looks.is_due.fill_(context.is_reported)
+        self._looks.begin_step(is_due=context.is_reported)
 
     def metrics(self) -> Mapping[str, float]:
         """Return means over layers (`dead_experts`: the number in all), and those of each layer as `name/layer`."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.account import add_once, is_recompute
 from leanmill.core.batches import Batch
+from leanmill.kernels.topk_router import naive
 from leanmill.moe.loads.loads import RouterLoads, Sum
 from leanmill.moe.routing.decision import Reader, Routing
 
@@ -93,10 +94,17 @@ class Looks:
     """
 
     def __init__(self) -> None:
-        self.is_due = torch.ones((), dtype=torch.bool)
-        """Whether in this step; on the CPU, for compiled code to ask."""
+        self.is_due = True
+        """Whether in this step."""
+        self.flag = torch.ones((), dtype=torch.bool)
+        """The same, for compiled code to ask; on the CPU."""
         self._held: list[Held] = []
         self._num_held = 0
+
+    def begin_step(self, *, is_due: bool) -> None:
+        """Look, or not, until this is called again."""
+        self.is_due = is_due
+        self.flag.fill_(is_due)
 
     def begin_forward(self, batch: Batch) -> None:
         """Forget what a forward that failed has left."""
@@ -152,26 +160,21 @@ class RouterWatch(Reader):
 
     @property
     def is_looking(self) -> bool:
-        return not self.training or torch.compiler.is_compiling() or bool(self.looks.is_due)
+        return not self.training or torch.compiler.is_compiling() or self.looks.is_due
 
     def forward(self, routing: Routing) -> Tensor:
         if self.training:
             seen = Held(self.sums.value, routing.logits.detach(), routing.is_kept, routing.token_mask, self.is_sigmoid)
             if torch.compiler.is_compiling():
-                _look_op(*seen, self.looks.is_due)
+                _look_op(*seen, self.looks.flag)
             elif not is_recompute():
                 self.looks.hold(seen)
         else:
             mask = self.shown.mask
             if mask is not None and len(mask) != len(routing.experts):
                 mask = None  # a technique leaves tokens out, and which stand in is not known
-            add_once(self.seen, _counts(routing.experts, len(self.seen), mask))
+            experts = routing.experts
+            if mask is not None:
+                experts = experts.masked_fill(~mask.unsqueeze(-1), len(self.seen))
+            add_once(self.seen, naive.counts(experts, len(self.seen), 1)[0].float())
         return routing.weights
-
-
-def _counts(experts: Tensor, num_experts: int, mask: Tensor | None) -> Tensor:
-    """How often each expert occurs in `experts` [T, K] where `mask` [T] is true, fp32 [E]."""
-    chosen = experts if mask is None else experts.masked_fill(~mask.unsqueeze(-1), num_experts)
-    chosen = chosen.reshape(-1)
-    ones = torch.ones_like(chosen, dtype=torch.float32)
-    return ones.new_zeros(num_experts + 1).scatter_add(0, chosen, ones)[:-1]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from leanmill.core.account import Account, add_once
 from leanmill.core.ledger import Ledger
+from leanmill.kernels.topk_router import naive
 from leanmill.moe.loads.loads import RouterLoads, Sum
 from leanmill.moe.loads.tokens import TokenShare
 from leanmill.moe.router_balance.factors import Devices, of_experts
@@ -115,9 +116,7 @@ class Balance(Reader):
         chosen = routing.logits.detach().topk(self.policy.top_k).indices
         if routing.token_mask is not None:
             chosen = chosen.masked_fill(~routing.token_mask.unsqueeze(-1), num_experts)
-        chosen = chosen.reshape(num_rows, -1)
-        counts = torch.zeros(num_rows, num_experts + 1, device=chosen.device)
-        return counts.scatter_add(1, chosen, torch.ones_like(chosen, dtype=counts.dtype))[:, :-1]
+        return naive.counts(chosen, num_experts, num_rows).float()
 
 
 def _over_tokens(means: Tensor, mask: Tensor | None) -> Tensor:

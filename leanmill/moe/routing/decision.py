@@ -183,13 +183,13 @@ class Decision(Around):
 
     def _observe(self, logits: Tensor, weights: Tensor, experts: Tensor) -> Routing:
         mask, num_sequences = self.tokens.of(len(logits), is_training=self.training)
-        settings = Settings(1, self.policy.score == "sigmoid", True, 1.0, num_sequences=num_sequences)
         # The router sends padding somewhere too, which counts nowhere.
         counted = experts if mask is None else experts.masked_fill(~mask.unsqueeze(-1), self.policy.num_experts)
         if not self.decides:
             unknown = logits.new_full((), torch.nan, dtype=torch.float32)
-            counts = naive.counts(counted, self.policy.num_experts, settings)
+            counts = naive.counts(counted, self.policy.num_experts, num_sequences)
             return Routing(logits, weights, experts, None, counts, unknown, unknown.expand(counts.shape), mask)
+        settings = Settings(1, self.policy.score == "sigmoid", True, 1.0, num_sequences=num_sequences)
         sums = naive.side_sums(logits, counted, mask, settings)
         return Routing(logits, weights, experts, None, *sums, mask)
 

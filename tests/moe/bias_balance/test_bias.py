@@ -24,7 +24,7 @@ from leanmill.trainer.train_module import TrainModule
 from tests.contract_cases import MODELS
 from tests.core.tiny import context, tiny
 from tests.data.samples import write_jsonl
-from tests.moe.batches import batch_of, step
+from tests.moe.batches import batch_of, counts_of, step
 
 
 RATE, NAME = 0.01, "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -98,7 +98,7 @@ def test_biases_even_out_loads():
     for _ in range(40):
         step(module, rules, [batch_of(1)])
         end(rules, 0)
-        counts = loads.counts(loads.last_step)
+        counts = counts_of(loads)
         found.append(float(counts.max() / counts.mean()))
     assert found[0] > 2
     assert sum(found[-5:]) / 5 < 1.25

@@ -18,7 +18,7 @@ from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.train_module import TrainModule
 from tests.core.tiny import context, tiny
 from tests.distributed import run_ranks
-from tests.moe.batches import batch_of, step
+from tests.moe.batches import batch_of, counts_of, step
 
 
 NUM_EXPERTS = 4
@@ -71,12 +71,12 @@ def test_each_token_counts_once(mode, padded):
     for _ in range(2):
         step(module, [loads], batches)
         wanted = choices(batches)
-        assert loads.counts(loads.last_step).view(2, -1).equal(wanted.double()), "and no step adds to another"
+        assert counts_of(loads).view(2, -1).equal(wanted.double()), "and no step adds to another"
         num_tokens = sum(b["token_mask"].sum() if padded else b["labels"].numel() for b in batches)
         assert loads.num_tokens(loads.last_step).item() == num_tokens
         assert loads.num_micro_batches(loads.last_step).item() == 2
     module.eval()(batches[0])
-    assert loads.counts(loads.last_step).view(2, -1).equal(wanted.double())
+    assert counts_of(loads).view(2, -1).equal(wanted.double())
 
 
 def test_a_sum_has_a_name_of_its_own():
@@ -117,7 +117,7 @@ def _count_collectives() -> list[tuple[int, int]]:
         found.append((len(seen), max(seen)))
         loads = next(rule for rule in installed.step_rules if isinstance(rule, Loads))
         wanted = choices([batch_of(seed) for seed in range(6)])
-        assert loads.counts(loads.last_step).view(2, -1).equal(wanted.double()), "of both ranks"
+        assert counts_of(loads).view(2, -1).equal(wanted.double()), "of both ranks"
     return found
 
 

@@ -16,7 +16,7 @@ from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.train_module import TrainModule
 from tests.core.tiny import MIXTURES, context, tiny
 from tests.distributed import run_ranks
-from tests.moe.batches import batch_of, joined, step
+from tests.moe.batches import batch_of, counts_of, joined, step
 from tests.moe.router_balance.by_hand import Found, by_hand
 
 
@@ -49,7 +49,7 @@ def module_of(family: str, mode: str = "none", *, raw: dict[str, object] | None 
 
 def last_counts(rules) -> Tensor | None:
     (loads,) = (rule for rule in rules if isinstance(rule, Loads))
-    return None if loads.last_step is None else loads.counts(loads.last_step)
+    return None if loads.last_step is None else counts_of(loads)
 
 
 def plain(family: str, **changes: object) -> nn.Module:
