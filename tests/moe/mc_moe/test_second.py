@@ -189,5 +189,5 @@ def test_requests_that_do_not_fit():
     config.num_experts_per_tok = 3
     with pytest.raises(ConfigError, match="two experts a token, and this model has 3"):
         parse_pass(MC | {"leaves_out_second": True}).solver().check(config)
-    with pytest.raises(ConfigError, match="set leaves_out_second: true"):
+    with pytest.raises(ValueError, match="set leaves_out_second: true"):
         parse_pass(MC | {"protected_share": 0.1})
