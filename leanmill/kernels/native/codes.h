@@ -26,7 +26,7 @@ typedef struct {
     uint8_t codes[256][8];
 } decode_table;
 
-static void fill_table(decode_table *table, int encoding) {
+static inline void fill_table(decode_table *table, int encoding) {
     memset(table, 0, sizeof *table);
     int count = codes_per_byte(encoding);
     for (int byte = 0; byte < 256; byte++) {
@@ -43,7 +43,7 @@ static void fill_table(decode_table *table, int encoding) {
         memcpy(codes + n, table->codes[packed[byte]], 8);
 
 /* Codes of a packed row from `first_byte` on: exactly `num_codes` bytes are written. */
-static void decode_row(const uint8_t *restrict packed, int64_t num_codes, int encoding,
+static inline void decode_row(const uint8_t *restrict packed, int64_t num_codes, int encoding,
                        const decode_table *restrict table, uint8_t *restrict codes) {
     int64_t n = 0, byte = 0;
     int count = codes_per_byte(encoding);

@@ -1,5 +1,6 @@
 """Packed matmuls on the CPU: dot products on packed rows for few tokens, cached blocks for many.
 
+One token, where the processor multiplies bytes, is the business of `one_token.py`.
 With few tokens the weight's bytes are what there is to read, and C multiplies them as it decodes
 them. With many, C unpacks a few rows at a time into a buffer that stays in cache and multiplies that
 in tiles held in registers. Torch's own matmul on such blocks would do, but for its threads: its idle
@@ -17,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.kernels.native import compiler, threads
 from leanmill.kernels.native.dtypes import pointer
+from leanmill.kernels.packed_matmul import one_token
 from leanmill.kernels.packed_matmul.naive import SMALLEST_ABSMAX
 from leanmill.kernels.packing.encoding import TERNARY, codes_per_byte
 
@@ -59,6 +61,10 @@ def _planes(x: Tensor, per_byte: int) -> Tensor:
 def packed_matmul(x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor, number: int) -> Tensor:
     """Return x @ W^T [tokens, out] in fp32 for x [tokens, in], all contiguous and but for `packed` fp32."""
     native = _loaded()
+    if x.shape[0] == 1 and one_token.covers(number, x.shape[1], scales.shape[1]):
+        out = one_token.packed_matmul(x, packed, scales, zero_points, number)
+        if out is not None:
+            return out
     # C counts ternary codes from 0.
     zeros = zero_points + 1 if number == TERNARY else zero_points
     group_size = x.shape[-1] // scales.shape[-1]
@@ -173,6 +179,8 @@ def ternary_int8_matmul(codes: Tensor, packed: Tensor) -> Tensor:
     """Return the exact int32 products [tokens, out] of int8 [tokens, in] and ternary rows."""
     native = _loaded()
     num_codes = codes.shape[-1]
+    if codes.shape[0] == 1 and one_token.covers(TERNARY, num_codes, 1):
+        return one_token.ternary_int8_matmul(codes, packed)
     if codes.shape[0] > MOST_DOT_TOKENS and 128 * num_codes < _LARGEST_EXACT_SUM:
         ones = torch.ones((packed.shape[0], 1))
         # fp32 matmuls of small integers are exact, in any order of summation, and faster than integer ones.
