@@ -13,16 +13,21 @@ __all__ = ["ExportReport", "export_model", "load_packed"]
 
 
 def export_model(
-    checkpoint_dir: str | Path, out_dir: str | Path, *, to: str = "hf", activations: Activations = "trained"
+    checkpoint_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    to: str = "hf",
+    packing: str = "none",
+    activations: Activations = "trained",
 ) -> ExportReport:
-    """Write a folder of format `to` (hf, bitnet, packed, adapter); see `leanmill.export.run`."""
+    """Write a folder of format `to` (hf, packed, adapter, ...), its weights packed; see `leanmill.export.run`."""
     from leanmill.export.run import export_model as write
 
-    return write(Path(checkpoint_dir), Path(out_dir), to=to, activations=activations)
+    return write(Path(checkpoint_dir), Path(out_dir), to=to, packing=packing, activations=activations)
 
 
 def load_packed(folder: str | Path) -> Any:
-    """Load a folder of format `packed`; see `leanmill.export.packed.load`."""
-    from leanmill.export.packed import load
+    """Load a folder of packed or 2:4 weights; see `leanmill.export.packed_folder.load`."""
+    from leanmill.export.packed_folder import load
 
     return load(folder)

@@ -32,6 +32,20 @@ FORMATS: dict[str, str] = {
     "packed": "leanmill.export.packed:PackedFormat",
     "adapter": "leanmill.export.adapter:AdapterFormat",
 }
+PACKINGS: dict[str, str] = {
+    "none": FORMATS["hf"],
+    "bitnet": FORMATS["bitnet"],
+    "int2": "leanmill.export.packed:Int2Format",
+    "int4": "leanmill.export.packed:Int4Format",
+    "int8": "leanmill.export.packed:Int8Format",
+    "ternary": "leanmill.export.packed:TernaryFormat",
+    "binary": "leanmill.export.packed:BinaryFormat",
+    "compressed_tensors": "leanmill.export.compressed_tensors:CompressedTensorsFormat",
+    "gguf": "leanmill.export.gguf:GgufFormat",
+    "gguf_tq2_0": "leanmill.export.gguf:Gguf2BitFormat",
+    "2_4": "leanmill.export.semi_structured:SemiStructuredFormat",
+}
+"""What `--to hf` may be packed as."""
 GROUP = "leanmill.formats"
 
 
@@ -98,16 +112,28 @@ def _of_packages() -> dict[str, str]:
     return {point.name: point.value for point in importlib.metadata.entry_points(group=GROUP)}
 
 
-def format_class(name: str) -> type[Format]:
+def format_class(name: str, packing: str = "none") -> type[Format]:
     """Import and return a format.
 
+    Args:
+        name: A known format.
+        packing: How the weights of `hf` are packed; other formats say that by their name.
+
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is none of that name, or none that packs so.
     """
     known = known_formats()
     if name not in known:
-        near = near_names(name, known, count=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-        raise ConfigError(f"unknown export format {name!r}; {hint}")
-    module_name, _, class_name = known[name].partition(":")
+        raise ConfigError(f"unknown export format {name!r}; {_hint(name, known)}")
+    if packing not in PACKINGS:
+        raise ConfigError(f"unknown packing {packing!r}; {_hint(packing, PACKINGS)}")
+    if packing != "none" and name != "hf":
+        raise ConfigError(f"--packing {packing} is a form of --to hf, not of --to {name}; type --to hf or leave it out")
+    path = known[name] if packing == "none" else PACKINGS[packing]
+    module_name, _, class_name = path.partition(":")
     return getattr(importlib.import_module(module_name), class_name)  # type: ignore[no-any-return]
+
+
+def _hint(name: str, known: Mapping[str, str]) -> str:
+    near = near_names(name, known, count=2, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"

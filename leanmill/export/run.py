@@ -14,7 +14,12 @@ from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 
 def export_model(
-    checkpoint_dir: Path, out_dir: Path, *, to: str = "hf", activations: Activations = "trained"
+    checkpoint_dir: Path,
+    out_dir: Path,
+    *,
+    to: str = "hf",
+    packing: str = "none",
+    activations: Activations = "trained",
 ) -> ExportReport:
     """Write a folder with the model and `leanmill.json`; it comes into being once it was loaded back and compared.
 
@@ -22,17 +27,18 @@ def export_model(
         checkpoint_dir: A finished checkpoint of a run.
         out_dir: Folder to create.
         to: Name of a format, see `formats.py`.
+        packing: How the weights of `hf` are packed, see `PACKINGS`.
         activations: `float` writes a model that trained with rounded activations without the rounding.
 
     Raises:
         ConfigError: The checkpoint cannot be exported this way.
         RunError: The copy loaded back differs, or the disk is full; `out_dir` is not created.
     """
-    kind = format_class(to)
+    kind = format_class(to, packing)
     rebuilt = rebuild(checkpoint_dir)
     reason = kind.covers(rebuilt.model)
     if reason is not None:
-        raise ConfigError(f"{checkpoint_dir} cannot be exported as {to}: {reason}")
+        raise ConfigError(f"{checkpoint_dir} cannot be exported as {to if packing == 'none' else packing}: {reason}")
     export = kind(rebuilt, out_dir, activations)
     with new_folder(out_dir) as folder:
         export.write(folder)

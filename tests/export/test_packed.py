@@ -12,7 +12,7 @@ from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
 from leanmill.export import export_model, load_packed
 from leanmill.export.compare import sample_logits
-from leanmill.export.packed import PackedLinear
+from leanmill.export.packed_layers import PackedEmbedding, PackedLinear
 from leanmill.quant.int_quant.stage import IntWeights
 from leanmill.quant.lsq.stage import LsqStage
 from leanmill.quant.ternary.stage import TernaryStage
@@ -83,7 +83,7 @@ def test_a_folder_computes_what_was_trained(name, tmp_path):
     expected = sample_logits(trained)
     report = export_model(checkpoint, tmp_path / "out", to="packed")
     assert report.format == "packed"
-    assert f"{len(names)} linear weights packed" in str(report)
+    assert f"{len(names)} weights packed" in str(report)
     model = load_packed(tmp_path / "out")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
     assert sorted(layers) == sorted(names)
@@ -143,3 +143,68 @@ def test_a_folder_that_is_none_or_lacks_a_tensor_is_named(tmp_path):
     (tmp_path / "out/packed.json").write_text(json.dumps(dict(list(layers.items())[1:])))
     with pytest.raises(RunError, match="in one of packed.safetensors and config.json only"):
         load_packed(tmp_path / "out")
+
+
+PACKINGS = {
+    "int2": ({"type": "ternary"}, 2, 2),
+    "int4": ({"type": "int_quant", "weight_bits": 4, "granularity": "group", "group_size": 32}, 4, 4),
+    "int8": ({"type": "int_quant", "weight_bits": 8}, 8, 8),
+    "ternary": ({"type": "int_quant", "weight_bits": 2}, "ternary", 1.6),
+    "binary": ({"type": "lsq", "weight_bits": 1, "grid": "midrise"}, 1, 1),
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_files_have_the_bytes_that_codes_and_scales_come_to(packing, tmp_path):
+    technique, encoding, bits = PACKINGS[packing]
+    technique = {**technique, "targets": ["*_proj", "embed_tokens", "lm_head"]}
+    sizes = {"hidden_size": 160, "intermediate_size": 320, "num_attention_heads": 4, "head_dim": 40, "vocab_size": 4096}
+    checkpoint = checkpoint_of(tmp_path, "llama", [technique], **sizes)[1]
+    trained = rebuild(checkpoint).model
+    staged = {name: site.effective_weight().detach() for name, site in iter_sites(trained)}
+    report = export_model(checkpoint, tmp_path / "out", packing=packing)
+    assert report.format == f"packed {packing}"
+    model = load_packed(tmp_path / "out")
+    theory = sum(4 * parameter.numel() for parameter in model.parameters())
+    for name, weight in staged.items():
+        layer = model.get_submodule(name)
+        assert layer.encoding == encoding
+        # Codes come back bit for bit, and with them the weight.
+        torch.testing.assert_close(layer.weight_values(), weight.float(), rtol=1e-6, atol=0)
+        if name != "lm_head":
+            groups = technique.get("group_size") or weight.shape[1]
+            theory += weight.numel() * bits / 8 + 4 * weight.numel() / groups
+    size = (tmp_path / "out/packed.safetensors").stat().st_size
+    assert size == pytest.approx(theory, rel=0.03)
+    assert isinstance(model.model.embed_tokens, PackedEmbedding)
+    assert model.lm_head.packed is model.model.embed_tokens.packed
+    found, expected = sample_logits(model), sample_logits(trained)
+    for kind, logits in found.items():
+        torch.testing.assert_close(logits, expected[kind], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("to", "packing", "technique", "message"),
+    [
+        ("hf", "int2", {"type": "int_quant", "weight_bits": 4}, r"int2 takes 0 to 3; type --packing int4"),
+        ("hf", "binary", {"type": "ternary"}, r"binary takes 0 to 1; type --packing ternary"),
+        ("hf", "int4", {"type": "nm_sparsity"}, "nothing to pack; use --to hf"),
+        ("hf", "int5", {"type": "ternary"}, r"unknown packing 'int5'; did you mean int"),
+        ("packed", "int4", {"type": "ternary"}, "--packing int4 is a form of --to hf, not of --to packed"),
+    ],
+)
+def test_what_a_packing_does_not_hold_is_refused(to, packing, technique, message, tmp_path):
+    checkpoint = checkpoint_of(tmp_path, "llama", [technique])[1]
+    with pytest.raises(ConfigError, match=message):
+        export_model(checkpoint, tmp_path / "out", to=to, packing=packing)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_rounded_in_training_are_rounded_whatever_the_encoding(tmp_path):
+    checkpoint = checkpoint_of(tmp_path, "llama", [{"type": "ternary", "activation_bits": 8}])[1]
+    export_model(checkpoint, tmp_path / "out", packing="int4")
+    layer = load_packed(tmp_path / "out").model.layers[0].mlp.up_proj
+    tokens = torch.randn(3, 32)
+    scale = 127 / tokens.abs().amax(-1, keepdim=True)
+    expected = ((tokens * scale).round() / scale) @ layer.weight_values().t()
+    torch.testing.assert_close(layer(tokens), expected, rtol=1e-5, atol=1e-6)
