@@ -109,6 +109,14 @@ def figures(kind: str) -> Iterator[Figure]:
             layer = f"{family} decoder layer over transformers' fastest backend"
             yield Figure(f"{layer}, step time, {precision}", found["ratio"], found["limit"])
             yield Figure(f"{layer}, peak memory, {precision}", found["memory_ratio"], 1.0)
+    if result := load(kind, "packed_generation"):
+        for packing, limit in (("ternary", 0.13), ("int4", 0.27)):
+            found = result["figures"][packing]
+            model = f"98M Llama, {packing} over bf16"
+            yield Figure(f"{model}, time a token, one prompt, the same loop", 1 / found["speed_over_bf16"], 0.5)
+            over_generate = 1 / found["speed_over_transformers_bf16"]
+            yield Figure(f"{model}, time a token, one prompt, bf16 by transformers' generate", over_generate, 0.5)
+            yield Figure(f"{model}, file", found["file_over_bf16"], limit)
     if result := load(kind, "quickstart"):
         for domain, share in result["figures"]["share_of_order0"].items():
             yield Figure(f"quick start, bits per byte over an order-0 byte model, {domain}", share, 0.45)

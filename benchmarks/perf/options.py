@@ -4,5 +4,6 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "step_time": {"rounds": 12},
     "techniques": {"rounds": 12},
     "router_balance": {"rounds": 24},
+    "packed_generation": {"rounds": 9},
     "checkpoint_stall": {"saves": 5, "steps_between": 4},
 }

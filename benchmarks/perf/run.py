@@ -19,6 +19,7 @@ BENCHMARKS = (
     "expert_bytes",
     "kernels",
     "moe_layer",
+    "packed_generation",
     "quickstart",
 )
 ARGUMENTS = {"techniques": [[], ["--micro-batches", "2"]]}

@@ -15,9 +15,9 @@ def run(args: argparse.Namespace) -> int:
 
     out = Path(args.out)
     check_is_new(out)
-    format_class(args.to)
+    format_class(args.to, args.packing)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    report = export_model(checkpoint, out, to=args.to, activations=args.activations)
+    report = export_model(checkpoint, out, to=args.to, packing=args.packing, activations=args.activations)
     print(f"exported {checkpoint} to {out.resolve()}, loaded it back and compared")
     print(report)
     return 0

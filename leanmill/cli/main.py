@@ -26,6 +26,7 @@ _VERBS: dict[str, str] = {
     "compress": "prune, quantise or upcycle a model folder in one shot, a block in memory at a time",
     "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
+    "generate": "continue a prompt with an exported folder on the CPU, packed weights staying packed",
     "report": "rebuild the HTML report of a run",
 }
 
@@ -208,12 +209,30 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--to", required=True, help="hf, hf_code, bitnet, packed, adapter, or a format of an installed package"
     )
     parser.add_argument(
+        "--packing",
+        default="none",
+        help="how `--to hf` packs weights: none, bitnet, int2, int4, int8, ternary, binary, "
+        "compressed_tensors, gguf, gguf_tq2_0, 2_4",
+    )
+    parser.add_argument(
         "--activations",
         choices=["trained", "float"],
         default="trained",
         help="float writes a model that trained with rounded activations without the rounding",
     )
     parser.add_argument("--out", required=True, help="folder to write")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder that `leanmill export` wrote")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="tokens to add (64)")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of what a temperature draws (0)")
+    parser.add_argument(
+        "--beside-bf16", action="store_true", help="generate with the same weights in bf16 too, token by token in turn"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
@@ -228,6 +247,23 @@ def _positive(text: str) -> int:
     value = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 999999999")
+    return value
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e3:
+        raise argparse.ArgumentTypeError(f"{text!r} is no temperature; give a number from 0, e.g. 0.8")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0")
     return value
 
 
@@ -251,6 +287,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compress": _compress,
     "arank": _arank,
     "export": _export,
+    "generate": _generate,
     "report": _report,
 }
 
