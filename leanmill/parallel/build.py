@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
+from leanmill.parallel.collectives import gather_objects, same_on_all_ranks
 from leanmill.parallel.config import (
     AutoEngine,
     DdpEngine,
@@ -54,11 +55,26 @@ def build_engine(
         config, why = choose_engine(ranks=ranks, precision=precision, model_bytes=model_bytes, layout=layout)
         config = config.model_copy(update={"staging": staging})
     resolved = resolve_layout(layout, config, ranks.world_size, ranks.device.type)
+    _check_ranks_agree(resolved)
     engine = _make(config, ranks, precision, resolved)
     places = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
     experts = f", experts over groups of {resolved.ep}" if resolved.ep > 1 else ""
     experts = ", experts sharded over all of them" if resolved.fully_sharded else experts
     return engine, f"engine {engine.name} on {places}{experts} ({ranks.device.type}, {precision}): {why}"
+
+
+def _check_ranks_agree(layout: Layout) -> None:
+    """Refuse ranks that would wait for each other in other groups.
+
+    Raises:
+        RunError: They were started with other layouts; the same on all ranks.
+    """
+    sizes = [layout.dp_shard, layout.ep, layout.expert_chunks]
+    if not same_on_all_ranks(sizes):
+        found = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(sizes)))
+        raise RunError(
+            f"ranks differ in layout, [dp_shard, ep, expert_chunks] is {found}; start every rank with the same recipe"
+        )
 
 
 def choose_engine(

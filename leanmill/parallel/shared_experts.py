@@ -49,7 +49,7 @@ class _Turn:
         self._shared, self._hidden = shared, hidden
         self._early: Tensor | None = None
         self._promised: tuple[Callable[..., Tensor], Tensor, Tensor] | None = None
-        self._has_left = False
+        self._is_settled = False
 
     def close(self) -> None:
         """It has ended, or raised."""
@@ -57,9 +57,9 @@ class _Turn:
 
     def meanwhile(self) -> None:
         """Compute the shared experts: tokens have set out."""
-        if not self.is_open or self._has_left:
+        if not self.is_open or self._is_settled:
             return
-        self._has_left = True
+        self._is_settled = True
         if self._promised is None:
             self._runs_now = True
             self._early = self._shared.forward(self._hidden)
@@ -78,7 +78,10 @@ class _Turn:
         """Return what the block's own call of its shared experts gets."""
         if not self.is_open or self._runs_now:
             return call(tokens)
-        if not self._has_left:
+        if not self._is_settled:
+            if _has_hooks(self._shared):
+                self._is_settled = True  # nothing is left to do meanwhile
+                return call(tokens)
             # Not a number, to be seen should a block look at it before it calls its routed experts.
             promised = tokens.new_full(tokens.shape, torch.nan, dtype=compute_dtype(tokens))
             self._promised = call, tokens, promised
@@ -86,6 +89,11 @@ class _Turn:
         if self._early is not None and _is_same(tokens, self._hidden):
             return self._early.view(tokens.shape)
         return call(tokens)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what `module` returns, or replaces it, as ZeRO-3 does: it must be there by then."""
+    return any((module._forward_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _is_same(tokens: Tensor, hidden: Tensor) -> bool:

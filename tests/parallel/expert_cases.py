@@ -24,25 +24,42 @@ MAX_NORM = 0.1
 """Below the norm of every step, so that clipping shows."""
 
 
-def model_on_meta(dtype: torch.dtype = torch.float64, *, num_experts: int = NUM_EXPERTS) -> Any:
+_SIZES: dict[str, Any] = {
+    "vocab_size": cases.VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": True,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_key_value_heads": 1, "head_dim": 8, "decoder_sparse_step": 1},
+    "qwen2_moe": {"num_key_value_heads": 1, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 20},
+    "deepseek_v3": {
+        "num_key_value_heads": 3,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 10,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 8,
+    },
+}
+"""The others have shared experts, called before the routed ones, or after."""
+
+
+def model_on_meta(
+    dtype: torch.dtype = torch.float64, *, num_experts: int = NUM_EXPERTS, family: str = "qwen3_moe"
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=cases.VOCAB_SIZE,
-        hidden_size=24,
-        intermediate_size=32,
-        moe_intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts=num_experts,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        norm_topk_prob=True,
-        tie_word_embeddings=True,
-    )
+    key = "n_routed_experts" if family == "deepseek_v3" else "num_experts"
+    config = AutoConfig.for_model(family, **_SIZES, **FAMILIES[family], **{key: num_experts})
     with torch.device("meta"):
         # Transformers' other ways of computing experts take no fp64.
         return AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
@@ -59,15 +76,20 @@ def prepared(
     max_norm: float | None = MAX_NORM,
     install: Callable[[Any], object] = lambda model: None,
     num_experts: int = NUM_EXPERTS,
+    family: str = "qwen3_moe",
+    compiles: bool = False,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     **exchange: Any,
 ) -> Engine:
     layout = LayoutConfig(ep=ep, **exchange)
     engine, _ = build_engine(config, ranks=cases.ranks_here(), precision=precision, model_bytes=0, layout=layout)  # type: ignore[arg-type]
-    module = cases.SumLoss(model_on_meta(dtype, num_experts=num_experts))
+    module = cases.SumLoss(model_on_meta(dtype, num_experts=num_experts, family=family))
     install(module.model)
     keeps_received = ep > 1 and not layout.expert_resend
     apply_activation_checkpointing(module.model, recompute, keeps_received=keeps_received)  # type: ignore[arg-type]
+    if compiles:
+        for layer in module.model.model.layers:
+            layer.compile(backend="aot_eager")
     engine.prepare(
         module,
         Preparation(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.parallel.build import build_engine, choose_engine
-from leanmill.parallel.config import AutoEngine, DdpEngine, FsdpEngine, SingleEngine
+from leanmill.parallel.config import AutoEngine, DdpEngine, FsdpEngine, LayoutConfig, SingleEngine
 from leanmill.parallel.launch import Ranks
 from tests.distributed import run_ranks
 from tests.parallel import cases
@@ -72,3 +72,16 @@ def test_mesh_of_a_hybrid_puts_neighbours_into_one_shard_group() -> None:
     names, shards = zip(*run_ranks(body, 4), strict=True)
     assert set(names) == {("replicate", "shard")}
     assert list(shards) == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def test_ranks_of_other_layouts_all_raise_the_same_line() -> None:
+    def body() -> str:
+        ranks = cases.ranks_here()
+        layout = LayoutConfig(ep=1 + ranks.rank)
+        with pytest.raises(RunError) as refusal:
+            build_engine(DdpEngine(), ranks=ranks, precision="fp32", model_bytes=0, layout=layout)
+        return str(refusal.value)
+
+    first, second = run_ranks(body, 2, timeout_seconds=20)
+    assert first == second
+    assert "rank 0: [1, 1, 1], rank 1: [1, 2, 1]; start every rank with the same recipe" in first

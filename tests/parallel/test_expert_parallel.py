@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.views import Box
+from leanmill.optim.config import AdamW
 from leanmill.parallel.config import (
     DdpEngine,
     DeepSpeedEngine,
@@ -116,6 +117,21 @@ def test_two_experts_on_four_ranks_leave_no_rank_empty() -> None:
     results = run_ranks(body, 4)
     assert_like_one_process([result for result, _ in results], reference(num_experts=2), atol=1e-13)
     assert all(held == [(1, 12, 24), (1, 12, 12)] * 2 for _, held in results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "compiled", "zero2", "zero3"])
+def test_shared_experts_beside_those_of_other_ranks(name: str, family: str) -> None:
+    """A large eps keeps Adam from turning rounding of gradients near zero into steps: routers decide in fp32."""
+    same: dict[str, Any] = {
+        "dtype": torch.float32,
+        "family": family,
+        "make_optimizer": lambda module: experts.optimizer(module, AdamW(lr=1e-2, weight_decay=0.1, eps=1e-3)),
+    }
+    options = {"ep": 2, "expert_chunks": 2, "num_micro_batches": 3, "recompute": "full", "compiles": name == "compiled"}
+    results = run_ranks(lambda: trained(ENGINES.get(name, FsdpEngine()), **options, **same), 2)
+    assert_like_one_process(results, experts.train(experts.prepared(SingleEngine(), **same)), atol=5e-6)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from tests import contract_cases
 from tests.distributed import run_ranks
 from tests.parallel import cases
 from tests.parallel import expert_cases as experts
+from tests.parallel.dispatch_cases import Collectives
 
 
 TECHNIQUES = {
@@ -88,6 +89,31 @@ def test_experts_are_staged_once_a_step_on_the_ranks_that_hold_them_whole() -> N
     assert notes["mask in steps"] == notes["ternary"] == "staging: 12 weights once a step"
     packed = _assert_like_one_process({"type": "fsdp", "gather": "packed"}, ("mask", "ternary"), 4)
     assert packed["mask"] == "staging: 12 weights once a step"
+
+
+def test_recomputation_sends_no_token_again_unless_it_is_asked_to() -> None:
+    """Counted in one step of a whole recipe."""
+
+    def body() -> tuple[list[int], list[dict[str, Tensor]]]:
+        counts, weights = [], []
+        for recompute, resends in (("none", False), ("full", False), ("full", True)):
+            recipe = contract_cases.recipe_of(("mixtral",), {"type": "ddp"}, "", 2)
+            layout = recipe.layout.model_copy(update={"ep": 2, "expert_chunks": 2, "expert_resend": resends})
+            kept = recipe.train.model_copy(update={"activation_checkpointing": recompute})
+            recipe = recipe.model_copy(update={"layout": layout, "train": kept})
+            with Collectives() as collectives:
+                engine, _ = contract_cases.train(recipe, cases.ranks_here(), num_steps=1)
+            counts.append(collectives.names().count("all_to_all_single"))
+            weights.append(contract_cases.full_parameters(engine))
+        return counts, weights
+
+    for (none, full, resent), weights in run_ranks(body, 2):
+        # Layers x micro-batches x pieces x three ways there and three back; the last way again is left out.
+        assert none == full == 2 * 2 * 2 * 6
+        assert resent == none + 2 * 2 * (2 * 3 - 1)
+        for name, value in weights[0].items():
+            assert torch.equal(value, weights[1][name])
+            assert torch.equal(value, weights[2][name])
 
 
 class _OneForAll(Stage):

@@ -88,6 +88,29 @@ def test_whatever_comes_first_results_and_gradients_stay(family: str, recompute:
             assert torch.equal(module(tokens), type(module).forward(module, tokens)), "called alone it runs at once"
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_hooks_see_what_they_return(family: str) -> None:
+    """And may replace it, as ZeRO-3 does with an identity that knows when backward begins."""
+    ids = torch.randint(97, (2, 7))
+
+    def hooked(model: nn.Module, seen: list[Tensor]) -> nn.Module:
+        for name, module in model.named_modules():
+            if name.endswith(("shared_experts", "shared_expert")):
+                module.register_forward_hook(lambda _module, _args, out: seen.append(out.detach().clone()))
+                module.register_forward_hook(lambda _module, _args, out: out * 2)
+        return model
+
+    wanted: list[Tensor] = []
+    found: list[Tensor] = []
+    expected = run(hooked(model_of(family, ORDERS[family]), wanted), ids)
+    got = run(hooked(overlapped(model_of(family, ORDERS[family])), found), ids)
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=0, atol=2e-6 * max(1.0, value.abs().max().item()))
+
+
 class Order(TorchDispatchMode):
     """Notes when rows begin to travel and when they are waited for."""
 
