@@ -6,7 +6,7 @@ return looks at fewer elements from digit to digit: over millions of weights now
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,42 +63,60 @@ def kth_largest(keys: Tensor, k: Tensor, reduce: Callable[[Tensor], Tensor] = la
 
 @torch.no_grad()
 def largest(score: Tensor, count: int, *, among: Tensor | None = None, view: View | None = None) -> Tensor:
-    """Mark the `count` elements of the whole tensor with the largest score; of equal ones, those that come first.
+    """Mark the `count` elements of the whole tensor with the largest score; see `largest_of_all`."""
+    allowed, views = None if among is None else [among], None if view is None else [view]
+    (mask,) = largest_of_all([score], count, among=allowed, views=views)
+    return mask
 
-    The same elements are marked however the tensor is cut and on however many ranks. A threshold is found
-    digit by digit from histograms of bit patterns, summed over ranks: three small reductions, and a few
+
+@torch.no_grad()
+def largest_of_all(
+    scores: Sequence[Tensor],
+    count: int,
+    *,
+    among: Sequence[Tensor] | None = None,
+    views: Sequence[View] | None = None,
+) -> list[Tensor]:
+    """Mark the `count` elements of all tensors together with the largest score; of equal ones, those that come first.
+
+    The same elements are marked however the tensors are cut and on however many ranks. A threshold is found
+    digit by digit from histograms of bit patterns, summed over ranks: three small reductions a tensor, and a few
     more where equal scores must be told apart by their index. Reading them waits for the device.
 
     Args:
-        score: This rank's piece, fp32, not negative; NaN counts as larger than any number.
-        count: Elements to mark in the whole, the same on all ranks.
-        among: Bool like `score`: what may be marked; None is everything.
-        view: Whose piece it is; None means that `score` is whole. A collective with a view.
+        scores: This rank's pieces, fp32, not negative; NaN counts as larger than any number.
+        count: Elements to mark in the wholes, the same on all ranks.
+        among: Bool like `scores`: what may be marked; None is everything.
+        views: Whose pieces they are; None means that `scores` are whole. A collective with views.
 
     Returns:
-        Bool like `score`.
+        Bool like `scores`.
 
     Raises:
         ValueError: Fewer than `count` elements may be marked.
     """
     if count == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
+        return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
     # -0 would be the smallest pattern.
-    key = score.abs().view(torch.int32)
+    keys = [score.abs().view(torch.int32) for score in scores]
     if among is not None:
-        key = key.masked_fill(~among, -1)
-    threshold, missing, num_tied = _shrinking(key[key >= 0], count, _MAGNITUDE_BITS, view)
-    above, tied = key > threshold, key == threshold
+        keys = [key.masked_fill(~allowed, -1) for key, allowed in zip(keys, among, strict=True)]
+    threshold, missing, num_tied = _shrinking([key[key >= 0] for key in keys], count, _MAGNITUDE_BITS, views)
+    above, tied = [key > threshold for key in keys], [key == threshold for key in keys]
     if num_tied == missing:
-        return above | tied
-    index = torch.arange(score.numel(), device=score.device).view(score.shape) if view is None else view.index()
-    last = (score.numel() if view is None else view.numel) - 1
-    first_ones = last - index
-    bound, _, _ = _shrinking(first_ones[tied], missing, max(1, last.bit_length()), view)
-    return above | (tied & (first_ones >= bound))
+        return [a | t for a, t in zip(above, tied, strict=True)]
+    sizes = [score.numel() if views is None else views[i].numel for i, score in enumerate(scores)]
+    left, first_ones = sum(sizes), []
+    for i, (score, size) in enumerate(zip(scores, sizes, strict=True)):
+        flat = torch.arange(size, device=score.device).view(score.shape) if views is None else views[i].index()
+        first_ones.append(left - 1 - flat)
+        left -= size
+    bits = max(1, (sum(sizes) - 1).bit_length())
+    bound, _, _ = _shrinking([f[t] for f, t in zip(first_ones, tied, strict=True)], missing, bits, views)
+    return [a | (t & (f >= bound)) for a, t, f in zip(above, tied, first_ones, strict=True)]
 
 
-def _shrinking(keys: Tensor, count: int, bits: int, view: View | None) -> tuple[int, int, int]:
+def _shrinking(keys: Sequence[Tensor], count: int, bits: int, views: Sequence[View] | None) -> tuple[int, int, int]:
     """Find the `count`-th largest of all ranks' `keys`, integers of [0, 2^bits).
 
     Returns:
@@ -108,16 +126,18 @@ def _shrinking(keys: Tensor, count: int, bits: int, view: View | None) -> tuple[
     while bits:
         width = min(_WIDE_DIGIT_BITS, bits)
         bits -= width
-        digits = (keys >> bits) & (2**width - 1)
-        numbers = torch.bincount(digits, minlength=2**width)
-        numbers = numbers if view is None else view.reduce(numbers, "sum")
-        from_top = numbers.flip(0).cumsum(0)
+        digits = [(key >> bits) & (2**width - 1) for key in keys]
+        numbers = [torch.bincount(digit, minlength=2**width) for digit in digits]
+        if views is not None:
+            numbers = [view.reduce(number, "sum") for view, number in zip(views, numbers, strict=True)]
+        all_numbers = torch.stack(numbers).sum(0)
+        from_top = all_numbers.flip(0).cumsum(0)
         place = int((from_top < count).sum())
         if place == len(from_top):
             raise ValueError(f"{count} elements asked for, and only {int(from_top[-1])} may be taken")
         digit = len(from_top) - 1 - place
-        available = int(numbers[digit])
+        available = int(all_numbers[digit])
         count -= int(from_top[place]) - available
         found |= digit << bits
-        keys = keys[digits == digit]
+        keys = [key[agrees == digit] for key, agrees in zip(keys, digits, strict=True)]
     return found, count, available

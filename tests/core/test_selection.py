@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from leanmill.core.selection import distinct_keys, kth_largest, largest
+from leanmill.core.selection import distinct_keys, kth_largest, largest, largest_of_all
 from leanmill.core.views import Box, Span, View
 from leanmill.parallel.collectives import reduced
 from tests.distributed import run_ranks
@@ -146,6 +146,11 @@ def _on_ranks():
         for piece, cut in pieces:
             got = largest(cut(score), count, among=cut(among), view=Piece(piece))
             assert torch.equal(got, cut(expected)), (kind, piece)
+            # Beside another tensor of the same values, which comes first among equals.
+            both = _by_sorting(torch.cat([score, score]), count, torch.cat([among, among])).split(5)
+            views = [Piece(piece), Piece(piece)]
+            found = largest_of_all([cut(score)] * 2, count, among=[cut(among)] * 2, views=views)
+            assert all(torch.equal(mask, cut(want)) for mask, want in zip(found, both, strict=True)), (kind, piece)
     return True
 
 
