@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanmill.core.selection import largest
-from leanmill.core.stage import Slot, Stage
+from leanmill.sparse.held import HeldMask
 
 
-class MovingMask(Stage):
+class MovingMask(HeldMask):
     """Zero the weights [..., out, in] whose mask is off.
 
     Args:
@@ -22,7 +22,6 @@ class MovingMask(Stage):
         device: Where the mask lives.
     """
 
-    slot: ClassVar[Slot] = Slot.MASK
     technique: ClassVar[str] = "rigl"
 
     def __init__(
@@ -33,13 +32,8 @@ class MovingMask(Stage):
         *,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(shape, device=device)
         self.num_active, self.start = num_active, start
-        mask = torch.empty(tuple(shape), dtype=torch.bool, device=device)
-        self.mask = nn.Parameter(mask, requires_grad=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return _Gate.apply(weight, self.mask)  # type: ignore[no-any-return]
 
     def reset_parameters(self) -> None:
         self.mask.copy_(largest(torch.rand(self.mask.shape), self.num_active))
@@ -53,15 +47,3 @@ class MovingMask(Stage):
 
     def extra_repr(self) -> str:
         return f"num_active={self.num_active}, start={self.start!r}"
-
-
-class _Gate(torch.autograd.Function):
-    """Masked in forward; the gradient of the masked weight is that of the dense one, which growth looks at."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None

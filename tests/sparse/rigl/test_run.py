@@ -1,6 +1,5 @@
 """A run whose masks move: resumed in the middle of the schedule, logged, exported, and refused without its rule."""
 
-import json
 import shutil
 
 import pytest
@@ -10,54 +9,19 @@ from safetensors.torch import load_file
 from leanmill.checkpoint.reading import read_document, read_full_state
 from leanmill.core.errors import ConfigError
 from leanmill.export.run import export_model
-from leanmill.recipe.root import Recipe
 from leanmill.report.page.data import load_run
 from leanmill.report.page.figures import groups
 from leanmill.trainer.run import run
-from tests.data.samples import write_jsonl
+from tests.sparse.tiny_runs import recipe, steps_of, with_text
 
 
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "vocab_size": 300,
-}
 RIGL = {"type": "rigl", "density": 0.3, "update_every_steps": 2, "drop_fraction": 0.5, "update_until": 1.0}
 LAST = "checkpoints/step-00000008"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rigl")
-    write_jsonl(folder / "a.jsonl", [{"text": f"text {n} and more of it" * 3} for n in range(90)])
-    return folder
-
-
-def recipe(folder, name, *techniques, **changes):
-    return Recipe(
-        run_dir=str(folder / name),
-        device="cpu",
-        model={"config": {"model_type": "llama", **SIZES}},
-        data={
-            "source": {"type": "hf", "path": str(folder / "a.jsonl"), "validation_fraction": 0.3},
-            "tokenizer": {"vocab_size": 300},
-            "sequence_length": 16,
-            "cache_dir": str(folder / "cache"),
-        },
-        techniques=list(techniques),
-        batch={"tokens_per_step": 64, "tokens_per_micro_batch": 32},
-        train={"steps": 8, "precision": "fp32", "deterministic": True},
-        eval={"tokens_per_domain": 32},
-        checkpoint={"every_steps": 1, "keep_last": 20, **changes},
-        log={"every_steps": 1, "tensorboard": False, "report": False},
-    )
-
-
-def _steps(run_dir):
-    return [record for record in map(json.loads, (run_dir / "metrics.jsonl").open()) if record["kind"] == "step"]
+    return with_text(tmp_path_factory.mktemp("rigl"))
 
 
 @pytest.mark.parametrize("method", ["rigl", "set"])
@@ -65,7 +29,7 @@ def test_resumes_bitwise_between_updates_and_at_one(folder, method):
     whole = recipe(folder, f"{method}-whole", RIGL | {"method": method})
     run(whole)
     expected = {part: read_full_state(folder / f"{method}-whole" / LAST, part) for part in ("model", "optimizer")}
-    told = {record["step"]: (record["losses"], record["metrics"]) for record in _steps(folder / f"{method}-whole")}
+    told = {record["step"]: (record["losses"], record["metrics"]) for record in steps_of(folder / f"{method}-whole")}
     assert told[2][1] == {}
     assert told[3][1].keys() == {"rigl/density", "rigl/num_moved"}
     assert told[3][1] == told[4][1] != told[5][1]
@@ -80,7 +44,7 @@ def test_resumes_bitwise_between_updates_and_at_one(folder, method):
             got = read_full_state(folder / name / LAST, part)
             assert got.keys() == state.keys()
             assert all(torch.equal(got[key], value) for key, value in state.items()), (step, part)
-        again = {record["step"]: (record["losses"], record["metrics"]) for record in _steps(folder / name)}
+        again = {record["step"]: (record["losses"], record["metrics"]) for record in steps_of(folder / name)}
         assert again == told
     charts = [chart for group in groups(load_run(folder / f"{method}-whole")) for chart in group.charts]
     assert {"rigl: density", "rigl: num moved"} <= {chart.title for chart in charts}
