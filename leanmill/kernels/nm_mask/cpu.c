@@ -12,7 +12,7 @@
 #endif
 
 enum { MASK, PROJECT, DECAY };
-enum { BLOCK = 1024, LARGEST_GROUP = 64, LANES = 64 };
+enum { BLOCK = 1024, LARGEST_GROUP = 256, LANES = 64 };
 
 /* Kept pairs of a row of a tile: 0 01, 1 02, 2 03, 3 12, 4 13, 5 23. */
 static const uint8_t PAIR_BITS[6] = {3, 5, 9, 6, 10, 12};
@@ -155,7 +155,7 @@ ALWAYS_INLINE void NAME(keep_planes)(const BITS *restrict weight, BITS *restrict
         const int lanes = num_groups - first < LANES ? num_groups - first : LANES;
         const BITS *restrict in = weight + first * size;
         BITS *restrict out = keep + first * size;
-        if (lanes < LANES) memset(keys, 0, sizeof keys);
+        if (lanes < LANES) memset(keys, 0, (size_t)size * sizeof keys[0]);
         for (int g = 0; g < lanes; g++)
             for (int i = 0; i < size; i++) keys[i][g] = NAME(key)(in[g * size + i]);
         memset(before, 0, (size_t)size * sizeof before[0]);
@@ -299,8 +299,9 @@ void NAME(nm_groups)(int what, int is_streamed, const BITS *weight, const ELEMEN
     if (what == PROJECT && NAME(project_groups)(weight + first * size, (BITS *)out + first * size, last - first, num_kept,
                                                 size, is_streamed))
         return;
-    BITS keep[BLOCK];
-    const int per_block = BLOCK / size;
+    BITS keep[LANES * LARGEST_GROUP];
+    /* Groups are compared LANES at a time: of large ones as many, at the price of the first-level cache. */
+    const int per_block = BLOCK / size < LANES && size > 16 ? LANES : BLOCK / size;
     for (int64_t group = first; group < last; group += per_block) {
         const int count = last - group < per_block ? (int)(last - group) : per_block;
         NAME(keep_groups)(weight + group * size, keep, count, num_kept, size);

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 
-LARGEST_GROUP = 64
+LARGEST_GROUP = 256
+"""What counters and packed indices of one byte hold."""
 _KEYS = {
     torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),

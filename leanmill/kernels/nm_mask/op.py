@@ -19,7 +19,7 @@ def nm_mask(weight: Tensor, num_kept: int = 2, group_size: int = 4, *, transposa
     Args:
         weight: Floating [..., in], where `group_size` divides `in`; may be a DTensor of whole rows.
         num_kept: Entries kept of each group, N of "N:M".
-        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 64.
+        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 256.
         transposable: Instead keep two of every row and of every column of each 4 x 4 tile of
             [..., out, in], so that W and its transpose are both 2:4 (Hu et al. 2024,
             arXiv:2404.01847): of the 90 ways, that with the largest sum of magnitudes.
@@ -59,7 +59,7 @@ def nm_project(
     Args:
         weight: Floating [..., in], where `group_size` divides `in`; may be a DTensor of whole rows.
         num_kept: Entries kept of each group, N of "N:M".
-        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 64.
+        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 256.
         decay: Strength of the decay of pruned entries, a floating tensor of one element on the
             weight's device, so that a schedule may change it without a new graph. It gets no gradient, and
             backward reads it as it then is.
@@ -91,7 +91,7 @@ def nm_compress(weight: Tensor, num_kept: int = 2, group_size: int = 4) -> tuple
     Args:
         weight: Floating [..., in], where `group_size` divides `in`.
         num_kept: Entries kept of each group, N of "N:M".
-        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 64.
+        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 256.
 
     Returns:
         Values [..., in * N / M] in the weight's dtype, and uint8 [..., bytes] with the index of each
@@ -114,7 +114,7 @@ def nm_expand(values: Tensor, indices: Tensor, num_kept: int = 2, group_size: in
         values: Kept entries [..., in * N / M].
         indices: Their packed indices, uint8 [..., bytes], below `group_size` and rising within a group.
         num_kept: Entries kept of each group, N of "N:M".
-        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 64.
+        group_size: Neighbours along the last dim in a group, M of "N:M"; at most 256.
 
     Raises:
         ValueError: Shapes or dtypes do not fit together.
@@ -148,14 +148,14 @@ def to_semi_structured(weight: Tensor) -> Tensor:
         ) from error
 
 
-def _path(op: str, tensor: Tensor) -> Any:
+def path_of(op: str, tensor: Tensor) -> Any:
     """Return the module whose functions do `op` on this tensor's device and dtype."""
     return implementation(__package__, choose(op, tensor, c=cpu.library))
 
 
 @torch.library.custom_op("leanmill::nm_mask", mutates_args=())
 def _nm_mask(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Tensor:
-    return _path("nm_mask", weight).nm_mask(weight, num_kept, group_size, transposable)  # type: ignore[no-any-return]
+    return path_of("nm_mask", weight).nm_mask(weight, num_kept, group_size, transposable)  # type: ignore[no-any-return]
 
 
 @_nm_mask.register_fake
@@ -167,7 +167,7 @@ def _(weight: Tensor, num_kept: int, group_size: int, transposable: bool) -> Ten
 def _nm_project(
     weight: Tensor, decay: Tensor | None, num_kept: int, group_size: int, transposable: bool, spend_decay: bool
 ) -> Tensor:
-    return _path("nm_project", weight).project(weight, num_kept, group_size, transposable)  # type: ignore[no-any-return]
+    return path_of("nm_project", weight).project(weight, num_kept, group_size, transposable)  # type: ignore[no-any-return]
 
 
 @_nm_project.register_fake
@@ -181,7 +181,7 @@ def _(
 def _nm_decayed_grad(
     grad: Tensor, weight: Tensor, decay: Tensor, num_kept: int, group_size: int, transposable: bool
 ) -> Tensor:
-    return _path("nm_decayed_grad", weight).decayed_grad(grad, weight, decay, num_kept, group_size, transposable)  # type: ignore[no-any-return]
+    return path_of("nm_decayed_grad", weight).decayed_grad(grad, weight, decay, num_kept, group_size, transposable)  # type: ignore[no-any-return]
 
 
 @_nm_decayed_grad.register_fake
@@ -191,7 +191,7 @@ def _(grad: Tensor, weight: Tensor, decay: Tensor, num_kept: int, group_size: in
 
 @torch.library.custom_op("leanmill::nm_compress", mutates_args=())
 def _nm_compress(weight: Tensor, num_kept: int, group_size: int) -> tuple[Tensor, Tensor]:
-    return _path("nm_compress", weight).compress(weight, num_kept, group_size)  # type: ignore[no-any-return]
+    return path_of("nm_compress", weight).compress(weight, num_kept, group_size)  # type: ignore[no-any-return]
 
 
 @_nm_compress.register_fake
@@ -204,7 +204,7 @@ def _(weight: Tensor, num_kept: int, group_size: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("leanmill::nm_expand", mutates_args=())
 def _nm_expand(values: Tensor, indices: Tensor, num_kept: int, group_size: int) -> Tensor:
-    return _path("nm_expand", values).expand(values, indices, num_kept, group_size)  # type: ignore[no-any-return]
+    return path_of("nm_expand", values).expand(values, indices, num_kept, group_size)  # type: ignore[no-any-return]
 
 
 @_nm_expand.register_fake

@@ -11,7 +11,22 @@ from hypothesis import strategies as st
 from leanmill.kernels.nm_mask import naive
 
 
-PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (1, 8), (5, 8), (7, 8), (2, 3), (3, 5), (4, 16), (31, 64), (1, 64)]
+PATTERNS = [
+    (1, 2),
+    (2, 4),
+    (1, 4),
+    (3, 4),
+    (1, 8),
+    (5, 8),
+    (7, 8),
+    (2, 3),
+    (3, 5),
+    (4, 16),
+    (31, 64),
+    (1, 64),
+    (8, 128),
+    (200, 256),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SPECIAL = [float("nan"), -float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0]
 

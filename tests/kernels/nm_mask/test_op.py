@@ -59,7 +59,7 @@ def test_transposable_equals_the_definition(shape, dtype, kind):
     same(nm_project(weight, transposable=True), torch.where(mask, weight, 0.0))
 
 
-@given(st.integers(0, 3), st.integers(1, 40), st.integers(2, 64), FLOATS, st.integers(1, 3), st.data())
+@given(st.integers(0, 3), st.integers(1, 40), st.integers(2, 256), FLOATS, st.integers(1, 3), st.data())
 @settings(max_examples=25, deadline=None)
 def test_any_pattern_shape_and_stride(num_rows, num_groups, group_size, dtype, step, data):
     num_kept = data.draw(st.integers(1, group_size - 1))
@@ -85,7 +85,13 @@ def test_neighbours_apart_by_one_unit_in_the_last_place_are_told_apart():
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="of the C path")
 def test_every_entry_of_the_output_is_written(monkeypatch):
     poisoned = poison_new_memory(monkeypatch)
-    for num_kept, group_size, transposable in ((2, 4, False), (2, 4, True), (3, 5, False), (1, 64, False)):
+    for num_kept, group_size, transposable in (
+        (2, 4, False),
+        (2, 4, True),
+        (3, 5, False),
+        (1, 64, False),
+        (8, 128, False),
+    ):
         weight = torch.randn(12, group_size * 20)
         same(
             cpu.project(weight, num_kept, group_size, transposable),
