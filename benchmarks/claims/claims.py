@@ -56,6 +56,16 @@ def _one_shot(name: str) -> Variant:
 
 _RIGL = {"type": "rigl", "density": 0.1, "update_every_steps": 20}
 
+
+def _sparse(group_size: int) -> dict[str, Variant]:
+    one = {"type": "nm_sparsity", "num_kept": 1, "group_size": group_size}
+    progressive = {"decay": "exponential", "dense_share": 0.1, "fine_tune_share": 0.2}
+    return {
+        "progressive gradient flow": Variant(techniques=[one | {"progressive": progressive}]),
+        "sr-ste": Variant(techniques=[one]),
+    }
+
+
 _ROUTING = {"MaxVio": "experts/max_violation", "specialisation": "experts/specialisation"}
 _WITH_BIAS = ["model.config.model_type=glm4_moe", "model.moe.num_shared_experts=1"]
 """A family with a bias on the choice of experts; it wants a shared one."""
@@ -112,6 +122,16 @@ CLAIMS: dict[str, Claim] = {
             "rigl": Variant(techniques=[_RIGL]),
             "static": Variant(techniques=[{**_RIGL, "drop_fraction": 0.0}]),
         },
+    ),
+    "progressive_1_8": Claim(
+        says="keeping 1 of 8 weights, masks that come step by step (Progressive Gradient Flow) end below SR-STE",
+        source="Bambhaniya et al. 2024, arXiv:2402.04744",
+        variants=_sparse(8),
+    ),
+    "progressive_1_16": Claim(
+        says="the same keeping 1 of 16",
+        source="Bambhaniya et al. 2024, arXiv:2402.04744",
+        variants=_sparse(16),
     ),
     "moe_balance_scope": Claim(
         says="experts balanced over the global batch end below experts balanced within each micro-batch",

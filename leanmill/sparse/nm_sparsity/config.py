@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
 
@@ -13,6 +14,62 @@ from leanmill.core.technique import Installation, InstallContext, TechniqueConfi
 if TYPE_CHECKING:
     from leanmill.core.site import Site
     from leanmill.core.sites import Sites
+    from leanmill.sparse.schedule import MaskSchedule
+
+
+_FALL = {"linear": 1.0, "exponential": 10.0}
+"""Default rates. The paper's ViT falls by exp(-1e-4) in each of 109,000 steps."""
+_NUM_STAGES = 4
+"""Of the paper's geometric decay."""
+LARGEST_GROUP = 256
+"""That masks are computed for; see `leanmill.kernels.nm_mask`."""
+
+
+class Progressive(Config):
+    """The mask comes step by step (Progressive Gradient Flow: Bambhaniya et al. 2024, arXiv:2402.04744).
+
+    First the run is dense, then the mask tightens, and at the end it is the plain N:M mask, if only in the last step.
+    """
+
+    decay: Literal["exponential", "linear", "stepwise", "geometric"] = "exponential"
+    """What tightens. The mask (MdGf): pruned weights are multiplied with a factor that falls from 1, `linear` to
+    0 or as an `exponential`. Or the structure (SdGf), in stages of equal length: `stepwise` (M - 1):M, M/2:M, M/4:M
+    down to N:M, `geometric` 8N:8M, 4N:4M, 2N:2M, N:M."""
+    dense_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run, from its start, that is dense."""
+    fine_tune_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the run, to its end, under the plain N:M mask; of `stepwise` and `geometric` beside their last stage."""
+    rate: float | None = Field(default=None, gt=0)
+    """How fast `linear` and `exponential` fall: 1 - rate x and exp(-rate x), x from 0 to 1 between the two shares. None
+    is 1 and 10. The paper's coefficient is rate / steps in between."""
+    num_stages: int | None = Field(default=None, ge=2, le=8)
+    """Stages of `geometric`, the first with groups of M 2^(stages - 1), which must divide weights too; None is 4."""
+
+    @model_validator(mode="after")
+    def _fits_into_the_run(self) -> Progressive:
+        if self.dense_share + self.fine_tune_share >= 1:
+            raise ConfigError(
+                f"progressive.dense_share {self.dense_share:g} and fine_tune_share {self.fine_tune_share:g} leave "
+                f"nothing of the run in between; their sum must be below 1, e.g. dense_share: 0.1"
+            )
+        for key, decays in (("rate", ("linear", "exponential")), ("num_stages", ("geometric",))):
+            if getattr(self, key) is not None and self.decay not in decays:
+                raise ConfigError(
+                    f"progressive.{key} belongs to decay: {' and '.join(decays)}; remove it, or choose such a decay"
+                )
+        return self
+
+    def schedule(self, num_kept: int, group_size: int) -> MaskSchedule:
+        """Return the schedule towards `num_kept` of `group_size`."""
+        from leanmill.sparse.schedule import Interval, MaskDecay, StructureDecay, geometric, stepwise
+
+        interval = Interval(begin=self.dense_share, end=1 - self.fine_tune_share)
+        if self.decay == "linear" or self.decay == "exponential":
+            rate = self.rate or _FALL[self.decay]
+            return MaskDecay(num_kept=num_kept, group_size=group_size, interval=interval, form=self.decay, rate=rate)
+        if self.decay == "stepwise":
+            return StructureDecay(stages=stepwise(num_kept, group_size), interval=interval)
+        return StructureDecay(stages=geometric(num_kept, group_size, self.num_stages or _NUM_STAGES), interval=interval)
 
 
 class NMSparsity(TechniqueConfig):
@@ -28,15 +85,28 @@ class NMSparsity(TechniqueConfig):
     """Weights kept of each group (N)."""
     group_size: int = Field(default=4, ge=2, le=64)
     """Neighbours along the last dim in a group (M); it must divide that dim of every target."""
-    gradient: Literal["straight_through", "sr_ste"] = "sr_ste"
+    transposable: bool = False
+    """Keep two of every row and column of each 4 x 4 tile (Hu et al. 2024, arXiv:2404.01847), so that the weight and
+    its transpose, which backward multiplies with, are both 2:4."""
+    gradient: Literal["straight_through", "sr_ste", "masked"] = "sr_ste"
     """`straight_through` hands the gradient of the masked weight to the dense one; `sr_ste` adds
-    `decay` x the pruned weights to it."""
+    `decay` x the pruned weights to it; `masked`, the default beside `progressive`, multiplies it with the mask, so that
+    less and less flows into pruned weights as they fade."""
     decay: float = Field(default=2e-4, ge=0)
     """Pull of `sr_ste` on pruned weights (lambda in the paper), added once an optimizer step."""
+    progressive: Progressive | None = None
+    """Let the mask come step by step; None has it from the first step on."""
     targets: list[str] | None = None
     """Patterns of weights to take; None takes every linear and expert weight except the head."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of weights to leave out again."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flows_through_the_mask(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("progressive") is not None and "gradient" not in raw:
+            return raw | {"gradient": "masked"}
+        return raw
 
     @model_validator(mode="after")
     def _keeps_fewer_than_all(self) -> NMSparsity:
@@ -47,31 +117,77 @@ class NMSparsity(TechniqueConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_a_kernel(self) -> NMSparsity:
+        if self.transposable and (self.num_kept, self.group_size) != (2, 4):
+            raise ConfigError(
+                f"nm_sparsity.transposable keeps 2 of 4, not {self.num_kept} of {self.group_size}; set num_kept: 2 and "
+                f"group_size: 4, or remove it"
+            )
+        if self.progressive is not None:
+            patterns = self.progressive.schedule(self.num_kept, self.group_size).patterns()
+            largest = max(size for _, size in patterns)
+            if largest > LARGEST_GROUP:
+                most = (LARGEST_GROUP // self.group_size).bit_length()
+                raise ConfigError(
+                    f"nm_sparsity.progressive: {len(patterns)} stages of geometric decay towards {self.num_kept}:"
+                    f"{self.group_size} begin with groups of {largest}, and {LARGEST_GROUP} are allowed; set "
+                    f"num_stages: {most}"
+                )
+            if self.transposable and len(patterns) > 1:
+                raise ConfigError(
+                    f"nm_sparsity.transposable has masks of 2:4 alone, and decay {self.progressive.decay} goes through "
+                    f"others; set decay: exponential, or remove transposable"
+                )
+        return self
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a mask stage on every target.
 
         Raises:
-            ConfigError: `group_size` does not divide the last dim of a target.
+            ConfigError: `group_size`, or a larger group of `progressive`, does not divide the last dim of a target.
         """
         import torch
 
-        from leanmill.sparse.nm_sparsity.stage import DecayOncePerStep, NMSparsityStage
+        from leanmill.sparse.nm_sparsity.rule import FollowSchedule
+        from leanmill.sparse.nm_sparsity.stage import NMSparsityStage
 
         selected = sites.select(self.targets, self.exclude)
+        schedule = None if self.progressive is None else self.progressive.schedule(self.num_kept, self.group_size)
         for site in selected:
-            weight = site.raw_weight
-            if weight.shape[-1] % self.group_size:
-                raise ConfigError(
-                    f"{site.site_name}: group_size {self.group_size} does not divide the last dim of its weight "
-                    f"{list(weight.shape)}; add {site.site_name!r} to nm_sparsity.exclude or choose a "
-                    f"group_size that divides {weight.shape[-1]}"
-                )
+            self._check(site, schedule)
         decay = self.decay if self.gradient == "sr_ste" else 0.0
+        masks_gradient = self.gradient == "masked"
 
         def stage(site: Site) -> NMSparsityStage:
             weight = site.raw_weight
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            return NMSparsityStage(self.num_kept, self.group_size, decay, device=weight.device, dtype=dtype)
+            return NMSparsityStage(
+                self.num_kept,
+                self.group_size,
+                decay,
+                schedule=schedule,
+                masks_gradient=masks_gradient,
+                transposable=self.transposable,
+                device=weight.device,
+                dtype=dtype,
+            )
 
         sites.put(selected, stage)
-        return Installation(step_rules=(DecayOncePerStep(sites.model),) if decay > 0 else ())
+        rule = FollowSchedule(sites.model, schedule)
+        return Installation(step_rules=(rule,) if decay > 0 or schedule is not None else ())
+
+    def _check(self, site: Site, schedule: MaskSchedule | None) -> None:
+        name, shape = site.site_name, list(site.raw_weight.shape)
+        if shape[-1] % self.group_size or (self.transposable and shape[-2] % self.group_size):
+            which = "both dims" if self.transposable else "the last dim"
+            raise ConfigError(
+                f"{name}: group_size {self.group_size} does not divide {which} of its weight {shape}; add {name!r} to "
+                f"nm_sparsity.exclude or choose a group_size that divides {shape[-1]}"
+            )
+        largest = max(size for _, size in (schedule.patterns() if schedule is not None else [(0, self.group_size)]))
+        if shape[-1] % largest:
+            raise ConfigError(
+                f"{name}: decay geometric begins with groups of {largest}, which do not divide the last dim of its "
+                f"weight {shape}; set nm_sparsity.progressive.num_stages to fewer, or add {name!r} to exclude"
+            )

@@ -46,11 +46,12 @@ def step(
     compiles=False,
     num_steps=1,
     first_step=0,
+    run_steps=None,
     start=None,
 ):
     """Return the model after SGD steps, in fp64 through the real train module and engine.
 
-    `start` is a model whose weights it starts from.
+    `run_steps` is the length of the run that they are part of, and `start` a model whose weights it starts from.
     """
     model = tiny().double()
     if reuses_block:
@@ -78,7 +79,9 @@ def step(
     engine.prepare(module.train(), preparation)
     for index in range(first_step, first_step + num_steps):
         for rule in rules:
-            rule.begin_step(StepContext(step=index, num_steps=num_steps, num_micro_batches=num_micro_batches))
+            rule.begin_step(
+                StepContext(step=index, num_steps=run_steps or num_steps, num_micro_batches=num_micro_batches)
+            )
         batches = [_batch(seed=10 * index + part) for part in range(num_micro_batches)]
         engine.forward_backward(batches, torch.tensor(20.0))
         engine.step(torch.tensor(False))
