@@ -100,6 +100,13 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 
 EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity_tied": TECHNIQUES["nm_sparsity"] | {"targets": ["*_proj", "embed_tokens", "lm_head"]},
+    # A dense step, one under a soft mask, and one under the plain one.
+    "progressive": {
+        "type": "nm_sparsity",
+        "progressive": {"decay": "exponential", "rate": 2.0, "fine_tune_share": 0.0},
+    },
+    "stepwise": {"type": "nm_sparsity", "progressive": {"decay": "stepwise", "fine_tune_share": 0.0}},
+    "transposable": {"type": "nm_sparsity", "transposable": True, "decay": 1e-2},
     "distill_reverse": TECHNIQUES["distill"] | {"divergence": "reverse_kl", "weight": 0.25},
     "ternary_int8": {"type": "ternary", "activation_bits": 8},
     # At temperatures like the paper's last, scores of tiny logits would all be ties but for rounding.
@@ -165,6 +172,31 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
     "set": {"type": "rigl", "method": "set", "density": 0.4, "update_every_steps": 1, "update_until": 1.0},
     "rigl_at_rest": {"type": "rigl", "density": 0.4},
+    "gradual_pruning": {
+        "type": "gradual_pruning",
+        "sparsity": 0.6,
+        "initial_sparsity": 0.2,
+        "end": 0.5,
+        "update_every_steps": 1,
+        "scope": "global",
+    },
+    "pruned_blocks": {
+        "type": "gradual_pruning",
+        "sparsity": 0.5,
+        "end": 0.5,
+        "update_every_steps": 1,
+        "pattern": "block",
+        "block_shape": [4, 2],
+        "criterion": "gradient",
+    },
+    "pruned_columns": {
+        "type": "gradual_pruning",
+        "sparsity": 0.5,
+        "end": 0.5,
+        "update_every_steps": 1,
+        "pattern": "column",
+        "criterion": "fisher",
+    },
     "second_lora": {
         "type": "lora",
         "rank": 2,
@@ -201,6 +233,9 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{
         name: (name,) for name in ("quest_weights", "lsq_tensor", "lsq_tied", "second_lora", "nm_sparsity_tied", "perp")
     },
+    **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns")},
+    "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),
+    "masks that come, with others": ("mixtral", "progressive", "ternary", "lora", "router_balance"),
     **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "lisa")},
     "ternary experts": ("mixtral", "ternary"),
     "experts that choose": ("mixtral", "expert_choice"),
@@ -233,6 +268,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "lsq_row",
             "rho1",
             "mask_llm",
+            "progressive",
             "lsq_activations",
             "lsq_plus",
             "bitnet",
@@ -240,6 +276,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "paretoq",
             "rigl",
             "set",
+            "gradual_pruning",
             "matformer",
         )
     },
@@ -289,6 +326,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "paretoq": ("paretoq",),
     "mask_llm": ("mask_llm",),
     "rigl_at_rest": ("rigl_at_rest",),
+    "progressive": ("progressive",),
     "distill": ("distill",),
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),

@@ -35,8 +35,8 @@ class Entry:
 TECHNIQUES: dict[str, Entry] = {
     "nm_sparsity": Entry(
         "leanmill.sparse.nm_sparsity.config:NMSparsity",
-        "keep N of every M weights along the contraction dim, straight-through or SR-STE",
-        "Zhou et al. 2021, arXiv:2102.04010",
+        "keep N of every M weights along the contraction dim: SR-STE, Progressive Gradient Flow",
+        "Zhou et al. 2021, arXiv:2102.04010; Bambhaniya et al. 2024, arXiv:2402.04744",
     ),
     "ternary": Entry(
         "leanmill.quant.ternary.config:Ternary",
@@ -92,6 +92,11 @@ TECHNIQUES: dict[str, Entry] = {
         "leanmill.sparse.rigl.config:Rigl",
         "sparse from start to end, masks that drop and grow weights: RigL, SET",
         "Evci et al. 2020, arXiv:1911.11134; Mocanu et al. 2018, arXiv:1707.04780",
+    ),
+    "gradual_pruning": Entry(
+        "leanmill.sparse.gradual_pruning.config:GradualPruning",
+        "prune ever more while training: weights, blocks, rows or columns, in each layer or over all",
+        "Zhu and Gupta 2017, arXiv:1710.01878",
     ),
     "lora": Entry(
         "leanmill.peft_ext.lora.config:Lora",

@@ -137,6 +137,10 @@ class TechniqueConfig(Config):
         """Whether its step rules read or write optimizer state or masters by element, see `core.views`."""
         return False
 
+    def reads_second_moments(self) -> bool:
+        """Whether it reads the second moments of gradients, which not every optimizer keeps."""
+        return False
+
     def num_frozen_logits(self) -> int:
         """Of how many frozen models its losses hold the logits at once, beside the student's."""
         return 0

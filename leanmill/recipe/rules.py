@@ -181,6 +181,12 @@ def _views(recipe: Sections) -> Iterator[str]:
             f"{names[0]} writes optimizer state element by element, and optimizer.type=adamw8bit keeps it in rounded "
             f"blocks; set optimizer.type=adamw or lion"
         )
+    for config in recipe.techniques:
+        if config.reads_second_moments() and recipe.optimizer.type == "lion":
+            yield (
+                f"{config.type} reads the second moments of gradients, and optimizer.type=lion keeps none; set "  # type: ignore[attr-defined]
+                f"optimizer.type=adamw, or another {config.type}.criterion"  # type: ignore[attr-defined]
+            )
     offloads = ("offload_optimizer", "offload_parameters") if recipe.engine.type == "deepspeed" else ()
     for field in offloads:
         offload = getattr(recipe.engine, field)

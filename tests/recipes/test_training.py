@@ -98,6 +98,8 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
             overrides += [f"{given}.train.total_tokens=null", f"{given}.train.steps={NUM_STEPS}"]
             overrides.append(f"{given}.schedule.warmup_steps=1")
         overrides.append(f"phases.{index}.calibration.num_rows=8")
+        if phase.rewind_to is not None:
+            overrides.append(f"phases.{index}.rewind_to={phase.rewind_to.partition('@')[0]}@2")
     techniques = list(enumerate(recipe.techniques))
     chosen = [i for i, technique in techniques if isinstance(getattr(technique, "layers", None), list)]
     overrides += [f"techniques.{i}.layers=[1]" for i in chosen]

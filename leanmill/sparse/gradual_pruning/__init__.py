@@ -1,0 +1,1 @@
+"""Gradual pruning during training."""

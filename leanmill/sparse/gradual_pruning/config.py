@@ -1,0 +1,111 @@
+"""Configuration of gradual pruning. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.technique import Installation, InstallContext, WeightTechniqueConfig
+
+
+if TYPE_CHECKING:
+    from leanmill.core.sites import Sites
+    from leanmill.sparse.units import Unit
+
+
+_Side = Annotated[int, Field(ge=1)]
+
+
+class GradualPruning(WeightTechniqueConfig):
+    """Prune more and more while training (GMP: Zhu and Gupta 2017, arXiv:1710.01878).
+
+    The share of pruned weights grows as s_f + (s_i - s_f) (1 - x)^3, x from 0 to 1 between `begin` and `end`. What is
+    pruned stays so, and the masks rest after `end`.
+    """
+
+    type: Literal["gradual_pruning"] = "gradual_pruning"
+    """Name of the technique."""
+    sparsity: float = Field(default=0.8, gt=0, lt=1)
+    """Share of the targeted weights pruned in the end (s_f)."""
+    initial_sparsity: float = Field(default=0.0, ge=0, lt=1)
+    """Share pruned at once at `begin` (s_i)."""
+    begin: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run, from its start, that is dense."""
+    end: float = Field(default=0.75, gt=0, le=1)
+    """Share of the run after which `sparsity` is reached; what is left recovers."""
+    update_every_steps: int = Field(default=100, ge=1)
+    """Optimizer steps between updates; the last one comes at `end`."""
+    criterion: Literal["magnitude", "gradient", "fisher"] = "magnitude"
+    """What is pruned first: the smallest |w|, |w g| of the step's gradient g, or w^2 F with the diagonal F of the
+    Fisher matrix as AdamW's second moments have it."""
+    pattern: Literal["unstructured", "block", "row", "column"] = "unstructured"
+    """What is pruned as one: weights, blocks of `block_shape`, rows (outputs) or columns (inputs)."""
+    block_shape: tuple[_Side, _Side] | None = None
+    """Rows and columns of a block; they must divide every target."""
+    scope: Literal["layer", "global"] = "layer"
+    """`layer` prunes the same share of each weight, `global` compares all of them; a stack of experts is one."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GradualPruning:
+        if self.begin >= self.end:
+            raise ConfigError(
+                f"gradual_pruning.begin {self.begin:g} is not before end {self.end:g}; set begin below {self.end:g}"
+            )
+        if self.initial_sparsity >= self.sparsity:
+            raise ConfigError(
+                f"gradual_pruning.initial_sparsity {self.initial_sparsity:g} is not below sparsity {self.sparsity:g}, "
+                f"which it grows to; lower it"
+            )
+        if (self.pattern == "block") != (self.block_shape is not None):
+            raise ConfigError(
+                f"gradual_pruning with pattern {self.pattern} and block_shape {self.block_shape}; set pattern: block "
+                f"and block_shape: [4, 4] together, or neither"
+            )
+        return self
+
+    def reads_optimizer_state(self) -> bool:
+        """Moments of pruned weights are zeroed."""
+        return True
+
+    def reads_second_moments(self) -> bool:
+        """The diagonal of the Fisher matrix is read off them."""
+        return self.criterion == "fisher"
+
+    def install(self, sites: Sites, context: InstallContext) -> Installation:
+        """Put a mask on every target.
+
+        Raises:
+            ConfigError: Blocks do not divide a target, or a layer would have nothing left.
+        """
+        from leanmill.sparse.gradual_pruning.criteria import CRITERIA
+        from leanmill.sparse.gradual_pruning.rule import PruneGradually
+        from leanmill.sparse.gradual_pruning.stage import GradualMask
+        from leanmill.sparse.schedule import CubicSparsity, Interval
+
+        selected, unit = sites.select(self.targets, self.exclude), self._unit()
+        for site in selected:
+            name, shape = site.site_name, tuple(site.raw_weight.shape)
+            unit.check(name, shape, self.type)
+            if self.scope == "layer" and round(self.sparsity * unit.count(shape)) == unit.count(shape):
+                raise ConfigError(
+                    f"gradual_pruning.sparsity={self.sparsity:g} leaves none of {unit.count(shape)} {unit.kind}s of "
+                    f"{name} {list(shape)}; lower it, or add {name!r} to gradual_pruning.exclude"
+                )
+        sites.put(selected, lambda site: GradualMask(site.raw_weight.shape, device=site.raw_weight.device))
+        schedule = CubicSparsity(
+            initial=self.initial_sparsity,
+            final=self.sparsity,
+            interval=Interval(begin=self.begin, end=self.end),
+            every_steps=self.update_every_steps,
+        )
+        rule = PruneGradually(sites.model, schedule, CRITERIA[self.criterion], unit, self.scope)
+        return Installation(step_rules=(rule,))
+
+    def _unit(self) -> Unit:
+        from leanmill.sparse.units import Unit
+
+        if self.pattern == "unstructured":
+            return Unit("weight")
+        return Unit(self.pattern, self.block_shape or (1, 1))

@@ -1,0 +1,117 @@
+"""What masks keep or prune as one, and choosing the best of it over all ranks. Imports torch lazily.
+
+A pattern is a unit (a weight, a block, a row, a column) and a scope (a layer, all layers together). Ranks hold pieces
+of a weight that may be cut inside a unit; nothing is gathered: weights are chosen by counts, and other units by their
+scores, summed over the ranks, of which there are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from leanmill.core.errors import ConfigError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from leanmill.core.views import View
+
+
+Scope = Literal["layer", "global"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is kept or pruned as one, of weights [..., out, in]."""
+
+    kind: Literal["weight", "block", "row", "column"]
+    block_shape: tuple[int, int] = (1, 1)
+    """Rows and columns of a block."""
+
+    def check(self, name: str, shape: Sequence[int], technique: str) -> None:
+        """Refuse a weight that blocks do not divide.
+
+        Raises:
+            ConfigError: See above.
+        """
+        rows, columns = self._sizes(shape)
+        if shape[-2] % rows or shape[-1] % columns:
+            raise ConfigError(
+                f"{name}: blocks of {rows} x {columns} do not divide its weight {list(shape)}; add {name!r} to "
+                f"{technique}.exclude, or choose a block_shape that divides {shape[-2]} and {shape[-1]}"
+            )
+
+    def count(self, shape: Sequence[int]) -> int:
+        """Return how many units a weight has."""
+        rows, columns = self._sizes(shape)
+        total = 1
+        for size in shape:
+            total *= size
+        return total // (rows * columns)
+
+    def numbers(self, shape: Sequence[int], index: Tensor) -> Tensor:
+        """Return the number of the unit of each element, int64 like `index`, the places in the flattened weight."""
+        rows, columns = self._sizes(shape)
+        row, column = index // shape[-1], index % shape[-1]
+        return row // rows * (shape[-1] // columns) + column // columns
+
+    def _sizes(self, shape: Sequence[int]) -> tuple[int, int]:
+        whole = {"weight": (1, 1), "row": (1, shape[-1]), "column": (shape[-2], 1)}
+        return whole.get(self.kind, self.block_shape)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A weight that is to be pruned further, as far as this rank holds it."""
+
+    weight: View
+    mask: View
+    """What is on now."""
+    score: Tensor
+    """fp32 like the weight's value, not negative; NaN counts as larger than any number."""
+
+
+def choose(layers: Sequence[Scored], unit: Unit, sparsity: float, scope: Scope) -> list[Tensor]:
+    """Return new masks that leave `sparsity` of the units off, of those that are on the ones with the lowest score.
+
+    Units of several weights are compared by the mean of their scores. What is off stays off. A collective, which
+    waits for the device.
+    """
+    if scope == "global":
+        return _keep(layers, unit, sparsity)
+    return [mask for layer in layers for mask in _keep([layer], unit, sparsity)]
+
+
+def _keep(layers: Sequence[Scored], unit: Unit, sparsity: float) -> list[Tensor]:
+    from leanmill.core.selection import largest_of_all
+
+    if not layers:
+        return []
+    total = sum(unit.count(layer.weight.piece.shape) for layer in layers)
+    wanted = total - round(sparsity * total)
+    if unit.kind == "weight":
+        views, among = [layer.weight for layer in layers], [layer.mask.value for layer in layers]
+        available = sum(int(view.reduce(mask.sum(), "sum")) for view, mask in zip(views, among, strict=True))
+        return largest_of_all([layer.score for layer in layers], min(wanted, available), among=among, views=views)
+    numbers = [unit.numbers(layer.weight.piece.shape, layer.weight.index()) for layer in layers]
+    sums = [_summed(layer, unit, number, layer.score) for layer, number in zip(layers, numbers, strict=True)]
+    is_on = [_summed(layer, unit, number, layer.mask.value) > 0 for layer, number in zip(layers, numbers, strict=True)]
+    means = [
+        (total_of.nan_to_num(nan=float("inf"), posinf=float("inf")) * unit.count(shape) / layer.weight.numel).float()
+        for layer, total_of in zip(layers, sums, strict=True)
+        for shape in [layer.weight.piece.shape]
+    ]
+    marked = largest_of_all(means, min(wanted, sum(int(on.sum()) for on in is_on)), among=is_on)
+    return [mark[number] for mark, number in zip(marked, numbers, strict=True)]
+
+
+def _summed(layer: Scored, unit: Unit, numbers: Tensor, values: Tensor) -> Tensor:
+    """Sum `values` by unit over all ranks, fp64 [units], so that the order of additions hardly shows."""
+    import torch
+
+    shape = layer.weight.piece.shape
+    sums = torch.zeros(unit.count(shape), dtype=torch.float64, device=values.device)
+    return layer.weight.reduce(sums.index_add_(0, numbers.flatten(), values.flatten().double()), "sum")
