@@ -21,7 +21,9 @@ def folder(tmp_path_factory):
     return with_text(tmp_path_factory.mktemp("gradual"))
 
 
-@pytest.mark.parametrize("changes", [{"scope": "global"}, {"pattern": "row", "criterion": "fisher"}])
+@pytest.mark.parametrize(
+    "changes", [{"scope": "global"}, pytest.param({"pattern": "row", "criterion": "fisher"}, marks=pytest.mark.slow)]
+)
 def test_resumes_bitwise_and_exports_its_zeros(folder, changes):
     technique, name = GRADUAL | changes, changes.get("pattern", "weights")
     run(recipe(folder, name, technique))

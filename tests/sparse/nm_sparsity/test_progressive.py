@@ -66,7 +66,7 @@ def gradient_of_staged(model, *, left, **use):
     return {name: (weight - trained[f"{name}.weight"]) / LR for name, weight in soft.items()}
 
 
-@pytest.mark.parametrize("decay", ["exponential", "stepwise"])
+@pytest.mark.parametrize("decay", ["exponential", pytest.param("stepwise", marks=pytest.mark.slow)])
 def test_resumes_bitwise_inside_a_stage(folder, decay):
     technique = PROGRESSIVE | {"progressive": {"decay": decay, "dense_share": 0.1, "fine_tune_share": 0.2}}
     run(recipe(folder, f"{decay}-whole", technique))
