@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from leanmill.core.dispatch import ATTRIBUTE, Dispatch, dispatch_of, meanwhile_of
 from leanmill.core.errors import ConfigError
 from leanmill.core.expert_shards import part_here, with_divided_gradient
-from leanmill.core.operands import recomputed
+from leanmill.core.operands import Operands, recomputed
 from leanmill.core.product import compute_dtype, grouped
 from leanmill.core.site import ExpertSite
+from leanmill.kernels.gated_experts.op import gated_experts
 from leanmill.kernels.moe_permute.op import sort_by_expert
 from leanmill.kernels.swiglu.op import swiglu
 
@@ -135,13 +136,21 @@ def compute_experts(
     held: int = module.num_experts if num_experts is None else num_experts  # type: ignore[assignment]
     _, positions, counts = sort_by_expert(top_k_index, held)
     offsets = counts.cumsum(0)
+    gate_up = _held(module, "gate_up_proj", weights)
+    down: Tensor | Operands | None = None
+    if _is_swiglu(module) and isinstance(gate_up, Tensor) and tokens.device.type == "cpu":
+        down = _held(module, "down_proj", weights)
+        if isinstance(down, Tensor):
+            dtype = compute_dtype(gate_up)
+            matrices = tokens.to(dtype), gate_up.to(dtype), down.to(dtype)
+            return gated_experts(*matrices, offsets, positions, top_k_weights, num_rows=num_copies)
     # Tokens are gathered while they are multiplied and summed while results are stored, so the only
     # copies of every token's K rows that exist are the two in the middle.
-    routing: dict[str, Any] = {"weights": weights, "num_rows": num_copies}
-    gate_up = _site_matmul(module, "gate_up_proj", tokens, offsets, gather_index=positions, **routing)
-    hidden = swiglu(gate_up) if _is_swiglu(module) else module._apply_gate(gate_up)  # type: ignore[operator]
-    routing |= {"scatter_index": positions, "scatter_weights": top_k_weights}
-    return _site_matmul(module, "down_proj", hidden, offsets, **routing)
+    rows = _matmul(module, gate_up, tokens, offsets, gather_index=positions, num_rows=num_copies)
+    hidden = swiglu(rows) if _is_swiglu(module) else module._apply_gate(rows)  # type: ignore[operator]
+    down = _held(module, "down_proj", weights) if down is None else down
+    routing: dict[str, Any] = {"scatter_index": positions, "scatter_weights": top_k_weights, "num_rows": num_copies}
+    return _matmul(module, down, hidden, offsets, **routing)
 
 
 def _is_swiglu(module: nn.Module) -> bool:
@@ -153,33 +162,29 @@ def _is_swiglu(module: nn.Module) -> bool:
     return gate is _default_apply_gate and isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation)
 
 
-def _site_matmul(
-    module: nn.Module,
-    parameter_name: str,
-    rows: Tensor,
-    offsets: Tensor,
-    *,
-    weights: Mapping[str, Tensor] | None,
-    **routing: Any,
-) -> Tensor:
+def _held(module: nn.Module, parameter_name: str, weights: Mapping[str, Tensor] | None) -> Tensor | Operands:
+    """The weight that experts are multiplied with, or what it is staged from; one of `weights` as it is."""
     if weights is not None:
-        return grouped(rows, weights[parameter_name], None, offsets, **routing)
+        return weights[parameter_name]
     sites = module._modules.get("sites")
     site = sites[parameter_name] if isinstance(sites, nn.ModuleDict) and parameter_name in sites else None
     if site is None or not site.is_staged:
-        weight = with_divided_gradient(part_here(getattr(module, parameter_name)), module)
-        return grouped(rows, weight, None, offsets, **routing)
+        return with_divided_gradient(part_here(getattr(module, parameter_name)), module)
     assert isinstance(site, ExpertSite)
     site()  # so that hooks of a sharding engine run
     operands = site.operands()
-    if operands.is_plain:
-        return grouped(rows, with_divided_gradient(operands.tensors[0], module), None, offsets, **routing)
+    return with_divided_gradient(operands.tensors[0], module) if operands.is_plain else operands
+
+
+def _matmul(module: nn.Module, held: Tensor | Operands, rows: Tensor, offsets: Tensor, **routing: Any) -> Tensor:
+    if isinstance(held, Tensor):
+        return grouped(rows, held, None, offsets, **routing)
 
     def product(tokens: Tensor, *tensors: Tensor) -> Tensor:
-        bound = operands.bound(tensors)
+        bound = held.bound(tensors)
         tokens = bound.tokens(tokens)
         # Staged in the parameter's dtype, multiplied in that of the rows (see `linear`).
         weight = with_divided_gradient(bound.weight().to(compute_dtype(tokens)), module)
         return grouped(tokens, weight, bound.backward_weight(), offsets, **routing)
 
-    return recomputed(product, rows, *operands.tensors)
+    return recomputed(product, rows, *held.tensors)

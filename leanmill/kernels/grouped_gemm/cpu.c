@@ -3,22 +3,12 @@
  * to tokens while storing. All products and sums are fp32. */
 #ifndef T
 #include "dtypes.h"
-#include "shuffle.h"
+#include "exponential.h"
+#include "tile.h"
 #include <stdlib.h>
 
-/* The register tile is MR rows by two vectors: as many accumulators as fit beside one row of B. */
-#if defined(__AVX512F__)
-enum { VL = 16, MR = 8 };
-#elif defined(__AVX__)
-enum { VL = 8, MR = 6 };
-#else
-enum { VL = 4, MR = 8 };
-#endif
-enum { NR = 2 * VL, KC = 256, MC = 96, MAX_OUTER_ROWS = 576, SLACK = 16 };
-typedef float vec __attribute__((vector_size(VL * 4), aligned(4), may_alias));
-typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
-
-#define ROUND_UP(x, to) (((x) + (to) - 1) / (to) * (to))
+/* MC rows of `a` are packed at once, a multiple of every MR. */
+enum { MC = 96, MAX_OUTER_ROWS = 192, SLACK = 16 };
 
 struct rows_problem {
     const void *rows, *weight;
@@ -30,8 +20,15 @@ struct rows_problem {
     const int64_t *dot_index;
     float *dots;
     const int64_t *ends, *tasks;
-    int64_t num_tasks, num_experts, k, n, chunk, num_chunks, weight_is_k_by_n;
+    /* Of a gate: gate and up of each row [2 n], and what it makes of them. */
+    const void *gate_up;
+    void *hidden;
+    int64_t num_tasks, num_experts, k, n, chunk, num_chunks, weight_is_k_by_n, gate;
 };
+
+/* What becomes of a product's rows: stored or summed; halved by a gate, out being [2 n] and hidden [n]; or taken
+ * as the gradient of hidden, out being that of gate_up. */
+enum { PLAIN, GATE, GATE_BACKWARD };
 
 struct outer_problem {
     const void *left, *right;
@@ -47,130 +44,28 @@ struct scratch {
     float *a, *b, *c;
 };
 
+/* Room for `depth` units of `width` columns of b, and for `rows` rows of c. */
 static int allocate(struct scratch *s, long depth, long width, long rows) {
     width = ROUND_UP(width, NR);
-    /* Packing A in steps of 8 lanes may write a little past its last panel. */
-    long floats = MC * KC + SLACK + depth * width + (rows + MR) * width;
-    s->memory = aligned_alloc(64, ROUND_UP(sizeof(float) * floats, 64));
+    /* Packing writes whole vectors, also at the end. */
+    const long a = (MC + MR) * ROW_STEP, b = depth * width + SLACK, c = (rows + MR) * width;
+    s->memory = aligned_alloc(64, ROUND_UP(sizeof(float) * (a + b + c), 64));
     if (!s->memory) return 0;
     s->a = s->memory;
-    s->b = s->a + MC * KC + SLACK;
-    s->c = s->b + depth * width;
+    s->b = s->a + a;
+    s->c = s->b + b;
     return 1;
 }
 
-static inline void transpose(vec8 *v) {
-    vec8 t[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = SHUFFLE(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
-        t[i + 1] = SHUFFLE(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
-    }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
-            v[i + j] = SHUFFLE(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            v[i + j + 2] = SHUFFLE(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    for (int i = 0; i < 4; i++) {
-        t[i] = SHUFFLE(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        t[i + 4] = SHUFFLE(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-    for (int i = 0; i < 8; i++) v[i] = t[i];
-}
-
-/* c[MR][NR] (+)= a[kc][MR]' b[kc][NR]. Contraction into fused multiply-add is what makes it fast. */
-#if defined(__GNUC__) && !defined(__clang__)
-__attribute__((optimize("fp-contract=fast"), noinline))
-#endif
-static void micro(const float *restrict a, const float *restrict b, float *restrict c, long ldc, long kc,
-                  int accumulate) {
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#endif
-    vec acc[MR][2], zero = {0};
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-        acc[i][0] = acc[i][1] = zero;
-        if (accumulate) {
-            acc[i][0] = *(vec *)(c + i * ldc);
-            acc[i][1] = *(vec *)(c + i * ldc + VL);
-        }
-    }
-    for (long k = 0; k < kc; k++, a += MR, b += NR) {
-        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VL);
-#pragma GCC unroll 16
-        for (int i = 0; i < MR; i++) {
-            acc[i][0] += a[i] * b0;
-            acc[i][1] += a[i] * b1;
-        }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-        *(vec *)(c + i * ldc) = acc[i][0];
-        *(vec *)(c + i * ldc + VL) = acc[i][1];
-    }
-}
-
-/* c[rows][width] (+)= product of packed panels; c has room for whole register tiles. */
-static void block(const float *a, const float *b, float *c, long rows, long width, long kc, int accumulate) {
-    for (long j = 0; j < width; j += NR)
-        for (long i = 0; i < rows; i += MR) micro(a + i * kc, b + j * kc, c + i * width + j, width, kc, accumulate);
-}
+/* Whether bf16 is multiplied by the processor's own instructions. */
+int multiplies_pairs(void) { return HAS_PAIRS; }
 
 #define BODY "cpu.c"
 #include "each_dtype.h"
 
 #else
 /* The file includes itself once for each element type, with LOAD, STORE and NAME(function). */
-static inline vec8 NAME(load8)(const T *p) {
-    float wide[8];
-    for (int i = 0; i < 8; i++) wide[i] = LOAD(p + i);
-    return *(vec8 *)wide;
-}
-
-/* Pack lanes that are rows of memory: panel[k][lane] = source[row lane][k], `width` lanes a panel.
- * Lanes go eight at a time through registers; where width is below 8, the lanes too many land where
- * the next k is about to be written. */
-static inline __attribute__((always_inline)) void NAME(pack_rows)(float *dst, const long width, const T *src, long ld,
-                                                                  const int64_t *index, long first, long last,
-                                                                  long k0, long kc) {
-    static const T zeros[KC];
-    for (long r = first; r < last; r += width, dst += width * kc)
-        for (long lane = 0; lane < width; lane += 8) {
-            long lanes = width - lane < 8 ? width - lane : 8, k = 0;
-            const T *row[8];
-            for (long i = 0; i < 8; i++) {
-                long at = r + lane + i;
-                row[i] = i < lanes && at < last ? src + (index ? index[at] : at) * ld + k0 : zeros;
-            }
-            for (; k + 8 <= kc; k += 8) {
-                vec8 v[8];
-                for (int i = 0; i < 8; i++) v[i] = NAME(load8)(row[i] + k);
-                transpose(v);
-                for (int i = 0; i < 8; i++) *(vec8 *)(dst + (k + i) * width + lane) = v[i];
-            }
-            for (; k < kc; k++)
-                for (long i = 0; i < lanes; i++) dst[k * width + lane + i] = LOAD(row[i] + k);
-        }
-}
-
-/* Pack lanes that are columns of memory: panel[k][lane] = scale[k] * source[row k][lane]. */
-static inline __attribute__((always_inline)) void NAME(pack_columns)(float *dst, const long width, const T *src,
-                                                                     long ld, const int64_t *index,
-                                                                     const float *scale, long first, long last,
-                                                                     long k0, long kc) {
-    for (long c = first; c < last; c += width, dst += width * kc) {
-        long lanes = last - c < width ? last - c : width;
-        for (long k = 0; k < kc; k++) {
-            const T *restrict from = src + (index ? index[k0 + k] : k0 + k) * ld + c;
-            float *restrict to = dst + k * width, factor = scale ? scale[k0 + k] : 1.0f;
-            if (lanes < width || c + 8 > ld) {
-                for (long i = 0; i < width; i++) to[i] = i < lanes ? factor * LOAD(from + i) : 0.0f;
-                continue;
-            }
-            for (long i = 0; i < width; i += 8) *(vec8 *)(to + i) = factor * NAME(load8)(from + i);
-        }
-    }
-}
+#include "pack.h"
 
 static float NAME(dot)(const T *restrict a, const float *restrict b, long n) {
     float lanes[16] = {0}, sum = 0.0f;
@@ -182,43 +77,105 @@ static float NAME(dot)(const T *restrict a, const float *restrict b, long n) {
     return sum;
 }
 
-static void NAME(store_rows)(const struct rows_problem *p, const float *block, long width, long r0, long r1, long c0,
-                             long c1) {
+static void NAME(round_row)(const float *restrict v, float scale, T *restrict out, long n) {
+    for (long c = 0; c < n; c++) STORE(out + c, scale * v[c]);
+}
+
+static void NAME(add_row)(const float *restrict v, float scale, float *restrict sum, long n) {
+    for (long c = 0; c < n; c++) sum[c] += scale * v[c];
+}
+
+static void NAME(store_plain)(const struct rows_problem *p, const float *block, long width, long r0, long r1, long c0,
+                              long c1) {
     for (long r = r0; r < r1; r++) {
-        const float *restrict v = block + (r - r0) * width;
+        const float *v = block + (r - r0) * width;
         float scale = p->scale ? p->scale[r] : 1.0f;
         if (p->dots) {
             const T *other = (const T *)p->dot_with + (p->dot_index ? p->dot_index[r] : r) * p->n + c0;
             p->dots[r * p->num_chunks + c0 / p->chunk] = NAME(dot)(other, v, c1 - c0);
         }
-        if (p->sums) {
-            float *restrict sum = p->sums + p->token_index[r] * p->n + c0;
-            for (long c = 0; c < c1 - c0; c++) sum[c] += scale * v[c];
-        } else if (p->out) {
-            T *restrict out = (T *)p->out + r * p->n + c0;
-            for (long c = 0; c < c1 - c0; c++) STORE(out + c, scale * v[c]);
-        }
+        if (p->sums) NAME(add_row)(v, scale, p->sums + p->token_index[r] * p->n + c0, c1 - c0);
+        else if (p->out) NAME(round_row)(v, scale, (T *)p->out + r * p->n + c0, c1 - c0);
     }
 }
 
-/* Rows r0..r1 of expert e, columns c0..c1: out[r] = A[index r] @ B, B being W[e] or its transpose. */
+/* hidden = silu(gate) * up of gate and up as they are rounded, so that backward computes the same from them. */
+static void NAME(gate_row)(const float *restrict gate, const float *restrict up, T *restrict hidden, long n) {
+    for (long c = 0; c < n; c++) {
+        T low, high;
+        STORE(&low, gate[c]);
+        STORE(&high, up[c]);
+        const float g = LOAD(&low), sigmoid = 1.0f / (1.0f + exp_fp32(-g));
+        STORE(hidden + c, g * sigmoid * LOAD(&high));
+    }
+}
+
+static void NAME(store_gate)(const struct rows_problem *p, const float *block, long width, long r0, long r1, long c0,
+                             long c1) {
+    for (long r = r0; r < r1; r++) {
+        const float *gate = block + (r - r0) * width, *up = gate + width / 2;
+        if (p->out) {
+            NAME(round_row)(gate, 1.0f, (T *)p->out + 2 * r * p->n + c0, c1 - c0);
+            NAME(round_row)(up, 1.0f, (T *)p->out + (2 * r + 1) * p->n + c0, c1 - c0);
+        }
+        NAME(gate_row)(gate, up, (T *)p->hidden + r * p->n + c0, c1 - c0);
+    }
+}
+
+static void NAME(gate_row_backward)(const float *restrict v, float scale, const T *restrict gate, const T *restrict up,
+                                    T *restrict to_gate, T *restrict to_up, T *restrict hidden, long n) {
+    for (long c = 0; c < n; c++) {
+        const float g = LOAD(gate + c), u = LOAD(up + c), upstream = scale * v[c];
+        const float sigmoid = 1.0f / (1.0f + exp_fp32(-g));
+        STORE(hidden + c, g * sigmoid * u);
+        STORE(to_up + c, upstream * (g * sigmoid));
+        STORE(to_gate + c, upstream * u * (sigmoid * (1.0f + g * (1.0f - sigmoid))));
+    }
+}
+
+/* The gradient of gate and up, given in the block that of hidden before the scale; hidden once more; its dots. */
+static void NAME(store_gate_backward)(const struct rows_problem *p, const float *block, long width, long r0, long r1,
+                                      long c0, long c1) {
+    for (long r = r0; r < r1; r++) {
+        const float *v = block + (r - r0) * width;
+        const T *gate = (const T *)p->gate_up + 2 * r * p->n + c0;
+        T *out = (T *)p->out + 2 * r * p->n + c0, *hidden = (T *)p->hidden + r * p->n + c0;
+        NAME(gate_row_backward)(v, p->scale ? p->scale[r] : 1.0f, gate, gate + p->n, out, out + p->n, hidden, c1 - c0);
+        if (p->dots) p->dots[r * p->num_chunks + c0 / p->chunk] = NAME(dot)(hidden, v, c1 - c0);
+    }
+}
+
+static void NAME(store_rows)(const struct rows_problem *p, const float *block, long width, long r0, long r1, long c0,
+                             long c1) {
+    if (p->gate == GATE) NAME(store_gate)(p, block, width, r0, r1, c0, c1);
+    else if (p->gate == GATE_BACKWARD) NAME(store_gate_backward)(p, block, width, r0, r1, c0, c1);
+    else NAME(store_plain)(p, block, width, r0, r1, c0, c1);
+}
+
+/* Columns c0..c1 of B, which is W[e] or its transpose, in panels for units k0 to k0 + kc. */
+static void NAME(pack_weight)(const struct rows_problem *p, float *dst, const T *weight, long c0, long c1, long k0,
+                              long kc) {
+    if (p->weight_is_k_by_n) NAME(pack_columns)(dst, NR, weight, p->n, 0, 0, c0, c1, k0 * PER_UNIT, p->k, kc);
+    else NAME(pack_rows)(dst, weight, p->k, c0, c1, k0, kc);
+}
+
+/* Rows r0..r1 of expert e, columns c0..c1: out[r] = A[index r] @ B; of a gate's halves those columns each. */
 static void NAME(rows_task)(const struct rows_problem *p, long e, long r0, long r1, long c0, long c1,
                             struct scratch *s) {
-    const T *weight = (const T *)p->weight + e * p->k * p->n;
-    long width = ROUND_UP(c1 - c0, NR);
-    for (long k0 = 0; k0 < p->k; k0 += KC) {
-        long kc = p->k - k0 < KC ? p->k - k0 : KC;
-        if (p->weight_is_k_by_n)
-            NAME(pack_columns)(s->b + k0 * width, NR, weight, p->n, 0, 0, c0, c1, k0, kc);
-        else
-            NAME(pack_rows)(s->b + k0 * width, NR, weight, p->k, 0, c0, c1, k0, kc);
+    const long halves = p->gate == GATE ? 2 : 1, half = ROUND_UP(c1 - c0, NR), width = halves * half;
+    const long units = (p->k + PER_UNIT - 1) / PER_UNIT, depth = depth_of(units);
+    const T *weight = (const T *)p->weight + halves * e * p->k * p->n;
+    for (long k0 = 0; k0 < units; k0 += depth) {
+        long kc = units - k0 < depth ? units - k0 : depth;
+        for (long h = 0; h < halves; h++)
+            NAME(pack_weight)(p, s->b + k0 * width + h * half * kc, weight, h * p->n + c0, h * p->n + c1, k0, kc);
     }
     for (long m0 = r0; m0 < r1; m0 += MC) {
         long m1 = m0 + MC < r1 ? m0 + MC : r1;
-        for (long k0 = 0; k0 < p->k; k0 += KC) {
-            long kc = p->k - k0 < KC ? p->k - k0 : KC;
-            NAME(pack_rows)(s->a, MR, (const T *)p->rows, p->k, p->row_index, m0, m1, k0, kc);
-            block(s->a, s->b + k0 * width, s->c, m1 - m0, width, kc, k0 > 0);
+        for (long k0 = 0; k0 < units; k0 += depth) {
+            long kc = units - k0 < depth ? units - k0 : depth;
+            NAME(copy_rows)(s->a, (const T *)p->rows, p->k, p->row_index, m0, m1, k0, kc);
+            multiply_rows(s->a, s->b + k0 * width, s->c, m1 - m0, width, kc, k0 > 0, PER_UNIT == 2);
         }
         NAME(store_rows)(p, s->c, width, m0, m1, c0, c1);
     }
@@ -227,30 +184,32 @@ static void NAME(rows_task)(const struct rows_problem *p, long e, long r0, long 
 /* Rows m0..m1, columns c0..c1 of dW[e] = sum over the expert's rows r of scale[r] left[r]' right[r]. */
 static void NAME(outer_task)(const struct outer_problem *p, long e, long m0, long m1, long c0, long c1,
                              struct scratch *s) {
-    long first = e ? p->ends[e - 1] : 0, last = p->ends[e], width = ROUND_UP(c1 - c0, NR);
-    for (long k0 = first; k0 < last; k0 += KC) {
-        long kc = last - k0 < KC ? last - k0 : KC;
-        NAME(pack_columns)(s->b, NR, (const T *)p->right, p->n, p->right_index, 0, c0, c1, k0, kc);
+    const long first = e ? p->ends[e - 1] : 0, last = p->ends[e], width = ROUND_UP(c1 - c0, NR);
+    const long units = (last - first + PER_UNIT - 1) / PER_UNIT, depth = depth_of(units);
+    for (long k0 = 0; k0 < units; k0 += depth) {
+        const long kc = units - k0 < depth ? units - k0 : depth, row = first + k0 * PER_UNIT;
+        NAME(pack_columns)(s->b, NR, (const T *)p->right, p->n, p->right_index, 0, c0, c1, row, last, kc);
         for (long b0 = m0; b0 < m1; b0 += MC) {
             long b1 = b0 + MC < m1 ? b0 + MC : m1;
-            NAME(pack_columns)(s->a, MR, (const T *)p->left, p->m, p->left_index, p->scale, b0, b1, k0, kc);
-            block(s->a, s->b, s->c + (b0 - m0) * width, b1 - b0, width, kc, k0 > first);
+            NAME(pack_columns)(s->a, MR, (const T *)p->left, p->m, p->left_index, p->scale, b0, b1, row, last, kc);
+            multiply_panels(s->a, s->b, s->c + (b0 - m0) * width, b1 - b0, width, kc, k0 > 0, PER_UNIT == 2);
         }
     }
     for (long m = m0; m < m1; m++) {
-        T *restrict out = (T *)p->out + (e * p->m + m) * p->n + c0;
-        const float *restrict v = s->c + (m - m0) * width;
+        T *out = (T *)p->out + (e * p->m + m) * p->n + c0;
+        const float *v = s->c + (m - m0) * width;
         if (first == last)
             memset(out, 0, (c1 - c0) * sizeof(T));
         else
-            for (long c = 0; c < c1 - c0; c++) STORE(out + c, v[c]);
+            NAME(round_row)(v, 1.0f, out, c1 - c0);
     }
 }
 
 /* Take tasks until none is left. A rows task is (expert, piece of its rows, chunk of columns). */
 int NAME(grouped_rows)(const struct rows_problem *p, int64_t *next) {
     struct scratch s;
-    if (!allocate(&s, p->k, p->chunk, MC)) return 1;
+    const long width = (p->gate == GATE ? 2 : 1) * ROUND_UP(p->chunk, NR);
+    if (!allocate(&s, (p->k + PER_UNIT - 1) / PER_UNIT, width, MC)) return 1;
     for (;;) {
         long task = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
         if (task >= p->num_tasks) break;

@@ -18,6 +18,7 @@ from leanmill.kernels.grouped_gemm.problem import Gradients, Needed, Problem
 from leanmill.kernels.moe_permute.op import order_of_positions
 from leanmill.kernels.native import compiler, dtypes, threads
 from leanmill.kernels.native.large_pages import large_empty
+from leanmill.kernels.native.processor import has_matrix_unit, multiplies_natively
 
 
 _MAX_CHUNK = 512
@@ -26,7 +27,7 @@ _MAX_PACKED_FLOATS = 1 << 20
 """Weights a task packs at once."""
 _MAX_ROWS = 1024
 """Rows a task computes with the weights it has packed."""
-_MAX_OUTER_ROWS = 576
+_MAX_OUTER_ROWS = 192
 """Rows of a weight's gradient a task computes: MAX_OUTER_ROWS in cpu.c."""
 _LANES = 32
 """Chunks are multiples of this, so that register tiles of every instruction set fill them."""
@@ -34,11 +35,14 @@ _LANES = 32
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
-class _RowsProblem(ctypes.Structure):
+class RowsProblem(ctypes.Structure):
+    """`struct rows_problem` of cpu.c."""
+
     _fields_ = [
         *((name, _POINTER) for name in ("rows", "weight", "out", "sums", "row_index", "token_index", "scale")),
-        *((name, _POINTER) for name in ("dot_with", "dot_index", "dots", "ends", "tasks")),
+        *((name, _POINTER) for name in ("dot_with", "dot_index", "dots", "ends", "tasks", "gate_up", "hidden")),
         *((name, _INT) for name in ("num_tasks", "num_experts", "k", "n", "chunk", "num_chunks", "weight_is_k_by_n")),
+        ("gate", _INT),
     ]
 
 
@@ -56,9 +60,23 @@ def library() -> ctypes.CDLL | None:
     return compiler.load_library(Path(__file__).with_name("cpu.c"))
 
 
+def is_best_for(dtype: torch.dtype) -> bool:
+    """Whether products in `dtype` are computed here, rather than by torch expert by expert.
+
+    They are in fp32, where this processor cannot multiply the dtype itself, and in bf16 where it can do so
+    in vectors. Matrix units (AMX) are torch's.
+    """
+    functions = library()
+    if functions is None or dtype not in dtypes.SUFFIXES:
+        return False
+    if dtype == torch.float32 or not multiplies_natively(dtype):
+        return True
+    return dtype == torch.bfloat16 and bool(functions.multiplies_pairs()) and not has_matrix_unit(dtype)
+
+
 def forward(problem: Problem) -> Tensor:
     """Return [N, out], or [T, out] with `scatter_index`; sums are fp32 and rounded once."""
-    order = _Orders(problem)
+    order = Orders(problem)
     out, _ = _rows_product(
         problem,
         problem.rows,
@@ -73,7 +91,7 @@ def forward(problem: Problem) -> Tensor:
 
 def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
     """Return the gradients asked for, given that of `forward`'s result."""
-    order = _Orders(problem)
+    order = Orders(problem)
     grad = grad.contiguous()
     grad_rows = grad_weight = grad_scatter_weights = None
     if needed.rows or needed.scatter_weights:
@@ -97,7 +115,7 @@ def backward(problem: Problem, grad: Tensor, needed: Needed) -> Gradients:
     return Gradients(grad_rows if needed.rows else None, grad_weight, grad_scatter_weights)
 
 
-class _Orders:
+class Orders:
     """The [T, K] indices of a problem turned around: for each sorted row its token and its factor."""
 
     def __init__(self, problem: Problem) -> None:
@@ -134,7 +152,7 @@ def _rows_product(
     k, n = (num_out, num_in) if to_input else (num_in, num_out)
     ends: list[int] = problem.offsets.tolist()
     is_summed = token_index is not None
-    chunk = _chunk_width(n, k, torch.get_num_threads() if is_summed else 1)
+    chunk = chunk_width(n, k, torch.get_num_threads() if is_summed else 1)
     num_chunks = -(-n // chunk)
     # Rows past the last expert's belong to nobody, and no task writes their products.
     dots = torch.zeros(problem.num_rows, num_chunks) if with_dots else None
@@ -145,24 +163,24 @@ def _rows_product(
     else:
         out = large_empty(rows, problem.num_rows, n)
         out[ends[-1] :].zero_()
-        tasks = _tasks(ends, n, chunk)
+        tasks = row_tasks(ends, n, chunk)
     table = torch.tensor(tasks, dtype=torch.int64).view(-1, 4)
-    arguments = _RowsProblem(
-        *map(_address, (rows, problem.weight, out, sums, row_index, token_index, scale)),
-        *map(_address, (problem.rows if dots is not None else None, dot_index, dots, problem.offsets, table)),
-        *(len(tasks), len(ends), k, n, chunk, num_chunks, int(to_input)),
+    arguments = RowsProblem(
+        *map(address, (rows, problem.weight, out, sums, row_index, token_index, scale)),
+        *map(address, (problem.rows if dots is not None else None, dot_index, dots, problem.offsets, table)),
+        *(None, None, len(tasks), len(ends), k, n, chunk, num_chunks, int(to_input), 0),
     )
-    _run("grouped_rows", rows.dtype, arguments, len(tasks), ends[-1] * k * n)
+    run("grouped_rows", rows.dtype, arguments, len(tasks), ends[-1] * k * n)
     result = sums if out is None else out
     assert result is not None
     return result.to(rows.dtype), dots
 
 
-def _outer_product(problem: Problem, grad: Tensor, order: _Orders) -> Tensor:
+def _outer_product(problem: Problem, grad: Tensor, order: Orders) -> Tensor:
     num_experts, m, n = problem.weight.shape
     out = large_empty(problem.weight, *problem.weight.shape)
     ends: list[int] = problem.offsets.tolist()
-    chunk = _chunk_width(n)
+    chunk = chunk_width(n)
     rows_of = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     tasks = [
         (expert, first, min(first + _MAX_OUTER_ROWS, m), column)
@@ -173,15 +191,16 @@ def _outer_product(problem: Problem, grad: Tensor, order: _Orders) -> Tensor:
     ]
     table = torch.tensor(tasks, dtype=torch.int64).view(-1, 4)
     arguments = _OuterProblem(
-        *map(_address, (grad, problem.rows, out, order.scatter_tokens, order.gather_tokens, order.scale)),
-        *map(_address, (problem.offsets, table)),
+        *map(address, (grad, problem.rows, out, order.scatter_tokens, order.gather_tokens, order.scale)),
+        *map(address, (problem.offsets, table)),
         *(len(tasks), m, n, chunk),
     )
-    _run("grouped_outer", grad.dtype, arguments, len(tasks), ends[-1] * m * n)
+    run("grouped_outer", grad.dtype, arguments, len(tasks), ends[-1] * m * n)
     return out
 
 
-def _tasks(ends: list[int], n: int, chunk: int) -> list[tuple[int, int, int, int]]:
+def row_tasks(ends: list[int], n: int, chunk: int) -> list[tuple[int, int, int, int]]:
+    """Return (expert, first row, row after the last, first column) of each task of a product of sorted rows."""
     tasks = []
     for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if start == end:
@@ -194,7 +213,7 @@ def _tasks(ends: list[int], n: int, chunk: int) -> list[tuple[int, int, int, int
     return sorted(tasks, key=lambda task: task[1] - task[2])
 
 
-def _chunk_width(num_columns: int, depth: int = 0, num_threads: int = 1) -> int:
+def chunk_width(num_columns: int, depth: int = 0, num_threads: int = 1) -> int:
     """Columns a task, so that `num_threads` tasks at least come of `num_columns`.
 
     Args:
@@ -207,11 +226,13 @@ def _chunk_width(num_columns: int, depth: int = 0, num_threads: int = 1) -> int:
     return min(most // _LANES, -(-share // _LANES)) * _LANES
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor lies, for a C structure."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _run(name: str, dtype: torch.dtype, arguments: ctypes.Structure, num_tasks: int, num_products: int) -> None:
+def run(name: str, dtype: torch.dtype, arguments: ctypes.Structure, num_tasks: int, num_products: int) -> None:
+    """Let as many threads as `num_products` multiplications are worth take tasks until none is left."""
     functions = library()
     assert functions is not None
     function = functions[f"{name}_{dtypes.SUFFIXES[dtype]}"]

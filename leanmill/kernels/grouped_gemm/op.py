@@ -13,7 +13,6 @@ from leanmill.kernels.dispatch import Code, fastest, implementation, log_path
 from leanmill.kernels.grouped_gemm import blocks, cpu, library
 from leanmill.kernels.grouped_gemm.problem import Needed, Problem
 from leanmill.kernels.native.dtypes import SUFFIXES
-from leanmill.kernels.native.processor import multiplies_natively
 from leanmill.kernels.sharded import TokenLayout, is_dtensor
 
 
@@ -62,7 +61,7 @@ def grouped_gemm(
     """
     if is_dtensor(rows) and num_rows is None and gather_index is None and scatter_index is None:
         return _on_own_rows(rows, weight, offsets)
-    offsets = _checked(rows, weight, offsets, gather_index, scatter_index, scatter_weights, num_rows)
+    offsets = checked(rows, weight, offsets, gather_index, scatter_index, scatter_weights, num_rows)
     arguments = (rows, weight, offsets, gather_index, scatter_index, scatter_weights, num_rows)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _product(*arguments)
@@ -80,7 +79,7 @@ def _on_own_rows(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return layout.spread(product)
 
 
-def _checked(
+def checked(
     rows: Tensor,
     weight: Tensor,
     offsets: Tensor,
@@ -136,10 +135,9 @@ def _check_num_rows(
         raise ValueError(f"{shapes}: scatter_index must have one entry for each of the {found} sorted rows")
 
 
-def _path(problem: Problem) -> ModuleType:
+def path(problem: Problem) -> ModuleType:
     """The module that computes this problem."""
-    own_is_best = problem.rows.dtype == torch.float32 or not multiplies_natively(problem.rows.dtype)
-    code = fastest(problem.rows, problem.weight, c=lambda: own_is_best and cpu.library())
+    code = fastest(problem.rows, problem.weight, c=lambda: cpu.is_best_for(problem.rows.dtype))
     if code is Code.TRITON:
         found = library if library.is_supported(problem) else implementation(__package__, code)
     else:
@@ -164,11 +162,20 @@ def _problem(
     weights = None if scatter_weights is None else scatter_weights.detach().contiguous()
     operands = (rows.detach().contiguous(), weight.detach().contiguous(), offsets.contiguous())
     problem = Problem(*operands, gather_index, scatter_index, weights, num_rows)
-    if rows.device.type == "cpu":
-        ends = offsets.tolist()
+    check_offsets(problem)
+    return problem
+
+
+def check_offsets(problem: Problem) -> None:
+    """Refuse offsets that point outside, where reading them does not stop a GPU.
+
+    Raises:
+        ValueError: See above.
+    """
+    if problem.rows.device.type == "cpu":
+        ends = problem.offsets.tolist()
         if any(a > b for a, b in zip([0, *ends], [*ends, problem.num_rows], strict=True)):
             raise ValueError(f"offsets {ends} must ascend from 0 to at most {problem.num_rows}, the number of rows")
-    return problem
 
 
 @torch.library.custom_op("leanmill::grouped_gemm", mutates_args=())
@@ -188,7 +195,7 @@ def _forward(*operands: Any) -> Tensor:
     problem = _problem(*operands)
     # Products are computed in the dtype they are given, whatever autocast says.
     with torch.autocast(problem.rows.device.type, enabled=False):
-        return _path(problem).forward(problem)  # type: ignore[no-any-return]
+        return path(problem).forward(problem)  # type: ignore[no-any-return]
 
 
 @_product.register_fake
@@ -223,7 +230,7 @@ def _backward(grad: Tensor, *operands_and_needed: Any) -> list[Tensor]:
     *operands, needed = operands_and_needed
     problem = _problem(*operands)
     with torch.autocast(problem.rows.device.type, enabled=False):
-        found = _path(problem).backward(problem, grad.contiguous(), Needed(*needed))
+        found = path(problem).backward(problem, grad.contiguous(), Needed(*needed))
     given = (found.rows, found.weight, found.scatter_weights)
     return [gradient for gradient in given if gradient is not None]
 

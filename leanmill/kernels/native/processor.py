@@ -24,3 +24,10 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
         return True
     capabilities = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and any(capabilities.get(flag, False) for flag in _FLAGS[dtype])
+
+
+@functools.cache
+def has_matrix_unit(dtype: torch.dtype) -> bool:
+    """Whether the processor multiplies whole tiles of `dtype` (AMX), which torch's products use."""
+    flags = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+    return dtype in flags and bool(torch.cpu.get_capabilities().get(flags[dtype], False))

@@ -35,14 +35,14 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _swiglu(gate_up.reshape(gate_up.numel() // max(width, 1), width)).reshape(*gate_up.shape[:-1], width // 2)
 
 
-def _path(gate_up: Tensor) -> ModuleType:
+def path(gate_up: Tensor) -> ModuleType:
     """The module that computes for these tensors."""
     return implementation(__package__, choose("swiglu", gate_up, c=cpu.library))
 
 
 @torch.library.custom_op("leanmill::swiglu", mutates_args=())
 def _swiglu(gate_up: Tensor) -> Tensor:
-    return _path(gate_up).swiglu(gate_up.contiguous())  # type: ignore[no-any-return]
+    return path(gate_up).swiglu(gate_up.contiguous())  # type: ignore[no-any-return]
 
 
 @_swiglu.register_fake
@@ -52,7 +52,7 @@ def _(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("leanmill::swiglu_backward", mutates_args=())
 def _swiglu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
-    return _path(gate_up).backward(gate_up.contiguous(), grad.contiguous())  # type: ignore[no-any-return]
+    return path(gate_up).backward(gate_up.contiguous(), grad.contiguous())  # type: ignore[no-any-return]
 
 
 @_swiglu_backward.register_fake
