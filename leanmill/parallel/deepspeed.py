@@ -71,15 +71,6 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self.module, self._preparation = module, preparation
-        ds_config = derive_config(
-            self.config,
-            module,
-            device=self.device,
-            precision=self.precision,
-            num_micro_batches=preparation.num_micro_batches,
-            max_grad_norm=preparation.max_grad_norm,
-            persist_below=self.persist_below,
-        )
         self._experts.spread(self._model)
         storage.give(module, self._mesh, self.device, stage=self.config.stage)
         preparation.materialise(module)
@@ -89,6 +80,16 @@ class DeepSpeedEngine(Engine):
         optimizer = preparation.make_optimizer(module)
         check_optimizer(optimizer)
         self._experts.localise(self._model, optimizer)
+        # Of experts that ranks share, buckets are for what is here.
+        ds_config = derive_config(
+            self.config,
+            module,
+            device=self.device,
+            precision=self.precision,
+            num_micro_batches=preparation.num_micro_batches,
+            max_grad_norm=preparation.max_grad_norm,
+            persist_below=self.persist_below,
+        )
         if self.config.stage == 3:
             storage.mark_experts(module)
             replaced = storage.partition(module, self.device, ds_config, before=self._experts.replace)

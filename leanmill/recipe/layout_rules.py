@@ -50,6 +50,19 @@ def _experts(recipe: Sections) -> Iterator[str]:
     ep, engine = recipe.layout.ep, recipe.engine
     if engine.type == "single":
         yield f"layout.ep={ep} spreads experts over ranks, and engine=single is one; type engine=fsdp, or layout.ep=1"
+    if engine.type == "deepspeed":
+        for field in ("offload_optimizer", "offload_parameters"):
+            offload = getattr(engine, field)
+            if offload is not None and offload.device == "nvme":
+                yield (
+                    f"layout.ep={ep} has not been proved with engine.{field}.device=nvme, which swaps partitions of "
+                    f"parameters in groups of their own; set engine.{field}.device=cpu, or layout.ep=1"
+                )
+    if recipe.optimizer.type == "adamw8bit" and engine.type != "ddp":
+        yield (
+            f"layout.ep={ep} with optimizer.type=adamw8bit runs under engine=ddp alone: torchao's compiled update takes "
+            f"no experts that are sharded once more; type engine=ddp, or set optimizer.type=adamw"
+        )
     config = recipe.model.family_config or {}
     for key in _NUM_EXPERTS:
         number = config.get(key)

@@ -105,8 +105,7 @@ def test_deepspeed_and_fsdp_read_each_other(tmp_path: Path, stage: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "world_size"), [(DdpEngine(), 2), (FsdpEngine(), 4)], ids=["ddp", "fsdp"])
-def test_8_bit_state_of_experts_continues_bitwise(tmp_path: Path, config: EngineConfig, world_size: int) -> None:
+def test_8_bit_state_of_experts_continues_bitwise(tmp_path: Path) -> None:
     """32 experts, so that blocks of 256 fit what a rank has of them."""
     pytest.importorskip("torchao.optim")
 
@@ -116,11 +115,11 @@ def test_8_bit_state_of_experts_continues_bitwise(tmp_path: Path, config: Engine
             "make_optimizer": lambda module: experts.optimizer(module, Adam8bit(lr=1e-2)),
         }
         function = _train_and_save if first else _load_and_train
-        return function(tmp_path, config, 2, torch.float32, **options)
+        return function(tmp_path, DdpEngine(), 2, torch.float32, **options)
 
-    saved, loaded = (run_ranks(body, world_size, first, timeout_seconds=600.0) for first in (True, False))
-    on_disk = list((tmp_path / "checkpoints").rglob(".metadata"))
-    assert any("down_proj/exp_avg.scale" in one.read_text(errors="replace") for one in on_disk)
+    saved, loaded = (run_ranks(body, 2, first, timeout_seconds=600.0) for first in (True, False))
+    written = [path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert any(b"down_proj/exp_avg.scale" in data for data in written)
     for (at_save, at_end), (values, continued) in zip(saved, loaded, strict=True):
         assert _equal(at_save, values)
         assert _equal(at_end, continued)

@@ -41,7 +41,9 @@ ENGINES: dict[str, EngineConfig] = {
     "zero2": DeepSpeedEngine(stage=2),
     "zero3": DeepSpeedEngine(stage=3),
     "zero2 offload": DeepSpeedEngine(stage=2, offload_optimizer=DeepSpeedOffload(device="cpu")),
-    "zero3 offload": DeepSpeedEngine(stage=3, offload_optimizer=DeepSpeedOffload(device="cpu")),
+    "zero3 offload": DeepSpeedEngine(
+        stage=3, offload_optimizer=DeepSpeedOffload(device="cpu"), offload_parameters=DeepSpeedOffload(device="cpu")
+    ),
     "fsdp offload": FsdpEngine(cpu_offload=True),
 }
 

@@ -22,7 +22,9 @@ OFFLOADED = {"type": "deepspeed", "offload_optimizer": {"device": "cpu"}}
 
 @pytest.mark.parametrize("engine", ["auto", "ddp", "fsdp", *ZERO, OFFLOADED])
 def test_engines_that_share_experts(engine: Any) -> None:
-    assert recipe(engine=engine, layout={"ep": 4}, optimizer={"type": "adamw8bit"}).layout.ep == 4
+    assert recipe(engine=engine, layout={"ep": 4}).layout.ep == 4
+    if engine == "ddp":
+        assert recipe(engine=engine, layout={"ep": 4}, optimizer={"type": "adamw8bit"}).layout.ep == 4
 
 
 @pytest.mark.parametrize("engine", ["auto", "ddp", "fsdp"])
@@ -36,6 +38,17 @@ def test_naming_an_option_of_fully_sharded_experts_asks_for_them(engine: Any) ->
     ("sections", "message"),
     [
         ({"engine": "single", "layout": {"ep": 2}}, "engine=single is one; type engine=fsdp, or layout.ep=1"),
+        (
+            {"engine": "fsdp", "optimizer": {"type": "adamw8bit"}, "layout": {"ep": 2}},
+            "type engine=ddp, or set optimizer",
+        ),
+        (
+            {
+                "engine": {"type": "deepspeed", "stage": 3, "offload_optimizer": {"device": "nvme", "path": "/tmp"}},
+                "layout": {"ep": 2},
+            },
+            "set engine.offload_optimizer.device=cpu, or layout.ep=1",
+        ),
         ({"layout": {"ep": 3}}, "does not divide model.config.num_local_experts=8; set layout.ep=2 or 4"),
         ({"layout": {"ep": 0}}, "layout.ep"),
         ({"layout": {"ep": 2, "expert_chunks": 0}}, "layout.expert_chunks"),
