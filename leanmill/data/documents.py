@@ -129,7 +129,7 @@ def open_documents(config: DataConfig, root: Path) -> list[Documents]:
     domains: list[Documents] = []
     for source in sources:
         if isinstance(source, HfDataset):
-            domains.append(open_hf(source, config.task))
+            domains.append(open_hf(source, config.task, root))
         else:
             if config.task == "sft":
                 raise ConfigError(

@@ -40,6 +40,21 @@ class EvalDomain:
     """UTF-8 bytes of the text whose tokens are labels; special tokens count as none."""
     order0_bits_per_byte: float
     """Entropy of a byte of that same text."""
+    num_rows_asked: int
+    """Rows that were asked for; less text may be held out."""
+
+    def shortfall(self) -> list[str]:
+        """A line where less is held out than was asked for, else none."""
+        num_rows, length = self.rows["input_ids"].shape
+        if num_rows >= self.num_rows_asked:
+            return []
+        mask = self.rows.get("token_mask")
+        num_tokens = num_rows * length if mask is None else int(mask.sum())
+        return [
+            f"{self.name!r} has {num_tokens:,} held-out tokens and is evaluated on those, "
+            f"{self.num_rows_asked * length:,} were asked for (eval.tokens_per_domain); raise validation_fraction, "
+            f"name a validation_split, or add text"
+        ]
 
 
 def eval_domain(
@@ -81,6 +96,7 @@ def eval_domain(
         rows={path.stem: torch.from_numpy(np.load(path, allow_pickle=False)) for path in sorted(folder.glob("*.npy"))},
         num_bytes=facts["num_bytes"],
         order0_bits_per_byte=facts["order0_bits_per_byte"],
+        num_rows_asked=num_rows,
     )
 
 

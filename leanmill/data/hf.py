@@ -6,10 +6,12 @@ A map-style source is indexed as tokens by us (`store`).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from leanmill.core.errors import ConfigError
-from leanmill.data.cache import fingerprint
+from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
 from leanmill.data.config import HfDataset
 from leanmill.data.encoding import Document, document_digest
 from leanmill.data.row_fields import RowField
@@ -17,23 +19,27 @@ from leanmill.data.row_sources import row_source
 from leanmill.data.tally import Tally
 
 
-def open_hf(config: HfDataset, task: Literal["pretrain", "sft"]) -> HfDocuments:
-    """Open a dataset without reading it.
+_VERSION = 1
+"""Raise when the same rows would be shared out otherwise."""
+
+
+def open_hf(config: HfDataset, task: Literal["pretrain", "sft"], root: Path) -> HfDocuments:
+    """Open a dataset without reading it; `root` is the folder of all caches.
 
     Raises:
         ConfigError: Nothing of that name, or files of a format that is not read.
         RunError: The hub does not answer.
     """
-    return HfDocuments(config, task)
+    return HfDocuments(config, task, root)
 
 
 class HfDocuments:
     """One dataset, local or from the hub."""
 
-    def __init__(self, config: HfDataset, task: Literal["pretrain", "sft"]) -> None:
+    def __init__(self, config: HfDataset, task: Literal["pretrain", "sft"], root: Path) -> None:
         self.name, self.weight, self.streaming = config.name, config.weight, config.streaming
         self.shuffle_buffer = config.shuffle_buffer
-        self._config = config
+        self._config, self._root = config, root
         self.source = row_source(config)
         self.field = RowField(config, task, is_text=self.source.is_text)
         self.column, self.note, self.warnings = self.field.column, self.source.note, self.source.warnings
@@ -60,9 +66,42 @@ class HfDocuments:
         holds_out = self._config.validation_split is None and self._config.validation_fraction > 0
         return HfStream(self, self._config.split, state, held_out=False if holds_out else None)
 
-    def is_held_out(self, document: Document) -> bool:
+    def is_held_out(self, row: dict[str, Any], document: Document) -> bool:
         """Whether a document of the training split is kept for validation."""
-        return int.from_bytes(document_digest(document)[-8:], "big") < self._config.validation_fraction * 2.0**64
+        if self.source.is_text and row["is_tail"] is not None:
+            return bool(row["is_tail"])
+        return self._hash(row, document) < self._held_out_below
+
+    def _hash(self, row: dict[str, Any], document: Document) -> int:
+        """64 bits of what decides on which side a document lies: its content, or that of its file."""
+        digest = bytes.fromhex(row["file"]) if self.source.is_text else document_digest(document)
+        return int.from_bytes(digest[-8:], "big")
+
+    @cached_property
+    def _held_out_below(self) -> int:
+        """Hashes below this are held out: the share asked for, or what it takes for both sides to have a document."""
+        asked = int(self._config.validation_fraction * 2.0**64)
+        if self.streaming and self.source.is_remote:
+            return asked
+
+        def build(folder: Path) -> None:
+            write_json(folder / "border.json", self._find_border(asked))
+
+        folder = cached_folder(self._root, "held_out", fingerprint([_VERSION, self.key]), build)
+        return int(read_json(folder / "border.json"))
+
+    def _find_border(self, asked: int) -> int:
+        """Read until both sides have a document; of a few rows, to their end."""
+        lowest, highest = 1 << 64, -1
+        stream = HfStream(self, self._config.split, None, held_out=None)
+        for document in stream:
+            found = self._hash(stream.row, document)
+            lowest, highest = min(lowest, found), max(highest, found)
+            if lowest < asked <= highest:
+                return asked
+        if lowest >= highest:  # one document, and its copies: nothing to share out
+            return asked
+        return lowest + 1 if lowest >= asked else highest
 
 
 class HfStream:
@@ -77,6 +116,8 @@ class HfStream:
         if state is not None:
             self._rows.load_state_dict(state["reader"])
             self.tally = Tally.from_state(state["tally"])
+        self.row: dict[str, Any] = {}
+        """The one just read."""
         self._loaded_state = state
         self._iterator: Iterator[dict[str, Any]] | None = None
 
@@ -103,14 +144,12 @@ class HfStream:
                 raise
             except Exception as error:
                 raise self._documents.source.cannot_read(error) from error
+            self.row = row
             self.tally.num_rows += 1
             document = self._documents.field.document(row, lambda: self.locate(self.tally.num_rows))
             if document is None:
                 self.tally.drop(self._documents.field.empty_reason, self.tally.num_rows)
-            elif self._wanted(document):
+            elif self._held_out is None or self._documents.is_held_out(row, document) == self._held_out:
                 return document
             else:
                 self.tally.num_other += 1
-
-    def _wanted(self, document: Document) -> bool:
-        return self._held_out is None or self._documents.is_held_out(document) == self._held_out

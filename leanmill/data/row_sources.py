@@ -7,7 +7,6 @@ Arrow cache. Nothing is ever unpickled and no dataset's own code is run.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,10 +14,10 @@ from leanmill.core.errors import ConfigError
 from leanmill.data.config import HfDataset
 from leanmill.data.hub import hub_errors, one_line
 from leanmill.data.local_files import LocalFiles, by_kind, local_files
+from leanmill.data.text_files import MAX_DOCUMENT_CHARS, text_rows
 
 
 _INSTEAD = "local JSONL, Parquet, Arrow or text files"
-_TEXT_DOCUMENT_CHARS = 16_384
 _MOST_ROWS_READ_AGAIN = 1_000_000
 """So that a message never holds a run up for more than seconds."""
 
@@ -27,7 +26,9 @@ class RowSource(Protocol):
     """Rows of one dataset, split by split."""
 
     is_text: bool
-    """Whether rows are pieces of text files, in the column `text`."""
+    """Whether rows are those of text files, see `text_rows`."""
+    is_remote: bool
+    """Whether reading a stream of it asks a network."""
     note: str
     """Words for the log."""
     warnings: list[str]
@@ -70,7 +71,7 @@ def row_source(config: HfDataset) -> RowSource:
 class HubRows:
     """Rows from the hub."""
 
-    is_text, note = False, ""
+    is_text, is_remote, note = False, True, ""
 
     def __init__(self, config: HfDataset) -> None:
         self._config = config
@@ -108,6 +109,8 @@ class HubRows:
 class FileRows:
     """Rows of files on disk."""
 
+    is_remote = False
+
     def __init__(self, config: HfDataset, files: LocalFiles) -> None:
         self._config, self._files = config, files
         self.is_text = files.format == "text"
@@ -115,7 +118,15 @@ class FileRows:
 
     def rows(self, split: str) -> Any:
         """See `RowSource`."""
-        return self._rows_of(self._files.of_split(split, self._config))
+        files = self._files.of_split(split, self._config)
+        return self._rows_of(files, self._share_of_one_file if split == self._config.split else 0.0)
+
+    @property
+    def _share_of_one_file(self) -> float:
+        """Of a single text file, what is held out at its end; 0 where files go to one side whole."""
+        config = self._config
+        holds_out = self.is_text and config.validation_split is None and config.validation_fraction > 0
+        return config.validation_fraction if holds_out and len(self._files.of_split(config.split, config)) == 1 else 0.0
 
     def locate(self, number: int, split: str) -> str:
         """Name the row with `number` (from 1) of a split for a person; reads up to it again to find its file."""
@@ -138,12 +149,13 @@ class FileRows:
         except ConfigError:  # an empty file cannot be opened alone
             return 0
 
-    def _rows_of(self, files: list[str]) -> Any:
+    def _rows_of(self, files: list[str], held_out_share: float = 0.0) -> Any:
         import datasets
 
         kind = self._files.format
         if kind == "text":
-            return datasets.IterableDataset.from_generator(_text_rows, gen_kwargs={"files": files})
+            share = {"held_out_share": held_out_share}
+            return datasets.IterableDataset.from_generator(text_rows, gen_kwargs={"files": files, **share})
         try:
             return datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
         except StopIteration as error:
@@ -163,16 +175,26 @@ class FileRows:
     def content(self) -> Any:
         """See `RowSource`."""
         times = [os.stat(f).st_mtime_ns for f in self._files.files]
-        return list(zip(self._files.sizes(), times, strict=True))
+        return [*self._kind_of_documents, *zip(self._files.sizes(), times, strict=True)]
 
     def portable_content(self) -> Any:
         """See `RowSource`."""
-        return self._files.sizes()
+        return [*self._kind_of_documents, *self._files.sizes()]
+
+    @property
+    def _kind_of_documents(self) -> list[str]:
+        # So that nothing is taken for the same that was read when text files were cut into pieces.
+        return ["whole files"] if self.is_text else []
 
     def _describe(self) -> tuple[str, list[str]]:
         """Words for the log, and warnings about files that may have been meant as data."""
         used = self._files.of_split(self._config.split, self._config)
         parts = [f"files read: {by_kind(used)}"]
+        if self._share_of_one_file:
+            parts.append(f"of this one file, the last {self._share_of_one_file:.3g} are held out")
+        long = [f for f in used if self.is_text and os.path.getsize(f) > MAX_DOCUMENT_CHARS]
+        if long:
+            parts.append(f"files cut at line ends every {MAX_DOCUMENT_CHARS:,} characters: {len(long):,}")
         warnings = []
         if len(used) < len(self._files.files):
             parts.append(f"files of other splits: {len(self._files.files) - len(used):,}")
@@ -188,26 +210,6 @@ class FileRows:
 
 def _cannot_read(config: HfDataset, error: Exception) -> ConfigError:
     return ConfigError(f"data.source.path: cannot read {config.path!r}: {one_line(error)}; correct the file")
-
-
-def _text_rows(files: list[str]) -> Iterator[dict[str, str]]:
-    """Cut text files into documents of about 16,384 characters at line ends.
-
-    A file as one document would leave nothing to hold out of a single file, and its lines as
-    documents would put an end of text after each.
-    """
-    for path in files:
-        lines: list[str] = []
-        size = 0
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                lines.append(line)
-                size += len(line)
-                if size >= _TEXT_DOCUMENT_CHARS:
-                    yield {"text": "".join(lines)}
-                    lines, size = [], 0
-        if lines:
-            yield {"text": "".join(lines)}
 
 
 def _is_utf8(path: str) -> bool:

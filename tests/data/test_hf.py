@@ -1,19 +1,23 @@
 """Local files of every format, splits, and what cannot be read."""
 
+from pathlib import Path
+
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.data import row_sources
+from leanmill.data import row_sources, text_files
 from leanmill.data.config import HfDataset
+from leanmill.data.encoding import document_digest
 from leanmill.data.hf import open_hf
 from tests.data.samples import conversations, sentences, write_jsonl, write_texts
 
 
 def opened(path, *, task="pretrain", **settings):
-    return open_hf(HfDataset(path=str(path), **{"validation_fraction": 0.0, **settings}), task)
+    cache = Path(str(path)).parent / "cache"
+    return open_hf(HfDataset(path=str(path), **{"validation_fraction": 0.0, **settings}), task, cache)
 
 
 def texts(path, **settings):
@@ -48,13 +52,88 @@ def test_a_file_a_glob_and_a_folder_are_the_same(tmp_path):
     assert texts(tmp_path / "part-1.jsonl") == sentences(4, start=4)
 
 
-def test_a_text_file_is_cut_at_line_ends(tmp_path):
+def write_files(folder, count, **others):
+    folder.mkdir()
+    for n in range(count):
+        (folder / f"{n}.txt").write_text(f"file {n}\nof some naïve words\n" * (n + 1), encoding="utf-8")
+    for name, text in others.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_text_file_is_one_document(tmp_path):
     content = "".join(f"line {n} of a long naïve text\n" for n in range(3000))
+    folder = write_files(tmp_path / "texts", 2, book=content, empty="")
+    assert texts(folder) == [*(f"file {n}\nof some naïve words\n" * (n + 1) for n in range(2)), content]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.3, 0.999])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_text_file_lies_on_one_side_and_neither_is_empty(tmp_path, fraction, streaming):
+    folder = write_files(tmp_path / "texts", 4)
+    documents = opened(folder, validation_fraction=fraction, streaming=streaming)
+    train, held_out = list(documents.train()), list(documents.validation())
+    assert sorted(train + held_out) == sorted(texts(folder))
+    assert train
+    assert held_out
+    assert not set(train) & set(held_out)
+    # Another process finds the same sides, from the cache or not.
+    assert list(opened(folder, validation_fraction=fraction, streaming=streaming).validation()) == held_out
+
+
+def test_parts_of_a_long_file_and_copies_of_it_stay_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_CHARS", 50)
+    monkeypatch.setattr(row_sources, "MAX_DOCUMENT_CHARS", 50)
+    content = "".join(f"line {n} of a naïve text\n" for n in range(20))
+    folder = write_files(tmp_path / "texts", 6, book=content, copy=content)
+    documents = opened(folder, validation_fraction=0.4)
+    assert "files cut at line ends every 50 characters: " in documents.note
+    for side in (list(documents.train()), list(documents.validation())):
+        parts = [text for text in side if "naïve text" in text]
+        assert len(parts) in (0, 14)
+        assert "".join(parts) in ("", content * 2)
+        assert all(part.endswith("\n") and len(part) < 80 for part in parts)
+
+
+@pytest.mark.parametrize("limit", [50, 1 << 20])
+@pytest.mark.parametrize("fraction", [1e-9, 0.25, 0.9, 1 - 1e-9])
+def test_of_a_single_file_the_end_is_held_out(tmp_path, monkeypatch, fraction, limit):
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_CHARS", limit)
+    content = "".join(f"line {n} of a naïve text\n" for n in range(20))
     (tmp_path / "book.txt").write_text(content, encoding="utf-8")
-    found = texts(tmp_path / "book.txt")
-    assert "".join(found) == content
-    assert len(found) > 3
-    assert all(d.endswith("\n") and len(d) < 17_000 for d in found)
+    documents = opened(tmp_path / "book.txt", validation_fraction=fraction)
+    train, held_out = "".join(documents.train()), "".join(documents.validation())
+    assert train + held_out == content
+    assert train.endswith("\n")
+    assert train
+    assert abs(len(held_out) - fraction * len(content)) < 30
+    assert held_out
+    assert f"of this one file, the last {fraction:.3g} are held out" in documents.note
+    assert texts(tmp_path / "book.txt") == ["".join(texts(tmp_path / "book.txt"))] or limit == 50
+
+
+@pytest.mark.parametrize("content", ["one line without an end", "a\nb", "ab"])
+def test_a_single_file_of_hardly_anything_has_both_sides(tmp_path, content):
+    (tmp_path / "book.txt").write_text(content)
+    documents = opened(tmp_path / "book.txt", validation_fraction=0.01)
+    train, held_out = list(documents.train()), list(documents.validation())
+    assert (len(train), len(held_out)) == (1, 1)
+    assert train[0] + held_out[0] == content
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_few_rows_have_both_sides(tmp_path, fraction):
+    path = write_texts(tmp_path / "a.jsonl", 9)
+    documents = opened(path, validation_fraction=fraction)
+    train, held_out = list(documents.train()), list(documents.validation())
+    assert min(len(train), len(held_out)) == 1
+    assert sorted(train + held_out) == sorted(sentences(9))
+
+
+def test_rows_enough_are_shared_out_by_hash_alone(tmp_path):
+    path = write_texts(tmp_path / "a.jsonl", 60)
+    wanted = [t for t in sentences(60) if int.from_bytes(document_digest(t)[-8:], "big") < 0.2 * 2.0**64]
+    assert list(opened(path, validation_fraction=0.2).validation()) == wanted
 
 
 def test_held_out_rows_are_the_rest(tmp_path):

@@ -1,5 +1,7 @@
 """Which files are read, which are left lying, and what is said of both."""
 
+from pathlib import Path
+
 import pytest
 
 from leanmill.data.config import HfDataset
@@ -18,7 +20,7 @@ def folder(tmp_path):
 
 
 def opened(path, **settings):
-    return open_hf(HfDataset(path=str(path), validation_fraction=0, **settings), "pretrain")
+    return open_hf(HfDataset(path=str(path), validation_fraction=0, **settings), "pretrain", Path("unused"))
 
 
 def test_files_are_counted_by_kind(folder):
