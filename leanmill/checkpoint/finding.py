@@ -10,7 +10,7 @@ from typing import Protocol
 
 from leanmill.checkpoint.folders import counting_folders, is_passing
 from leanmill.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify
-from leanmill.checkpoint.phases import MODEL, phase_folders
+from leanmill.checkpoint.phases import MODEL, PHASES, phase_folders
 from leanmill.core.errors import ConfigError, RunError
 
 
@@ -130,6 +130,13 @@ def locate(given: str | Path, group: Agreement | None = None) -> Found:
     if problem := problem_of(path, group):
         raise RunError(f"{path} cannot be used: {problem}")
     return Found(path=path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run or a checkpoint of one, and no model as transformers saves it."""
+    if not path.is_dir() or ((path / "config.json").is_file() and not (path / MANIFEST).is_file()):
+        return False
+    return (path / MANIFEST).is_file() or any((path / name).is_dir() for name in ("checkpoints", PHASES))
 
 
 def _meaning(path: Path) -> str:

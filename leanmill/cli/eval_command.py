@@ -31,8 +31,13 @@ def run(args: argparse.Namespace) -> int:
                 f"--routing studies the checkpoints of a run, and {args.checkpoint} is a model folder; leave it out"
             )
         checkpoint = Path(args.checkpoint)
-        result, study, lines = evaluate_folder(checkpoint, args.overrides), None, list[str]()
+        result, study, lines = evaluate_folder(checkpoint, args.overrides, args.recipe), None, list[str]()
     else:
+        if args.recipe is not None:
+            raise ConfigError(
+                f"--recipe is for Hugging Face model folders, and {args.checkpoint} is none; a checkpoint has its recipe "
+                f"with it: type its keys to change, e.g. eval.tokens_per_domain=100000"
+            )
         checkpoint = resolve_checkpoint(args.checkpoint)
         result, study, lines = _evaluate(checkpoint, args.overrides, routing=args.studies_routing)
     if args.json:

@@ -183,6 +183,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="checkpoint folder, a run_dir (its newest), or a Hugging Face folder"
     )
+    parser.add_argument("--recipe", help="recipe (YAML) that says what a Hugging Face folder is scored on")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of the checkpoint's recipe")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(

@@ -18,9 +18,10 @@ COMFORTABLE_SHARE = 0.9
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan of `args.recipe`, of each phase that trains, on `args.nodes` x `args.gpus_per_node` ranks."""
+    from leanmill.export.run_models import with_models_of_runs
     from leanmill.recipe.io import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = with_models_of_runs(load_recipe(args.recipe, args.overrides))
     from leanmill.plan.plan import DEFAULT_RANK_MEMORY_GIB, plan
 
     world_size = args.nodes * args.gpus_per_node
@@ -82,17 +83,25 @@ def _run_table(result: Plan) -> Table:
         "trainable": _count(result.num_trainable),
         "added by techniques": _count(result.num_technique),
         "tokens a step": f"{result.tokens_per_step:,} in {result.num_micro_batches} micro-batches a rank",
-        "steps": f"{result.num_steps:,}",
-        "tokens of the run": _count(result.total_tokens),
-        "tokens a parameter": f"{result.total_tokens / max(1, result.num_parameters):.3g}",
         "FLOPs a token": f"{result.flops_per_token:.3g}",
         "FLOPs a step": f"{result.flops_per_step:.3g}",
-        "FLOPs of the run": f"{result.total_flops:.3g}",
+        **_length_rows(result),
     }
     table = _table("run", "quantity", "value")
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _length_rows(result: Plan) -> dict[str, str]:
+    if result.num_steps is None or result.total_tokens is None or result.total_flops is None:
+        return {"steps": "by train.epochs, known once the data is tokenised"}
+    return {
+        "steps": f"{result.num_steps:,}",
+        "tokens of the run": _count(result.total_tokens),
+        "tokens a parameter": f"{result.total_tokens / max(1, result.num_parameters):.3g}",
+        "FLOPs of the run": f"{result.total_flops:.3g}",
+    }
 
 
 def _memory_table(result: Plan) -> Table:

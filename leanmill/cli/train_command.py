@@ -58,6 +58,7 @@ def _quit() -> NoReturn:
 
 def _load(path: str, overrides: Sequence[str]) -> Recipe:
     from leanmill.core.errors import ConfigError
+    from leanmill.export.run_models import with_models_of_runs
     from leanmill.recipe.io import load_recipe
     from leanmill.recipe.local_files import check_files
 
@@ -69,14 +70,16 @@ def _load(path: str, overrides: Sequence[str]) -> Recipe:
             # The first rank of this machine read the same file and says it; an empty message prints nothing.
             raise ConfigError("") from None
         raise
-    return recipe
+    return with_models_of_runs(recipe)
 
 
 def _log_from_rank_0() -> None:
     """Show the project's INFO lines on rank 0 and only warnings elsewhere."""
     rank = int(os.environ.get("RANK", "0"))
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Redacting(f"{f'[rank {rank}] ' if rank else ''}%(levelname)s: %(message)s"))
+    stamp = "" if sys.stderr.isatty() else "%(asctime)s "
+    form = f"{stamp}{f'[rank {rank}] ' if rank else ''}%(levelname)s: %(message)s"
+    handler.setFormatter(_Redacting(form, datefmt="%Y-%m-%d %H:%M:%S"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("leanmill").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from leanmill.core.branches import is_branched, plain_modules
+from leanmill.core.branches import branched_layers, plain_modules
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
 from leanmill.core.names import clean_name
@@ -137,19 +137,27 @@ class Sites:
         return found
 
     def report(self) -> str:
-        """One line: n of N weights carry stages, by kind, and which are left plain."""
+        """One line: n of N weights carry stages or adapters beside them, by kind, and which are left plain."""
         staged = {name for name, site in iter_sites(self.model) if site.is_staged}
-        plain = [name for name in self.candidates if name not in staged]
-        kinds = sorted({c.kind for c in self.candidates.values()})
-        parts = [
-            f"{sum(n in staged for n, c in self.candidates.items() if c.kind == kind)} of "
-            f"{sum(c.kind == kind for c in self.candidates.values())} {kind}"
-            for kind in kinds
-        ]
-        left = f"; left plain: {', '.join(plain[:6])}{' ...' if len(plain) > 6 else ''}" if plain else ""
-        num_branches = sum(is_branched(module) for module in self.model.modules())
-        branches = f"; {num_branches} with an output branch" if num_branches else ""
-        return f"converted {', '.join(parts)} weights{branches}{left}"
+        branched = {clean_name(path) for path, _ in branched_layers(self.model)}
+        parts = [f"converted {self._shares(staged)} weights"] if staged or not branched else []
+        if branched:
+            kinds = {self.candidates[name].kind for name in branched}
+            parts.append(f"{self._shares(branched, kinds)} weights with an adapter beside them")
+        plain = [name for name in self.candidates if name not in staged | branched]
+        if plain:
+            parts.append(f"left plain: {', '.join(plain[:6])}{' ...' if len(plain) > 6 else ''}")
+        return "; ".join(parts)
+
+    def _shares(self, names: set[str], kinds: set[str] | None = None) -> str:
+        """Say how many weights of each kind `names` are: `28 of 28 linear`."""
+        all_names = {kind: [n for n, c in self.candidates.items() if c.kind == kind] for kind in sorted(self._kinds)}
+        shown = {kind: found for kind, found in all_names.items() if kinds is None or kind in kinds}
+        return ", ".join(f"{sum(n in names for n in found)} of {len(found)} {kind}" for kind, found in shown.items())
+
+    @property
+    def _kinds(self) -> set[str]:
+        return {candidate.kind for candidate in self.candidates.values()}
 
     def _matching(self, field: str, pattern: str) -> set[str]:
         found = {name for name in self.candidates if matches(pattern, name)}

@@ -20,7 +20,8 @@ class ModelConfig(Config):
     moe: MixtureConfig | None = None
     """Experts of a new model, beside `config`, whose `model_type` may then be missing: the family is chosen."""
     path: str | None = None
-    """Local folder or hub name of a checkpoint; safetensors only."""
+    """Local folder or hub name of a checkpoint, safetensors only; or a run folder of Leanmill, whose newest checkpoint
+    is then written as a model to the folder `models` in it."""
     revision: str | None = None
     """Hub revision of `path`."""
     trust_remote_code: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from leanmill.checkpoint.finding import is_run
 from leanmill.core.paths import expand_user
 from leanmill.data.config import HfDataset, Mixture
 from leanmill.models.config import ModelConfig
@@ -14,13 +15,16 @@ from leanmill.recipe.root import Recipe
 def local_model(model: ModelConfig) -> ModelConfig | None:
     """Return the section with its checkpoint as a local folder; None where it is not on this machine.
 
-    A checkpoint that comes with its own code counts as away: checking runs no code of others.
+    A run counts as away, since only training writes its model, and so does a checkpoint that comes with its own code:
+    checking runs no code of others.
     """
     if model.path is None:
         return model
     if model.trust_remote_code:
         return None
     folder = expand_user(model.path)
+    if is_run(folder):
+        return None
     if not folder.is_dir():
         found = _snapshot(model.path, model.revision)
         if found is None:
@@ -33,13 +37,13 @@ def not_looked_at(recipe: Recipe) -> Iterator[str]:
     """Yield a line for each thing that only training itself will read."""
     model = recipe.model
     if local_model(model) is None:
-        why = "it brings code of its own" if model.trust_remote_code else "it is not on this machine"
+        why = "it brings code of its own" if model.trust_remote_code else _why_away(str(model.path))
         techniques = " and whether the techniques fit it" if recipe.techniques else ""
         yield f"model {model.path}{techniques}: {why}"
     for index, technique in enumerate(recipe.techniques):
         for key, path in {**technique.frozen_models(), **technique.read_models()}.items():
             if local_model(ModelConfig(path=path)) is None:
-                yield f"techniques.{index}.{key} {path}: it is not on this machine"
+                yield f"techniques.{index}.{key} {path}: {_why_away(path)}"
     tokenizer = recipe.data.tokenizer.path
     if tokenizer is not None:
         yield f"tokenizer {tokenizer}, its vocabulary and chat template"
@@ -47,6 +51,11 @@ def not_looked_at(recipe: Recipe) -> Iterator[str]:
     for part in source.sources if isinstance(source, Mixture) else [source]:
         if isinstance(part, HfDataset):
             yield f"the rows of {part.path}"
+
+
+def _why_away(path: str) -> str:
+    is_a_run = is_run(expand_user(path))
+    return "it is a run, whose model training writes first" if is_a_run else "it is not on this machine"
 
 
 def _snapshot(name: str, revision: str | None) -> Path | None:

@@ -19,8 +19,9 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
-from leanmill.recipe.io import apply_override, validate_recipe
+from leanmill.recipe.io import load_recipe, override_recipe, validate_recipe
 from leanmill.recipe.root import Recipe
+from leanmill.recipe.yaml_source import Lines
 from leanmill.report.observer import DomainScore
 from leanmill.trainer.evaluation import Evaluation, evaluate
 from leanmill.trainer.inference import load_for_inference
@@ -46,7 +47,7 @@ class Evaluated:
     tables: Mapping[str, Any]
     """What probes counted."""
     notes: tuple[str, ...]
-    """What probes could not say, and why."""
+    """What probes could not say, and why; and where less text was held out than asked for."""
 
 
 def evaluate_checkpoint(
@@ -72,19 +73,24 @@ def evaluate_checkpoint(
     return _evaluated(checkpoint_dir, rebuilt.step, recipe, rebuilt.model, rebuilt.tokenizer_dir, probes)
 
 
-def evaluate_folder(folder: Path, overrides: Sequence[str] = ()) -> Evaluated:
+def evaluate_folder(folder: Path, overrides: Sequence[str] = (), recipe_file: str | None = None) -> Evaluated:
     """Score a Hugging Face folder as it is meant to be run (`load_for_inference`).
 
     Args:
         folder: Of a causal LM, with its tokenizer.
         overrides: As for `evaluate_checkpoint`; of a recipe with the defaults, so that text is that of `local_corpus`
             where nothing is said.
+        recipe_file: Recipe whose `data`, `eval`, `batch`, `device` and precision take the place of the defaults.
 
     Raises:
         ConfigError: It is no such folder, or a bad override.
     """
     # Nothing is trained; a recipe must say how long.
-    raw = {"model": {"path": str(folder)}, "train": {"steps": 1}}
+    raw: dict[str, Any] = {"model": {"path": str(folder)}, "train": {"steps": 1}}
+    if recipe_file is not None:
+        given = load_recipe(recipe_file).model_dump(mode="json")
+        raw |= {key: given[key] for key in ("seed", "device", "data", "eval", "batch")}
+        raw["train"]["precision"] = given["train"]["precision"]
     recipe = _overridden(raw, overrides, folder, source="the recipe of an evaluation")
     loaded = load_for_inference(folder, dtype=torch.float32)
     return _evaluated(folder, None, recipe, loaded.model, folder, loaded.probes)
@@ -95,7 +101,7 @@ def _evaluated(
 ) -> Evaluated:
     ranks = init_processes(recipe.device, recipe.cluster)
     try:
-        found = _score(recipe, model, _tokenizer(recipe, tokenizer_dir), ranks, probes)
+        found, shortfalls = _score(recipe, model, _tokenizer(recipe, tokenizer_dir), ranks, probes)
     finally:
         finish()
     return Evaluated(
@@ -104,11 +110,13 @@ def _evaluated(
         scores=dict(found.scores),
         metrics=found.metrics,
         tables=found.tables,
-        notes=found.notes,
+        notes=(*found.notes, *shortfalls),
     )
 
 
-def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks, probes: Sequence[Probe]) -> Evaluation:
+def _score(
+    recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks, probes: Sequence[Probe]
+) -> tuple[Evaluation, list[str]]:
     if ranks.world_size > 1:
         raise ConfigError(f"an evaluation is one process, {ranks.world_size} were started; type `leanmill eval ...`")
     domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
@@ -119,7 +127,7 @@ def _score(recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks, probes: Seq
         ranks.device
     )
     rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
-    return evaluate(engine, domains, rows, probes)
+    return evaluate(engine, domains, rows, probes), [line for domain in domains for line in domain.shortfall()]
 
 
 def _overridden(raw: dict[str, Any], overrides: Sequence[str], folder: Path, *, source: str) -> Recipe:
@@ -130,9 +138,9 @@ def _overridden(raw: dict[str, Any], overrides: Sequence[str], folder: Path, *, 
                 f"override {override!r}: {key} belongs to the trained weights of {folder}; an evaluation may "
                 f"change data.*, eval.*, batch.*, device and train.precision"
             )
-    for override in overrides:
-        apply_override(raw, override)
-    return validate_recipe(raw, source=source)
+    lines: Lines = {}
+    override_recipe(raw, overrides, lines)
+    return validate_recipe(raw, source=source, lines=lines)
 
 
 def _tokenizer(recipe: Recipe, saved: Path | None) -> Any:

@@ -127,7 +127,9 @@ def test_branches_keep_the_names_of_sites():
     sites = Sites(model)
     assert set(sites.candidates) == set(Sites(plain).candidates)
     assert "14 of 14 linear" in sites.report()
-    assert "14 with an output branch" in sites.report()
+    assert "14 of 14 linear weights with an adapter beside them" in sites.report()
+    install(alone := tiny(), {"type": "lora", "where": "branch", "targets": ["q_proj"]})
+    assert Sites(alone).report().startswith("2 of 14 linear weights with an adapter beside them; left plain: ")
     again = sites.select(["q_proj"])
     assert [site.stage(Slot.QUANT) is not None for site in again] == [True, True]
 
