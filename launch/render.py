@@ -14,7 +14,7 @@ from string import Template
 from leanmill.core.errors import ConfigError
 from leanmill.recipe.io import load_recipe
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.rules import derive_steps
+from leanmill.recipe.rules import micro_batches_of_step
 
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def render(kind: str, recipe: Recipe, args: argparse.Namespace) -> str:
     Raises:
         ConfigError: The batch does not divide over these ranks.
     """
-    derive_steps(recipe, args.nodes * args.gpus_per_node)
+    micro_batches_of_step(recipe, args.nodes * args.gpus_per_node)
     return Template(TEMPLATES[kind].read_text(encoding="utf-8")).substitute(_values(kind, recipe, args))
 
 

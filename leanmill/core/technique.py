@@ -164,6 +164,10 @@ class TechniqueConfig(Config):
         """Yield what does not fit a run of so many steps, such as a schedule that ends after it, and what to type."""
         return ()
 
+    def adds_branches(self) -> bool:
+        """Whether it wraps layers with output branches, which one technique of a run may do."""
+        return False
+
     def token_shares(self, num_layers: int) -> Mapping[int, float]:
         """Return what share of a row's tokens decoder blocks run for in training, by index; all where none is given.
 

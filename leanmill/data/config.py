@@ -58,7 +58,8 @@ class HfDataset(Config):
     validation_split: str | None = None
     """Split to evaluate on; None holds `validation_fraction` of the rows out by row hash."""
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """Share of rows held out where there is no validation split."""
+    """Share of rows held out where there is no validation split, at least one. A text file is one row; of a single
+    file, this share at its end is held out."""
     format: Literal["auto", "json", "parquet", "arrow", "text"] = "auto"
     """Format of local files; `auto` goes by the ending."""
     streaming: bool = False
@@ -117,3 +118,8 @@ class DataConfig(Config):
                 "long_documents: split would cut a conversation from its answer; set truncate or error with task: sft"
             )
         return self
+
+
+def sources_of(config: DataConfig) -> list[LocalCorpus | HfDataset]:
+    """Return the sources of a `data` section, in the order of the recipe."""
+    return list(config.source.sources) if isinstance(config.source, Mixture) else [config.source]

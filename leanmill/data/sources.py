@@ -44,6 +44,8 @@ class Source(Protocol):
     name: str
     weight: float
     text_fingerprint: str
+    rows_per_epoch: int | None
+    """Rows of one pass over the documents; None where only reading them would tell."""
 
     def row(self, number: int) -> Row:
         """Return row `number`."""
@@ -59,10 +61,6 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        ...
-
-    def passes(self, num_rows: float) -> float | None:
-        """How often `num_rows` rows go through the documents; None where only reading them would tell."""
         ...
 
     def describe(self) -> str:
@@ -98,6 +96,7 @@ class MapSource:
         self._store, self._pad_id, self._documents = store, pad_id, documents
         packer, self._num_cut_off = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
         self._packer = ShuffledRows(packer, seed)
+        self.rows_per_epoch: int | None = packer.rows_per_epoch
 
     def row(self, number: int) -> Row:
         """See `Source`."""
@@ -112,10 +111,6 @@ class MapSource:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Source`."""
-
-    def passes(self, num_rows: float) -> float:
-        """See `Source`."""
-        return num_rows / self._packer.rows_per_epoch
 
     def describe(self) -> str:
         """See `Source`."""

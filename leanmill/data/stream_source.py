@@ -55,6 +55,7 @@ class StreamSource:
         self.name, self.weight, self.text_fingerprint = documents.name, documents.weight, documents.stream_key
         self._documents, self._encoder, self._config = documents, encoder, config
         self._pad_id, self._seed = pad_id, seed
+        self.rows_per_epoch: int | None = None
         self._warned = set[str]()
         self._start({"epoch": 0, "block": 0, "stream": None, "document": 0, "token": 0})
 
@@ -86,9 +87,6 @@ class StreamSource:
         """See `Source`."""
         stream = f"a stream, shuffled in blocks of {self._documents.shuffle_buffer:,} documents"
         return "; ".join([stream, self._documents.note] if self._documents.note else [stream])
-
-    def passes(self, num_rows: float) -> None:
-        """See `Source`."""
 
     def warnings(self) -> list[str]:
         """See `Source`."""

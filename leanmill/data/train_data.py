@@ -61,6 +61,16 @@ class TrainData:
         """Tokens handed out so far over all ranks, padding included."""
         return self.position_rows * self.sequence_length
 
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """Rows that all sources have together: one pass over the data. None where one of them is a stream."""
+        rows = [source.rows_per_epoch for source in self._sources]
+        return None if None in rows else sum(n for n in rows if n is not None)
+
+    def epochs(self, num_rows: int) -> float | None:
+        """Passes over the data that `num_rows` rows are; None where one of the sources is a stream."""
+        return None if self.rows_per_epoch is None else num_rows / self.rows_per_epoch
+
     def next_rows(self, num_rows: int, *, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
         """Advance by `num_rows` rows over all ranks and return this rank's share of them.
 
@@ -138,8 +148,8 @@ class TrainData:
     def _passes(self, num_rows: int) -> list[tuple[Source, float, float | None]]:
         """Each source, its share of the rows and its passes in a run of `num_rows`."""
         total = sum(source.weight for source in self._sources)
-        shares = [(source, source.weight / total) for source in self._sources]
-        return [(source, share, source.passes(num_rows * share)) for source, share in shares]
+        shares = [(source, source.weight / total, source.rows_per_epoch) for source in self._sources]
+        return [(source, share, None if rows is None else num_rows * share / rows) for source, share, rows in shares]
 
     @property
     def _names(self) -> list[str]:

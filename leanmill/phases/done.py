@@ -11,7 +11,9 @@ from leanmill.recipe.phases import phase_names, source_of
 from leanmill.recipe.root import Recipe
 
 
-_FIXED = ("train.steps", "train.total_tokens", "data.source", "data.sequence_length", "data.task", "seed")
+_FIXED = (
+    "train.steps", "train.total_tokens", "train.epochs", "data.source", "data.sequence_length", "data.task", "seed",
+)  # fmt: skip
 """What a run that goes on may change, and a finished phase may not: later phases have begun with its result."""
 
 

@@ -17,7 +17,7 @@ from leanmill.plan.fit import Case, remedies
 from leanmill.plan.subject import Subject
 from leanmill.plan.weight import Memory
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.rules import derive_steps
+from leanmill.recipe.rules import known_steps, micro_batches_of_step
 from leanmill.trainer.prepare import with_precision
 
 
@@ -53,11 +53,12 @@ class Plan:
     """The same run under every other engine that fits `world_size`."""
     tokens_per_step: int
     num_micro_batches: int
-    num_steps: int
-    total_tokens: int
+    num_steps: int | None
+    """None where the recipe gives epochs, which only its data turns into steps; so with what follows from it."""
+    total_tokens: int | None
     flops_per_token: float
     flops_per_step: float
-    total_flops: float
+    total_flops: float | None
 
     @property
     def held_bytes(self) -> int:
@@ -108,7 +109,7 @@ def plan(
     per_node = gpus_per_node or world_size
     if world_size % per_node:
         raise ConfigError(f"{world_size} ranks do not fill machines of {per_node}; give --nodes and --gpus-per-node")
-    num_micro_batches, num_steps = derive_steps(recipe, world_size)
+    num_micro_batches, num_steps = micro_batches_of_step(recipe, world_size), known_steps(recipe)
     subject, available = Subject.of(recipe, world_size), int(rank_memory_gib * 2**30)
     engine, why = engine_of(recipe, world_size, per_node, 4 * subject.num_held, rank_memory_gib)
     asked = Case(recipe=recipe, engine=engine, world_size=world_size)
@@ -139,8 +140,8 @@ def plan(
         tokens_per_step=tokens_per_step,
         num_micro_batches=num_micro_batches,
         num_steps=num_steps,
-        total_tokens=num_steps * tokens_per_step,
+        total_tokens=None if num_steps is None else num_steps * tokens_per_step,
         flops_per_token=flops,
         flops_per_step=flops * tokens_per_step,
-        total_flops=flops * tokens_per_step * num_steps,
+        total_flops=None if num_steps is None else flops * tokens_per_step * num_steps,
     )

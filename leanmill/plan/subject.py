@@ -33,7 +33,7 @@ from leanmill.plan.memory import estimate, staged_copies
 from leanmill.plan.transient import activation_bytes, logits_bytes
 from leanmill.plan.weight import Memory, Weight
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.rules import derive_steps
+from leanmill.recipe.rules import micro_batches_of_step
 from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.turns import Turns
 
@@ -116,7 +116,7 @@ class Subject:
             weights,
             world_size=case.world_size,
             precision=changed.train.precision,
-            num_micro_batches=derive_steps(changed, case.world_size)[0],
+            num_micro_batches=micro_batches_of_step(changed, case.world_size),
         )
         if layout.fully_sharded is not None:
             memory.add("transient", "fetched experts", self._fetched_bytes(changed.train.precision))

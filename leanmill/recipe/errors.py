@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,25 +19,38 @@ Path = tuple[str | int, ...]
 
 
 def describe(error: ValidationError, root: type[BaseModel], raw: Any, source: str, lines: Lines) -> list[str]:
-    """Return one line for each problem: file and line, key, what was given, what is allowed.
+    """Return one line for each problem: file and line or override, key, what was given, what is allowed.
 
     Args:
         error: What validation raised.
         root: The model that was validated.
         raw: What it was validated from.
         source: Name of the file, for the front of each line.
-        lines: Line number of each path of the file.
+        lines: Line number of each path of the file, or the override that wrote it.
     """
     found = dict.fromkeys(_problems(error, root, raw))  # a union may report one problem twice
-    return [f"{source}{_at(path, lines)}: {text}" for path, text in found]
+    return [f"{_front(path, text, source, lines)}: {text}" for path, text in found]
 
 
-def _at(path: Path, lines: Lines) -> str:
+def _front(path: Path, text: str, source: str, lines: Lines) -> str:
+    """Name where a problem is: the override that made it, or the file and its line."""
+    if spoken_of := _overrides_in(path, text, lines):
+        return f"override{'s' if len(spoken_of) > 1 else ''} {', '.join(sorted(spoken_of))}"
     while path:
-        if path in lines:
-            return f" line {lines[path]}" if lines[path] else ""
+        place = lines.get(path)
+        if isinstance(place, str):
+            return f"override {place}"
+        if place is not None:
+            return f"{source} line {place}"
         path = path[:-1]
-    return ""
+    return source
+
+
+def _overrides_in(path: Path, text: str, lines: Lines) -> list[str]:
+    """Overrides below `path` whose keys a line about the whole of it speaks of: keys that do not fit each other."""
+    below = {known: place for known, place in lines.items() if isinstance(place, str) and known[: len(path)] == path}
+    names = {place: _dotted(known[len(path) :]) for known, place in below.items() if len(known) > len(path)}
+    return [place for place, name in names.items() if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]\w)", text)]
 
 
 def _problems(error: ValidationError, root: type[BaseModel], raw: Any) -> Iterator[tuple[Path, str]]:

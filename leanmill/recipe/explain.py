@@ -11,7 +11,7 @@ from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.rules import nearest_multiples, num_steps
+from leanmill.recipe.rules import known_steps, nearest_multiples
 
 
 def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
@@ -180,21 +180,27 @@ def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
 
 
 def _length(recipe: Recipe) -> str:
-    steps = num_steps(recipe)
+    steps, epochs = known_steps(recipe), recipe.train.epochs
+    if steps is None:
+        passes = f"{epochs:g} pass{'' if epochs == 1 else 'es'}"
+        return f"{passes} over the training data; how many steps that is, training says once it is tokenised"
     return f"{steps:,} optimizer steps = {steps * recipe.batch.tokens_per_step:,} tokens"
 
 
 def _optimizer(recipe: Recipe) -> str:
-    optimizer, schedule, steps = recipe.optimizer, recipe.schedule, num_steps(recipe)
+    optimizer, schedule, steps = recipe.optimizer, recipe.schedule, known_steps(recipe)
     warmup = schedule.warmup_steps
-    warmup_steps = warmup if isinstance(warmup, int) else round(warmup * steps)
+    if isinstance(warmup, int) or steps is not None:
+        warmup_steps = f"{warmup if isinstance(warmup, int) else round(warmup * (steps or 0)):,} warm-up steps"
+    else:
+        warmup_steps = f"{warmup:.3g} of the steps as warm-up"
     wrapped = ", wrapped in Lookahead" if optimizer.lookahead else ""
     lower = 1.0 if schedule.drop_at is None else schedule.drop_factor
     last = lower * schedule.min_factor * optimizer.lr
     drop = f", times {lower:g} from {schedule.drop_at:.0%} of the run" if schedule.drop_at else ""
     until = f" until {schedule.weight_decay_until:.0%} of the run" if schedule.weight_decay_until else ""
     return (
-        f"{optimizer.type}{wrapped}, peak learning rate {optimizer.lr:g} after {warmup_steps:,} warm-up steps, then "
+        f"{optimizer.type}{wrapped}, peak learning rate {optimizer.lr:g} after {warmup_steps}, then "
         f"{schedule.type}{'' if schedule.type == 'constant' else f' to {last:g}'}{drop}; "
         f"weight decay {optimizer.weight_decay:g}{until}"
     )

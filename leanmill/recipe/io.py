@@ -15,6 +15,7 @@ from leanmill.core.near import near_names
 from leanmill.core.secrets import shown
 from leanmill.recipe.errors import describe
 from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import LENGTHS
 from leanmill.recipe.yaml_source import MAX_DEPTH, Lines, parse_scalar, parse_yaml
 
 
@@ -53,9 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, root: type[B
             f"{path} holds a {type(raw).__name__}, not a mapping of sections such as `model:` and `train:`; "
             f"see recipes/quickstart.yaml"
         )
-    for override in overrides:
-        apply_override(raw, override)
-        _forget_lines(lines, override)
+    override_recipe(raw, overrides, lines)
     return validate_recipe(raw, source=str(path), lines=lines, root=root)
 
 
@@ -73,7 +72,7 @@ def validate_recipe(
     Args:
         raw: The recipe as plain values.
         source: What error lines call it.
-        lines: Line number of each path, where it came from a file.
+        lines: Line number of each path, where it came from a file, and the overrides.
         root: What the mapping describes.
 
     Raises:
@@ -91,6 +90,34 @@ def resolved_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
+def override_recipe(raw: dict[str, Any], overrides: Sequence[str], lines: Lines) -> None:
+    """Write overrides into `raw`, and into `lines` that they did.
+
+    The length of a run is one of several keys: an override of one takes the place of another that the file gives.
+
+    Raises:
+        ConfigError: See `apply_override`.
+    """
+    given = [_keys_of(override) for override in overrides]
+    for override, keys in zip(overrides, given, strict=True):
+        apply_override(raw, override)
+        _replace_siblings(raw, keys, given)
+        _put_place(lines, override)
+
+
+def _replace_siblings(raw: dict[str, Any], keys: list[str], given: Sequence[list[str]]) -> None:
+    """Drop the other lengths beside the one that `keys` lead to, but for those that are overrides themselves."""
+    if keys[-2:-1] != ["train"] or keys[-1] not in LENGTHS:
+        return
+    section: Any = raw
+    for key in keys[:-1]:
+        section = section[int(key)] if isinstance(section, list) else section[key]
+    if section[keys[-1]] is not None:
+        for other in LENGTHS:
+            if other in section and [*keys[:-1], other] not in given:
+                section[other] = None
+
+
 def apply_override(raw: dict[str, Any], override: str) -> None:
     """Write one `a.b=c` into `raw`, making sections on the way.
 
@@ -98,8 +125,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         ConfigError: No `=`, an index past the end, or a path through a plain value.
     """
     path, equals, value = override.partition("=")
-    keys = path.strip().split(".")
-    name = shown(path, override)
+    keys, name = _keys_of(override), shown(path, override)
     if not equals or not all(keys):
         raise ConfigError(f"override {name} is not of the form a.b=value; type e.g. train.steps=100")
     if len(keys) > MAX_DEPTH:
@@ -110,12 +136,16 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     _assign(node, keys, parse_scalar(value, name), name)
 
 
-def _forget_lines(lines: Lines, override: str) -> None:
-    """Mark what `override` replaced as written in no line of the file."""
-    keys = override.partition("=")[0].strip().split(".")
-    path = tuple(int(key) if _NUMBER.fullmatch(key) else key for key in keys)
-    lines.update(dict.fromkeys([known for known in lines if known[: len(path)] == path], 0))
-    lines[path] = 0
+def _keys_of(override: str) -> list[str]:
+    return override.partition("=")[0].strip().split(".")
+
+
+def _put_place(lines: Lines, override: str) -> None:
+    """Mark what `override` replaced as written by it, in no line of the file."""
+    path = tuple(int(key) if _NUMBER.fullmatch(key) else key for key in _keys_of(override))
+    for below in [known for known in lines if known[: len(path)] == path]:
+        del lines[below]
+    lines[path] = shown(override.partition("=")[0], override)
 
 
 def _child(node: Any, key: str, keys: list[str], depth: int, override: str) -> Any:

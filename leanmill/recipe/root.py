@@ -13,7 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.recipe.errors import describe
 from leanmill.recipe.phase_rules import phase_problems
 from leanmill.recipe.phases import carries_state, merged, phase_names, places_asked_for, source_of, trained_before
-from leanmill.recipe.rules import num_steps, problems
+from leanmill.recipe.rules import LENGTHS, known_steps, problems
 from leanmill.recipe.sections import Sections
 
 
@@ -52,9 +52,8 @@ class Recipe(Sections):
         """
         phase, name = self.phases[index], phase_names(self.phases)[index]
         raw, changes = self.model_dump(mode="json", exclude={"phases"}), phase.overrides or {}
-        lengths = ("steps", "total_tokens")
-        if any(key in lengths for key in changes.get("train") or ()):
-            raw["train"] |= dict.fromkeys(lengths)  # a phase of another length, in either unit
+        if any(key in LENGTHS for key in changes.get("train") or ()):
+            raw["train"] |= dict.fromkeys(LENGTHS)  # a phase of another length, in whatever unit
         folder = str(self.folder_of_phase(index)).replace("{", "{{").replace("}", "}}")
         raw = {**merged(raw, changes), "name": f"{self.name}-{name}", "run_dir": folder}
         try:
@@ -86,7 +85,10 @@ class Recipe(Sections):
 
     def _steps_past_an_end(self, index: int, recipes: Sequence[Recipe]) -> Iterator[str]:
         for place, step in places_asked_for(self.phases, index):
-            if place is not None and step is not None and step > (length := num_steps(recipes[place])):
+            if place is None or step is None:
+                continue
+            length = known_steps(recipes[place])
+            if length is not None and step > length:
                 yield f"{phase_names(self.phases)[place]}@{step} is past its {length} steps; give fewer"
 
     def carries_state(self, index: int, recipes: Sequence[Recipe]) -> bool:
@@ -113,4 +115,6 @@ def _handover_problems(source: Recipe, recipe: Recipe, keep: list[Any], *, carri
     if "data" in keep and source.data != recipe.data:
         yield "keep: [data] is a position in the data of before, and this phase overrides data; remove one of the two"
     if "data" in keep and recipe.train.steps is None:
-        yield f"keep: [data] counts on from earlier tokens; give the phase's length as train.steps={num_steps(recipe)}"
+        length = known_steps(recipe)
+        example = "N" if length is None else length
+        yield f"keep: [data] counts on from earlier tokens; give the phase's length as train.steps={example}"

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 from leanmill.core.errors import ConfigError
 from leanmill.core.parameters import PLAIN
 from leanmill.core.secrets import find_secrets, shown
-from leanmill.data.config import LocalCorpus, Mixture
+from leanmill.data.config import HfDataset, LocalCorpus, sources_of
 from leanmill.recipe.layout_rules import layout_problems
 
 
 if TYPE_CHECKING:
+    from leanmill.recipe.root import Recipe
     from leanmill.recipe.sections import Sections
 
 
+LENGTHS = ("epochs", "total_tokens", "steps")
+"""Keys of `train` that each say how long a run is; one of them is given."""
 _MAX_NAME_BYTES = 200
 """File systems take 255 bytes, and runs add endings."""
 
@@ -35,6 +38,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _rates(recipe)
     yield from _views(recipe)
     yield from _turns(recipe)
+    yield from _branches(recipe)
     yield from _modules_left_out(recipe)
     yield from _schedules(recipe)
     yield from layout_problems(recipe)
@@ -47,8 +51,8 @@ def nearest_multiples(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
-def derive_steps(recipe: Sections, data_size: int) -> tuple[int, int]:
-    """Return (micro-batches of a step on one rank, optimizer steps of the run).
+def micro_batches_of_step(recipe: Sections, data_size: int) -> int:
+    """Return the micro-batches of an optimizer step on one rank.
 
     Args:
         recipe: The recipe.
@@ -65,14 +69,40 @@ def derive_steps(recipe: Sections, data_size: int) -> tuple[int, int]:
             f"{batch.tokens_per_micro_batch} x {data_size} data ranks = {share}; set batch.tokens_per_step="
             f"{nearest_multiples(batch.tokens_per_step, share)}, or a smaller tokens_per_micro_batch"
         )
-    return batch.tokens_per_step // share, num_steps(recipe)
+    return batch.tokens_per_step // share
+
+
+def known_steps(recipe: Sections) -> int | None:
+    """Optimizer steps of the run; None where only its data tells."""
+    return None if recipe.train.epochs is not None else num_steps(recipe)
+
+
+def with_length_in_tokens(recipe: Recipe, rows_per_epoch: int | None) -> Recipe:
+    """Return the recipe with `train.epochs` replaced by the tokens that they are.
+
+    Args:
+        recipe: The recipe.
+        rows_per_epoch: Rows of one pass over its training data; None where only reading would tell.
+
+    Raises:
+        ConfigError: A technique's schedule does not fit a run of that length.
+    """
+    if recipe.train.epochs is None:
+        return recipe
+    assert rows_per_epoch is not None, "a stream with epochs is refused at parse time"
+    tokens = math.ceil(recipe.train.epochs * rows_per_epoch) * recipe.data.sequence_length
+    train = recipe.train.model_copy(update={"epochs": None, "total_tokens": tokens})
+    resolved = recipe.model_copy(update={"train": train})
+    if found := list(_schedules(resolved)):  # what could not be said before
+        raise ConfigError("\n".join(found))
+    return resolved
 
 
 def num_steps(recipe: Sections, *, step: int = 0, tokens: int = 0) -> int:
     """Optimizer steps of the run.
 
     Args:
-        recipe: The recipe.
+        recipe: The recipe, its length not in epochs.
         step: Steps that a resumed run has done, perhaps with another `batch.tokens_per_step`.
         tokens: Tokens it has consumed in them; a length in tokens counts what is left of it.
     """
@@ -118,12 +148,23 @@ def _length(recipe: Sections) -> Iterator[str]:
     train = recipe.train
     if recipe.phases:  # each has its own
         return
-    if train.total_tokens is None and train.steps is None:
-        yield "the length of the run is missing; set train.total_tokens (tokens) or train.steps (optimizer steps)"
-    if train.total_tokens is not None and train.steps is not None:
+    given = [key for key in LENGTHS if getattr(train, key) is not None]
+    if not given:
         yield (
-            f"train.total_tokens={train.total_tokens} and train.steps={train.steps} are both given; keep one "
-            f"(train.steps=null or train.total_tokens=null)"
+            "the length of the run is missing; set train.epochs (passes over the data), train.total_tokens (tokens) or "
+            "train.steps (optimizer steps)"
+        )
+    if len(given) > 1:
+        first, second = given[:2]
+        yield (
+            f"train.{first}={getattr(train, first)} and train.{second}={getattr(train, second)} are both given; "
+            f"keep one (train.{second}=null or train.{first}=null)"
+        )
+    streams = [s.name for s in sources_of(recipe.data) if isinstance(s, HfDataset) and s.streaming]
+    if train.epochs is not None and streams:
+        yield (
+            f"train.epochs={train.epochs:g} needs to know how much text there is, and {streams[0]!r} is a stream, "
+            f"which is not read beforehand; set its streaming to false, or give train.total_tokens"
         )
 
 
@@ -140,8 +181,7 @@ def _context(recipe: Sections) -> Iterator[str]:
 
 def _data(recipe: Sections) -> Iterator[str]:
     data = recipe.data
-    sources = data.source.sources if isinstance(data.source, Mixture) else [data.source]
-    if data.task == "sft" and any(isinstance(source, LocalCorpus) for source in sources):
+    if data.task == "sft" and any(isinstance(source, LocalCorpus) for source in sources_of(data)):
         yield (
             "data.task=sft needs chats, and local_corpus has none; set data.source={type: hf, path: chats.jsonl} "
             "with a column of messages, or data.task=pretrain"
@@ -210,6 +250,15 @@ def _turns(recipe: Sections) -> Iterator[str]:
                 f"{name} moves weights by their gradients, which {turning} lets rest in some steps; remove one of the "
                 f"two from `techniques`"
             )
+
+
+def _branches(recipe: Sections) -> Iterator[str]:
+    names = [config.type for config in recipe.techniques if config.adds_branches()]  # type: ignore[attr-defined]
+    if len(names) > 1:
+        yield (
+            f"{' and '.join(names)} both wrap layers with output branches, and PEFT would let the second replace the "
+            f"first; keep one with where: branch, and give the other where: weight"
+        )
 
 
 def _modules_left_out(recipe: Sections) -> Iterator[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from leanmill.core.config import Config
 from leanmill.core.registry import PASSES, known_techniques, pass_class, technique_class
+from leanmill.optim.config import AdamW
 from leanmill.recipe.root import Recipe
+from leanmill.recipe.yaml_source import EXPONENT
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -32,15 +35,58 @@ def recipe_schema() -> dict[str, Any]:
     engine = schema["properties"]["engine"]
     names = sorted(engine["discriminator"]["mapping"])
     union = {key: engine.pop(key) for key in ("oneOf", "discriminator")}
-    engine["anyOf"] = [{"enum": names, "description": "Short for `{type: ...}`."}, union]
+    engine |= {
+        "if": {"type": "string"},
+        "then": {"enum": names, "description": "Short for `{type: ...}`."},
+        "else": union,
+    }
+    for union in list(_unions(schema)):
+        _discriminate(union, definitions)
+    _allow_exponents(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Leanmill recipe", **schema}
+
+
+def _unions(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield every union whose members `type` tells apart."""
+    if isinstance(node, dict) and "discriminator" in node:
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from _unions(child)
+
+
+def _discriminate(union: dict[str, Any], definitions: dict[str, Any]) -> None:
+    """Have `type` choose the member of a union for validators too, which do not look at `discriminator`.
+
+    Without, a misspelt key is answered with "not valid under any of the given schemas".
+    """
+    mapping = union["discriminator"]["mapping"]
+    choices = []
+    for tag, reference in mapping.items():
+        definition = definitions[reference.rpartition("/")[2]]
+        # Required of each but the one that a mapping without it means.
+        required = [] if definition["title"] == AdamW.__name__ else ["type"]
+        definition["required"] = [*required, *(key for key in definition.get("required", ()) if key != "type")]
+        is_it: dict[str, Any] = {"properties": {"type": {"const": tag}}, "required": required}
+        choices.append({"if": is_it, "then": {"$ref": reference}})
+    union |= {"type": "object", "properties": {"type": {"enum": list(mapping)}}, "allOf": choices}
+
+
+def _allow_exponents(node: Any) -> None:
+    """Let numbers be written as `3e-3`: readers that follow YAML 1.1 hand a validator that as text."""
+    if isinstance(node, dict):
+        if node.get("type") in ("number", "integer"):
+            # Bounds speak of numbers only and the pattern of text only.
+            node |= {"type": [node["type"], "string"], "pattern": EXPONENT.pattern}
+        for child in node.values():
+            _allow_exponents(child)
+    elif isinstance(node, list):
+        for child in node:
+            _allow_exponents(child)
 
 
 def _add(model: type[Config], definitions: dict[str, Any]) -> str:
     """Put one technique or pass and what it refers to into `definitions`; return its key there."""
     own = model.model_json_schema()
     definitions.update(own.pop("$defs", {}))
-    own.setdefault("required", [])
-    own["required"] = ["type", *(key for key in own["required"] if key != "type")]
     definitions[model.__name__] = own
     return model.__name__

@@ -33,8 +33,13 @@ class BatchConfig(Config):
 class TrainConfig(Config):
     """The loop."""
 
+    epochs: float | None = Field(default=None, gt=0)
+    """Length of the run in passes over the training data; give one of `epochs`, `total_tokens` and `steps`.
+
+    Of a mixture, a pass is as many rows as all its sources have together; how often each is read, its weight decides.
+    The run turns it into `total_tokens` once the data is tokenised."""
     total_tokens: int | None = Field(default=None, ge=1)
-    """Length of the run in tokens; give this or `steps`."""
+    """Length of the run in tokens."""
     steps: int | None = Field(default=None, ge=1)
     """Length of the run in optimizer steps."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -11,8 +11,8 @@ import yaml
 from leanmill.core.errors import ConfigError
 
 
-Lines = dict[tuple[str | int, ...], int]
-"""Line (from 1) of each path in the file."""
+Lines = dict[tuple[str | int, ...], int | str]
+"""Line (from 1) of each path in the file, or the override that wrote it, as messages name it."""
 
 MAX_DEPTH = 20
 """Levels of nesting; a recipe uses about six."""
@@ -20,6 +20,8 @@ _MAX_CHARACTERS = 1_000_000
 """Size of a document once its aliases are written out; a recipe has some thousand characters."""
 _INT64 = 2**63
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")}
+EXPONENT = re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
+"""A number with an exponent, a dot in it or not."""
 _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 _MERGE = "tag:yaml.org,2002:merge"
 _TOO_DEEP = f"more than {MAX_DEPTH} levels of nesting; a recipe needs about six, remove some"
@@ -42,7 +44,7 @@ class _Loader(yaml.SafeLoader):
 # PyYAML follows YAML 1.1, where `1e-3` (no dot) is a string.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    EXPONENT,
     list("-+0123456789"),
 )
 _Loader.yaml_implicit_resolvers = {

@@ -29,6 +29,8 @@ class RunInfo:
     num_trainable: int
     flops_per_token: float
     """Training FLOPs (forward and backward) of one token, active parameters only, see `flops.py`."""
+    epochs: float | None = None
+    """Passes over the training data that the whole run is; None where the data is a stream."""
     notes: tuple[str, ...] = ()
     """Lines worth showing at start: engine choice, sites converted, data, resume."""
 
@@ -54,6 +56,8 @@ class StepRecord:
     """Device memory peak on CUDA, resident set on CPU; maximum over ranks."""
     skipped_steps: int
     """Optimizer steps skipped so far for non-finite values."""
+    epoch: float | None = None
+    """Passes over the training data so far; None where the data is a stream."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What step rules report, as `rule/metric`."""
 

@@ -45,6 +45,8 @@ class Loop:
     """Called once gradients are complete, before anything writes weights: a save may still be copying."""
     on_first_step: Callable[[], None] = lambda: None
     """Called once after the first step: long start-up time-outs end here."""
+    rows_per_epoch: int | None = None
+    """Rows of a pass over the data; None where it is not known."""
     step: int = 0
     """Steps done so far."""
     num_skipped: int = 0
@@ -155,14 +157,17 @@ class Loop:
 
     def _log(self) -> None:
         group = self.engine.param_groups[0]
-        tokens_per_step = self.recipe.batch.tokens_per_step
+        tokens, tokens_per_step = self.data.position_tokens, self.recipe.batch.tokens_per_step
         skipped_before, first_skipped = self.num_skipped, self.meter.first_skipped_step
         record = self.meter.record(
             step=self.step,
-            tokens=self.data.position_tokens,
+            tokens=tokens,
             lr=group["lr"],
             tokens_per_step=tokens_per_step,
             metrics=metrics_of(self.step_rules),
+            epoch=None
+            if self.rows_per_epoch is None
+            else tokens / self.recipe.data.sequence_length / self.rows_per_epoch,
         )
         self.num_skipped = record.skipped_steps
         for observer in self.observers:

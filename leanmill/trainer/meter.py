@@ -62,7 +62,14 @@ class Meter:
         return int(self._num_skipped.item())
 
     def record(
-        self, *, step: int, tokens: int, lr: float, tokens_per_step: int, metrics: Mapping[str, float]
+        self,
+        *,
+        step: int,
+        tokens: int,
+        lr: float,
+        tokens_per_step: int,
+        metrics: Mapping[str, float],
+        epoch: float | None = None,
     ) -> StepRecord:
         """Reduce over ranks, return the record and start anew. A collective."""
         losses = self._mean_losses()
@@ -79,6 +86,7 @@ class Meter:
             tokens_per_second=tokens_per_step / seconds,
             peak_memory_bytes=int(peak.item()),
             skipped_steps=self.num_skipped,
+            epoch=epoch,
             metrics=metrics,
         )
         self._reset()

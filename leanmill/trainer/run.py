@@ -29,7 +29,7 @@ from leanmill.parallel.launch import set_timeout
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.rules import derive_steps
+from leanmill.recipe.rules import micro_batches_of_step, with_length_in_tokens
 from leanmill.recipe.rules import num_steps as steps_of_run
 from leanmill.report.loggers.build import build_observers
 from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
@@ -117,6 +117,8 @@ class _Run:
         )
         self.domains, self.data = on_every_rank(lambda: self._read_data(tokenizer))
         check_ranks_agree(self.data.identity, self.domains)
+        # What is saved has the length in tokens: a resumed run is as long as its beginning.
+        self.recipe = recipe = with_length_in_tokens(recipe, self.data.rows_per_epoch)
         num_sharers = recipe.layout.num_expert_ranks(ranks.world_size)
         check_experts(model, num_sharers, is_even=recipe.layout.experts.type == "spread")
         self.engine, why = build_engine(
@@ -126,7 +128,7 @@ class _Run:
             model_bytes=4 * num_held_parameters(model, num_sharers),
             layout=recipe.layout,
         )
-        num_micro_batches, _ = derive_steps(recipe, self.engine.data_size)
+        num_micro_batches = micro_batches_of_step(recipe, self.engine.data_size)
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.beginning = Beginning.find(recipe, self.manager, self.data, self.start)
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
@@ -161,6 +163,7 @@ class _Run:
             num_parameters=num_total,
             num_trainable=prepared.num_trainable,
             flops_per_token=flops,
+            epochs=self.data.epochs(self._num_rows(num_steps)),
             notes=(why, prepared.conversion, *self.engine.notes, *self._data_notes(num_steps), *self.beginning.notes),
         )
         return self._train(loop, info)
@@ -223,6 +226,7 @@ class _Run:
             evaluate=self._evaluate,
             before_update=self.manager.finish_copies,
             on_first_step=lambda: set_timeout(recipe.cluster.step_timeout_seconds),
+            rows_per_epoch=self.data.rows_per_epoch,
             step=state.get("step", 0),
             num_skipped=state.get("num_skipped", 0),
         )
@@ -234,9 +238,17 @@ class _Run:
             tokenizer.save_pretrained(self.run_dir / "tokenizer")
         barrier()
 
+    def _num_rows(self, num_steps: int) -> int:
+        """Rows of the whole run; steps that a resumed run did in another size are in its position."""
+        rows_per_step = self.recipe.batch.tokens_per_step // self.recipe.data.sequence_length
+        state = self.beginning.state
+        rows_done = state.get("tokens", 0) // self.recipe.data.sequence_length
+        return rows_done + (num_steps - state.get("step", 0)) * rows_per_step
+
     def _data_notes(self, num_steps: int) -> list[str]:
-        num_rows = num_steps * self.recipe.batch.tokens_per_step // self.recipe.data.sequence_length
-        warnings = [f"WARNING: {line}" for line in self.data.warnings(num_rows)]
+        num_rows = self._num_rows(num_steps)
+        shortfalls = [line for domain in self.domains for line in domain.shortfall()]
+        warnings = [f"WARNING: {line}" for line in (*self.data.warnings(num_rows), *shortfalls)]
         return [self.data.describe(num_rows), *warnings]
 
     def _save(self, step: int) -> None:

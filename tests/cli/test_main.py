@@ -3,15 +3,18 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from leanmill.cli.main import main
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.registry import TECHNIQUES
+from leanmill.recipe.schema import recipe_schema
 
 
 ROOT = Path(__file__).parents[2]
@@ -228,7 +231,9 @@ def test_schema_describes_every_technique(call, tmp_path):
         assert technique["additionalProperties"] is False
         for name, field in technique["properties"].items():
             assert name == "type" or field.get("description"), (reference, name)
-    assert "fsdp" in schema["properties"]["engine"]["anyOf"][0]["enum"]
+    engine = schema["properties"]["engine"]
+    assert "fsdp" in engine["then"]["enum"]
+    assert "fsdp" in engine["else"]["discriminator"]["mapping"]
     out_file = tmp_path / "schema.json"
     assert call("schema", "--out", out_file)[0] == 0
     assert json.loads(out_file.read_text()) == schema
@@ -236,15 +241,28 @@ def test_schema_describes_every_technique(call, tmp_path):
 
 def test_schema_accepts_the_recipes_and_refuses_typos():
     jsonschema = pytest.importorskip("jsonschema")
-    import yaml
-
-    from leanmill.recipe.schema import recipe_schema
-
     validator = jsonschema.Draft202012Validator(recipe_schema())
     for path in (ROOT / "recipes").glob("*.yaml"):
         validator.validate(yaml.safe_load(path.read_text()))
-    bad = yaml.safe_load(Path(QUICKSTART).read_text()) | {"techniques": [{"type": "lora", "rnk": 3}]}
-    assert not validator.is_valid(bad)
+    good = yaml.safe_load(Path(QUICKSTART).read_text())
+    assert validator.is_valid(good | {"optimizer": {"lr": "3e-3"}})  # what YAML 1.1 makes of lr: 3e-3
+    bad = good | {"techniques": [{"type": "lora", "rnk": 3}]}
+    assert "'rnk' was unexpected" in jsonschema.exceptions.best_match(validator.iter_errors(bad)).message
+    assert not validator.is_valid(good | {"optimizer": {"lr": "fast"}})
+
+
+def test_the_schema_has_a_type_choose_what_is_checked():
+    schema = recipe_schema()
+    lr = schema["$defs"]["AdamW"]["properties"]["lr"]
+    assert lr["type"] == ["number", "string"]
+    assert re.search(lr["pattern"], "3e-3")
+    assert not re.search(lr["pattern"], "fast")
+    techniques = schema["properties"]["techniques"]["items"]
+    chosen = {rule["if"]["properties"]["type"]["const"]: rule["then"]["$ref"] for rule in techniques["allOf"]}
+    assert chosen == techniques["discriminator"]["mapping"]
+    assert set(chosen) == set(techniques["properties"]["type"]["enum"])
+    assert "type" not in schema["$defs"]["AdamW"]["required"]  # `optimizer: {lr: 3e-3}` is AdamW
+    assert "type" in schema["$defs"]["Lion"]["required"]
 
 
 def test_plan_prints_json(call):

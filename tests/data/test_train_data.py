@@ -392,3 +392,20 @@ def test_a_packed_row_computes_what_its_documents_compute_alone(folder, tokenize
             for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
                 alone = model(input_ids=batch["input_ids"][row : row + 1, start:end], use_cache=False).logits
                 torch.testing.assert_close(packed[row, start:end], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_an_epoch_is_every_row_of_every_source(tokenizer, folder):
+    data = build_train_data(config_of("map", folder), tokenizer, seed=0)
+    num_tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in sentences(37))
+    assert data.rows_per_epoch == num_tokens // 32
+    assert data.epochs(3 * data.rows_per_epoch) == 3
+    sources = [
+        HfDataset(name=n, path=str(folder / f"{n}.jsonl"), weight=w, validation_fraction=0)
+        for n, w in (("a", 1), ("b", 3))
+    ]
+    both = config_of("map", folder).model_copy(update={"source": Mixture(sources=sources)})
+    of_b = build_train_data(hf_config(str(folder / "b.jsonl"), folder), tokenizer, seed=0).rows_per_epoch
+    assert build_train_data(both, tokenizer, seed=0).rows_per_epoch == data.rows_per_epoch + of_b
+    stream = build_train_data(config_of("mixture", folder), tokenizer, seed=0)
+    assert stream.rows_per_epoch is None
+    assert stream.epochs(5) is None

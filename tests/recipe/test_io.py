@@ -6,6 +6,7 @@ import yaml
 from leanmill.core.errors import ConfigError
 from leanmill.recipe.io import apply_override, load_recipe, resolved_yaml, validate_recipe
 from leanmill.recipe.root import Recipe
+from leanmill.recipe.rules import LENGTHS, known_steps, with_length_in_tokens
 
 
 MODEL = {"model_type": "llama", "hidden_size": 64}
@@ -131,7 +132,8 @@ def test_bad_overrides(load, override, message):
         ("model={}", ["exactly one of model.config", "neither"]),
         ("model.path=org/name", ["exactly one of model.config", "both", "model.config=null"]),
         ("model.config={hidden_size: 3}", ["model_type"]),
-        ("train.total_tokens=5", ["train.total_tokens=5 and train.steps=3 are both given"]),
+        ("train={steps: 3, total_tokens: 5}", ["train.total_tokens=5 and train.steps=3 are both given"]),
+        ("train.epochs=0", ["train.epochs=0", "greater than 0", "passes over the training data"]),
         ("train.steps=null", ["train.total_tokens (tokens) or train.steps"]),
         ("data.sequence_length=1000", ["tokens_per_micro_batch=4096 is no multiple", "=4000 or 5000"]),
         ("batch.tokens_per_step=9000", ["tokens_per_step=9000 is no multiple", "=8192 or 12288"]),
@@ -147,6 +149,10 @@ def test_bad_overrides(load, override, message):
         ("name=a/b", ["name='a/b'"]),
         ("eval.tokens_per_domain=10", ["eval.tokens_per_domain=10 is less than one row"]),
         ("train.cross_entropy_weight=0", ["leaves no loss"]),
+        (
+            "techniques=[{type: lora, where: branch}, {type: lora, where: branch, rank: 4}]",
+            ["lora and lora both wrap layers with output branches", "where: weight"],
+        ),
         ("optimizer={type: adamw, lr: .nan}", ["optimizer.lr=nan", "finite"]),
         ("techniques=[{type: null}]", ["techniques.0", "is a name, got nothing", "known types: nm_sparsity"]),
         ("techniques=[{type: [a]}]", ["techniques.0", "is a name, got a list", "known types: nm_sparsity"]),
@@ -199,11 +205,71 @@ def test_every_problem_gets_its_own_line_with_its_line_number(write):
     assert all(str(path) in line for line in lines)
 
 
-def test_a_value_that_an_override_gave_has_no_line_of_the_file(write):
+def test_a_value_that_an_override_gave_is_named_by_it(write):
     path = write("model: {config: {model_type: llama}}\ntrain:\n  steps: 0\n  max_grad_norm: 0\n")
     with pytest.raises(ConfigError) as error:
         load_recipe(path, ["train.steps=-1"])
-    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [f"{path}", f"{path} line 4"]
+    assert [line.split(": ")[0] for line in str(error.value).splitlines()] == [
+        "override 'train.steps=-1'", f"{path} line 4"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "front"),
+    [
+        (["data.source={type: hf}"], "override 'data.source={type: hf}'"),  # a key that is missing in it
+        (["techniques=[{type: lora}]", "techniques.0.rnk=3"], "override 'techniques.0.rnk=3'"),
+        (["batch.tokens_per_step=9000"], "override 'batch.tokens_per_step=9000'"),  # what does not fit another section
+        (["data.sequence_length=1000", "seed=3"], "override 'data.sequence_length=1000'"),
+        (["train.steps=3", "train.epochs=2"], "overrides 'train.epochs=2', 'train.steps=3'"),
+        (["model.path=org/name", "seed=3"], "r.yaml line 1"),  # the line about both names the file's section
+        (["hf_token=abcdef"], "override <hidden>"),
+    ],
+)
+def test_errors_name_the_override_that_made_them(write, overrides, front):
+    path = write("model: {config: {model_type: llama}}\ntrain: {steps: 3}\n")
+    with pytest.raises(ConfigError) as error:
+        load_recipe(path, overrides)
+    assert str(error.value).splitlines()[0].removeprefix(f"{path.parent}/").startswith(f"{front}: ")
+
+
+@pytest.mark.parametrize("override", ["train.steps=7", "train.total_tokens=5000", "train.epochs=0.5"])
+@pytest.mark.parametrize("given", ["steps: 3", "total_tokens: 9", "epochs: 2"])
+def test_an_override_of_the_length_takes_the_place_of_the_files(write, given, override):
+    path = write(f"model: {{config: {{model_type: llama}}}}\ntrain: {{{given}}}\n")
+    train = load_recipe(path, [override]).train
+    key, _, value = override.removeprefix("train.").partition("=")
+    lengths = {name: getattr(train, name) for name in LENGTHS}
+    assert {name: value for name, value in lengths.items() if value is not None} == {key: float(value)}
+
+
+def test_dropping_a_length_leaves_its_siblings(write):
+    path = write("model: {config: {model_type: llama}}\ntrain: {steps: 3, total_tokens: 9}\n")
+    assert load_recipe(path, ["train.steps=null"]).train.total_tokens == 9
+
+
+def test_a_phase_may_be_given_another_length(write):
+    path = write(
+        "model: {config: {model_type: llama}}\ntrain: {epochs: 2}\nphases: [{overrides: {train: {total_tokens: 9}}}]\n"
+    )
+    recipe = load_recipe(path, ["phases.0.overrides.train.steps=4"])
+    assert recipe.of_phase(0).train.steps == 4
+    assert recipe.of_phase(0).train.total_tokens is None
+
+
+def test_epochs_need_data_of_known_length(load):
+    source = "data.source={type: mixture, sources: [{type: local_corpus}, {type: hf, path: a.jsonl, streaming: true}]}"
+    with pytest.raises(ConfigError, match=r"train.epochs=2 needs to know how much text there is, and 'data' is"):
+        load("train.epochs=2", source)
+
+
+def test_epochs_become_tokens_once_the_rows_are_known(load):
+    recipe = load("train.epochs=1.5", "data.sequence_length=512")
+    assert known_steps(recipe) is None
+    resolved = with_length_in_tokens(recipe, rows_per_epoch=33)
+    assert (resolved.train.epochs, resolved.train.total_tokens) == (None, 50 * 512)  # half a row is a row
+    assert known_steps(resolved) == 1
+    assert with_length_in_tokens(load(), rows_per_epoch=33) == load()
 
 
 def test_an_override_of_an_aliased_section_leaves_the_other_alone(write):

@@ -6,7 +6,9 @@ import pytest
 import torch.distributed as dist
 
 from leanmill.core.errors import ConfigError
+from leanmill.recipe.io import load_recipe
 from leanmill.recipe.root import Recipe
+from leanmill.report.records import read_records
 from leanmill.trainer.run import run
 from tests.data.samples import write_jsonl, write_texts
 from tests.distributed import run_ranks
@@ -42,6 +44,23 @@ def test_other_data_is_the_reason_given_also_where_the_vocabulary_changes_with_i
     with pytest.raises(ConfigError, match=r"type data\.source\.validation_fraction=0\.3 to go on") as caught:
         run(recipe(tmp_path, validation_fraction=0.2))
     assert "\n" not in str(caught.value)
+
+
+def test_epochs_end_where_the_data_was_seen_so_often_and_resume_as_tokens(tmp_path, capfd):
+    write_texts(tmp_path / "a.jsonl", 40)
+    twice = recipe(tmp_path)
+    twice = twice.model_copy(update={"train": twice.train.model_copy(update={"steps": None, "epochs": 2.0})})
+    result = run(twice)
+    saved = load_recipe(tmp_path / "run" / "recipe.yaml").train
+    assert saved.epochs is None
+    tokens_per_epoch = saved.total_tokens / 2
+    assert 0 <= result.step * 64 - saved.total_tokens < 64
+    assert (
+        f"{result.step} steps of 64 tokens, {result.step * 64 / tokens_per_epoch:.3g} passes" in capfd.readouterr().err
+    )
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [r["epoch"] for r in records if r["kind"] == "step"][-1] == result.step * 64 / tokens_per_epoch
+    assert run(twice).step == result.step  # there is nothing left to do
 
 
 def _start_on_own_disk(folders):

@@ -53,6 +53,10 @@ class Lora(TrainedTechniqueConfig):
             )
         return self
 
+    def adds_branches(self) -> bool:
+        """`where: branch` does."""
+        return self.where == "branch"
+
     def _check_rank(self, site: Site) -> None:
         *_, num_out, num_in = site.raw_weight.shape
         # Above the shorter side factors are wasteful; a recipe may mean it for the larger of its weights.

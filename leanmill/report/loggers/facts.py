@@ -28,6 +28,7 @@ def run_facts(info: RunInfo) -> dict[str, Any]:
         "world_size": info.world_size,
         "start_step": info.start_step,
         "num_steps": info.num_steps,
+        "epochs": info.epochs,
         "tokens_per_step": recipe.batch.tokens_per_step,
         "num_parameters": info.num_parameters,
         "num_trainable": info.num_trainable,

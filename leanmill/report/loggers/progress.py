@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, narrow lines elsewhere."""
+"""What a person sees while a run goes on: a bar on a terminal, narrow lines with their time elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from leanmill.core.redact import redact
 from leanmill.report.loggers.facts import device_peak, run_facts, utilisation
@@ -15,9 +15,10 @@ from leanmill.report.units import count, duration, plural
 
 
 if TYPE_CHECKING:
-    from rich import progress
+    from leanmill.report.loggers.bar import Bar
 
 WIDTH = 80
+"""Columns of a line, without the time in front of it in a file."""
 REPORT_NAME = "report.html"
 
 
@@ -32,8 +33,7 @@ class Progress(Observer):
     def __init__(self, run_dir: Path, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._report = run_dir / REPORT_NAME
-        self._bar: progress.Progress | None = None
-        self._task: progress.TaskID | None = None
+        self._bar: Bar | None = None
         self._info: RunInfo | None = None
         self._peak: float | None = None
         self._started = time.monotonic()
@@ -43,17 +43,20 @@ class Progress(Observer):
         for line in banner(info):
             self._print(line)
         if self._stream.isatty():
-            self._start_bar(info)
+            from leanmill.report.loggers.bar import Bar
+
+            self._bar = Bar(redact(info.recipe.name), info.num_steps, info.start_step, self._stream)
+            self._bar.start()
 
     def on_step(self, record: StepRecord) -> None:
         assert self._info is not None, "on_start comes first"
         share = utilisation(self._info, self._peak, record.tokens_per_second)
         if self._bar is None:
-            self._print(step_line(record, self._info.num_steps, share))
+            for line in step_lines(record, self._info.num_steps, share):
+                self._print(line)
             return
-        assert self._task is not None
-        fields: dict[str, Any] = {**step_fields(record, self._info.num_steps, share)}
-        self._bar.update(self._task, completed=record.step, **fields)
+        fields = step_fields(record, self._info.num_steps, share)
+        self._bar.show(record.step, fields, "  ".join(loss_terms(record)))
 
     def on_eval(self, record: EvalRecord) -> None:
         for line in eval_lines(record):
@@ -73,23 +76,6 @@ class Progress(Observer):
         if self._report.exists():
             self._print(f"report: {self._report.resolve()}")
 
-    def _start_bar(self, info: RunInfo) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        columns = [
-            progress.TextColumn("[bold]{task.description}"),
-            progress.BarColumn(bar_width=None),
-            progress.MofNCompleteColumn(),
-            *(progress.TextColumn("{task.fields[" + field + "]}") for field in ("loss", "speed", "mfu", "eta")),
-        ]
-        self._bar = progress.Progress(*columns, console=Console(file=self._stream), expand=True)
-        self._task = self._bar.add_task(
-            redact(info.recipe.name).replace("[", r"\["),
-            total=info.num_steps, completed=info.start_step, loss="", speed="", mfu="", eta="",
-        )  # fmt: skip
-        self._bar.start()
-
     def _print_wrapped(self, text: str) -> None:
         for line in _wrap(text):
             self._print(line)
@@ -97,9 +83,10 @@ class Progress(Observer):
     def _print(self, line: str) -> None:
         line = redact(line)
         if self._bar is not None:
-            # Through the console, so that the line lands above the live bar.
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.print_line(line)
             return
+        if not self._stream.isatty():  # a line that may be read days later
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}"
         print(line, file=self._stream, flush=True)  # noqa: T201 (this observer is where a run prints)
 
 
@@ -112,10 +99,11 @@ def banner(info: RunInfo) -> list[str]:
         parameters += f" ({count(info.num_trainable)} trainable)"
     ranks = plural(info.world_size, "rank")
     start = f" from step {info.start_step:,}" if info.start_step else ""
+    passes = f", {info.epochs:.3g} passes over the data" if info.epochs is not None else ""
     lines = [
         f"{facts['name']}: {facts['model']}, {parameters} parameters, {techniques}",
         f"{facts['engine']} on {ranks} of {facts['hardware']['device']}, {facts['precision']}",
-        f"{plural(info.num_steps, 'step')} of {facts['tokens_per_step']:,} tokens{start}, "
+        f"{plural(info.num_steps, 'step')} of {facts['tokens_per_step']:,} tokens{passes}{start}, "
         f"{info.flops_per_token:.3g} FLOPs a token",
         *info.notes,
     ]
@@ -127,14 +115,36 @@ def _wrap(text: str) -> list[str]:
 
 
 def step_fields(record: StepRecord, num_steps: int, share: float | None) -> dict[str, str]:
-    """The moving parts of the bar and of a line: loss, speed, MFU, ETA."""
+    """The moving parts of the bar and of a line: loss, epoch, speed, MFU, ETA."""
     remaining = (num_steps - record.step) * record.step_seconds
     return {
         "loss": f"loss {record.losses.get('total', float('nan')):.3f}",
+        "epoch": "" if record.epoch is None else f"epoch {record.epoch:.2f}",
         "speed": f"{count(record.tokens_per_second)} tok/s",
         "mfu": "" if share is None else f"mfu {share:.0%}",
         "eta": f"eta {duration(remaining)}",
     }
+
+
+def loss_terms(record: StepRecord) -> list[str]:
+    """What the loss is made of, where that is more than one thing: `cross_entropy 2.113`.
+
+    Of a loss inside the model that has several places, its mean.
+    """
+    terms = {name: value for name, value in record.losses.items() if name != "total" and "/" not in name}
+    return [f"{name} {value:.3f}" for name, value in terms.items()] if len(terms) > 1 else []
+
+
+def step_lines(record: StepRecord, num_steps: int, share: float | None) -> list[str]:
+    """One record as a line, and below it the terms of its loss, of at most WIDTH columns."""
+    terms = textwrap.wrap(
+        "  ".join(term.replace(" ", "\xa0") for term in loss_terms(record)),
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent="  ",
+        break_long_words=False,
+    )
+    return [step_line(record, num_steps, share), *(line.replace("\xa0", " ") for line in terms)]
 
 
 def step_line(record: StepRecord, num_steps: int, share: float | None) -> str:
@@ -143,6 +153,7 @@ def step_line(record: StepRecord, num_steps: int, share: float | None) -> str:
     width = len(str(num_steps))
     parts = [
         f"step {record.step:>{width}}/{num_steps}",
+        fields["epoch"],
         fields["loss"],
         f"norm {record.grad_norm:.2g}",
         f"lr {record.lr:.1e}",
@@ -153,8 +164,8 @@ def step_line(record: StepRecord, num_steps: int, share: float | None) -> str:
     ]
     line = "  ".join(part for part in parts if part)
     # The least needed part goes first where a line would wrap.
-    for droppable in (parts[3], parts[2], fields["mfu"]):
-        if len(line) > WIDTH:
+    for droppable in (f"lr {record.lr:.1e}", f"norm {record.grad_norm:.2g}", fields["epoch"], fields["mfu"]):
+        if droppable and len(line) > WIDTH:
             line = line.replace(f"  {droppable}", "", 1)
     return line
 
