@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.parameters import PLAIN
@@ -17,10 +17,10 @@ from leanmill.recipe.layout_rules import layout_problems
 
 
 if TYPE_CHECKING:
-    from leanmill.recipe.root import Recipe
     from leanmill.recipe.sections import Sections
 
 
+AnyRecipe = TypeVar("AnyRecipe", bound="Sections")
 LENGTHS = ("epochs", "total_tokens", "steps")
 """Keys of `train` that each say how long a run is; one of them is given."""
 _MAX_NAME_BYTES = 200
@@ -77,7 +77,7 @@ def known_steps(recipe: Sections) -> int | None:
     return None if recipe.train.epochs is not None else num_steps(recipe)
 
 
-def with_length_in_tokens(recipe: Recipe, rows_per_epoch: int | None) -> Recipe:
+def with_length_in_tokens(recipe: AnyRecipe, rows_per_epoch: int | None) -> AnyRecipe:
     """Return the recipe with `train.epochs` replaced by the tokens that they are.
 
     Args:
