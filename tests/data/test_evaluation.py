@@ -112,8 +112,19 @@ def test_nothing_held_out(tokenizer, tmp_path):
     path = write_texts(tmp_path / "a.jsonl", 2)
     assert build_eval_data(hf_config(path, tmp_path), tokenizer, tokens_per_domain=64) == []
     config = hf_config(path, tmp_path, source={"validation_fraction": 1e-9})
+    (domain,) = build_eval_data(config, tokenizer, tokens_per_domain=64)  # one of two
+    write_texts(tmp_path / "a.jsonl", 1)
     with pytest.raises(ConfigError, match=r"no text of 'data' is held out.*validation_fraction: 0"):
         build_eval_data(config, tokenizer, tokens_per_domain=64)
+    (said,) = domain.shortfall()
+    assert said.startswith("'data' has ")
+    assert "held-out tokens and is evaluated on those, 64 were asked for (eval.tokens_per_domain)" in said
+    (enough,) = build_eval_data(
+        hf_config(write_texts(tmp_path / "b.jsonl", 60), tmp_path, source={"validation_fraction": 0.5}),
+        tokenizer,
+        tokens_per_domain=64,
+    )
+    assert enough.shortfall() == []
 
 
 NO_ANSWERS = [[{"role": "user", "content": f"why {n}?"}] for n in range(30)]
