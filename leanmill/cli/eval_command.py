@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.recipe is not None:
             raise ConfigError(
-                f"--recipe is for Hugging Face model folders, and {args.checkpoint} is none; a checkpoint has its recipe "
-                f"with it: type its keys to change, e.g. eval.tokens_per_domain=100000"
+                f"--recipe is for Hugging Face model folders, and {args.checkpoint} is none; a checkpoint has its "
+                f"recipe with it: type its keys to change, e.g. eval.tokens_per_domain=100000"
             )
         checkpoint = resolve_checkpoint(args.checkpoint)
         result, study, lines = _evaluate(checkpoint, args.overrides, routing=args.studies_routing)
