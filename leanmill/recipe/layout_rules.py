@@ -60,8 +60,8 @@ def _experts(recipe: Sections) -> Iterator[str]:
                 )
     if recipe.optimizer.type == "adamw8bit" and engine.type != "ddp":
         yield (
-            f"layout.ep={ep} with optimizer.type=adamw8bit runs under engine=ddp alone: torchao's compiled update takes "
-            f"no experts that are sharded once more; type engine=ddp, or set optimizer.type=adamw"
+            f"layout.ep={ep} with optimizer.type=adamw8bit runs under engine=ddp alone: torchao's compiled update "
+            f"takes no experts that are sharded once more; type engine=ddp, or set optimizer.type=adamw"
         )
     config = recipe.model.family_config or {}
     for key in _NUM_EXPERTS:
