@@ -14,7 +14,7 @@ from leanmill.data.identity import data_identity
 from leanmill.data.sources import MapSource, Source, keeps_documents_whole
 from leanmill.data.store import token_store
 from leanmill.data.stream_source import StreamSource
-from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
+from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer, with_chat_template
 from leanmill.data.train_data import TrainData
 
 
@@ -34,6 +34,11 @@ def build_tokenizer(config: DataConfig, *, seed: int = 0) -> PreTrainedTokenizer
         ConfigError: The tokenizer or the data does not exist or does not fit.
         RunError: The hub does not answer.
     """
+    tokenizer = _own_tokenizer(config)
+    return with_chat_template(tokenizer, config.tokenizer.chat_template)
+
+
+def _own_tokenizer(config: DataConfig) -> PreTrainedTokenizerFast:
     if config.tokenizer.path is not None:
         return load_tokenizer(config.tokenizer.path, trust_remote_code=config.tokenizer.trust_remote_code)
     root = cache_root(config.cache_dir)

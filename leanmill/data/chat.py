@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from leanmill.core.errors import ConfigError
+from leanmill.data.conversations import split_tools
 from leanmill.data.hub import one_line
 
 
@@ -38,21 +39,23 @@ class ChatRenderer:
         self._has_marks = bool(_GENERATION_TAG.search(str(tokenizer.get_chat_template())))
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        """Return the text of a conversation and the character spans of its answers.
+        """Return the text of a conversation, its tools given to the template, and the character spans of its answers.
 
         Raises:
             ConfigError: The template refuses the conversation, or its answers cannot be located.
         """
-        return self._marked(messages) if self._has_marks else self._by_prefix(messages)
+        messages, tools = split_tools(messages)
+        return self._marked(messages, tools) if self._has_marks else self._by_prefix(messages, tools)
 
-    def _marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+    def _marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             special_tokens: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
             rendered: Any = render_jinja_template(
                 conversations=[messages],
-                chat_template=str(self._tokenizer.get_chat_template()),
+                chat_template=self._template(tools),
+                tools=tools,
                 return_assistant_tokens_mask=True,
                 **special_tokens,
             )
@@ -61,14 +64,18 @@ class ChatRenderer:
         texts, spans = rendered
         return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
-    def _by_prefix(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
-        text = self._text(messages)
+    def _template(self, tools: list[Any] | None) -> str:
+        """The template: a tokenizer may have one of its own for conversations with tools."""
+        return str(self._tokenizer.get_chat_template(tools=tools))
+
+    def _by_prefix(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[str, list[Span]]:
+        text = self._text(messages, tools)
         spans = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._text(messages[:index], add_generation_prompt=True)
-            through = self._text(messages[: index + 1])
+            before = self._text(messages[:index], tools, add_generation_prompt=True)
+            through = self._text(messages[: index + 1], tools)
             if not (text.startswith(through) and through.startswith(before) and len(through) > len(before)):
                 raise ConfigError(
                     "the chat template rewrites earlier turns, so the answers cannot be located; mark them in the "
@@ -77,12 +84,14 @@ class ChatRenderer:
             spans.append((len(before), len(through)))
         return text, spans
 
-    def _text(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def _text(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, add_generation_prompt: bool = False
+    ) -> str:
         if not messages and not add_generation_prompt:
             return ""
         try:
             return self._tokenizer.apply_chat_template(  # type: ignore[return-value]
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:
             raise _refused(error) from error

@@ -16,6 +16,9 @@ class TokenizerConfig(Config):
     """Local folder or hub name; None trains byte-level BPE on the data."""
     trust_remote_code: bool = False
     """Run Python code that comes with `path`."""
+    chat_template: str | None = None
+    """Jinja chat template that replaces the tokenizer's own: its text, or a file with it; `{% generation %}` marks
+    what is to be learned. None keeps the tokenizer's."""
     vocab_size: int = Field(default=8192, ge=260)
     """Vocabulary of a trained tokenizer: 256 bytes, 4 special tokens, the rest learned."""
     num_training_bytes: int = Field(default=16_000_000, ge=1)
@@ -57,6 +60,8 @@ class HfDataset(Config):
     """Split to train on."""
     validation_split: str | None = None
     """Split to evaluate on; None holds `validation_fraction` of the rows out by row hash."""
+    validation_path: str | None = None
+    """File, folder or glob of local files to evaluate on; nothing is held out of `path` then."""
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of rows held out where there is no validation split, at least one. A text file is one row; of a single
     file, this share at its end is held out."""
@@ -68,10 +73,30 @@ class HfDataset(Config):
     """Rows of a stream that are shuffled together; rows further apart stay in order."""
     text_field: str = "text"
     """Column with the text (pretraining)."""
+    row_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    """How rows hold conversations (SFT): turns of {role, content}; `conversations` of {from, value}; `instruction`,
+    `input` and `output`; `prompt` and `completion`. `auto` takes `messages_field` where a row has it, else what its
+    columns fit. A column `tools` goes to the chat template."""
     messages_field: str = "messages"
     """Column with the chat turns, a list of {role, content} (SFT)."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight inside a mixture, relative."""
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> Self:
+        if self.validation_path is not None and self.validation_split is not None:
+            raise ValueError("validation_path and validation_split both say what to evaluate on; remove one")
+        return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows of `split` are kept for evaluation."""
+        return self.validation_split is None and self.validation_path is None and self.validation_fraction > 0
+
+    def of_validation(self) -> HfDataset:
+        """The source that `validation_path` names: all of it, read as this one is."""
+        changes = {"path": self.validation_path, "validation_path": None, "validation_fraction": 0.0, "split": "train"}
+        return self.model_copy(update={**changes, "streaming": False})
 
 
 class Mixture(Config):

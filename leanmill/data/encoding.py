@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 Document = str | list[dict[str, Any]]
-"""Text (pretraining), or the turns of a conversation (SFT)."""
+"""Text (pretraining), or the turns of a conversation (SFT), its tools in the first, see `conversations`."""
 
 _BATCH_CHARS = 1_000_000
 
@@ -191,17 +191,3 @@ def document_digest(document: Document) -> bytes:
     """Hash of a document's content, 16 bytes: what decides whether it is held out."""
     text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
-
-
-def check_messages(value: Any, where: Callable[[], str]) -> list[dict[str, Any]]:
-    """Return `value` as turns of a conversation; `where` names it in a message.
-
-    Raises:
-        ConfigError: It is not a list of {role, content}.
-    """
-    good = isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in value
-    )
-    if not good:
-        raise ConfigError(f"{where()} must be a list of {{role, content}} turns, got {str(value)[:80]!r}")
-    return [{key: item for key, item in turn.items() if item is not None} for turn in value]

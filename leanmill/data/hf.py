@@ -46,6 +46,9 @@ class HfDocuments:
         # Whatever a new field means, it makes another cache; these do not change which documents there are.
         settings = config.model_dump(exclude={"name", "path", "weight", "streaming", "shuffle_buffer"})
         self.key = fingerprint([settings, task, self.source.content()])
+        self._validation = None if config.validation_path is None else HfDocuments(config.of_validation(), task, root)
+        if self._validation is not None:
+            self.key = fingerprint([self.key, self._validation.key])
         # Without times, which a copy to another machine changes; settings are compared one by one.
         self.stream_key = fingerprint(self.source.portable_content())
 
@@ -55,6 +58,8 @@ class HfDocuments:
 
     def validation(self) -> HfStream | None:
         """See `Documents`."""
+        if self._validation is not None:
+            return self._validation.train()
         if self._config.validation_split is not None:
             return HfStream(self, self._config.validation_split, None, held_out=None)
         if self._config.validation_fraction == 0:
@@ -63,8 +68,7 @@ class HfDocuments:
 
     def stream(self, state: dict[str, Any] | None) -> HfStream:
         """See `StreamingDocuments`."""
-        holds_out = self._config.validation_split is None and self._config.validation_fraction > 0
-        return HfStream(self, self._config.split, state, held_out=False if holds_out else None)
+        return HfStream(self, self._config.split, state, held_out=False if self._config.holds_out else None)
 
     def is_held_out(self, row: dict[str, Any], document: Document) -> bool:
         """Whether a document of the training split is kept for validation."""

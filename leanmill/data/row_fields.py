@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.config import HfDataset
-from leanmill.data.encoding import Document, check_messages
+from leanmill.data.conversations import RowFormat, format_of, turns_of
+from leanmill.data.encoding import Document
 from leanmill.data.tally import NO_MESSAGES, NO_TEXT
 
 
 class RowField:
-    """The column that holds documents.
+    """The columns that hold documents.
 
     Args:
         config: Names the columns.
@@ -22,29 +23,37 @@ class RowField:
 
     def __init__(self, config: HfDataset, task: Literal["pretrain", "sft"], *, is_text: bool) -> None:
         self._config, self._task = config, task
-        named = config.text_field if task == "pretrain" else config.messages_field
-        self._field = "text" if is_text else named
-        self.column = f"column {self._field!r}"
+        self._field = "text" if is_text else config.text_field
+        self._format: RowFormat | None = None if config.row_format == "auto" else config.row_format
+        self.column = f"column {(self._field if task == 'pretrain' else config.messages_field)!r}"
 
     def document(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
-        """Return the document of a row; None where the field is empty.
+        """Return the document of a row; None where it has none.
 
         Args:
             row: Values by column.
             where: Names the row for a person; called only for a message.
         """
-        what = "text_field" if self._task == "pretrain" else "messages_field"
+        return self._conversation(row, where) if self._task == "sft" else self._text(row, where)
+
+    def _conversation(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
+        field = self._config.messages_field
+        # The first row decides for all: files whose rows are of several formats are several sources.
+        self._format = self._format or format_of(row, field, where)
+        if self._format == "messages" and not row.get(field, True):
+            return None
+        turns = turns_of(row, self._format, field, where)
+        return turns if any(_says_something(turn) for turn in turns) else None
+
+    def _text(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
         if self._field not in row:
             raise ConfigError(
-                f"data.source.{what}: {self._config.path!r} has no column {self._field!r}; it has "
-                f"{', '.join(sorted(row))}; set {what} to one of them (read in {where()})"
+                f"data.source.text_field: {self._config.path!r} has no column {self._field!r}; it has "
+                f"{', '.join(sorted(row))}; set text_field to one of them (read in {where()})"
             )
         value = row[self._field]
         if value is None or value == "" or value == []:
             return None
-        if self._task == "sft":
-            messages = check_messages(value, lambda: f"data.source.messages_field: {self.column} in {where()}")
-            return messages if any(str(turn.get("content", "")).strip() for turn in messages) else None
         if not isinstance(value, str):
             raise ConfigError(
                 f"data.source.text_field: {self.column} holds {type(value).__name__}, not text, in {where()}; set "
@@ -56,3 +65,7 @@ class RowField:
     def empty_reason(self) -> str:
         """What a row is without, when it has no document."""
         return NO_TEXT if self._task == "pretrain" else NO_MESSAGES
+
+
+def _says_something(turn: dict[str, Any]) -> bool:
+    return bool(str(turn.get("content", "")).strip() or turn.get("tool_calls"))

@@ -125,8 +125,8 @@ class FileRows:
     def _share_of_one_file(self) -> float:
         """Of a single text file, what is held out at its end; 0 where files go to one side whole."""
         config = self._config
-        holds_out = self.is_text and config.validation_split is None and config.validation_fraction > 0
-        return config.validation_fraction if holds_out and len(self._files.of_split(config.split, config)) == 1 else 0.0
+        is_cut = self.is_text and config.holds_out and len(self._files.of_split(config.split, config)) == 1
+        return config.validation_fraction if is_cut else 0.0
 
     def locate(self, number: int, split: str) -> str:
         """Name the row with `number` (from 1) of a split for a person; reads up to it again to find its file."""

@@ -75,6 +75,26 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer  # type: ignore[return-value]
 
 
+def with_chat_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> PreTrainedTokenizerFast:
+    """Give a tokenizer another chat template: its Jinja text, or a file that holds it; None changes nothing.
+
+    Raises:
+        ConfigError: There is no such file.
+    """
+    if template is None:
+        return tokenizer
+    if "{" not in template:
+        try:
+            template = expand_user(template).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"data.tokenizer.chat_template: {template!r} is no file that can be read ({error.strerror}) and no "
+                f"Jinja text; give one of the two"
+            ) from error
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def _looks_local(path: str) -> bool:
     return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1
 

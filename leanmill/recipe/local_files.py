@@ -8,7 +8,7 @@ from pathlib import Path
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
-from leanmill.data.config import HfDataset, Mixture
+from leanmill.data.config import HfDataset, Mixture, sources_of
 from leanmill.recipe.root import Recipe
 
 
@@ -64,13 +64,11 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for index, technique in enumerate(recipe.techniques):
         for key, model in {**technique.frozen_models(), **technique.read_models()}.items():
             named[f"techniques.{index}.{key}"] = model
-    source = recipe.data.source
-    if isinstance(source, HfDataset):
-        named["data.source.path"] = source.path
-    if isinstance(source, Mixture):
-        for index, part in enumerate(source.sources):
-            if isinstance(part, HfDataset):
-                named[f"data.source.sources.{index}.path"] = part.path
+    is_mixture = isinstance(recipe.data.source, Mixture)
+    for index, part in enumerate(sources_of(recipe.data)):
+        if isinstance(part, HfDataset):
+            key = f"data.source.sources.{index}" if is_mixture else "data.source"
+            named |= {f"{key}.path": part.path, f"{key}.validation_path": part.validation_path}
     for key, path in named.items():
         if path is not None and (key == "checkpoint.resume" or _looks_local(path)):
             yield key, path

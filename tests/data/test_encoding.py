@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmill.core.errors import ConfigError
-from leanmill.data.encoding import Encoder, batches, check_messages
+from leanmill.data.conversations import check_messages
+from leanmill.data.encoding import Encoder, batches
 from tests.data.samples import conversations
 
 
