@@ -95,10 +95,12 @@ def test_rows_without_a_word_are_passed_over(tmp_path):
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "b": None}}}]
 WITH_TOOLS = (
-    "{% if tools %}{{ '<|system|>' + tools | tojson }}{% endif %}{% for m in messages %}{{ '<|' + ('user' if m.role == "
-    "'tool' else m.role) + '|>' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% for c in "
-    "m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}{{ eos_token }}"
-    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% if tools %}{{ '<|system|>' + tools | tojson }}{% endif %}{% for m in messages %}"
+    "{{ '<|' + ('user' if m.role == 'tool' else m.role) + '|>' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments.a }}){% endfor %}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
