@@ -20,6 +20,7 @@ _VERBS: dict[str, str] = {
     "train": "train a recipe on one process (many: torchrun launch/train.py --config recipe.yaml)",
     "plan": "predict parameters, memory per rank, tokens and FLOPs without touching a device",
     "check": "validate a recipe and explain it in plain words",
+    "data": "show the rows that a recipe trains on: documents, packing and what is predicted",
     "methods": "list the techniques",
     "schema": "write the JSON schema of a recipe, for editors",
     "eval": "score a checkpoint or a model folder on held-out text",
@@ -168,6 +169,12 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["preview"], help="what to do: print the first rows")
+    _recipe(parser)
+    parser.add_argument("--rows", type=_positive, default=3, metavar="N", help="rows to print (3)")
+
+
 def _check(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument(
@@ -282,6 +289,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": _recipe,
     "plan": _plan,
     "check": _check,
+    "data": _data,
     "methods": _nothing,
     "schema": _schema,
     "eval": _eval,
