@@ -61,7 +61,8 @@ class HfDataset(Config):
     validation_split: str | None = None
     """Split to evaluate on; None holds `validation_fraction` of the rows out by row hash."""
     validation_path: str | None = None
-    """File, folder or glob of local files to evaluate on; nothing is held out of `path` then."""
+    """File, folder or glob of local files to evaluate on (of the split `validation_split`, where that is given); nothing
+    is held out of `path` then."""
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of rows held out where there is no validation split, at least one. A text file is one row; of a single
     file, this share at its end is held out."""
@@ -82,21 +83,16 @@ class HfDataset(Config):
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight inside a mixture, relative."""
 
-    @model_validator(mode="after")
-    def _check_validation(self) -> Self:
-        if self.validation_path is not None and self.validation_split is not None:
-            raise ValueError("validation_path and validation_split both say what to evaluate on; remove one")
-        return self
-
     @property
     def holds_out(self) -> bool:
         """Whether rows of `split` are kept for evaluation."""
         return self.validation_split is None and self.validation_path is None and self.validation_fraction > 0
 
     def of_validation(self) -> HfDataset:
-        """The source that `validation_path` names: all of it, read as this one is."""
-        changes = {"path": self.validation_path, "validation_path": None, "validation_fraction": 0.0, "split": "train"}
-        return self.model_copy(update={**changes, "streaming": False})
+        """The source that `validation_path` names, read as this one is."""
+        changes = {"path": self.validation_path, "validation_path": None, "validation_fraction": 0.0}
+        split = {"split": self.validation_split or "train", "validation_split": None}
+        return self.model_copy(update={**changes, **split, "streaming": False})
 
 
 class Mixture(Config):

@@ -163,8 +163,8 @@ def test_a_validation_file(tmp_path):
     assert list(read.validation()) == sentences(5, start=50)
     write_jsonl(tmp_path / "test.jsonl", [{"text": "other"}])
     assert open_hf(config, "pretrain", tmp_path / "cache").key != read.key  # other held-out text is another cache
-    with pytest.raises(ValueError, match="both say what to evaluate on"):
-        HfDataset(path="a.jsonl", validation_path="b.jsonl", validation_split="test")
+    of_split = config.model_copy(update={"validation_split": "test", "validation_path": str(tmp_path)})
+    assert list(open_hf(of_split, "pretrain", tmp_path / "cache").validation()) == ["other"]
 
 
 def test_conversations_of_before_read_as_before(tmp_path):

@@ -12,8 +12,15 @@ from leanmill.data.identity import HARMLESS, data_identity
 from tests.data.samples import hf_config, write_texts
 
 
-HF = HfDataset(path="a.jsonl", subset="s", validation_split="test")
-OTHERS = {"type": None, "format": "text", "task": "sft", "source": LocalCorpus(), "domains": {"cpp": 1.0}}
+HF = HfDataset(path="a.jsonl", subset="s", validation_split="test", validation_path="v.jsonl")
+OTHERS = {
+    "type": None,
+    "format": "text",
+    "row_format": "alpaca",
+    "task": "sft",
+    "source": LocalCorpus(),
+    "domains": {"cpp": 1.0},
+}
 """Where another value of the same kind is not allowed."""
 
 
