@@ -61,8 +61,8 @@ class HfDataset(Config):
     validation_split: str | None = None
     """Split to evaluate on; None holds `validation_fraction` of the rows out by row hash."""
     validation_path: str | None = None
-    """File, folder or glob of local files to evaluate on (of the split `validation_split`, where that is given); nothing
-    is held out of `path` then."""
+    """File, folder or glob of local files to evaluate on, of the split `validation_split` where that is given;
+    nothing is held out of `path` then."""
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of rows held out where there is no validation split, at least one. A text file is one row; of a single
     file, this share at its end is held out."""
