@@ -73,7 +73,7 @@ def _preview(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerFast) -
         Piece(
             document=number,
             is_predicted=is_predicted,
-            text=tokenizer.decode([ids[index] for index in indices], clean_up_tokenization_spaces=False),
+            text=str(tokenizer.decode([ids[index] for index in indices], clean_up_tokenization_spaces=False)),
         )
         for (number, is_predicted), indices in places
     ]
