@@ -72,7 +72,7 @@ class DeepSpeedEngine(Engine):
 
         self.module, self._preparation = module, preparation
         self._experts.spread(self._model)
-        storage.give(module, self._mesh, self.device, stage=self.config.stage)
+        storage.give_storage(module, self._mesh, self.device, stage=self.config.stage)
         preparation.materialise(module)
         for owner, key, buffer in storage.own_tensors(module, "_buffers"):
             owner._buffers[key] = buffer.to(self.device)

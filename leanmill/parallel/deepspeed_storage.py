@@ -15,7 +15,7 @@ from leanmill.parallel.deepspeed_state import empty_share
 from leanmill.parallel.tensors import full
 
 
-def give(module: nn.Module, mesh: DeviceMesh, device: torch.device, *, stage: int) -> None:
+def give_storage(module: nn.Module, mesh: DeviceMesh, device: torch.device, *, stage: int) -> None:
     """Replace meta parameters by ones with storage, tied ones staying one object.
 
     Stages 0 to 2 keep the whole model on the device. Stage 3 fills rows of a DTensor on the

@@ -164,7 +164,7 @@ class _Fetch(torch.autograd.Function):
         held = tuple(tensor.new_empty((copies.num_held, *tensor.shape[1:]), dtype=dtype) for tensor in own)
         copies.fill(held, own)
         ctx.save_for_backward(*held)
-        ctx.copies, ctx.own = copies, own
+        ctx.travelling, ctx.own = copies, own
         node.context = ctx
         return held
 
@@ -172,7 +172,7 @@ class _Fetch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         own, ctx.own = ctx.own, ()
-        return None, None, None, *ctx.copies.collect(gradients, own)
+        return None, None, None, *ctx.travelling.collect(gradients, own)
 
 
 class _Refetch(torch.autograd.Function):
@@ -192,5 +192,5 @@ class _Refetch(torch.autograd.Function):
         if any(weight.untyped_storage().size() == 0 and weight.numel() for weight in held):
             for weight in held:
                 weight.untyped_storage().resize_(weight.numel() * weight.element_size())
-            fetch.copies.fill(held, fetch.own)
+            fetch.travelling.fill(held, fetch.own)
         return grad, None

@@ -29,7 +29,7 @@ class UniformGrid:
         """Qp, at least 1."""
         return max(1, make_grid(self.num_bits, self.kind).high)
 
-    def round(
+    def rounded(
         self, values: Tensor, scale: Tensor, offset: Tensor | None = None, *, grad_scale: float | None = None
     ) -> Tensor:
         """Return `values` [..., in] on the grid; scale, offset and `grad_scale` are as `fake_quant` takes them.

@@ -22,11 +22,11 @@ class Sharing:
         """Shape of the scales of a weight of this shape, see `scales.scale_shape`."""
         return scale_shape(weight_shape, self.granularity, self.group_size)
 
-    def amax(self, values: Tensor) -> Tensor:
+    def largest(self, values: Tensor) -> Tensor:
         """Largest magnitude of what shares a scale, in the shape of the scales."""
         return shared_amax(values, self.granularity, self.group_size)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def total(self, values: Tensor) -> Tensor:
         """Sum over what shares a scale, in the shape of the scales."""
         return shared_sum(values, self.granularity, self.group_size)
 

@@ -76,7 +76,7 @@ class ComputedScale(QuantStage):
         self.grid, self.rule = grid, rule
 
     def rounded(self, weight: Tensor) -> Tensor:
-        return self.grid.round(weight, self._scale_of(weight))
+        return self.grid.rounded(weight, self._scale_of(weight))
 
     def rounded_part(self, part: Tensor, shape: torch.Size) -> PartStaging | None:
         asking = self.rule.scale_of_part(part, self.grid)
@@ -84,7 +84,7 @@ class ComputedScale(QuantStage):
 
     def _by_asking(self, part: Tensor, asking: ScaleOfPart) -> PartStaging:
         scale = yield from asking
-        return self.grid.round(part, scale)
+        return self.grid.rounded(part, scale)
 
     def codes(self, weight: Tensor) -> Codes | None:
         return None if self.is_mixed else self.grid.codes(weight, self._scale_of(weight))
@@ -114,12 +114,12 @@ class LearnedScale(QuantStage):
         self.scale = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=weight.device))
 
     def rounded(self, weight: Tensor) -> Tensor:
-        return self.grid.round(weight, self.scale)
+        return self.grid.rounded(weight, self.scale)
 
     def rounded_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
         # LSQ divides the scale's gradient by the number of weights that share it, here or elsewhere.
         codes = make_grid(self.grid.num_bits, self.grid.kind)
-        return self.grid.round(
+        return self.grid.rounded(
             part, self.scale, grad_scale=default_grad_scale(torch.empty(shape, device="meta"), 1, codes)
         )
         yield

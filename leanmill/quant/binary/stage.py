@@ -36,7 +36,7 @@ class BinaryStage(QuantStage):
 
     def rounded(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            sums = torch.stack([self.sharing.sum(terms) for terms in _terms(weight)])
+            sums = torch.stack([self.sharing.total(terms) for terms in _terms(weight)])
         return self._signs(weight, sums)
 
     def rounded_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
@@ -60,7 +60,7 @@ class BinaryStage(QuantStage):
         if self.is_mixed:
             return None
         signs = self.rounded(weight).float()
-        scales = self.sharing.amax(signs)
+        scales = self.sharing.largest(signs)
         if self.sharing.granularity == "tensor":
             # One scale a row is what packed layers hold; it may be the same for all.
             scales = scales.reshape(*weight.shape[:-2], 1, 1).expand(*weight.shape[:-1], 1)

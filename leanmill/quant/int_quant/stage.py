@@ -66,7 +66,7 @@ class IntActivations(QuantInput):
         with torch.no_grad():
             exact = torch.promote_types(tokens.dtype, torch.float32)
             scale = tokens.abs().amax(-1, keepdim=True).to(exact) / self.grid.largest_code
-        return self.grid.round(tokens, scale)
+        return self.grid.rounded(tokens, scale)
 
     def extra_repr(self) -> str:
         return f"{self.grid}"

@@ -65,7 +65,7 @@ class LsqActivations(QuantInput):
         if offset is not None and self.initial_offset is not None:
             offset = self.initial_offset + offset
         grad_scale = (self.num_features * self.grid.largest_code) ** -0.5
-        return self.grid.round(tokens, step, offset, grad_scale=grad_scale)
+        return self.grid.rounded(tokens, step, offset, grad_scale=grad_scale)
 
     @property
     def has_offset(self) -> bool:

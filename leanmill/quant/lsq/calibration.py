@@ -161,6 +161,6 @@ def least_error(counts: Tensor, least: float, largest: float, grid: UniformGrid)
     low, high = torch.cartesian_prod(least + shares * (mean - least), largest - shares * (largest - mean)).unbind(-1)
     steps = ((high - low) / (codes.high - codes.low)).clamp(min=SMALLEST_SCALE).unsqueeze(-1)
     offsets = low.unsqueeze(-1) - codes.low * steps
-    rounded = grid.round(centres.expand(len(steps), -1), steps, offsets)
+    rounded = grid.rounded(centres.expand(len(steps), -1), steps, offsets)
     best = int(((rounded - centres).square() * weights).sum(-1).argmin())
     return float(steps[best]), float(offsets[best])

@@ -63,8 +63,8 @@ def three_sigma_start(weight: Tensor, num_bits: int, sharing: Sharing) -> Tensor
         sharing: What shares a step.
     """
     exact = weight.double()
-    count = sharing.sum(torch.ones_like(exact))
-    mean = sharing.sum(exact) / count
-    deviation = (sharing.sum(exact.square()) / count - mean.square()).clamp(min=0).sqrt()
+    count = sharing.total(torch.ones_like(exact))
+    mean = sharing.total(exact) / count
+    deviation = (sharing.total(exact.square()) / count - mean.square()).clamp(min=0).sqrt()
     # The larger of the two, whatever the sign of the mean.
     return (mean.abs() + 3 * deviation) / 2 ** (num_bits - 1)

@@ -53,7 +53,7 @@ class StretchedStage(LearnedScale):
 
     def rounded(self, weight: Tensor) -> Tensor:
         # d/d alpha is 1 / steps of d/d step, as in the paper's code.
-        return self.grid.round(weight, self.scale / self.steps, grad_scale=self.grad_scale)
+        return self.grid.rounded(weight, self.scale / self.steps, grad_scale=self.grad_scale)
 
     def codes(self, weight: Tensor) -> Codes | None:
         return None if self.is_mixed else self.grid.codes(weight, self.scale / self.steps)
