@@ -7,12 +7,12 @@ import errno
 import importlib
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from leanmill import __version__
+from leanmill.cli.argument_types import gib, positive, seed, temperature
 from leanmill.core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_RUN
 
 
@@ -158,11 +158,11 @@ def _recipe(parser: argparse.ArgumentParser) -> None:
 
 def _plan(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
-    parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
-    parser.add_argument("--gpus-per-node", type=_positive, default=1, help="ranks of a machine (default 1)")
+    parser.add_argument("--nodes", type=positive, default=1, help="machines (default 1)")
+    parser.add_argument("--gpus-per-node", type=positive, default=1, help="ranks of a machine (default 1)")
     parser.add_argument(
         "--rank-memory-gib",
-        type=_gib,
+        type=gib,
         metavar="GIB",
         help="memory of a rank: what the plan has to fit and `engine: auto` decides by (80)",
     )
@@ -172,13 +172,13 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=["preview"], help="what to do: print the first rows")
     _recipe(parser)
-    parser.add_argument("--rows", type=_positive, default=3, metavar="N", help="rows to print (3)")
+    parser.add_argument("--rows", type=positive, default=3, metavar="N", help="rows to print (3)")
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument(
-        "--ranks", type=_positive, nargs="+", default=[1, 2, 8], metavar="N", help="world sizes to explain (1 2 8)"
+        "--ranks", type=positive, nargs="+", default=[1, 2, 8], metavar="N", help="world sizes to explain (1 2 8)"
     )
 
 
@@ -208,7 +208,7 @@ def _compress(parser: argparse.ArgumentParser) -> None:
 
 def _arank(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
-    parser.add_argument("--num-layers", type=_positive, metavar="N", help="layers to name (half of them)")
+    parser.add_argument("--num-layers", type=positive, metavar="N", help="layers to name (half of them)")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -234,9 +234,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
 def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder that `leanmill export` wrote")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="tokens to add (64)")
-    parser.add_argument("--temperature", type=_temperature, default=0.0, help="0 takes the likeliest token (0)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of what a temperature draws (0)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="tokens to add (64)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of what a temperature draws (0)")
     parser.add_argument(
         "--beside-bf16", action="store_true", help="generate with the same weights in bf16 too, token by token in turn"
     )
@@ -249,40 +249,6 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 def _nothing(parser: argparse.ArgumentParser) -> None:
     """The verb has no arguments of its own."""
-
-
-def _positive(text: str) -> int:
-    value = int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 999999999")
-    return value
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1e3:
-        raise argparse.ArgumentTypeError(f"{text!r} is no temperature; give a number from 0, e.g. 0.8")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text) if re.fullmatch("[0-9]{1,18}", text) else -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0")
-    return value
-
-
-def _gib(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size in GiB; give a number above 0, e.g. 80")
-    return value
 
 
 _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from leanmill.core.stage import LowRank, TechniqueModule
+from leanmill.core.facets import LowRank
+from leanmill.core.stage import TechniqueModule
 
 
 BASE = "base_layer"

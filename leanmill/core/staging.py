@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from leanmill.core.facets import Packing, PartStaging, Statistic
 from leanmill.core.site import Site
 from leanmill.core.sites import iter_sites
-from leanmill.core.stage import Packing, PartStaging, Stage, Statistic
+from leanmill.core.stage import Stage
 
 
 class StagedOnce:

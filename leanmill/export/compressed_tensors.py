@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
-from leanmill.core.stage import Codes
+from leanmill.core.facets import Codes
 from leanmill.export.compare import allowed, check_same, reload, sample_logits
 from leanmill.export.folded import FoldedFormat, prepare_config
 from leanmill.export.formats import Checked

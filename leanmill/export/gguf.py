@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.errors import RunError
-from leanmill.core.stage import Codes
+from leanmill.core.facets import Codes
 from leanmill.export.compare import allowed, check_same, largest_difference, sample_logits
 from leanmill.export.folded import FoldedFormat, prepare_config
 from leanmill.export.formats import Checked

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
+from leanmill.core.facets import Codes
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.core.sites import Sites, iter_sites
-from leanmill.core.stage import Codes, Slot
+from leanmill.core.stage import Slot
 from leanmill.export.compare import TOLERANCE, sample_logits
 from leanmill.export.folded import FoldedFormat, prepare_config
 from leanmill.export.formats import Checked

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.stage import Codes
+from leanmill.core.facets import Codes
 from leanmill.export.stored_layer import StoredLayer
 from leanmill.kernels.fake_quant.activations import quantise_activations
 from leanmill.kernels.packed_matmul.held import HeldRows

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from leanmill.core.stage import Codes
+from leanmill.core.facets import Codes
 from leanmill.kernels.packing.encoding import Encoding, code_range, number_of
 
 

@@ -86,11 +86,11 @@ class AllToAllDispatch:
         tokens = tokens.to(compute_dtype(tokens))
         weights = top_k_weights.to(torch.promote_types(top_k_weights.dtype, torch.float32))
         ranks = top_k_index.clamp(0, self.num_experts) // self.num_local_experts
-        rows = _once_a_rank(ranks, self.group.size())
+        rows = once_a_rank(ranks, self.group.size())
         options: dict[str, Any] = {"num_experts": self.num_experts, "num_chunks": self.num_chunks, "group": self.group}
         sizes = agree_on_sizes(rows, ranks, tokens, top_k_index, weights, **options)
         parts = (part.tensor_split(self.num_chunks) for part in (tokens, top_k_index, weights, ranks, rows))
-        chunks = [_Chunk(self.num_local_experts, *piece) for piece in zip(sizes, *parts, strict=True)]
+        chunks = [Chunk(self.num_local_experts, *piece) for piece in zip(sizes, *parts, strict=True)]
         chunks[0].send()
         for chunk, after in zip(chunks, [*chunks[1:], None], strict=True):
             if after is not None:
@@ -101,7 +101,7 @@ class AllToAllDispatch:
         return torch.cat([chunk.result() for chunk in chunks]) if len(chunks) > 1 else chunks[0].result()
 
 
-class _Chunk:
+class Chunk:
     """Some of a rank's tokens, on their way and back."""
 
     def __init__(
@@ -175,7 +175,7 @@ class _SumToTokens(torch.autograd.Function):
         return spread_rows(grad, ctx.positions, ctx.num_rows), None
 
 
-def _once_a_rank(ranks: Tensor, num_ranks: int) -> Tensor:
+def once_a_rank(ranks: Tensor, num_ranks: int) -> Tensor:
     """Keep the first copy for each rank of each token of `ranks` [T, K]; the others become `num_ranks`."""
     is_equal = ranks.unsqueeze(2) == ranks.unsqueeze(1)
     is_repeated = is_equal.tril(-1).any(2)

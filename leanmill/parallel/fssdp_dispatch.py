@@ -22,7 +22,7 @@ from leanmill.core.dispatch import ExpertCompute, Meanwhile
 from leanmill.core.expert_shards import part_here
 from leanmill.core.experts import stacked_parameters
 from leanmill.core.product import compute_dtype
-from leanmill.parallel.dispatch import _Chunk, _once_a_rank
+from leanmill.parallel.dispatch import Chunk, once_a_rank
 from leanmill.parallel.dispatch_sizes import agree_on_sizes
 from leanmill.parallel.fssdp_placement import Owners, Prices, fewest_bytes, loaded
 from leanmill.parallel.fssdp_travel import Copies, Held
@@ -99,14 +99,14 @@ class FullyShardedDispatch:
         owners = torch.tensor(self.owners, device=tokens.device)
         wanted = self._choose(index, owners, own, tokens, weights)
         ranks = _looked_up(owners.masked_fill(wanted, self.group.rank()), index, self.group.size())
-        rows = _once_a_rank(ranks, self.group.size())
+        rows = once_a_rank(ranks, self.group.size())
         options: dict[str, Any] = {"num_experts": self.num_experts, "num_chunks": 1, "group": self.group}
         (sizes,) = agree_on_sizes(rows, ranks, tokens, top_k_index, weights, tell=_packed(wanted), **options)
         copies = Copies.of(_unpacked(sizes.told, self.num_experts), self.owners, self.group, self.group.size())
         self._note(index, ranks)
         # As one number an expert and rank, which is what a chunk takes apart again.
         places = ranks * self.num_experts + _looked_up(copies.places(tokens.device), index, 0)
-        chunk = _Chunk(self.num_experts, sizes, tokens, places, weights, ranks, rows)
+        chunk = Chunk(self.num_experts, sizes, tokens, places, weights, ranks, rows)
         chunk.send()
         if meanwhile is not None:
             meanwhile()

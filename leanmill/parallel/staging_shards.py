@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, alloc_storage, free_storage
 from torch.distributed.tensor import DTensor
 
-from leanmill.core.stage import Packing, Statistic
+from leanmill.core.facets import Packing, Statistic
 from leanmill.core.staging import StagedOnce, run_together
 from leanmill.parallel.staging import StepStaging
 from leanmill.parallel.tensors import add_part, local

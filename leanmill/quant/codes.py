@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from leanmill.core.stage import Codes
+from leanmill.core.facets import Codes
 from leanmill.kernels.fake_quant.grid import SMALLEST_SCALE, Kind, make_grid, scale_shape
 from leanmill.kernels.packing.encoding import Encoding
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanmill.core.stage import Codes
+from leanmill.core.facets import Codes
 from leanmill.kernels.fake_quant.grid import Gradient, Kind, make_grid
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.quant.codes import grid_codes

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from leanmill.core.stage import Statistic
+from leanmill.core.facets import Statistic
 from leanmill.quant.grids import UniformGrid
 from leanmill.quant.scales import symmetric_scale
 from leanmill.quant.sharing import Sharing

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.stage import Codes, InputSlot, InputStage, LearnedGrid, PartStaging, Slot, Stage
+from leanmill.core.facets import Codes, LearnedGrid, PartStaging
+from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
 from leanmill.kernels.fake_quant.grid import default_grad_scale, make_grid
 from leanmill.quant.grids import UniformGrid
 from leanmill.quant.rules import ScaleOfPart, ScaleRule

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.stage import PartStaging, Slot, Stage
+from leanmill.core.facets import PartStaging
+from leanmill.core.stage import Slot, Stage
 
 
 class ZeroMask(Stage):

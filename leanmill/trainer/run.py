@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.blocks import decoder_blocks
@@ -119,15 +120,7 @@ class _Run:
         check_ranks_agree(self.data.identity, self.domains)
         # What is saved has the length in tokens: a resumed run is as long as its beginning.
         self.recipe = recipe = with_length_in_tokens(recipe, self.data.rows_per_epoch)
-        num_sharers = recipe.layout.num_expert_ranks(ranks.world_size)
-        check_experts(model, num_sharers, is_even=recipe.layout.experts.type == "spread")
-        self.engine, why = build_engine(
-            recipe.engine,
-            ranks=ranks,
-            precision=resolve_precision(recipe.train.precision, ranks.device.type),
-            model_bytes=4 * num_held_parameters(model, num_sharers),
-            layout=recipe.layout,
-        )
+        why = self._build_engine(model)
         num_micro_batches = micro_batches_of_step(recipe, self.engine.data_size)
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.beginning = Beginning.find(recipe, self.manager, self.data, self.start)
@@ -167,6 +160,20 @@ class _Run:
             notes=(why, prepared.conversion, *self.engine.notes, *self._data_notes(num_steps), *self.beginning.notes),
         )
         return self._train(loop, info)
+
+    def _build_engine(self, model: nn.Module) -> str:
+        """Build the engine and return why it is this one."""
+        recipe, ranks = self.recipe, self.ranks
+        num_sharers = recipe.layout.num_expert_ranks(ranks.world_size)
+        check_experts(model, num_sharers, is_even=recipe.layout.experts.type == "spread")
+        self.engine, why = build_engine(
+            recipe.engine,
+            ranks=ranks,
+            precision=resolve_precision(recipe.train.precision, ranks.device.type),
+            model_bytes=4 * num_held_parameters(model, num_sharers),
+            layout=recipe.layout,
+        )
+        return why
 
     def _read_data(self, tokenizer: Any) -> tuple[list[EvalDomain], TrainData]:
         recipe = self.recipe

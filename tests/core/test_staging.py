@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.facets import Statistic
 from leanmill.core.site import LinearSite
-from leanmill.core.stage import Slot, Stage, Statistic
+from leanmill.core.stage import Slot, Stage
 from leanmill.core.staging import StagedOnce, Tape, run_together, staged_once
 from leanmill.peft_ext.lora.stage import LoraStage
 from leanmill.quant.binary.stage import BinaryStage

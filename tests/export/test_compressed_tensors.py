@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.facets import Codes
 from leanmill.core.sites import iter_sites
-from leanmill.core.stage import Codes
 from leanmill.export import compressed_tensors, export_model
 from leanmill.export.compare import sample_logits
 from leanmill.export.compressed_tensors import Words, bits_of

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from leanmill.core.stage import Codes
+from leanmill.core.facets import Codes
 from leanmill.export.packed_layers import PackedLinear
 from leanmill.export.recode import NAMES, recoded, why_not
 

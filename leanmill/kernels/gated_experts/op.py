@@ -12,8 +12,8 @@ from torch import Tensor
 from leanmill.kernels.dispatch import log_path
 from leanmill.kernels.gated_experts import cpu, products
 from leanmill.kernels.gated_experts.experts import Experts, Needed
+from leanmill.kernels.grouped_gemm.checks import check_offsets, checked
 from leanmill.kernels.grouped_gemm.cpu import is_best_for
-from leanmill.kernels.grouped_gemm.op import check_offsets, checked
 from leanmill.kernels.native.dtypes import is_plain_cpu
 
 

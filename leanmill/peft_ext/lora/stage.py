@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.facets import LearnedGrid, LowRank
 from leanmill.core.operands import recomputed
 from leanmill.core.product import linear
-from leanmill.core.stage import LearnedGrid, LowRank, Slot, Stage
+from leanmill.core.stage import Slot, Stage
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from leanmill.core.facets import Codes, PartStaging, Statistic
 from leanmill.core.operands import lend
-from leanmill.core.stage import Codes, PartStaging, Statistic
 from leanmill.quant.inputs import Int8Input, NormInput
 from leanmill.quant.sharing import Sharing
 from leanmill.quant.stages import QuantStage

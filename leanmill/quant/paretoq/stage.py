@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanmill.core.stage import Codes, LearnedGrid
+from leanmill.core.facets import Codes, LearnedGrid
 from leanmill.kernels.fake_quant.grid import SMALLEST_SCALE
 from leanmill.quant.grids import UniformGrid
 from leanmill.quant.sharing import Sharing

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanmill.core.stage import InputSlot, InputStage, PartStaging, Slot, Stage
+from leanmill.core.facets import PartStaging
+from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.kernels.hadamard.naive import CLIPS
 from leanmill.kernels.hadamard.op import hadamard, quest_quantise

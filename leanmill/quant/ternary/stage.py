@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from leanmill.core.facets import Codes, PartStaging, Statistic
 from leanmill.core.operands import lend
-from leanmill.core.stage import Codes, PartStaging, Statistic
 from leanmill.kernels.packing.op import pack, unpack
 from leanmill.kernels.ternary.naive import Scale
 from leanmill.kernels.ternary.op import Granularity, ternary

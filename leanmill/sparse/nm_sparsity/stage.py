@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from leanmill.core.stage import PartStaging, Slot, Stage
+from leanmill.core.facets import PartStaging
+from leanmill.core.stage import Slot, Stage
 from leanmill.kernels.nm_mask.fading import nm_fade
 from leanmill.kernels.nm_mask.op import nm_compress, nm_expand, nm_project
 from leanmill.sparse.schedule import Masking, MaskSchedule
