@@ -86,7 +86,7 @@ def sent_by(shape: Shape, index: Tensor, owners: Tensor, rank: int, num_ranks: i
     elif way == "fewest_bytes":
         wanted = fewest_bytes(index, owners, rank, prices(shape))
     ranks = owners.masked_fill(wanted, rank)[index]
-    rows = fssdp_dispatch._once_a_rank(ranks, num_ranks)
+    rows = fssdp_dispatch.once_a_rank(ranks, num_ranks)
     counts = (each.flatten().bincount(minlength=num_ranks + 1)[:num_ranks] for each in (rows, ranks))
     return Sent(*counts, wanted)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,16 +31,25 @@ class HfCodeFormat(HfFormat):
             super().write(folder)
 
     def reload(self, folder: Path) -> Any:
-        # transformers itself would take the family that this process has registered.
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with quiet_transformers():
-            kind: Any = get_class_from_dynamic_module(settings["auto_map"]["AutoModelForCausalLM"], str(folder))
+            kind = _class_in(folder, settings["auto_map"]["AutoModelForCausalLM"])
             return kind.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32).eval()
 
     def loading_notes(self) -> tuple[str, ...]:
         return ("loads without Leanmill, by the Python files in it, with trust_remote_code=True",)
+
+
+def _class_in(folder: Path, name: str) -> Any:
+    # transformers itself would take the family that this process has registered.
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        return get_class_from_dynamic_module(name, str(folder))
+    except ModuleNotFoundError:
+        # Import goes by the time at which a folder last changed, and misses what was put there within one tick of it.
+        importlib.invalidate_caches()
+        return get_class_from_dynamic_module(name, str(folder))
 
 
 @contextmanager

@@ -73,7 +73,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
     },
 }
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3")
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "minimax_m2")
 
 
 def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
