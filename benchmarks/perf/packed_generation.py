@@ -143,10 +143,10 @@ def main() -> None:
     rounds = DEFAULTS["packed_generation"]["rounds"]
     parser.add_argument("--rounds", type=int, default=rounds, help=f"rounds of each model ({rounds})")
     arguments = parser.parse_args()
-    measured_under = {**conditions(), "rounds": arguments.rounds}
+    measured_under = conditions()
     with tempfile.TemporaryDirectory(prefix="leanmill-packed-") as work:
-        figures = {packing: measure(packing, arguments.rounds, Path(work)) for packing in PACKINGS}
-    write_result("packed_generation", figures, measured_under)
+        figures: dict[str, Any] = {packing: measure(packing, arguments.rounds, Path(work)) for packing in PACKINGS}
+    write_result("packed_generation", figures | {"rounds": arguments.rounds}, measured_under)
 
 
 if __name__ == "__main__":
