@@ -174,5 +174,7 @@ CLAIMS: dict[str, Claim] = {
             ),
             "continued dense": Variant(continues=True),
         },
+        remark="Both read the corpus a second time, from the same dense model. At equal tokens: with 2 of 8 experts "
+        "a token costs the upcycled model more.",
     ),
 }
