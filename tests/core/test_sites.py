@@ -7,7 +7,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.site import EmbeddingSite, ExpertSite, LinearSite
 from leanmill.core.sites import Sites, iter_sites, matches
-from tests.core.tiny import FAMILIES, MIXTURES, install, loss_of, tiny, tokens
+from tests.core.tiny import FAMILIES, WITH_EXPERTS, install, loss_of, tiny, tokens
 
 
 STAGED = [family for family in FAMILIES if family != "gpt_oss"]
@@ -23,7 +23,7 @@ def test_default_targets_are_linear_and_expert_weights(family):
     selected = sites.select()
     names = {site.site_name for site in selected}
     assert names == {name for name, kind in kinds.items() if kind in ("linear", "expert")}
-    assert {type(site) for site in selected} == ({LinearSite, ExpertSite} if family in MIXTURES else {LinearSite})
+    assert {type(site) for site in selected} == ({LinearSite, ExpertSite} if family in WITH_EXPERTS else {LinearSite})
     for site in selected:
         assert site.raw_weight.dim() == (3 if isinstance(site, ExpertSite) else 2)
     assert [id(site) for site in sites.select()] == [id(site) for site in selected], "converting twice changes nothing"
@@ -40,7 +40,7 @@ def test_conversion_changes_neither_keys_nor_outputs(family):
     Sites(model).select(["*"])
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
-    tolerance = 1e-6 if family in MIXTURES else 0
+    tolerance = 1e-6 if family in WITH_EXPERTS else 0
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=tolerance, atol=tolerance)
     model.load_state_dict(plain.state_dict())
 

@@ -73,7 +73,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
     },
 }
-MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "minimax_m2")
+MIXTURES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v2", "deepseek_v3")
+WITH_EXPERTS = (*MIXTURES, "ernie4_5_moe", "minimax_m2")
+"""With those whose bias on the choice of experts lies elsewhere."""
 
 
 def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
