@@ -9,13 +9,8 @@ import torch.distributed as dist
 from leanmill.core.rules import StepContext
 from leanmill.core.sites import iter_sites
 from leanmill.parallel.launch import Ranks
-from tests.contract_cases import (
-    BF16_COMBINATIONS,
-    COMBINATIONS,
-    ENGINES,
-    NUM_STEPS,
-    SLOW_COMBINATIONS,
-    cells,
+from tests.contract_cases import BF16_COMBINATIONS, COMBINATIONS, ENGINES, NUM_STEPS, SLOW_COMBINATIONS, cells
+from tests.contract_training import (
     exported_weights,
     full_parameters,
     recipe_of,

@@ -16,7 +16,7 @@ from leanmill.core.rules import metrics_of
 from leanmill.core.sites import iter_sites
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import FixedRows, full_parameters, recipe_of, train
+from tests.contract_training import FixedRows, full_parameters, recipe_of, train
 
 
 ROOT = Path(__file__).resolve().parents[1]

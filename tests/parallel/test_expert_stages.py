@@ -16,7 +16,7 @@ from leanmill.core.sites import Sites
 from leanmill.core.stage import Slot, Stage
 from leanmill.parallel.config import DdpEngine
 from leanmill.parallel.layout import Layout
-from tests import contract_cases
+from tests import contract_cases, contract_training
 from tests.distributed import run_ranks
 from tests.parallel import cases
 from tests.parallel import expert_cases as experts
@@ -40,10 +40,10 @@ FAST = ("mask", "learned mask")
 
 
 def _trained(engine: dict[str, Any], name: str, ep: int, world_size: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    recipe = contract_cases.recipe_of(("mixtral", *TECHNIQUES[name]), engine, "", world_size)
+    recipe = contract_training.recipe_of(("mixtral", *TECHNIQUES[name]), engine, "", world_size)
     recipe = recipe.model_copy(update={"layout": recipe.layout.model_copy(update={"ep": ep})})
-    trained, _ = contract_cases.train(recipe, cases.ranks_here())
-    return contract_cases.full_parameters(trained), trained.notes
+    trained, _ = contract_training.train(recipe, cases.ranks_here())
+    return contract_training.full_parameters(trained), trained.notes
 
 
 @cache
@@ -97,14 +97,14 @@ def test_recomputation_sends_no_token_again_unless_it_is_asked_to() -> None:
     def body() -> tuple[list[int], list[dict[str, Tensor]]]:
         counts, weights = [], []
         for recompute, resends in (("none", False), ("full", False), ("full", True)):
-            recipe = contract_cases.recipe_of(("mixtral",), {"type": "ddp"}, "", 2)
+            recipe = contract_training.recipe_of(("mixtral",), {"type": "ddp"}, "", 2)
             layout = recipe.layout.model_copy(update={"ep": 2, "expert_chunks": 2, "expert_resend": resends})
             kept = recipe.train.model_copy(update={"activation_checkpointing": recompute})
             recipe = recipe.model_copy(update={"layout": layout, "train": kept})
             with Collectives() as collectives:
-                engine, _ = contract_cases.train(recipe, cases.ranks_here(), num_steps=1)
+                engine, _ = contract_training.train(recipe, cases.ranks_here(), num_steps=1)
             counts.append(collectives.names().count("all_to_all_single"))
-            weights.append(contract_cases.full_parameters(engine))
+            weights.append(contract_training.full_parameters(engine))
         return counts, weights
 
     for (none, full, resent), weights in run_ranks(body, 2):

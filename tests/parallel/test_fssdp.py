@@ -143,15 +143,15 @@ def test_copies_are_gone_between_forward_and_backward() -> None:
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:
-    from tests import contract_cases
+    from tests import contract_training
 
     def body() -> list[str]:
         messages = []
         for names in (("mixtral", "nm_sparsity"), ()):
-            recipe = contract_cases.recipe_of(names, {"type": "ddp"}, "", 2)
+            recipe = contract_training.recipe_of(names, {"type": "ddp"}, "", 2)
             layout = recipe.layout.model_validate({"experts": "fully_sharded"})
             with pytest.raises(ConfigError) as refusal:
-                contract_cases.train(recipe.model_copy(update={"layout": layout}), cases.ranks_here())
+                contract_training.train(recipe.model_copy(update={"layout": layout}), cases.ranks_here())
             messages.append(str(refusal.value))
         engine = experts.prepared(DdpEngine(), experts="fully_sharded")
         with pytest.raises(ConfigError, match="a step rule reads model.layers.0.mlp.experts.gate_up_proj"):

@@ -10,7 +10,7 @@ from leanmill.quant.int_quant.stage import IntActivations
 from leanmill.quant.lsq.stage import LsqStage
 from leanmill.quant.ternary.stage import TernaryStage
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import recipe_of
+from tests.contract_training import recipe_of
 from tests.core.tiny import install, tiny
 
 

@@ -11,7 +11,7 @@ from leanmill.export import export_model
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.evaluate_checkpoint import evaluate_checkpoint
 from leanmill.trainer.run import run
-from tests import contract_cases
+from tests import contract_cases, contract_training
 from tests.data.samples import write_jsonl
 from tests.distributed import run_ranks
 from tests.parallel.cases import ranks_here
@@ -109,12 +109,12 @@ def _trained(engine, teacher, ranks, activation_checkpointing="none", compile_bl
     """Parameters, and what the ledger holds, of every combination."""
     results = {}
     for key, names in COMBINATIONS.items():
-        plain = contract_cases.recipe_of(names, engine, teacher, ranks.world_size)
+        plain = contract_training.recipe_of(names, engine, teacher, ranks.world_size)
         changes = {"compile": compile_blocks, "activation_checkpointing": activation_checkpointing}
         changed = plain.model_copy(update={"train": plain.train.model_copy(update=changes)})
         torch._dynamo.reset()
-        trained, _ = contract_cases.train(changed, ranks)
-        results[key] = contract_cases.full_parameters(trained), trained.module.ledger.take()
+        trained, _ = contract_training.train(changed, ranks)
+        results[key] = contract_training.full_parameters(trained), trained.module.ledger.take()
         trained.close()
     return results
 
@@ -125,7 +125,7 @@ def _trained(engine, teacher, ranks, activation_checkpointing="none", compile_bl
 def test_compiled_and_recomputed_on_two_ranks(engine_name, mode, tmp_path, monkeypatch):
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled(module, backend="aot_eager"))
-    teacher = contract_cases.save_teacher(tmp_path / "teacher")
+    teacher = contract_training.save_teacher(tmp_path / "teacher")
     wanted = _trained({"type": "single"}, teacher, ranks_here())
     engine = contract_cases.ENGINES[engine_name]
     got = run_ranks(lambda: _trained(engine, teacher, ranks_here(), mode, True), 2, timeout_seconds=280)

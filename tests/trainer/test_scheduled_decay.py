@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import ENGINES, full_parameters, recipe_of, train
+from tests.contract_cases import ENGINES
+from tests.contract_training import full_parameters, recipe_of, train
 from tests.distributed import run_ranks
 from tests.trainer.test_loop import IdleEngine, Run
 

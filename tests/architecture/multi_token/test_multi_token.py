@@ -201,7 +201,7 @@ def test_eval_is_the_plain_model_and_counts_leave_the_chain_out() -> None:
 
 def test_a_run_goes_on_bitwise_from_what_a_checkpoint_holds() -> None:
     from leanmill.parallel.launch import Ranks
-    from tests.contract_cases import FixedRows, full_parameters, recipe_of, train
+    from tests.contract_training import FixedRows, full_parameters, recipe_of, train
 
     one = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     recipe = recipe_of(("multi_token",), {"type": "single"}, "", 1)

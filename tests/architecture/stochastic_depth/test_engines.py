@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 
 from leanmill.parallel.launch import Ranks
-from tests.contract_cases import ENGINES, train_combinations
+from tests.contract_cases import ENGINES
+from tests.contract_training import train_combinations
 from tests.distributed import run_ranks
 
 

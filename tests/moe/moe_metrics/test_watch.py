@@ -21,7 +21,7 @@ from leanmill.moe.moe_metrics.watch import NUM_SUMS, Held, Looks, RouterWatch, l
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.train_module import TrainModule
-from tests.contract_cases import full_parameters, recipe_of, train
+from tests.contract_training import full_parameters, recipe_of, train
 from tests.core.tiny import context, install, tiny
 from tests.distributed import run_ranks
 from tests.moe.batches import batch_of, step

@@ -9,7 +9,8 @@ from torch._dynamo.utils import counters
 
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import MODEL, full_parameters, recipe_of, train
+from tests.contract_cases import MODEL
+from tests.contract_training import full_parameters, recipe_of, train
 
 
 ONE = Ranks(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

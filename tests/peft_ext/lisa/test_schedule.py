@@ -9,7 +9,8 @@ import torch
 from leanmill.core.errors import ConfigError
 from leanmill.peft_ext.lisa.schedule import LayerSampling
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import ENGINES, recipe_of
+from tests.contract_cases import ENGINES
+from tests.contract_training import recipe_of
 from tests.core.tiny import install, tiny
 
 

@@ -10,7 +10,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401 (here once, rather
 
 from leanmill.parallel.launch import Ranks
 from leanmill.report.loggers.sites import site_statistics
-from tests.contract_cases import ENGINES, recipe_of, train
+from tests.contract_cases import ENGINES
+from tests.contract_training import recipe_of, train
 from tests.distributed import run_ranks
 
 

@@ -6,7 +6,8 @@ import torch.distributed as dist
 
 from leanmill.checkpoint.components import take_apart
 from leanmill.parallel.launch import Ranks
-from tests.contract_cases import ENGINES, recipe_of, save_teacher, train
+from tests.contract_cases import ENGINES
+from tests.contract_training import recipe_of, save_teacher, train
 from tests.distributed import run_ranks
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from leanmill.parallel.launch import Ranks
 from tests import contract_cases as cases
+from tests import contract_training
 from tests.distributed import run_ranks
 
 
@@ -26,7 +27,7 @@ CASES = {"ddp": ["rigl"], "fsdp": [*VARIANTS], "zero2": ["tied", "set"], "zero3"
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-class Repeated(cases.FixedRows):
+class Repeated(contract_training.FixedRows):
     """The contract's rows over and over."""
 
     def next_rows(self, num_rows, *, rank, world_size):
@@ -37,13 +38,13 @@ class Repeated(cases.FixedRows):
 def _train(engine, variant, optimizer):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
-    recipe = cases.recipe_of((), engine, "", world_size)
+    recipe = contract_training.recipe_of((), engine, "", world_size)
     techniques = [AT_REST] if variant == "at rest" else VARIANTS[variant]
     raw = recipe.model_dump(mode="json") | {"techniques": techniques, "optimizer": optimizer}
     raw["train"] |= {"steps": NUM_STEPS}
     raw["model"]["config"] |= EXPERTS if variant == "experts" else {}
-    trained, _ = cases.train(type(recipe).model_validate(raw), ranks, num_steps=NUM_STEPS, data=Repeated())
-    parameters = cases.full_parameters(trained)
+    trained, _ = contract_training.train(type(recipe).model_validate(raw), ranks, num_steps=NUM_STEPS, data=Repeated())
+    parameters = contract_training.full_parameters(trained)
     trained.close()
     return parameters
 
