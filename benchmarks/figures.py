@@ -223,7 +223,10 @@ def claims_page() -> str:
         measured = [(name, found) for name in CLAIMS if (found := load(kind, f"claims_{name}"))]
         if measured:
             text += f"\n## {KINDS.get(kind, kind)}\n" + "".join(claim_section(*one) for one in measured)
-    return text if text != CLAIMS_HEAD else text + "\nNone has been measured yet.\n"
+    waiting = [
+        claim.says for name, claim in CLAIMS.items() if not any(load(kind, f"claims_{name}") for kind in kinds())
+    ]
+    return text + "".join(["\n## Not measured yet\n\n", *(f"- {says}\n" for says in waiting)] if waiting else [])
 
 
 def claim_section(name: str, result: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from leanmill.recipe.root import Recipe
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import prepare
 from tests.contract_cases import (
-    OF_PRUNED,
     BF16_COMBINATIONS,
     CHUNK_TOKENS,
     COMBINATIONS,
@@ -27,6 +26,7 @@ from tests.contract_cases import (
     MODELS,
     NUM_ROWS,
     NUM_STEPS,
+    OF_PRUNED,
     SEQUENCE_LENGTH,
     TECHNIQUES,
     VOCAB_SIZE,

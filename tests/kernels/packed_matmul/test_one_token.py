@@ -1,6 +1,7 @@
 """One token in whole numbers, on every kind of processor this one can be, against fp64."""
 
 import ctypes
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,12 +28,12 @@ def libraries(tmp_path_factory):
     program, found = shutil.which("cc"), {"this": one_token.library()}
     for name, march in PROCESSORS.items():
         path = tmp_path_factory.mktemp("kernels") / "one_token.so"
-        if march == "native" or program is None:
+        if march == "native" or program is None or platform.machine() != "x86_64":
             continue
         command = compiler.build_command(program, Path(one_token.__file__).with_suffix(".c"), str(path))
         command = [f"-march={march}" if part == "-march=native" else part for part in command]
-        is_built = subprocess.run(command, capture_output=True).returncode == 0
-        found[name] = ctypes.CDLL(str(path)) if is_built else None
+        subprocess.run(command, capture_output=True, check=True)
+        found[name] = ctypes.CDLL(str(path))
     return found
 
 
@@ -55,7 +56,7 @@ def test_products(encoding, shape, processor):
     x[0, length // 2] *= 300
     number = number_of(encoding)
     if not one_token.covers(number, length, num_groups):
-        assert processor == "none" or encoding == 8 or length // num_groups % 5 or encoding != "ternary"
+        assert processor == "none" or encoding == 8
         return
     assert processor != "none"
     found = one_token.packed_matmul(x, pack(codes, encoding), scales, zeros, number)
@@ -73,9 +74,11 @@ def test_whole_tokens_times_ternary_codes_are_exact(length, processor):
     codes, tokens = random_codes("ternary", 7, length), torch.randint(-128, 128, (1, length)).to(torch.int8)
     tokens[0, ::2] = -128
     codes[0], codes[1] = 1, -1
-    if one_token.covers(3, length, 1):
-        found = one_token.ternary_int8_matmul(tokens, pack(codes, "ternary"))
-        assert torch.equal(found, (tokens.long() @ codes.t()).int())
+    if not one_token.covers(3, length, 1):
+        assert processor == "none"
+        return
+    found = one_token.ternary_int8_matmul(tokens, pack(codes, "ternary"))
+    assert torch.equal(found, (tokens.long() @ codes.t()).int())
 
 
 def test_the_same_on_any_number_of_threads(monkeypatch):
