@@ -11,7 +11,13 @@ from leanmill.core.errors import ConfigError, RunError
 from leanmill.models.config import ModelConfig
 from leanmill.models.folder_weights import FolderWeights
 from leanmill.models.pretrained import load_weights
-from leanmill.parallel.collectives import broadcast_object, same_on_all_ranks
+from leanmill.parallel.collectives import (
+    broadcast_object,
+    collective_device,
+    is_alone,
+    is_first_rank,
+    same_on_all_ranks,
+)
 from leanmill.parallel.tensors import assign, write_part
 
 
@@ -69,9 +75,9 @@ class StoredWeights:
         if folder is None:
             return self._broadcast(value, like, name)
         source = folder.sources.get(name)
-        if _is_reader() and (source is None or source.shape != tuple(like.shape)):
+        if is_first_rank() and (source is None or source.shape != tuple(like.shape)):
             raise ConfigError(self._unlike(name, like, None if source is None else list(source.shape)))
-        if _is_reader():
+        if is_first_rank():
             value = torch.empty(like.shape, dtype=like.dtype)
             folder.read_into(value, name)
         return self._broadcast(value, like, name)
@@ -86,7 +92,7 @@ class StoredWeights:
             return
         self._is_open = True
         problem: dict[str, str] = {}
-        if _is_reader():
+        if is_first_rank():
             try:
                 self._folder = FolderWeights.open(self.config, downloads=True)
                 if self._folder is None:
@@ -97,7 +103,7 @@ class StoredWeights:
         if problem := told["problem"]:
             raise (ConfigError if problem["kind"] == "ConfigError" else RunError)(problem["message"])
         if told["is_folder"]:
-            if not _is_reader():
+            if not is_first_rank():
                 self._folder = self._seen_here()
             identity = None if self._folder is None else self._folder.identity
             self._everyone_reads = same_on_all_ranks(identity)
@@ -117,23 +123,17 @@ class StoredWeights:
         )
 
     def _broadcast(self, value: Tensor | None, like: Tensor, name: str) -> Tensor:
-        if _is_reader() and (value is None or value.shape != like.shape):
+        if is_first_rank() and (value is None or value.shape != like.shape):
             raise ConfigError(self._unlike(name, like, None if value is None else list(value.shape)))
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if is_alone():
             assert value is not None
             return value
-        device = (
-            torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-        )
+        device = collective_device()
         if value is None:
             value = torch.empty(like.shape, dtype=like.dtype, device=device)
         value = value.to(device, like.dtype).contiguous()
         dist.broadcast(value, src=0)
         return value
-
-
-def _is_reader() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _tensors_of(config: ModelConfig) -> dict[str, Tensor]:

@@ -69,11 +69,13 @@ def _check_ranks_agree(layout: Layout) -> None:
     Raises:
         RunError: They were started with other layouts; the same on all ranks.
     """
-    sizes = [layout.dp_shard, layout.ep, layout.expert_chunks]
+    options = None if layout.fully_sharded is None else layout.fully_sharded.model_dump(mode="json")
+    sizes = [layout.dp_shard, layout.ep, layout.expert_chunks, options]
     if not same_on_all_ranks(sizes):
         found = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(sizes)))
         raise RunError(
-            f"ranks differ in layout, [dp_shard, ep, expert_chunks] is {found}; start every rank with the same recipe"
+            f"ranks differ in layout, [dp_shard, ep, expert_chunks, experts] is {found}; "
+            f"start every rank with the same recipe"
         )
 
 

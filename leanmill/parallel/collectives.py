@@ -26,7 +26,7 @@ def reduced(tensor: Tensor, op: Literal["sum", "max", "min"], group: dist.Proces
     """Return `tensor` reduced element-wise over the ranks of `group` (all of them); the argument is left as it is."""
     if not _is_distributed():
         return tensor.clone()
-    device = _collective_device() if tensor.device.type == "cpu" else tensor.device
+    device = collective_device() if tensor.device.type == "cpu" else tensor.device
     result = tensor.detach().to(device, copy=True)
     dist.all_reduce(result, op=getattr(dist.ReduceOp, op.upper()), group=group)
     return result.to(tensor.device)
@@ -40,7 +40,7 @@ def begin_max_over_ranks(tensor: Tensor) -> Callable[[], Tensor]:
     if not _is_distributed():
         result = tensor.clone()
         return lambda: result
-    result = tensor.detach().to(_collective_device(), copy=True)
+    result = tensor.detach().to(collective_device(), copy=True)
     work = dist.all_reduce(result, op=dist.ReduceOp.MAX, async_op=True)
 
     def wait() -> Tensor:
@@ -59,7 +59,7 @@ def broadcast_object(value: Any = None) -> Any:
     """
     if not _is_distributed():
         return json.loads(json.dumps(value))
-    device = _collective_device()
+    device = collective_device()
     encoded = json.dumps(value).encode() if dist.get_rank() == 0 else b""
     size = torch.tensor([len(encoded)], device=device)
     dist.broadcast(size, src=0)
@@ -83,7 +83,7 @@ def gather_objects(value: Any) -> list[Any]:
     """Return every rank's `value`, by rank, on every rank; anything JSON can hold."""
     if not _is_distributed():
         return [json.loads(json.dumps(value))]
-    device, world_size = _collective_device(), dist.get_world_size()
+    device, world_size = collective_device(), dist.get_world_size()
     encoded = json.dumps(value).encode()
     longest = int(max_over_ranks(torch.tensor([len(encoded)])))
     mine = torch.frombuffer(bytearray(encoded.ljust(longest)), dtype=torch.uint8).to(device)
@@ -106,7 +106,7 @@ def barrier() -> None:
     """Return once every rank has called it."""
     if _is_distributed():
         # A reduction rather than dist.barrier, which guesses a device under NCCL.
-        token = torch.zeros(1, device=_collective_device())
+        token = torch.zeros(1, device=collective_device())
         dist.all_reduce(token)
         token.item()
 
@@ -115,7 +115,7 @@ def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _collective_device() -> torch.device:
+def collective_device() -> torch.device:
     """Where small tensors of unknown home are reduced: the CPU unless only NCCL is there."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())

@@ -159,12 +159,10 @@ class LayoutConfig(Config):
     @classmethod
     def _expand_experts(cls, value: Any) -> Any:
         # Only the one has options, so naming one of them asks for it.
-        return {"type": value} if isinstance(value, str) else {"type": "fully_sharded", **_plain(value)}
+        if isinstance(value, str):
+            return {"type": value}
+        return {"type": "fully_sharded", **value} if isinstance(value, dict) else value
 
     def num_expert_ranks(self, world_size: int) -> int:
         """Return how many ranks share the experts of a layer."""
         return world_size if isinstance(self.experts, FullyShardedExperts) else self.ep
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    return value.model_dump() if isinstance(value, Config) else value  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ class LocalExperts:
         ConfigError: This DeepSpeed has no groups for parameters of stage 3.
     """
 
-    def __init__(self, layout: Layout, stage: int = 2) -> None:
+    def __init__(self, layout: Layout, stage: int) -> None:
         if layout.ep > 1 and stage == 3:
             _check_has_groups(layout.ep)
         self.layout = layout

@@ -39,7 +39,8 @@ class Sizes:
 def agree_on_chunks(num_chunks: int, group: dist.ProcessGroup, device: torch.device) -> None:
     """Check that all ranks cut their tokens into as many pieces: how long every later table is.
 
-    A plain collective, which no recomputation repeats or looks for. Once a run.
+    A plain collective, which no recomputation repeats or looks for. Once a layer, for whoever spreads experts
+    without `build_engine`, which compares whole layouts.
 
     Raises:
         RunError: They do not; the same on all ranks.

@@ -96,6 +96,8 @@ class OwnedExperts:
     def settle(self, optimizer: torch.optim.Optimizer) -> None:
         """Give experts their first owners, once they have values; contiguous ones where those are balanced."""
         size = self.group.size()
+        # NCCL wants every rank in a group's first call, and only some of them send or receive when experts move.
+        reduced(torch.zeros(1, device=next(self.parameters()).device), "sum", self.group)
         if any(dispatch.num_experts % size for dispatch in self._dispatches):
             self._move(choose_owners([[0.0] * d.num_experts for d in self._dispatches], size), optimizer)
 

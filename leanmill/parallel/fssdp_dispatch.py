@@ -102,7 +102,7 @@ class FullyShardedDispatch:
         rows = once_a_rank(ranks, self.group.size())
         options: dict[str, Any] = {"num_experts": self.num_experts, "num_chunks": 1, "group": self.group}
         (sizes,) = agree_on_sizes(rows, ranks, tokens, top_k_index, weights, tell=_packed(wanted), **options)
-        copies = Copies.of(_unpacked(sizes.told, self.num_experts), self.owners, self.group, self.group.size())
+        copies = Copies.of(_unpacked(sizes.told, self.num_experts), self.owners, self.group)
         self._note(index, ranks)
         # As one number an expert and rank, which is what a chunk takes apart again.
         places = ranks * self.num_experts + _looked_up(copies.places(tokens.device), index, 0)
@@ -129,6 +129,7 @@ class FullyShardedDispatch:
             bytes_per_value=tokens.element_size(),
             bytes_per_weight=weights.element_size(),
             rematerialise=self.rematerialise,
+            trains=any(tensor.requires_grad for tensor in own),
         )
 
     @torch.no_grad()

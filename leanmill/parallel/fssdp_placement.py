@@ -37,6 +37,7 @@ class Prices:
         bytes_per_value: int,
         bytes_per_weight: int,
         rematerialise: bool,
+        trains: bool = True,
     ) -> Prices:
         """Return what travels in training without recomputed blocks.
 
@@ -47,10 +48,11 @@ class Prices:
             bytes_per_value: Of the dtype that is computed in.
             bytes_per_weight: Of a combine weight.
             rematerialise: Whether copies are dropped after forward and fetched again for backward.
+            trains: Whether experts get gradients; frozen ones are fetched once, and kept for backward.
         """
         return cls(
             row=4 * hidden_size * bytes_per_value + top_k * (2 * bytes_per_weight + 4),
-            expert=(3 if rematerialise else 2) * parameters_per_expert * bytes_per_value,
+            expert=(1 + trains * (1 + rematerialise)) * parameters_per_expert * bytes_per_value,
         )
 
 

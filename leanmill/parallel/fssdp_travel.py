@@ -46,25 +46,22 @@ class Copies:
     wanted_by: list[list[int]]
     """By rank: experts of this one that the rank holds a copy of, ascending; none of its own."""
     group: dist.ProcessGroup
-    divisor: int
-    """What summed gradients are divided by."""
 
     @classmethod
-    def of(cls, wanted: Tensor, owners: Owners, group: dist.ProcessGroup, divisor: int) -> Copies:
+    def of(cls, wanted: Tensor, owners: Owners, group: dist.ProcessGroup) -> Copies:
         """Return this rank's part of a plan.
 
         Args:
             wanted: Bool [ranks, experts] on the host: experts that a rank does not own and holds a copy of.
             owners: Of all experts.
             group: The ranks.
-            divisor: See `divisor`.
         """
         me = group.rank()
         owned = [expert for expert, owner in enumerate(owners) if owner == me]
         wanted_by: list[list[int]] = [[] for _ in range(group.size())]
         for rank, place in wanted[:, owned].nonzero().tolist():
             wanted_by[rank].append(owned[place])
-        return cls(owned, wanted[me].nonzero().flatten().tolist(), owners, wanted_by, group, divisor)
+        return cls(owned, wanted[me].nonzero().flatten().tolist(), owners, wanted_by, group)
 
     @property
     def num_held(self) -> int:
@@ -120,7 +117,7 @@ class Copies:
             for total, parts in zip(totals, incoming, strict=True):
                 for expert, part in zip(self.wanted_by[source], parts, strict=True):
                     total[place[expert]] += part
-        return [total.div_(self.divisor) for total in totals]
+        return [total.div_(size) for total in totals]
 
 
 class Held:
@@ -155,7 +152,6 @@ class _Node:
     """What `_Refetch` must know of `_Fetch`: its context, whose saved weights are those of the recomputation if any."""
 
     context: Any = None
-    own: tuple[Tensor, ...] = ()
 
 
 class _Fetch(torch.autograd.Function):

@@ -23,6 +23,7 @@ from leanmill.parallel.config import (
     DeepSpeedEngine,
     EngineConfig,
     FsdpEngine,
+    FullyShardedExperts,
 )
 from leanmill.parallel.expert_parallel import check_experts, expert_modules, num_held_parameters
 from leanmill.parallel.layout import resolve_layout
@@ -119,19 +120,24 @@ class Subject:
             num_micro_batches=micro_batches_of_step(changed, case.world_size),
         )
         if layout.fully_sharded is not None:
-            memory.add("transient", "fetched experts", self._fetched_bytes(changed.train.precision))
+            memory.add("transient", "fetched experts", self._fetched_bytes(changed, layout.fully_sharded))
         memory.add("transient", "activations", activation_bytes(changed, config, self.token_shares))
         memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
         memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
         return memory
 
-    def _fetched_bytes(self, precision: str) -> int:
-        """Copies of all experts of the largest layer and their gradients: the most that a rank may fetch at once."""
+    def _fetched_bytes(self, recipe: Recipe, experts: FullyShardedExperts) -> int:
+        """Copies of all experts of a layer and their gradients, the most that a rank may fetch at once.
+
+        Of every layer where nothing drops copies between forward and backward, with the gradients of one.
+        """
         layers: dict[int | None, int] = {}
         for weight in self.weights:
-            width = 2 if precision == "bf16" else weight.itemsize
-            layers[weight.block] = layers.get(weight.block, 0) + 2 * weight.is_expert * weight.numel * width
-        return max(layers.values(), default=0)
+            width = 2 if recipe.train.precision == "bf16" else weight.itemsize
+            layers[weight.block] = layers.get(weight.block, 0) + weight.is_expert * weight.numel * width
+        largest = max(layers.values(), default=0)
+        is_kept = not experts.rematerialise and recipe.train.activation_checkpointing == "none"
+        return largest + (sum(layers.values()) if is_kept else largest)
 
 
 def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[Weight]:

@@ -161,7 +161,7 @@ def _child(node: Any, key: str, keys: list[str], depth: int, override: str) -> A
     child = node.get(key)
     if child is None:
         node[key] = wanted
-    elif isinstance(child, str) and key == "engine":
+    elif isinstance(child, str) and keys[: depth + 1] in (["engine"], ["layout", "experts"]):
         node[key] = {"type": child}  # the short form of the section
     return node[key]
 

@@ -8,8 +8,13 @@ from typing import Any
 from leanmill.core.config import Config
 from leanmill.core.registry import PASSES, known_techniques, pass_class, technique_class
 from leanmill.optim.config import AdamW
+from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.yaml_source import EXPONENT
+
+
+_MEANT_WITHOUT_TYPE = (AdamW.__name__, FullyShardedExperts.__name__)
+"""Of the sections of several types, the ones that a mapping without `type` means."""
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -32,18 +37,23 @@ def recipe_schema() -> dict[str, Any]:
         "discriminator": {"propertyName": "type", "mapping": passes},
     }
     definitions.pop("PassConfig", None)
-    engine = schema["properties"]["engine"]
-    names = sorted(engine["discriminator"]["mapping"])
-    union = {key: engine.pop(key) for key in ("oneOf", "discriminator")}
-    engine |= {
-        "if": {"type": "string"},
-        "then": {"enum": names, "description": "Short for `{type: ...}`."},
-        "else": union,
-    }
+    for section in (schema["properties"]["engine"], definitions["LayoutConfig"]["properties"]["experts"]):
+        _allow_name(section)
     for union in list(_unions(schema)):
         _discriminate(union, definitions)
     _allow_exponents(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Leanmill recipe", **schema}
+
+
+def _allow_name(section: dict[str, Any]) -> None:
+    """Let a section of several types be its type alone, without options."""
+    names = sorted(section["discriminator"]["mapping"])
+    union = {key: section.pop(key) for key in ("oneOf", "discriminator")}
+    section |= {
+        "if": {"type": "string"},
+        "then": {"enum": names, "description": "Short for `{type: ...}`."},
+        "else": union,
+    }
 
 
 def _unions(node: Any) -> Iterator[dict[str, Any]]:
@@ -63,8 +73,7 @@ def _discriminate(union: dict[str, Any], definitions: dict[str, Any]) -> None:
     choices = []
     for tag, reference in mapping.items():
         definition = definitions[reference.rpartition("/")[2]]
-        # Required of each but the one that a mapping without it means.
-        required = [] if definition["title"] == AdamW.__name__ else ["type"]
+        required = [] if definition["title"] in _MEANT_WITHOUT_TYPE else ["type"]
         definition["required"] = [*required, *(key for key in definition.get("required", ()) if key != "type")]
         is_it: dict[str, Any] = {"properties": {"type": {"const": tag}}, "required": required}
         choices.append({"if": is_it, "then": {"$ref": reference}})

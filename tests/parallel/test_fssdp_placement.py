@@ -91,3 +91,13 @@ def test_prices_are_those_of_the_guide() -> None:
     sizes = {"hidden_size": 10, "top_k": 2, "parameters_per_expert": 60, "bytes_per_value": 2, "bytes_per_weight": 4}
     assert Prices.of(**sizes, rematerialise=True) == Prices(row=80 + 24, expert=360)  # type: ignore[arg-type]
     assert Prices.of(**sizes, rematerialise=False).expert == 240  # type: ignore[arg-type]
+
+
+def test_frozen_experts_cost_their_weights_once():
+    sizes = {"hidden_size": 8, "top_k": 2, "parameters_per_expert": 100, "bytes_per_value": 2, "bytes_per_weight": 4}
+    costs = [
+        Prices.of(**sizes, rematerialise=again, trains=trains).expert
+        for trains in (False, True)
+        for again in (False, True)
+    ]
+    assert costs == [200, 200, 400, 600]

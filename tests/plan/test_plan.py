@@ -169,6 +169,9 @@ def test_a_rank_holds_its_experts():
     assert (
         sharded.memory.transient["fetched experts"] == 2 * 2 * NUM_IN_EXPERTS // 2
     )  # one layer's, and gradients, bf16
+    kept = {"experts": {"rematerialise": False}}
+    kept_plan = plan(_recipe("ddp", model=MIXTURE, layout=kept, data=data), 4)
+    assert kept_plan.memory.transient["fetched experts"] == 2 * NUM_IN_EXPERTS * 3 // 2  # both layers', one's gradients
     # What is sharded over all ranks is so however experts are spread.
     for engine in ("fsdp", {"type": "deepspeed", "stage": 2}):
         for part in ("gradients", "optimizer state"):

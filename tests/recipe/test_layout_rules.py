@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from leanmill.core.errors import ConfigError
+from leanmill.recipe.io import load_recipe, validate_recipe
 from leanmill.recipe.root import Recipe
+from leanmill.recipe.schema import recipe_schema
 
 
 def recipe(**sections: Any) -> Recipe:
@@ -32,6 +36,28 @@ def test_naming_an_option_of_fully_sharded_experts_asks_for_them(engine: Any) ->
     named = recipe(engine=engine, layout={"experts": "fully_sharded"}).layout
     assert named == recipe(engine=engine, layout={"experts": {"move_every_steps": 100}}).layout
     assert (named.num_expert_ranks(6), recipe(layout={"ep": 4}).layout.num_expert_ranks(8)) == (6, 4)
+
+
+@pytest.mark.parametrize("value", [None, 3, ["spread"], {"type": "spread", "materialise": "loaded"}])
+def test_experts_that_are_no_section(value: Any) -> None:
+    with pytest.raises(ConfigError, match="experts"):
+        validate_recipe({"layout": {"experts": value}}, source="recipe")
+
+
+def test_the_schema_has_the_short_form_of_experts() -> None:
+    experts = recipe_schema()["$defs"]["LayoutConfig"]["properties"]["experts"]
+    assert experts["if"] == {"type": "string"}
+    assert experts["then"]["enum"] == ["fully_sharded", "spread"]
+    required = [choice["if"]["required"] for choice in experts["else"]["allOf"]]
+    assert sorted(required) == [[], ["type"]]
+
+
+def test_an_override_below_the_short_form_of_experts(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    raw = recipe(engine="fsdp").model_dump(mode="json", exclude_unset=True) | {"layout": {"experts": "fully_sharded"}}
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    experts = load_recipe(path, ["layout.experts.materialise=loaded"]).layout.experts
+    assert (experts.type, experts.materialise) == ("fully_sharded", "loaded")
 
 
 @pytest.mark.parametrize(

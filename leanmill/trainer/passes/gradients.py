@@ -30,7 +30,7 @@ def expert_gradients(
         batches: This rank's calibration rows, as many as on each other rank.
         ranks: Which process this is.
     """
-    loaded: Any = load_weights(model, dtype=torch.float32).to(ranks.device).train()
+    loaded: Any = load_weights(model, dtype=torch.float32).to(ranks.device).eval()
     loaded.requires_grad_(False)  # noqa: FBT003
     experts = {
         index: module
