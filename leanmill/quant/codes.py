@@ -17,14 +17,14 @@ def grid_codes(weight: Tensor, scale: Tensor, num_bits: int, kind: Kind) -> Code
     Args:
         weight: Floating [..., out, in].
         scale: As `fake_quant` takes it.
-        num_bits: 1 to 8; stored in the next of 1, 2, 4, 8, or a stretched grid's -1, 0, 1 in base 3.
+        num_bits: 1 to 8; stored in the next of 1, 2, 4, 8, or in base 3 where a grid's codes are -1, 0, 1.
         kind: See `fake_quant`.
     """
     grid = make_grid(num_bits, kind)
     scales = scale.detach().float().clamp(min=SMALLEST_SCALE).reshape(scale_shape(weight, scale))
     groups = weight.float().unflatten(-1, (scales.shape[-1], -1))
     units = (groups / scales.unsqueeze(-1) - grid.shift).clamp(grid.low, grid.high).round()
-    if kind == "stretched" and grid.high == 1:
+    if (grid.low, grid.high, grid.shift) == (-1, 1, 0):
         return Codes(values=units.to(torch.int8).flatten(-2), encoding="ternary", scales=scales, zero=0.0)
     # Distances from the lowest code, which is the zeroth.
     values = (units - grid.low).to(torch.uint8).flatten(-2)

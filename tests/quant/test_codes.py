@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from leanmill.quant.binary.stage import BinaryStage
+from leanmill.quant.int_quant.stage import IntWeights
 from leanmill.quant.lsq.stage import LsqStage
 from leanmill.quant.paretoq.stage import make_stage
 from leanmill.quant.sharing import Sharing
@@ -19,6 +20,8 @@ STAGES = {
     "binary": (lambda w: BinaryStage(Sharing("tensor"), center=True), 1),
     "binary rows": (lambda w: BinaryStage(Sharing("row"), center=False), 1),
     "binary groups": (lambda w: BinaryStage(Sharing("group", 8), center=True), 1),
+    "int_quant 2": (lambda w: IntWeights(2), "ternary"),
+    "lsq symmetric 2": (lambda w: started(LsqStage(w, 2, "symmetric", "row"), w), "ternary"),
     "lsq midrise": (lambda w: started(LsqStage(w, 3, "midrise", "row"), w), 4),
     "paretoq 1": (lambda w: started(make_stage(w, 1), w), 1),
     "paretoq 1.58": (lambda w: started(make_stage(w, 1.58), w), "ternary"),
@@ -59,3 +62,14 @@ def test_a_grid_without_zero_has_no_codes_for_one(name):
     stage = STAGES[name][0](weight)
     assert (stage(weight) == 0).sum() == 40
     assert stage.codes(weight) is None
+
+
+@pytest.mark.parametrize("alpha", [1.0, -1.0])
+def test_the_sign_of_a_tiny_weight_is_not_lost(alpha):
+    weight = torch.tensor([[-1e-12, 1e-12, 1.0, -1.0]])
+    stage = make_stage(weight, 1)
+    with torch.no_grad():
+        stage.scale.fill_(alpha)
+    codes = stage.codes(weight)
+    assert codes.values.tolist() == [[0, 1, 1, 0]]
+    assert torch.equal(values_of(codes), stage(weight).detach().double())

@@ -86,8 +86,13 @@ class SignStage(LearnedScale):
     def rounded(self, weight: Tensor) -> Tensor:
         return _ElasticSign.apply(weight, self.scale, self.grad_scale)  # type: ignore[no-any-return]
 
+    @torch.no_grad()
     def codes(self, weight: Tensor) -> Codes | None:
-        return None if self.is_mixed else self.grid.codes(weight, 2 * self.scale)
+        if self.is_mixed or bool((weight == 0).any()):
+            return None
+        # By the sign itself: the grid rounds w / (2 alpha) - 1/2, where a tiny negative w is lost.
+        scales = 2 * self.scale.detach().clamp(min=SMALLEST_SCALE)
+        return Codes(values=(weight > 0).to(torch.uint8), encoding=1, scales=scales, zero=0.5)
 
     def learned_grid(self) -> LearnedGrid | None:
         return None  # gradients are others
