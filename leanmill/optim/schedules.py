@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from leanmill.core.lengths import steps_of
 from leanmill.optim.config import ScheduleConfig
 
 
@@ -61,8 +62,7 @@ def _of_peak(config: ScheduleConfig, step: int, num_steps: int) -> float:
 
 def warmup_steps(config: ScheduleConfig, num_steps: int) -> int:
     """Return the number of warm-up steps; a float counts as a share of the run."""
-    given = config.warmup_steps
-    return given if isinstance(given, int) else round(given * num_steps)
+    return steps_of(config.warmup_steps, num_steps)
 
 
 def _infinite(config: ScheduleConfig, step: int, warmup: int, num_steps: int) -> float:

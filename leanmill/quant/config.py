@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.lengths import steps_of
 from leanmill.core.technique import TechniqueConfig, WeightTechniqueConfig
 
 
@@ -37,11 +38,13 @@ class Warmup(TechniqueConfig):
         return str(type(self).model_fields["type"].default)
 
     def problems_in_a_run_of(self, num_steps: int) -> Iterator[str]:
-        steps = self.warmup_steps if isinstance(self.warmup_steps, int) else round(self.warmup_steps * num_steps)
+        steps = steps_of(self.warmup_steps, num_steps, at_least=1)
         if steps and steps >= num_steps:
+            name = f"{self._type}.warmup_steps"
+            remedy = f"set {name} below {num_steps}, e.g. 0.2" if num_steps > 1 else f"leave {name} out"
             yield (
-                f"{self._type}.warmup_steps={self.warmup_steps} is not over before the last of {num_steps} steps, so "
-                f"no step would train what is exported; set {self._type}.warmup_steps below {num_steps}, e.g. 0.2"
+                f"{name}={self.warmup_steps} is not over before the last of {num_steps} steps, so no step would "
+                f"train what is exported; {remedy}"
             )
 
 

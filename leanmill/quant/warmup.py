@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.lengths import steps_of
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.stage import OperandStage
@@ -54,7 +55,7 @@ class RaiseStrength(StepRule):
     Args:
         model: Whose sites are walked.
         technique: Whose stages.
-        warmup_steps: Steps (int), or a share of the run (float below 1).
+        warmup_steps: Steps (int), or a share of the run (float below 1) that comes to a step at least; above 0.
     """
 
     def __init__(self, model: nn.Module, technique: str, warmup_steps: int | float) -> None:
@@ -63,7 +64,7 @@ class RaiseStrength(StepRule):
         self.strength = 0.0
 
     def begin_step(self, context: StepContext) -> None:
-        self.strength = min(1.0, context.step / max(1, num_warmup_steps(self.warmup_steps, context.num_steps)))
+        self.strength = min(1.0, context.step / steps_of(self.warmup_steps, context.num_steps, at_least=1))
         for stage in self._stages():
             if stage.strength is not None:
                 stage.strength.fill_(self.strength)
@@ -81,8 +82,3 @@ class RaiseStrength(StepRule):
 def warmup_rules(sites: Sites, technique: str, warmup_steps: int | float) -> tuple[StepRule, ...]:
     """Return the step rule of a technique's warm-up, where it has one."""
     return (RaiseStrength(sites.model, technique, warmup_steps),) if warmup_steps else ()
-
-
-def num_warmup_steps(warmup_steps: int | float, num_steps: int) -> int:
-    """Return the steps in which lambda is below 1; a float counts as a share of the run."""
-    return warmup_steps if isinstance(warmup_steps, int) else round(warmup_steps * num_steps)

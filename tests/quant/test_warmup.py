@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from leanmill.core.registry import parse_technique
 from leanmill.core.rules import StepContext
 from leanmill.core.sites import iter_sites
 from leanmill.models.materialise import initialise_stages
@@ -97,6 +98,19 @@ def test_without_a_warmup_there_is_no_buffer():
     install(model, {"type": "ternary", "activation_bits": 8}, {"type": "nm_sparsity"})
     initialise_stages(model)
     assert not any("strength" in name for name in model.state_dict())
+
+
+def test_a_share_that_rounds_to_nothing_is_one_step():
+    (rule,) = install(tiny(), {"type": "ternary", "warmup_steps": 0.1}).step_rules
+    for step, strength in enumerate((0.0, 1.0)):
+        rule.begin_step(context(step, num_steps=2))
+        assert rule.metrics() == {"strength": strength}
+    config = parse_technique({"type": "ternary", "warmup_steps": 0.1})
+    assert not list(config.problems_in_a_run_of(2))
+    (problem,) = config.problems_in_a_run_of(1)
+    assert "is not over before the last of 1 steps" in problem
+    assert problem.endswith("leave ternary.warmup_steps out")
+    assert not list(parse_technique({"type": "ternary", "warmup_steps": 0.0}).problems_in_a_run_of(1))
 
 
 @pytest.mark.parametrize(
