@@ -38,6 +38,7 @@ class SparseLinear(StoredLayer):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.in_features, self.out_features = in_features, values.shape[0]
         self._dense: Tensor | None = None
+        self._dense_of: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None) -> SparseLinear:
@@ -63,13 +64,27 @@ class SparseLinear(StoredLayer):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Multiply tokens [..., in]."""
-        if tokens.device.type == "cuda" and tokens.dtype == self.values.dtype:
-            flat = F.linear(tokens.reshape(-1, self.in_features), self.weight_tensor(), self.bias)
-            return flat.view(*tokens.shape[:-1], self.out_features)
-        if self._dense is None or self._dense.dtype != tokens.dtype or self._dense.device != tokens.device:
-            self._dense = self.weight_values().to(tokens.dtype)
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        return F.linear(tokens, self._dense, bias)
+        if tokens.device.type == "cuda" and tokens.dtype == self.values.dtype:
+            flat = F.linear(tokens.reshape(-1, self.in_features), self.weight_tensor(), bias)
+            return flat.view(*tokens.shape[:-1], self.out_features)
+        return F.linear(tokens, self._dense_weight(tokens.dtype), bias)
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        values, meta = self._dense_of or (None, None)
+        # Moving a module gives it other tensors.
+        is_stale = values is not self.values or meta is not self.meta
+        if self._dense is None or self._dense.dtype != dtype or is_stale:
+            self._dense, self._dense_of = self.weight_values().to(dtype), (self.values, self.meta)
+        return self._dense
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self._dense = self._dense_of = None  # what is loaded lands in the same tensors
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own.
+        return {**self.__dict__, "_dense": None, "_dense_of": None}
 
     def settings(self) -> dict[str, Any]:
         return {"in_features": self.in_features}

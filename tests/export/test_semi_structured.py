@@ -1,5 +1,8 @@
 """2:4 weights as values and metadata of torch's semi-structured tensors."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
@@ -61,3 +64,30 @@ def test_what_has_no_such_form_is_refused(technique, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         export_model(checkpoint, tmp_path / "out", packing="2_4")
     assert not (tmp_path / "out").exists()
+
+
+def sparse_layer(seed, bias=None):
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed)) * torch.tensor([1.0, 0, 0, 1]).repeat(
+        16
+    )
+    return SparseLinear.of(weight, bias)
+
+
+def test_the_dense_weight_follows_what_is_stored():
+    layer, other, tokens = sparse_layer(0), sparse_layer(1), torch.randn(3, 64)
+    before = layer(tokens)
+    layer.load_state_dict(other.state_dict())
+    assert not torch.equal(layer(tokens), before)
+    assert torch.equal(layer(tokens), other(tokens))
+    layer.values = sparse_layer(0).values
+    assert torch.equal(layer(tokens), before)
+    assert torch.equal(layer(tokens.bfloat16()), tokens.bfloat16() @ layer.weight_values().bfloat16().T)
+
+
+def test_a_copy_carries_no_dense_weight():
+    layer, tokens = sparse_layer(0, torch.randn(32)), torch.randn(3, 64)
+    empty = len(pickle.dumps(layer))
+    expected = layer(tokens)
+    assert len(pickle.dumps(layer)) == empty
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(tokens), expected)
