@@ -9,7 +9,7 @@ from leanmill.core.sites import iter_sites
 from leanmill.models.materialise import initialise_stages
 from leanmill.quant.grids import UniformGrid
 from leanmill.quant.lsq.activations import LsqActivations
-from leanmill.quant.lsq.calibration import NUM_BINS, CalibrateSteps, least_error
+from leanmill.quant.lsq.calibration import NUM_BINS, CalibrateSteps, _Histogram, least_error
 from leanmill.quant.lsq.stage import three_sigma_start
 from leanmill.quant.sharing import Sharing
 from tests.core.tiny import install, tiny, tokens
@@ -104,3 +104,9 @@ def test_a_model_starts_from_its_first_batch_whatever_the_micro_batches():
 def test_an_offset_needs_activations():
     with pytest.raises(ValueError, match=r"set activation_bits too"):
         parse_technique({"type": "lsq", "activation_offset": True})
+
+
+def test_a_bin_counts_past_what_fp32_adds_one_to():
+    histogram = _Histogram(-1.0, 1.0, torch.device("cpu"))
+    histogram(torch.zeros(1, dtype=torch.bfloat16).expand((1 << 24) + 5))
+    assert histogram.counts.max() == histogram.counts.sum() == (1 << 24) + 5
