@@ -45,6 +45,8 @@ class FollowSchedule(StepRule):
         return {} if self._now is None else {"masking": list(self._now)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.schedule is None:  # whatever the checkpoint had
+            return
         self._now = Masking(*state["masking"])
         for stage in self._stages():
             if stage.schedule is self.schedule:

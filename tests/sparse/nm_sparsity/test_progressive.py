@@ -147,3 +147,11 @@ def test_groups_that_do_not_divide_a_layer_are_refused():
 
 def test_the_largest_group_is_the_kernels():
     assert config.LARGEST_GROUP == naive.LARGEST_GROUP
+
+
+def test_a_rule_without_a_schedule_takes_no_mask_of_a_checkpoint():
+    model = tiny()
+    (rule,) = install(model, {"type": "nm_sparsity"}).step_rules
+    rule.load_state_dict({"masking": [7, 8, 0.5]})
+    assert {site.stages["mask"].pattern() for _, site in iter_sites(model)} == {(2, 4)}
+    assert rule.state_dict() == {}
