@@ -1,4 +1,4 @@
-"""Packing ternary linear weights into the BitNet format that transformers loads.
+"""Packing ternary and binary linear weights into the BitNet format that transformers loads.
 
 What transformers computes for such a layer, with t the ternary weight in {-1, 0, 1}, s its scale and
 x a row of the input: `q = clamp(round(x * 127 / max|x|), -128, 127)`, then
@@ -55,13 +55,13 @@ def _why_not(model: nn.Module) -> str | None:
         if weight.shape[0] % VALUES_PER_BYTE:
             return (
                 f"{name} has {weight.shape[0]} rows and the BitNet format packs {VALUES_PER_BYTE} at a time; "
-                f"use --to packed or hf, or exclude it from `ternary`"
+                f"use --to packed or hf, or exclude it from its technique"
             )
         levels, scale = _split(weight)
         if (weight - levels * scale).abs().max() > _ROUNDING * scale:
             return (
                 f"{name} is not {{-s, 0, s}} with one s for the whole weight, which is all the BitNet format holds; "
-                f"train with ternary {{granularity: tensor}}, or use --to packed or hf"
+                f"train with ternary or binary {{granularity: tensor}}, or use --to packed or hf"
             )
     if len(_norms(model)) > 1:
         return (

@@ -73,8 +73,8 @@ class GgufFormat(FoldedFormat):
             None
             if found
             else (
-                "no linear weight of this run is ternary (ternary, and int_quant with 2 bits, make some); use --to "
-                "hf, and llama.cpp's own quantiser"
+                "no linear weight of this run is ternary (ternary, int_quant and symmetric lsq with 2 bits, paretoq "
+                "with 1.58, and binary behind a mask make some); use --to hf, and llama.cpp's own quantiser"
             )
         )
 

@@ -40,7 +40,12 @@ def test_codes_come_back_bit_for_bit(family, packing, tmp_path):
     ("family", "technique", "changes", "message"),
     [
         ("llama", {"type": "ternary"}, {}, "has 32 columns, and GGUF's ternary types share a scale among 256"),
-        ("llama", {"type": "int_quant", "weight_bits": 4}, SIZES, "no linear weight of this run is ternary"),
+        (
+            "llama",
+            {"type": "int_quant", "weight_bits": 4},
+            SIZES,
+            r"is ternary \(ternary, int_quant and symmetric lsq with 2 bits",
+        ),
         ("mixtral", {"type": "ternary"}, {}, "GGUF is written for llama, qwen2, qwen3, not mixtral"),
         ("llama", {"type": "ternary"}, {**SIZES, "attention_bias": True}, "biases of attention"),
     ],

@@ -38,8 +38,8 @@ class GradualPruning(WeightTechniqueConfig):
     update_every_steps: int = Field(default=100, ge=1)
     """Optimizer steps between updates; the last one comes at `end`."""
     criterion: Literal["magnitude", "gradient", "fisher"] = "magnitude"
-    """What is pruned first: the smallest |w|, |w g| of the step's gradient g, or w^2 F with the diagonal F of the
-    Fisher matrix as AdamW's second moments have it."""
+    """What is pruned first: the smallest |w|, |w g| of the step's gradient g, or |w| sqrt(F) with the diagonal F of
+    the Fisher matrix as AdamW's second moments have it, which orders weights as w^2 F does; units by the mean."""
     pattern: Literal["unstructured", "block", "row", "column"] = "unstructured"
     """What is pruned as one: weights, blocks of `block_shape`, rows (outputs) or columns (inputs)."""
     block_shape: tuple[_Side, _Side] | None = None

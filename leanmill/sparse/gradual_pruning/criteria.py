@@ -36,7 +36,7 @@ def fisher(weight: View) -> Tensor:
     """Return the root of w^2 F, F the diagonal of the Fisher matrix as Adam's second moments estimate it.
 
     Half of w^2 F is what the loss changes by to second order without w (Theis et al. 2018, arXiv:1801.05787); the root
-    has the same order and does not underflow.
+    has the same order and does not underflow. Of units that are several weights the roots are averaged.
     """
     if not weight.value.numel():
         return weight.value.float()
