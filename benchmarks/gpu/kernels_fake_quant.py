@@ -13,7 +13,7 @@ from leanmill.kernels.fake_quant.activations import int8_activations, quantise_a
 from leanmill.kernels.fake_quant.op import fake_quant, initial_scale
 from leanmill.kernels.lowrank_delta import naive
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
-from leanmill.kernels.ternary.op import binary, ternary
+from leanmill.kernels.ternary.op import ternary
 
 
 LEAST_SHARE = 0.85
@@ -57,7 +57,6 @@ def level_cases(weight: Tensor) -> list[GpuCase]:
     return [
         bandwidth_case("ternary absmean", lambda: ternary(weight), 3 * num_bytes),
         bandwidth_case("ternary twn a row", lambda: ternary(weight, "twn", "row"), 4 * num_bytes),
-        bandwidth_case("binary a row", lambda: binary(weight, "row"), 3 * num_bytes),
         bandwidth_case("quantise_activations", lambda: quantise_activations(weight), 2 * num_bytes),
         bandwidth_case("int8_activations", lambda: int8_activations(weight), num_bytes + num_bytes // 2),
     ]

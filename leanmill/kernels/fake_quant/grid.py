@@ -54,8 +54,8 @@ def make_grid(num_bits: int, kind: Kind) -> Grid:
         raise ValueError(f"num_bits={num_bits!r} is out of range; use a whole number from 1 to 8")
     if num_bits == 1 and kind in ("signed", "symmetric", "stretched"):
         raise ValueError(
-            f"a {kind} grid of 1 bit has no positive code; use grid='midrise' for -s/2 and s/2, "
-            f"grid='unsigned' for 0 and s, or leanmill.kernels.ternary.op.binary"
+            f"a {kind} grid of 1 bit has no positive code; use grid='midrise' for -s/2 and s/2, or "
+            f"grid='unsigned' for 0 and s"
         )
     half = 1 << num_bits - 1
     grids = {

@@ -1,4 +1,4 @@
-/* Ternary and binary levels: sums of magnitudes, then one pass that writes the levels.
+/* Ternary levels: sums of magnitudes, then one pass that writes the levels.
  *
  * Weights that share a scale lie next to each other and are cut into segments; sums are in double,
  * a segment each, so that neither their order nor the number of threads shows after rounding. */
@@ -90,16 +90,6 @@ void CAT(ternary_levels, SUFFIX)(const task_t *task, const T *weight, T *out, in
             /* A product rather than a selection: the level of a group with a NaN is NaN throughout. */
             STORE(o + i, code * level);
         }
-    }
-}
-
-void CAT(binary_levels, SUFFIX)(const task_t *task, const T *weight, T *out, int64_t first, int64_t last) {
-    for (int64_t segment = first; segment < last; segment++) {
-        SEGMENT_OF(task, segment)
-        const T *restrict w = weight + at;
-        T *restrict o = out + at;
-        const float level = task->level[group];
-        for (int64_t i = 0; i < n; i++) STORE(o + i, LOAD(w + i) < 0.0f ? -level : level);
     }
 }
 

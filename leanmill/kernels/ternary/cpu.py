@@ -1,4 +1,4 @@
-"""Ternary and binary levels on the CPU through C."""
+"""Ternary levels on the CPU through C."""
 
 from __future__ import annotations
 
@@ -54,14 +54,6 @@ def ternary_levels(weight: Tensor, group_length: int, level: Tensor, divisor: Te
     task = _task(group_length, level=level, divisor=divisor, threshold=threshold)
     out = large_empty(weight, *weight.shape)
     _run("ternary_levels", task, weight, level.numel() * task.segments_per_group, pointer(out))
-    return out
-
-
-def binary_levels(weight: Tensor, group_length: int, level: Tensor) -> Tensor:
-    """-level for negative weights and level for the others, fp32 [groups]."""
-    task = _task(group_length, level=level)
-    out = large_empty(weight, *weight.shape)
-    _run("binary_levels", task, weight, level.numel() * task.segments_per_group, pointer(out))
     return out
 
 

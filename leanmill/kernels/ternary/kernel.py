@@ -1,4 +1,4 @@
-"""Ternary and binary levels on a GPU: sums of magnitudes, then one pass that writes the levels."""
+"""Ternary levels on a GPU: sums of magnitudes, then one pass that writes the levels."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -49,7 +49,7 @@ def magnitude_sums_kernel(
 @triton.jit
 def levels_kernel(
     weight, out, level, divisor, threshold, num_groups, group_length, segment_length, segments_per_group,
-    IS_TERNARY: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the levels of a piece of the weight."""
     program = tl.program_id(0).to(tl.int64)
@@ -58,16 +58,15 @@ def levels_kernel(
     end = tl.minimum(begin + segment_length, group_length)
     is_group = group < num_groups
     levels = tl.load(level + group, mask=is_group, other=0.0)[:, None]
+    divisors = tl.load(divisor + group, mask=is_group, other=1.0)[:, None]
+    thresholds = tl.load(threshold + group, mask=is_group, other=0.0)[:, None]
     for start in range(begin, end, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = is_group[:, None] & (column < end)[None, :]
         at = group[:, None] * group_length + column[None, :]
         values = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         codes = tl.where(values < 0.0, -1.0, 1.0)
-        if IS_TERNARY:
-            divisors = tl.load(divisor + group, mask=is_group, other=1.0)[:, None]
-            thresholds = tl.load(threshold + group, mask=is_group, other=0.0)[:, None]
-            codes = tl.where(tl.div_rn(tl.abs(values), divisors + tl.zeros_like(values)) > thresholds, codes, 0.0)
+        codes = tl.where(tl.div_rn(tl.abs(values), divisors + tl.zeros_like(values)) > thresholds, codes, 0.0)
         tl.store(out + at, codes * levels, mask=inside)
 
 
@@ -87,15 +86,7 @@ def ternary_levels(weight: Tensor, group_length: int, level: Tensor, divisor: Te
     """sign(w) * level where |w| / divisor > threshold and 0 elsewhere; all fp32 [groups]."""
     shape, programs, tile = _layout(weight, group_length)
     out = torch.empty_like(weight)
-    levels_kernel[(programs,)](weight, out, level, divisor, threshold, *shape, IS_TERNARY=True, num_warps=8, **tile)
-    return out
-
-
-def binary_levels(weight: Tensor, group_length: int, level: Tensor) -> Tensor:
-    """-level for negative weights and level for the others, fp32 [groups]."""
-    shape, programs, tile = _layout(weight, group_length)
-    out = torch.empty_like(weight)
-    levels_kernel[(programs,)](weight, out, level, level, level, *shape, IS_TERNARY=False, num_warps=8, **tile)
+    levels_kernel[(programs,)](weight, out, level, divisor, threshold, *shape, num_warps=8, **tile)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Scales, thresholds and levels of ternary and binary weights, in plain tensor code: the definition.
+"""Scales, thresholds and levels of ternary weights, in plain tensor code: the definition.
 
 Statistics are taken over `dims`, which are kept with size 1. They are summed in fp64, so that the
 order of summation does not show, and rounded to fp32 (fp64 for fp64 weights).
@@ -33,13 +33,6 @@ def ternarise(weight: Tensor, scale: Scale, dims: tuple[int, ...]) -> Tensor:
         codes = exact.sign() * is_kept
     # Rounded once, so that the levels are the same number everywhere in the weight's dtype.
     return codes.to(weight.dtype).mul_(level.to(weight.dtype))
-
-
-def binarise(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return `weight` snapped to {-s, s} with s = mean |w| over `dims`; both zeros count as positive."""
-    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    level = _mean(exact.abs(), dims).to(weight.dtype)
-    return torch.where(weight < 0, -level, level)
 
 
 def _mean(magnitude: Tensor, dims: tuple[int, ...]) -> Tensor:

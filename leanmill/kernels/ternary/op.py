@@ -1,4 +1,4 @@
-"""Ternary and binary weights, trained straight-through."""
+"""Ternary weights, trained straight-through."""
 
 from __future__ import annotations
 
@@ -48,40 +48,6 @@ def ternary(weight: Tensor, rule: Scale = "absmean", granularity: Granularity = 
     return _OverShards.apply(weight, lambda w: naive.ternarise(w, rule, tuple(range(-num_dims, 0))))
 
 
-def binary(weight: Tensor, granularity: Granularity | int = "tensor", *, clip: float | None = None) -> Tensor:
-    """Snap a weight to {-s, s} with s = mean |w|; both zeros count as positive.
-
-    The gradient passes straight-through, with `clip` only where |w| <= clip (XNOR-Net, Rastegari et al. 2016,
-    arXiv:1603.05279, without its gradient of s; BiBERT, Qin et al. 2022, clips at 1).
-
-    Args:
-        weight: fp32, bf16, fp16 or fp64 [..., out, in]. Of a DTensor s is that of the whole tensor.
-        granularity: One s a matrix, a row, or a group of so many neighbours along the last dim.
-        clip: Largest magnitude that receives a gradient; None for all.
-
-    Returns:
-        Of the weight's shape and dtype.
-
-    Raises:
-        ValueError: A dtype, granularity or clip that does not fit, or a weight without dims.
-    """
-    if isinstance(granularity, int):
-        check_float(weight, "the weight")
-        if granularity < 1 or weight.dim() == 0 or weight.shape[-1] % granularity:
-            raise ValueError(f"groups of {granularity} do not divide the rows of a weight {tuple(weight.shape)}")
-        grouped = weight.unflatten(-1, (weight.shape[-1] // granularity, granularity))
-        return binary(grouped, "row", clip=clip).flatten(-2)
-    _check(weight, granularity, get_args(Granularity), "granularity")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip={clip} lets no gradient pass; use a positive number or None")
-    num_dims = _num_dims(weight, granularity)
-    if not is_dtensor(weight):
-        return _binary(weight, num_dims, clip)
-    if _is_whole(weight, num_dims):
-        return on_local_rows(lambda local: _binary(local, num_dims, clip), weight, num_row_dims=num_dims)
-    return _OverShards.apply(weight, lambda w: naive.binarise(w, tuple(range(-num_dims, 0))), clip)
-
-
 def _check(weight: Tensor, value: str, allowed: tuple[str, ...], name: str) -> None:
     check_float(weight, "the weight")
     if weight.dim() == 0:
@@ -104,20 +70,15 @@ def _is_whole(weight: Tensor, num_dims: int) -> bool:
     return not any(p.is_partial() or (isinstance(p, Shard) and p.dim % weight.dim() >= first) for p in placements)
 
 
-def _fast(weight: Tensor, operation: str) -> ModuleType | None:
-    code = choose(operation, weight, c=cpu.library)
-    return None if code is Code.TENSORS else implementation(__package__, code)
-
-
 @torch.library.custom_op("leanmill::ternary", mutates_args=())
 def _ternary(weight: Tensor, rule: str, num_dims: int) -> Tensor:
     weight = weight.contiguous()
     if not weight.numel():
         return weight.clone()  # without weights there is no mean, and nothing to snap
-    fast = _fast(weight, "ternary")
-    if fast is None:
+    code = choose("ternary", weight, c=cpu.library)
+    if code is Code.TENSORS:
         return naive.ternarise(weight, rule, tuple(range(-num_dims, 0))).contiguous()  # type: ignore[arg-type]
-    length = weight.shape[-num_dims:].numel()
+    fast, length = implementation(__package__, code), weight.shape[-num_dims:].numel()
     # Triton launches on the current device.
     with torch.cuda.device_of(weight):
         level, divisor, threshold = _statistics(fast, weight, rule, length)
@@ -140,51 +101,21 @@ def _statistics(fast: ModuleType, weight: Tensor, rule: str, length: int) -> tup
     return level, torch.ones_like(level), threshold
 
 
-@torch.library.custom_op("leanmill::binary", mutates_args=())
-def _binary(weight: Tensor, num_dims: int, clip: float | None) -> Tensor:
-    weight = weight.contiguous()
-    if not weight.numel():
-        return weight.clone()
-    fast = _fast(weight, "binary")
-    if fast is None:
-        return naive.binarise(weight, tuple(range(-num_dims, 0))).contiguous()
-    length = weight.shape[-num_dims:].numel()
-    with torch.cuda.device_of(weight):
-        level = (fast.magnitude_sums(weight, length)[0] / length).to(torch.float32)
-        return fast.binary_levels(weight, length, level)  # type: ignore[no-any-return]
-
-
 def _fake(weight: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def _save_if_clipped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, _, ctx.clip = inputs
-    ctx.save_for_backward(*([] if ctx.clip is None else [weight]))
-
-
-def _clipped(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    if ctx.clip is None:
-        return grad, None, None
-    (weight,) = ctx.saved_tensors
-    return torch.where(weight.abs() <= ctx.clip, grad, 0.0), None, None
-
-
 _ternary.register_fake(_fake)
 _ternary.register_autograd(lambda ctx, grad: (grad, None, None))
-_binary.register_fake(_fake)
-_binary.register_autograd(_clipped, setup_context=_save_if_clipped)
 
 
 class _OverShards(torch.autograd.Function):
     """Tensor code on a DTensor whose scales span ranks: its means are those of the whole tensor."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, function: Any, clip: float | None = None) -> Tensor:
-        ctx.clip = clip
-        ctx.save_for_backward(*([] if clip is None else [weight]))
+    def forward(ctx: Any, weight: Tensor, function: Any) -> Tensor:
         return function(weight)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _clipped(ctx, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from leanmill.kernels.fake_quant.activations import quantise_activations
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
-from leanmill.kernels.ternary.op import binary, ternary
+from leanmill.kernels.ternary.op import ternary
 from tests.distributed import run_ranks
 
 
@@ -59,7 +59,6 @@ def check_levels():
             for granularity in ("tensor", "row"):
                 compare(lambda w, g=granularity: ternary(w, "absmean", g), [weight], [[Shard(dim)]])
                 compare(lambda w, g=granularity: ternary(w, "twn", g), [weight], [[Shard(dim)]])
-                compare(lambda w, g=granularity: binary(w, g, clip=0.5), [weight], [[Shard(dim)]])
     # The scale is the mean of the whole weight, also where ranks hold different numbers of rows.
     weight = torch.tensor([[1.0], [1.0], [7.0]])
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

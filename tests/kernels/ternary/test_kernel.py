@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leanmill.kernels.ternary.naive import binarise, ternarise
+from leanmill.kernels.ternary.naive import ternarise
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
 
 
@@ -23,7 +23,6 @@ def test_kernels(shape, dtype, monkeypatch):
     tolerance = {"rtol": 2**-7 if dtype == torch.bfloat16 else 1e-3 if dtype == torch.float16 else 1e-6, "atol": 0}
     got = kernel.ternary_levels(weight, length, mean, mean, torch.full_like(mean, 0.5))
     torch.testing.assert_close(got, ternarise(weight, "absmean", (-1,)), **tolerance)
-    torch.testing.assert_close(kernel.binary_levels(weight, length, mean), binarise(weight, (-1,)), **tolerance)
     threshold = 0.7 * mean
     sums, counts = kernel.magnitude_sums(weight, length, threshold)
     is_kept = weight.float().abs() > threshold[:, None]

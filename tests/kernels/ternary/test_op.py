@@ -1,4 +1,4 @@
-"""Ternary and binary weights through their entries: every path against the definition."""
+"""Ternary weights through their entries: every path against the definition."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanmill.kernels.ternary import cpu
-from leanmill.kernels.ternary.naive import binarise, ternarise
-from leanmill.kernels.ternary.op import binary, ternary
+from leanmill.kernels.ternary.naive import ternarise
+from leanmill.kernels.ternary.op import ternary
 from tests.kernels.launcher import DEVICE, DTYPES
 
 
@@ -37,31 +37,6 @@ def test_ternary_equals_the_definition(rule, granularity, dtype):
         assert torch.equal(leaf.grad, upstream)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("granularity", ["tensor", "row", 1, 8])
-def test_binary_equals_the_definition(granularity, dtype):
-    weight = torch.randn(3, 5, 16, device=DEVICE).to(dtype)
-    weight[0, 0, :2] = torch.tensor([0.0, -0.0])
-    out = binary(weight, granularity)
-    groups = weight.unflatten(-1, (-1, granularity)) if isinstance(granularity, int) else weight
-    dims = DIMS.get(granularity, (-1,))
-    same(out, binarise(groups, dims).view(weight.shape))
-    # By hand: mean |w| with the sign of w, never zero.
-    level = groups.double().abs().mean(dims, keepdim=True).expand(groups.shape).reshape(weight.shape)
-    expected = torch.where(weight < 0, -level, level)
-    torch.testing.assert_close(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
-    assert (out[0, 0, :2] > 0).all() or granularity == 1
-
-
-@pytest.mark.parametrize("clip", [None, 0.7])
-def test_binary_gradient(clip):
-    weight = torch.randn(4, 9, device=DEVICE, requires_grad=True)
-    upstream = torch.randn_like(weight)
-    binary(weight, "row", clip=clip).backward(upstream)
-    passes = weight.detach().abs() <= (clip or float("inf"))
-    assert torch.equal(weight.grad, upstream * passes)
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_shape_and_stride(data):
@@ -73,10 +48,8 @@ def test_any_shape_and_stride(data):
     rule, granularity = data.draw(st.sampled_from(RULES)), data.draw(st.sampled_from(["tensor", "row"]))
     out = ternary(weight, rule, granularity)
     assert out.shape == weight.shape
-    assert binary(weight, granularity).shape == weight.shape
     if weight.numel():
         same(out, ternarise(weight, rule, DIMS[granularity]))
-        same(binary(weight, granularity), binarise(weight, DIMS[granularity]))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -87,7 +60,6 @@ def test_special_values(rule):
     if rule == "mse":  # the order of sorted NaNs is no definition
         weight = weight[2:]
     same(ternary(weight, rule, "row"), ternarise(weight, rule, (-1,)))
-    same(binary(weight, "row"), binarise(weight, (-1,)))
 
 
 def test_one_dim_is_one_row():
@@ -108,20 +80,18 @@ def test_without_a_compiler_tensor_code_runs(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
     weight = torch.randn(5, 12)
     assert torch.equal(ternary(weight), ternarise(weight, "absmean", (-2, -1)))
-    assert torch.equal(binary(weight), binarise(weight, (-2, -1)))
 
 
 def test_under_compile_and_opcheck():
     weight = torch.randn(6, 16, device=DEVICE, requires_grad=True)
 
     def function(w):
-        return (ternary(w, "twn", "row") + binary(w, 4, clip=0.5)).sin().sum()
+        return ternary(w, "twn", "row").sin().sum()
 
     eager = torch.autograd.grad(function(weight), weight)[0]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(torch.autograd.grad(compiled(weight), weight)[0], eager)
     torch.library.opcheck(torch.ops.leanmill.ternary.default, (weight, "absmean", 2))
-    torch.library.opcheck(torch.ops.leanmill.binary.default, (weight, 1, 0.5))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +101,6 @@ def test_under_compile_and_opcheck():
         (lambda w: ternary(w, "twn", "group"), "row"),
         (lambda w: ternary(w.int()), "int32"),
         (lambda w: ternary(w[0, 0]), "no dims"),
-        (lambda w: binary(w, 3), r"\(4, 8\)"),
-        (lambda w: binary(w, clip=0.0), "clip"),
     ],
 )
 def test_what_does_not_fit_is_named(call, message):
