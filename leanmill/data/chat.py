@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from leanmill.core.errors import ConfigError
@@ -23,7 +24,7 @@ Span = tuple[int, int]
 class ChatRenderer:
     """Renders conversations with a tokenizer's chat template.
 
-    Where the template marks answers with `{% generation %}`, those marks are used. Elsewhere an
+    Where a conversation's template marks answers with `{% generation %}`, those marks are used. Elsewhere an
     answer is what the template adds, after its generation prompt, when the turn is appended; that
     is exact as long as rendering the first turns gives the beginning of rendering all of them,
     which is checked for every conversation.
@@ -36,7 +37,6 @@ class ChatRenderer:
                 "instruction-tuned model, or leave data.tokenizer.path out to train one with a template"
             )
         self._tokenizer = tokenizer
-        self._has_marks = bool(_GENERATION_TAG.search(str(tokenizer.get_chat_template())))
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
         """Return the text of a conversation, its tools given to the template, and the character spans of its answers.
@@ -45,16 +45,17 @@ class ChatRenderer:
             ConfigError: The template refuses the conversation, or its answers cannot be located.
         """
         messages, tools = split_tools(messages)
-        return self._marked(messages, tools) if self._has_marks else self._by_prefix(messages, tools)
+        template = self._template(tools)
+        return self._marked(messages, tools, template) if _has_marks(template) else self._by_prefix(messages, tools)
 
-    def _marked(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[str, list[Span]]:
+    def _marked(self, messages: list[dict[str, Any]], tools: list[Any] | None, template: str) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             special_tokens: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
             rendered: Any = render_jinja_template(
                 conversations=[messages],
-                chat_template=self._template(tools),
+                chat_template=template,
                 tools=tools,
                 return_assistant_tokens_mask=True,
                 **special_tokens,
@@ -66,7 +67,10 @@ class ChatRenderer:
 
     def _template(self, tools: list[Any] | None) -> str:
         """The template: a tokenizer may have one of its own for conversations with tools."""
-        return str(self._tokenizer.get_chat_template(tools=tools))
+        try:
+            return str(self._tokenizer.get_chat_template(tools=tools))
+        except ValueError as error:
+            raise _refused(error) from error
 
     def _by_prefix(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[str, list[Span]]:
         text = self._text(messages, tools)
@@ -95,6 +99,11 @@ class ChatRenderer:
             )
         except Exception as error:
             raise _refused(error) from error
+
+
+@lru_cache(maxsize=8)
+def _has_marks(template: str) -> bool:
+    return bool(_GENERATION_TAG.search(template))
 
 
 def _refused(error: Exception) -> ConfigError:

@@ -103,3 +103,26 @@ def test_no_template_is_refused(with_template):
 def test_unknown_role_is_one_line(tokenizer):
     with pytest.raises(ConfigError, match="unknown role tool"):
         ChatRenderer(tokenizer).render([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize("marked", ["default", "tool_use"])
+def test_the_template_for_tools_decides_how_its_answers_are_found(tokenizer, with_template, marked):
+    plain = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    # In the marked template the closing token is no answer, so that marks and prefixes differ.
+    content = "{% generation %}{{ message['content'] }}{% endgeneration %}"
+    short = plain.replace("{{ message['content'] + eos_token }}", content + "{{ eos_token }}")
+    assert short != plain
+    renderer = ChatRenderer(with_template({"default": plain, "tool_use": plain, marked: short}))
+    with_tools = [{**TWO_TURNS[0], "tools": [{"name": "add"}]}, *TWO_TURNS[1:]]
+    answers = []
+    for messages in (TWO_TURNS, with_tools):
+        text, spans = renderer.render(messages)
+        answers.append([text[start:end] for start, end in spans])
+    by_marks, by_prefix = answers if marked == "default" else answers[::-1]
+    assert by_marks == ["naïve £", "yes"]
+    assert by_prefix == ["naïve £<|endoftext|>", "yes<|endoftext|>"]
+
+
+def test_several_templates_of_which_none_is_the_default_is_one_line(with_template):
+    with pytest.raises(ConfigError, match="multiple chat templates"):
+        ChatRenderer(with_template({"tool_use": CHATML})).render(TWO_TURNS)
