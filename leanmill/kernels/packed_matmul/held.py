@@ -28,7 +28,8 @@ class HeldRows:
         int8_activations: See `packed_matmul`.
 
     Raises:
-        ValueError: Shapes that do not fit, see `packed_matmul`.
+        ValueError: Shapes that do not fit, a `zero` of ternary codes, or int8 activations otherwise than
+            `packed_matmul` takes them.
     """
 
     def __init__(
@@ -41,14 +42,21 @@ class HeldRows:
                 f"packed {packed.dtype} {tuple(packed.shape)} is no weight that has {num_codes} codes a row; it must "
                 f"be uint8 [out, {packed_length(num_codes, number)}]"
             )
+        if number == TERNARY and zero is not None:
+            raise ValueError(f"zero is {zero!r} with encoding 'ternary', whose codes are -1, 0 and 1; leave it None")
+        self._row_scales = per_row(scales, packed, num_codes, "scales").float().contiguous()
+        if int8_activations and (number != TERNARY or self._row_scales.shape[1] != 1):
+            raise ValueError(
+                f"int8_activations with encoding {encoding!r} and scales {tuple(scales.shape)}; allowed: 'ternary' and "
+                f"[out, 1] or one element"
+            )
         self.packed, self.scales, self.encoding = packed, scales, encoding
         self.num_codes, self.int8_activations = num_codes, int8_activations
         self.zero = MIDDLE[number] if zero is None else float(zero)
         self._rows = self._in_c(number)
 
     def _in_c(self, number: int) -> one_token.RowsInC | None:
-        packed = self.packed.contiguous()
-        scales = per_row(self.scales, packed, self.num_codes, "scales").float().contiguous()
+        packed, scales = self.packed.contiguous(), self._row_scales
         if packed.device.type != "cpu" or not packed.numel():
             return None
         if not one_token.covers(number, self.num_codes, scales.shape[1]):
@@ -81,4 +89,4 @@ class HeldRows:
         if not self.int8_activations:
             return self._rows.multiply(x)
         codes, token_scale = cpu.quantise_tokens(x.view(1, -1))
-        return self._rows.count(codes) * (token_scale * self.scales.reshape(self.scales.shape[0], -1)[:, 0]).view(-1)
+        return self._rows.count(codes) * (token_scale * self._row_scales[:, 0]).view(-1)

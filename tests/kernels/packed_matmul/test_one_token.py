@@ -130,3 +130,28 @@ def test_held_rows_round_tokens_as_in_bitnet_and_do_without_a_compiler(monkeypat
     monkeypatch.setattr(one_token, "library", lambda: None)
     held = HeldRows(packed, scales, "ternary", 80, int8_activations=True)
     torch.testing.assert_close(held.multiply(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_held_rows_that_share_one_scale(shape):
+    codes, scale, x = random_codes("ternary", 12, 80), torch.full(shape, 0.25), torch.randn(1, 80)
+    packed = pack(codes, "ternary")
+    expected = packed_matmul(x, packed, scale, "ternary", int8_activations=True)
+    held = HeldRows(packed, scale, "ternary", 80, int8_activations=True)
+    torch.testing.assert_close(held.multiply(x), expected)
+    assert held.scales is scale
+
+
+@pytest.mark.parametrize(
+    ("encoding", "num_groups", "more", "message"),
+    [
+        ("ternary", 2, {"int8_activations": True}, r"int8_activations with encoding 'ternary' and scales \(12, 2\)"),
+        (4, 1, {"int8_activations": True}, "int8_activations with encoding 4"),
+        ("ternary", 1, {"int8_activations": True, "zero": 0.5}, "zero is 0.5"),
+        ("ternary", 1, {"zero": 0.5}, "zero is 0.5"),
+    ],
+)
+def test_held_rows_refuse_what_they_would_compute_wrongly(encoding, num_groups, more, message):
+    packed = pack(random_codes(encoding, 12, 80), encoding)
+    with pytest.raises(ValueError, match=message):
+        HeldRows(packed, torch.rand(12, num_groups), encoding, 80, **more)
