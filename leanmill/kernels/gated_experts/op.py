@@ -15,6 +15,7 @@ from leanmill.kernels.gated_experts.experts import Experts, Needed
 from leanmill.kernels.grouped_gemm.checks import check_offsets, checked
 from leanmill.kernels.grouped_gemm.cpu import is_best_for
 from leanmill.kernels.native.dtypes import is_plain_cpu
+from leanmill.kernels.sharded import is_dtensor
 
 
 def gated_experts(
@@ -31,7 +32,9 @@ def gated_experts(
 
     What `grouped_gemm` and `swiglu` compute one after the other, as one operation: the gate is taken
     while products are stored, and what backward keeps is the operands and the rows of gate and up.
-    Products and sums are fp32 (fp64 for fp64), each result is rounded once, and all repeat bitwise.
+    Products and sums are fp32 (fp64 for fp64), each result is rounded once, and all repeat bitwise; on
+    CPUs that multiply pairs of bf16 in vectors (AVX-512 BF16), gradients times combine weights are rounded
+    to bf16 before they are multiplied for a weight's gradient.
 
     Args:
         tokens: [T, H]; fp32, bf16, fp16 or fp64.
@@ -71,14 +74,14 @@ def _check(
     weights: Tensor,
     num_rows: int | None,
 ) -> None:
-    checked(tokens, gate_up, offsets, positions, None, None, num_rows)
+    checked(tokens, gate_up, offsets, positions, positions, weights, num_rows)
+    if is_dtensor(down):
+        raise ValueError("down is a DTensor; pass down.full_tensor(grad_placements=[Partial()] * mesh.ndim)")
     shapes = f"gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}"
     if down.dim() != 3 or gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
         raise ValueError(f"{shapes} do not fit: they must be [E, 2I, H] and [E, H, I]")
     if down.dtype != gate_up.dtype or down.device != gate_up.device:
         raise ValueError(f"{shapes} are {gate_up.dtype} on {gate_up.device} and {down.dtype} on {down.device}")
-    if weights.shape != positions.shape:
-        raise ValueError(f"weights {tuple(weights.shape)} must have the shape of positions {tuple(positions.shape)}")
 
 
 def _path(experts: Experts) -> ModuleType:

@@ -1,6 +1,7 @@
 /* Matrix products of rows sorted by expert: blocked as in Goto and van de Geijn (2008), with the
  * gather of rows, the widening of 16-bit types and the scaling done while packing, and the scatter
- * to tokens while storing. All products and sums are fp32. */
+ * to tokens while storing. All products and sums are fp32, but that in pairs of bf16 gradients times
+ * combine weights are rounded to bf16 before they are multiplied for a weight's gradient. */
 #ifndef T
 #include "dtypes.h"
 #include "exponential.h"

@@ -208,6 +208,16 @@ def test_autocast_does_not_change_the_dtype_of_products():
     assert tokens.grad.dtype == torch.float32
 
 
+class Sharded(torch.Tensor):
+    """What tells a DTensor from a plain tensor, without a process group."""
+
+    @staticmethod
+    def __new__(cls, tensor):
+        return tensor.as_subclass(cls)
+
+    placements = device_mesh = ()
+
+
 def test_wrong_input_is_refused_with_what_was_given():
     operands = drawn(*ROUTINGS["odd"]())
     names = ("tokens", "gate_up", "down", "offsets", "positions", "weights")
@@ -218,7 +228,10 @@ def test_wrong_input_is_refused_with_what_was_given():
         ({"gate_up": given["gate_up"][:, 1:]}, r"\[E, 2I, H\]"),
         ({"down": given["down"].transpose(1, 2)}, r"\[E, H, I\]"),
         ({"down": given["down"].double()}, "float64"),
-        ({"weights": given["weights"][:, :1]}, "shape of positions"),
+        ({"weights": given["weights"][:, :1]}, "must have the shape of"),
+        ({"weights": given["weights"].to("meta")}, "is on meta"),
+        ({"weights": Sharded(given["weights"])}, "is a DTensor"),
+        ({"down": Sharded(given["down"])}, "down is a DTensor"),
         ({"offsets": given["offsets"].flip(0)}, "ascend"),
         ({"positions": given["positions"] + 1}, "permutation"),
         ({"num_rows": 40}, "num_rows is 40"),
