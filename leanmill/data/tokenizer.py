@@ -79,7 +79,7 @@ def with_chat_template(tokenizer: PreTrainedTokenizerFast, template: str | None)
     """Give a tokenizer another chat template: its Jinja text, or a file that holds it; None changes nothing.
 
     Raises:
-        ConfigError: There is no such file.
+        ConfigError: There is no such file, or it is not UTF-8.
     """
     if template is None:
         return tokenizer
@@ -90,6 +90,10 @@ def with_chat_template(tokenizer: PreTrainedTokenizerFast, template: str | None)
             raise ConfigError(
                 f"data.tokenizer.chat_template: {template!r} is no file that can be read ({error.strerror}) and no "
                 f"Jinja text; give one of the two"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data.tokenizer.chat_template: {template!r} is not UTF-8 at byte {error.start:,}; save it as UTF-8"
             ) from error
     tokenizer.chat_template = template
     return tokenizer

@@ -12,6 +12,9 @@ from leanmill.data.config import HfDataset, Mixture, sources_of
 from leanmill.recipe.root import Recipe
 
 
+_ALWAYS_LOCAL = ("checkpoint.resume", "data.tokenizer.chat_template")
+
+
 def check_files(recipe: Recipe) -> None:
     """Refuse local paths of the recipe that do not exist or cannot be written; hub names are left to the hub.
 
@@ -59,6 +62,7 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     named = {
         "model.path": recipe.model.path,
         "data.tokenizer.path": recipe.data.tokenizer.path,
+        "data.tokenizer.chat_template": _template_file(recipe.data.tokenizer.chat_template),
         "checkpoint.resume": recipe.checkpoint.resume if recipe.checkpoint.resume not in ("auto", "never") else None,
     }
     for index, technique in enumerate(recipe.techniques):
@@ -70,8 +74,12 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
             key = f"data.source.sources.{index}" if is_mixture else "data.source"
             named |= {f"{key}.path": part.path, f"{key}.validation_path": part.validation_path}
     for key, path in named.items():
-        if path is not None and (key == "checkpoint.resume" or _looks_local(path)):
+        if path is not None and (key in _ALWAYS_LOCAL or _looks_local(path)):
             yield key, path
+
+
+def _template_file(template: str | None) -> str | None:
+    return None if template is None or "{" in template else template
 
 
 def _looks_local(path: str) -> bool:
@@ -81,7 +89,7 @@ def _looks_local(path: str) -> bool:
 
 def _gone(path: str) -> bool:
     expanded = expand_user(path)
-    if any(sign in path for sign in "*?["):
+    if any(sign in path for sign in "*?[") and not expanded.exists():
         root = Path(expanded.anchor) if expanded.is_absolute() else Path()
         return not any(root.glob(str(expanded.relative_to(root) if expanded.is_absolute() else expanded)))
     return not expanded.exists()
