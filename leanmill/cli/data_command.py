@@ -10,15 +10,49 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from leanmill.data.preview import RowPreview
+    from leanmill.recipe.root import Recipe
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the first rows that `args.recipe` trains on, documents apart and what is predicted marked."""
+    """Print the first rows that `args.recipe` trains on, documents apart and what is predicted marked.
+
+    Of a recipe with phases, those of each phase that trains; of phases with the same rows once.
+    """
     from leanmill.recipe.io import load_recipe
     from leanmill.recipe.local_files import check_files
 
     recipe = load_recipe(args.recipe, args.overrides)
     check_files(recipe)
+    for phases, one in _with_other_rows(recipe):
+        if phases:
+            print(f"{'phase' if len(phases) == 1 else 'phases'} {', '.join(phases)}")
+        _show_rows(one, args.rows)
+    return 0
+
+
+def _with_other_rows(recipe: Recipe) -> list[tuple[list[str], Recipe]]:
+    """Each recipe whose rows differ from the others', after the names of the phases that it stands for."""
+    from leanmill.recipe.phases import phase_names
+
+    names = [name for name, phase in zip(phase_names(recipe.phases), recipe.phases, strict=True) if phase.trains]
+    if not names:
+        return [([], recipe)]
+    found: list[tuple[list[str], Recipe]] = []
+    for name, one in zip(names, recipe.training_phases(), strict=True):
+        alike = [phases for phases, other in found if _rows_of(other) == _rows_of(one)]
+        if alike:
+            alike[0].append(name)
+        else:
+            found.append(([name], one))
+    return found
+
+
+def _rows_of(recipe: Recipe) -> tuple[object, ...]:
+    """What decides which rows there are, and in which steps."""
+    return recipe.data, recipe.seed, recipe.batch.tokens_per_step
+
+
+def _show_rows(recipe: Recipe, num_rows: int) -> None:
     from rich.console import Console
 
     from leanmill.data.build import build_tokenizer, build_train_data
@@ -32,9 +66,8 @@ def run(args: argparse.Namespace) -> int:
     for line in data.warnings(0):
         print(f"WARNING: {line}")
     print(f"predicted tokens are {'green, others dim' if console.is_terminal else 'between « and »'}")
-    for number, row in enumerate(preview_rows(data.next_rows(args.rows), tokenizer)):
+    for number, row in enumerate(preview_rows(data.next_rows(num_rows), tokenizer)):
         _show(console, number, number // rows_per_step + 1, row)
-    return 0
 
 
 def _show(console: Console, number: int, step: int, row: RowPreview) -> None:

@@ -48,6 +48,21 @@ def test_one_conversation_fills_part_of_a_row(recipe, tmp_path, capsys):
     assert "<|user|>why 1?<|assistant|>«so 1<|endoftext|>»" in out
 
 
+def test_every_training_phase_shows_its_rows_and_the_same_ones_once(recipe, tmp_path, capsys):
+    phases = [
+        {"name": "warm", "overrides": {"optimizer.lr": 1e-4}},
+        {"name": "tune", "overrides": {"data.source.path": f"{tmp_path}/b.jsonl"}},
+        {"name": "settle"},
+    ]
+    assert main(["data", "preview", recipe, "--rows", "1", f"phases={json.dumps(phases)}"]) == 0
+    first, second = capsys.readouterr().out.split("phase tune\n")
+    assert first.startswith("phases warm, settle\n")
+    assert "row 0 of step 1: 3 documents, " in first
+    assert first.count("row 0") == 1
+    assert "row 0 of step 1: 1 document, " in second
+    assert "«so 1<|endoftext|>»" in second
+
+
 def test_a_terminal_gets_colours(capsys):
     pieces = [
         Piece(document=0, is_predicted=False, text="[why]"),
