@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from leanmill.core.errors import ConfigError
-from leanmill.data.config import DataConfig, HfDataset, LocalCorpus
+from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, sources_of
 from leanmill.data.corpus import CorpusText, Domain, corpus_domain
 from leanmill.data.encoding import Document
 from leanmill.data.tally import Tally
@@ -125,9 +125,8 @@ def open_documents(config: DataConfig, root: Path) -> list[Documents]:
     """
     from leanmill.data.hf import open_hf
 
-    sources = config.source.sources if config.source.type == "mixture" else [config.source]
     domains: list[Documents] = []
-    for source in sources:
+    for source in sources_of(config):
         if isinstance(source, HfDataset):
             domains.append(open_hf(source, config.task, root))
         else:

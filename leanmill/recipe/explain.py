@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from leanmill.checkpoint.phases import MODEL
 from leanmill.core.registry import PASSES, known_techniques
-from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
+from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, sources_of
 from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import PhaseConfig, phase_names, source_of
@@ -96,14 +96,13 @@ def _model(recipe: Recipe) -> list[str]:
 
 
 def _data(data: DataConfig) -> list[str]:
-    sources = data.source.sources if isinstance(data.source, Mixture) else [data.source]
     what = "whole text, packed into rows" if data.task == "pretrain" else "chats, loss on the answers only"
     mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
     tokenizer = data.tokenizer.path or f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
     if data.tokenizer.trust_remote_code:
         tokenizer += ", running Python code that comes with it"
     return [
-        " + ".join(_source(source) for source in sources),
+        " + ".join(_source(source) for source in sources_of(data)),
         f"{what} of {data.sequence_length:,} tokens; {mask}; longer documents: {data.long_document_rule}",
         f"tokenizer: {tokenizer}",
     ]
