@@ -24,12 +24,11 @@ Turns = list[dict[str, Any]]
 Where = Callable[[], str]
 
 COLUMNS: Mapping[RowFormat, tuple[str, ...]] = {
-    "messages": ("messages",),  # the name is the recipe's to choose
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
 }
-"""What a row of each format has, at least."""
+"""What a row has, at least; one of `messages` has the column that the recipe names."""
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "model": "assistant", "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
@@ -47,7 +46,7 @@ def format_of(columns: Collection[str], messages_field: str, where: Where) -> Ro
     """
     if messages_field in columns:
         return "messages"
-    fitting = [name for name, needed in COLUMNS.items() if set(needed) <= set(columns) and name != "messages"]
+    fitting = [name for name, needed in COLUMNS.items() if set(needed) <= set(columns)]
     if len(fitting) == 1:
         return fitting[0]
     has = ", ".join(sorted(columns))
@@ -55,7 +54,7 @@ def format_of(columns: Collection[str], messages_field: str, where: Where) -> Ro
         raise ConfigError(
             f"data.source.row_format: rows fit {' and '.join(fitting)} ({where()} has {has}); set row_format to one"
         )
-    known = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in COLUMNS.items() if name != "messages")
+    known = "; ".join(f"{name} needs {' and '.join(needed)}" for name, needed in COLUMNS.items())
     raise ConfigError(
         f"data.source.messages_field: no column {messages_field!r}; it has {has}; set messages_field to one of them, "
         f"or rename columns to those of another row_format ({known}; read in {where()})"
@@ -63,13 +62,14 @@ def format_of(columns: Collection[str], messages_field: str, where: Where) -> Ro
 
 
 def turns_of(row: Mapping[str, Any], row_format: RowFormat, messages_field: str, where: Where) -> Turns:
-    """Return the turns of a row; empty where there are none.
+    """Return the turns of a row; empty where there are none, without an answer where the row has none.
+
+    Answers to nothing (no instruction and input, no prompt) are no turns either.
 
     Raises:
         ConfigError: The row is not of that format; the message names it.
     """
-    columns = COLUMNS[row_format] if row_format != "messages" else (messages_field,)
-    for column in columns:
+    for column in COLUMNS.get(row_format, (messages_field,)):
         if column not in row:
             raise ConfigError(
                 f"data.source.row_format: {row_format} needs the column {column!r}, and {where()} has "
@@ -84,10 +84,10 @@ def _messages(row: Mapping[str, Any], field: str, where: Where) -> Turns:
 
 
 def _sharegpt(row: Mapping[str, Any], field: str, where: Where) -> Turns:
-    turns: Turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    for turn in row["conversations"] or []:
+    turns, given = _system(row, where), row["conversations"] or []
+    for turn in given if isinstance(given, list) else [given]:
         speaker = turn.get("from") if isinstance(turn, Mapping) else None
-        if speaker not in _ROLES or not isinstance(turn.get("value"), str):
+        if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(turn.get("value"), str):
             raise ConfigError(
                 f"column 'conversations' in {where()} must be a list of {{from, value}} with from one of "
                 f"{', '.join(_ROLES)}, got {str(turn)[:80]!r}; correct the row"
@@ -98,11 +98,16 @@ def _sharegpt(row: Mapping[str, Any], field: str, where: Where) -> Turns:
 
 def _alpaca(row: Mapping[str, Any], field: str, where: Where) -> Turns:
     task, given, answer = (_text(row, key, where) for key in ("instruction", "input", "output"))
-    if not (task or given) and not answer:
-        return []
-    system: Turns = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     question = "\n\n".join(part for part in (task, given) if part)
-    return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if not question.strip():
+        return []
+    turns: Turns = [*_system(row, where), {"role": "user", "content": question}]
+    return [*turns, {"role": "assistant", "content": answer}] if answer.strip() else turns
+
+
+def _system(row: Mapping[str, Any], where: Where) -> Turns:
+    text = _text(row, "system", where)
+    return [{"role": "system", "content": text}] if text else []
 
 
 def _prompt_completion(row: Mapping[str, Any], field: str, where: Where) -> Turns:
@@ -110,8 +115,10 @@ def _prompt_completion(row: Mapping[str, Any], field: str, where: Where) -> Turn
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row[key], list):
             turns += check_messages(row[key], lambda key=key: f"column {key!r} in {where()}")  # type: ignore[misc]
-        elif text := _text(row, key, where):
+        elif (text := _text(row, key, where)).strip():
             turns.append({"role": role, "content": text})
+        if not turns:
+            return []
     return turns
 
 
@@ -133,18 +140,35 @@ def _text(row: Mapping[str, Any], key: str, where: Where) -> str:
 def check_messages(value: Any, where: Where) -> Turns:
     """Return `value` as turns of a conversation; `where` names it in a message.
 
-    Arguments of tool calls become mappings, as chat templates want them; what a columnar file filled up with null goes.
+    Arguments of tool calls that are a mapping in JSON become one, as chat templates want them, other text stays; what a
+    columnar file filled up with null goes.
 
     Raises:
-        ConfigError: It is not a list of {role, content}.
+        ConfigError: It is not a list of {role, content}, or `tool_calls` of a turn is not a list of mappings.
     """
-    good = isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and ("content" in turn or turn.get("tool_calls"))
-        for turn in value
-    )
-    if not good:
-        raise ConfigError(f"{where()} must be a list of {{role, content}} turns, got {str(value)[:80]!r}")
+    for turn in value if isinstance(value, list) else [value]:
+        if not isinstance(value, list) or not _is_turn(turn):
+            raise ConfigError(
+                f"{where()} must be a list of {{role, content}} turns, content text or a list of parts, got "
+                f"{str(turn)[:80]!r}; correct the row"
+            )
+        if turn.get("tool_calls") is not None and not _are_mappings(turn["tool_calls"]):
+            raise ConfigError(
+                f"{where()} has tool_calls {str(turn['tool_calls'])[:80]!r}, which must be a list of calls "
+                f"{{type, function}}; correct the row"
+            )
     return [_turn(turn) for turn in value]
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        return False
+    content = turn.get("content")
+    return bool(turn.get("tool_calls")) if content is None else isinstance(content, (str, list))
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, Any]:
@@ -154,8 +178,8 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _call(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         parsed = _json(function["arguments"])
         if isinstance(parsed, dict):
@@ -164,23 +188,34 @@ def _call(call: Any) -> Any:
 
 
 def _with_tools(turns: Turns, row: Mapping[str, Any], where: Where) -> Turns:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        tools = _json(tools) if tools.strip() else None
-        if tools is None and row["tools"].strip():
-            raise ConfigError(f"column 'tools' in {where()} is no JSON; correct the row")
-    if not tools or not turns:
-        return turns
-    if not isinstance(tools, list):
-        raise ConfigError(f"column 'tools' in {where()} must be a list of functions; correct the row")
-    return [{**turns[0], "tools": _without_null(tools)}, *turns[1:]]
+    tools = _checked_tools(row.get("tools"), lambda: f"column 'tools' in {where()}")
+    return [{**turns[0], "tools": tools}, *turns[1:]] if tools and turns else turns
 
 
 def split_tools(turns: Turns) -> tuple[Turns, list[Any] | None]:
-    """Return a conversation's turns and its tools, None without any."""
+    """Return a conversation's turns and its tools, None without any.
+
+    Raises:
+        ConfigError: The first turn came with `tools` that are no list of functions.
+    """
     if not turns or "tools" not in turns[0]:
         return turns, None
-    return [{key: item for key, item in turns[0].items() if key != "tools"}, *turns[1:]], turns[0]["tools"]
+    tools = _checked_tools(turns[0]["tools"], lambda: "'tools' of the first turn")
+    return [{key: item for key, item in turns[0].items() if key != "tools"}, *turns[1:]], tools
+
+
+def _checked_tools(tools: Any, where: Where) -> list[Any] | None:
+    """Functions, as a list or JSON; None without any."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise ConfigError(f"{where()} is no JSON; correct the row") from error
+    if tools is None:
+        return None
+    if not _are_mappings(tools):
+        raise ConfigError(f"{where()} must be a list of functions, got {str(tools)[:80]!r}; correct the row")
+    return _without_null(tools) or None
 
 
 def _json(text: str) -> Any:

@@ -75,7 +75,16 @@ def test_rows_that_fit_several_formats_or_none(columns, parts):
     [
         ("messages", {"messages": [{"from": "human"}]}, "column 'messages' in row 2 of .*must be a list of"),
         ("sharegpt", {"conversations": [{"from": "narrator", "value": "x"}]}, "in row 2 of .* with from one of human"),
+        ("sharegpt", {"conversations": [{"from": ["gpt"], "value": "x"}]}, "in row 2 of .* with from one of human"),
+        ("sharegpt", {"conversations": 3}, "in row 2 of .* with from one of human"),
+        ("sharegpt", {"conversations": [], "system": 3}, "column 'system' in row 2 of .* holds int"),
         ("alpaca", {"instruction": 3, "output": "x"}, "column 'instruction' in row 2 of .* holds int"),
+        ("alpaca", {"instruction": "x", "output": "x", "system": ["y"]}, "column 'system' in row 2 of .* holds list"),
+        ("messages", {"messages": [*TURNS, {"role": "user", "content": None}]}, "in row 2 of .*'role': 'user'"),
+        ("messages", {"messages": [{"role": "user", "content": 3}]}, "in row 2 of .* content text or a list"),
+        ("messages", {"messages": [{"role": "assistant", "tool_calls": "add"}]}, "row 2 of .* has tool_calls 'add'"),
+        ("messages", {"messages": [{"role": "assistant", "tool_calls": ["add"]}]}, "row 2 of .* must be a list of"),
+        ("messages", {"messages": [{**TURNS[1], "tool_calls": {}}]}, "row 2 of .* has tool_calls '{}'"),
         ("prompt_completion", {"prompt": "x"}, "needs the column 'completion', and row 2 of .* has prompt"),
     ],
 )
@@ -90,6 +99,25 @@ def test_rows_without_a_word_are_passed_over(tmp_path):
     stream = documents(path).train()
     assert len(list(stream)) == 1
     assert stream.tally.describe() == "rows: 2 read, 1 without messages"
+
+
+@pytest.mark.parametrize(
+    ("row_format", "row", "turns"),
+    [
+        ("alpaca", {"instruction": "why", "input": "", "output": " "}, TURNS[:1]),
+        ("alpaca", {"instruction": "", "input": "\n", "output": "so", "system": "be brief"}, []),
+        ("prompt_completion", {"prompt": "why", "completion": ""}, TURNS[:1]),
+        ("prompt_completion", {"prompt": " ", "completion": "so"}, []),
+        ("prompt_completion", {"prompt": [], "completion": [TURNS[1]]}, []),
+    ],
+)
+def test_half_an_exchange_has_no_answer_to_learn(tmp_path, row_format, row, turns):
+    assert turns_of(row, row_format, "messages", where) == turns
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [row])
+    stream = documents(path).train()
+    assert list(stream) == ([turns] if turns else [])
+    assert ("without messages" in stream.tally.describe()) == (not turns)
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
@@ -125,11 +153,35 @@ def test_tools_and_calls_go_through_the_template(tokenizer, tmp_path, tools, mar
     assert [text[start:end] for start, end in spans] == [f"add(2){own.eos_token}"]
 
 
-@pytest.mark.parametrize(("tools", "message"), [("{", "is no JSON"), ('{"a": 1}', "must be a list of functions")])
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ("{", "is no JSON"),
+        ('{"a": 1}', "must be a list of functions"),
+        ('["add"]', "must be a list of functions"),
+        ([None], "must be a list of functions"),
+    ],
+)
 def test_tools_that_are_none(tools, message):
     with pytest.raises(ConfigError, match=f"column 'tools' in row 3 of a.jsonl {message}"):
         turns_of({"messages": TURNS, "tools": tools}, "messages", "messages", where)
-    assert turns_of({"messages": TURNS, "tools": " "}, "messages", "messages", where) == TURNS
+    for nothing in (" ", "null", "[]", [], None):
+        assert turns_of({"messages": TURNS, "tools": nothing}, "messages", "messages", where) == TURNS
+
+
+@pytest.mark.parametrize("tools", [3, "{", ["add"]])
+def test_tools_that_came_in_the_first_turn_are_checked(tools):
+    turns = turns_of({"messages": [{**TURNS[0], "tools": tools}]}, "messages", "messages", where)
+    with pytest.raises(ConfigError, match="'tools' of the first turn"):
+        split_tools(turns)
+    assert split_tools([{**TURNS[0], "tools": json.dumps(TOOLS)}])[1][0]["type"] == "function"
+
+
+@pytest.mark.parametrize("arguments", ["{a: 2", "[2]", "2"])
+def test_arguments_that_are_no_mapping_stay_text(arguments):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    (turn,) = check_messages([{"role": "assistant", "content": None, "tool_calls": [call]}], where)
+    assert turn["tool_calls"] == [call]
 
 
 def test_a_call_needs_no_content_and_a_turn_does():
@@ -150,6 +202,9 @@ def test_a_chat_template_of_the_recipe_is_another_tokenizer(tokenizer, tmp_path)
     ]
     assert found[1].chat_template == found[2].chat_template == WITH_TOOLS
     assert tokenizer_fingerprint(found[1]) == tokenizer_fingerprint(found[2]) != tokenizer_fingerprint(found[0])
+    (tmp_path / "latin.jinja").write_bytes(b"{# na\xefve #}")
+    with pytest.raises(ConfigError, match=r"latin\.jinja' is not UTF-8 at byte 5"):
+        with_chat_template(found[0], str(tmp_path / "latin.jinja"))
     with pytest.raises(ConfigError, match=r"'gone\.jinja' is no file that can be read \(No such file"):
         with_chat_template(found[0], "gone.jinja")
 
