@@ -335,11 +335,59 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
+SHARDING_LESS = {"ddp", "zero1", "zero2"}
+"""Engines that ask less of a technique than FSDP2 and ZeRO-3: with the fast tests they train `ON_EVERY_ENGINE` only."""
+ON_EVERY_ENGINE = {
+    "none",
+    *TECHNIQUES,
+    "mask_llm",
+    "rigl",
+    "gradual_pruning",
+    "layer_skip",
+    "hidden_distill",
+    "experts",
+    "masked experts",
+    "biased experts",
+    "experts, looked ahead",
+    "learned_mask",
+    "turns",
+    "two_loras",
+    "mask_lora",
+    "lsq_activations",
+    "two teachers, head in chunks",
+    "all",
+    # In bf16.
+    "nm_sparsity+ternary+lora",
+    "tied",
+    "lsq_row",
+    "rigl_at_rest",
+    "routed experts",
+}
+"""One of each way in which a technique meets an engine: its parameters, rules, views, losses, forwards of its own."""
+
+
 def is_refused(engine: dict[str, Any], names: tuple[str, ...]) -> bool:
     """Whether a recipe with this engine and these techniques is refused when it is read."""
     return engine["type"] == "deepspeed" and "lisa" in names
 
 
-def cells(combinations: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
-    """Every (engine, combination) on several ranks that can be trained."""
-    return [(e, c) for e in ENGINES for c, names in combinations.items() if not is_refused(ENGINES[e], names)]
+def is_fast(engine_name: str, combination: str) -> bool:
+    """Whether this cell of `COMBINATIONS` or `BF16_COMBINATIONS` is of `make test`; the others are slow tests."""
+    return engine_name not in SHARDING_LESS or combination in ON_EVERY_ENGINE
+
+
+def cells(combinations: dict[str, tuple[str, ...]], *, fast: bool = True) -> list[tuple[str, str]]:
+    """Every (engine, combination) on several ranks that can be trained, of the fast tests or of the slow ones."""
+    return [
+        (engine_name, key)
+        for engine_name, engine in ENGINES.items()
+        for key, names in combinations.items()
+        if not is_refused(engine, names) and is_fast(engine_name, key) == fast
+    ]
+
+
+def of_engine(
+    engine_name: str, combinations: dict[str, tuple[str, ...]], *, fast: bool = True
+) -> dict[str, tuple[str, ...]]:
+    """Those of the combinations that `cells` has of an engine."""
+    return {key: combinations[key] for name, key in cells(combinations, fast=fast) if name == engine_name}
