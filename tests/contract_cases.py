@@ -1,7 +1,7 @@
 """What the contract test trains: tiny model, every technique and combination, every engine.
 
-A new technique adds one line to `TECHNIQUES` and, where it promises something of the weights, one to
-`test_trained_weights_keep_their_promises`.
+A new technique adds one line to `TECHNIQUES` and, where it promises something of the weights, one to `PROMISES` in
+`tests.contract_promises`.
 """
 
 from __future__ import annotations
