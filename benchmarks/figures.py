@@ -100,9 +100,18 @@ def figures(kind: str) -> Iterator[Figure]:
         for name, found in result["figures"].items():
             yield Figure(f"`plan` memory off the measured, {name}", abs(found["ratio"] - 1), 0.1)
     if result := load(kind, "router_balance"):
-        found, bare = result["figures"], "synchronising the loads of experts over 4 ranks, share of a step"
-        if "extra_share_of_a_step" in found:
+        for name, found in result["figures"].items():
+            bare = f"synchronising the loads of experts over 4 ranks, share of a step, {name}"
             yield Figure(bare, found["extra_share_of_a_step"], 0.01)
+    if result := load(kind, "compress_memory"):
+        sizes = result["figures"]
+        # Of two blocks, and of what goes into one and comes out of it.
+        target = 2 + 2 * sizes["hidden_states_bytes"] / sizes["block_bytes"]
+        for name, found in ((name, found) for name, found in sizes.items() if isinstance(found, dict)):
+            bare = (
+                f"`leanmill compress` of a model 4 times larger than its memory, {name}, most beyond the start, blocks"
+            )
+            yield Figure(bare, found["blocks_above_start"], target)
     if result := load(kind, "moe_layer"):
         for name, found in result["figures"].items():
             family, _, precision = name.rpartition("_")
@@ -188,6 +197,7 @@ def kernel_table() -> list[str]:
 def repetitions(path: Path) -> str:
     """How often a result was measured, and how often `make bench` does where that is another number."""
     found = json.loads(path.read_text(encoding="utf-8"))["figures"]
+    found = next(iter(found.values())) if path.stem == "router_balance" else found
     options = DEFAULTS.get(path.stem.removesuffix("_2_micro_batches").removesuffix("_fp32").removesuffix("_bf16"), {})
     said = ""
     for name, usual in options.items():

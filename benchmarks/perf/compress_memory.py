@@ -25,6 +25,8 @@ import yaml
 
 
 TIMES_LARGER = 4
+NUM_ROWS, LENGTH = 8, 128
+"""Of the calibration."""
 PASSES: dict[str, dict[str, Any]] = {
     "magnitude": {"num_kept": 2, "group_size": 4},
     "wanda": {"num_kept": 2, "group_size": 4},
@@ -75,7 +77,12 @@ def main() -> None:
                 "seconds": round(time.perf_counter() - started),
             }
             shutil.rmtree(folder / name)
-    sizes = {"model_bytes": model_bytes, "limit_bytes": model_bytes // TIMES_LARGER, "block_bytes": block_bytes}
+    sizes = {
+        "model_bytes": model_bytes,
+        "limit_bytes": model_bytes // TIMES_LARGER,
+        "block_bytes": block_bytes,
+        "hidden_states_bytes": 4 * NUM_ROWS * LENGTH * CONFIG["hidden_size"],
+    }
     write_result("compress_memory", sizes | figures, measured_under)
 
 
@@ -101,10 +108,10 @@ def write_model(folder: Path, num_layers: int) -> tuple[int, int]:
     return total, sum(4 * shape.numel() for name, shape in shapes.items() if ".layers.0." in name)
 
 
-def write_recipe(folder: Path, name: str, num_rows: int = 8) -> Path:
+def write_recipe(folder: Path, name: str, num_rows: int = NUM_ROWS) -> Path:
     """Write the recipe of one pass."""
     data = {"source": {"type": "local_corpus", "max_bytes": 1_000_000, "domains": {"python": 1.0}}}
-    data |= {"tokenizer": {"vocab_size": CONFIG["vocab_size"]}, "sequence_length": 128}
+    data |= {"tokenizer": {"vocab_size": CONFIG["vocab_size"]}, "sequence_length": LENGTH}
     recipe = {
         "device": "cpu",
         "precision": "fp32",

@@ -28,6 +28,7 @@ from leanmill.moe.routing.install import decisions
 
 
 ROWS, LENGTH = 4, 512
+MATMUL_SIZE = 2048
 LIMIT = 0.75
 PEERS = ("grouped_mm", "eager")
 """`batched_mm` copies the weights of every routed token, tens of GB here, and cannot run."""
@@ -91,18 +92,48 @@ def layer_step(family: str, implementation: str, dtype: torch.dtype) -> Callable
     return step
 
 
+def matmul(dtype: torch.dtype) -> tuple[Callable[[], None], float]:
+    """One large product, as fast as torch multiplies here, and its FLOPs."""
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(2))
+    out = torch.empty(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype)
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+
+    return multiply, 2.0 * MATMUL_SIZE**3
+
+
+def layer_flops(family: str) -> float:
+    """Of the layer's products, forward and backward."""
+    shape = FAMILIES[family]
+    hidden, heads, kv_heads = (shape[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    head_dim = shape.get("head_dim", hidden // heads)
+    experts = shape.get("num_local_experts") or shape["num_experts"]
+    inner = shape.get("moe_intermediate_size") or shape["intermediate_size"]
+    weights = 2 * (heads + kv_heads) * head_dim * hidden + experts * hidden
+    weights += shape["num_experts_per_tok"] * 3 * hidden * inner
+    scores = 2 * heads * head_dim * LENGTH / 2  # causal: half of the pairs
+    return 6.0 * ROWS * LENGTH * (weights + scores)
+
+
 def times(family: str, precision: str, rounds: int) -> dict[str, Any]:
-    """Ours and the faster of the peers in turn; the other is called twice."""
+    """Ours, the faster of the peers and one large product in turn; the other peer is called twice."""
     dtype = DTYPES[precision]
     # The first call of a process loads and compiles.
     steps = {peer: layer_step(family, peer, dtype) for peer in PEERS}
     seconds = {peer: min(_seconds(step) for _ in range(2)) for peer, step in steps.items()}
     best = min(PEERS, key=seconds.__getitem__)
     ours = layer_step(family, IMPLEMENTATION, dtype)
-    found = interleaved({IMPLEMENTATION: ours, best: steps[best]}, rounds=rounds)
+    product, product_flops = matmul(dtype)
+    found = interleaved({IMPLEMENTATION: ours, best: steps[best], "matmul": product}, rounds=rounds)
     medians = {name: statistics.median(of_name) for name, of_name in found.items()}
+    speed = product_flops / medians.pop("matmul")
     return {
         "ratio": ratio(found, IMPLEMENTATION, best),
+        "matmul_gflops": speed / 1e9,
+        "layer_gflop": layer_flops(family) / 1e9,
+        # The ratio cannot fall below the peer's share.
+        **{f"{name}_share_of_matmul": layer_flops(family) / value / speed for name, value in medians.items()},
         "limit": LIMIT,
         "best_peer": best,
         **{f"{name}_ms": 1e3 * value for name, value in (seconds | medians).items()},

@@ -48,7 +48,9 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 """11M parameters, 4M of them for a token."""
-LENGTH, ROWS_PER_RANK, MICRO_BATCHES = 256, 2, 2
+LENGTH, MICRO_BATCHES = 256, 2
+ROWS_A_RANK = (2, 16)
+"""Of a step: one so small that a collective weighs most, and one of as many tokens as a rank has in training."""
 WARMUP_STEPS = 2
 
 
@@ -63,8 +65,8 @@ class RandomRows:
         return {"input_ids": ids, "labels": ids.roll(-1, 1), "position_ids": positions, "row_ids": ids[:, 0]}
 
 
-def make_loop(num_ranks: int) -> Loop:
-    tokens = num_ranks * ROWS_PER_RANK * LENGTH
+def make_loop(num_ranks: int, rows_a_rank: int) -> Loop:
+    tokens = num_ranks * rows_a_rank * LENGTH
     recipe = Recipe.model_validate(
         {
             "device": "cpu",
@@ -138,6 +140,35 @@ def alone(size: int, times: int = 50) -> float:
     return statistics.median(seconds)
 
 
+def measured(loop: Loop, rows_a_rank: int, rounds: int) -> dict[str, Any]:
+    """Of steps with this many rows."""
+    step = stepper(loop)
+    for _ in range(WARMUP_STEPS):
+        step()
+    size = num_reduced(loop)
+    seconds, calls = timed_pairs(step, rounds)
+    extra = [a - b for a, b in zip(seconds["reduced"], seconds["own"], strict=True)]
+    low, middle, high = statistics.quantiles(extra, n=4)
+    once, step_seconds = alone(size), statistics.median(seconds["own"])
+    return {
+        "extra_share_of_a_step": middle / step_seconds,
+        "extra_share_of_a_step_quartiles": [low / step_seconds, high / step_seconds],
+        "share_of_a_step_when_ranks_come_together": calls * once / step_seconds,
+        "extra_seconds_median": middle,
+        "step_seconds_median": step_seconds,
+        "calls_a_step": calls,
+        "numbers_a_call": size,
+        "bytes_a_rank_hands_over_a_step": 8 * size * calls,
+        "seconds_of_a_call_when_ranks_come_together": once,
+        "ranks": dist.get_world_size(),
+        "layers": MODEL["num_hidden_layers"],
+        "experts": MODEL["num_local_experts"],
+        "micro_batches": MICRO_BATCHES,
+        "tokens_a_rank": rows_a_rank * LENGTH,
+        "rounds": rounds,
+    }
+
+
 def work(rounds: int, folder: Path) -> None:
     """What every rank does."""
     torch.set_num_threads(1)
@@ -150,31 +181,9 @@ def work(rounds: int, folder: Path) -> None:
         timeout=timedelta(seconds=120),
     )
     measured_under = conditions()
-    loop = make_loop(num_ranks)
-    step = stepper(loop)
-    for _ in range(WARMUP_STEPS):
-        step()
-    size = num_reduced(loop)
-    seconds, calls = timed_pairs(step, rounds)
-    extra = [a - b for a, b in zip(seconds["reduced"], seconds["own"], strict=True)]
-    low, middle, high = statistics.quantiles(extra, n=4)
-    once, step_seconds = alone(size), statistics.median(seconds["own"])
     figures = {
-        "extra_share_of_a_step": middle / step_seconds,
-        "extra_share_of_a_step_quartiles": [low / step_seconds, high / step_seconds],
-        "share_of_a_step_when_ranks_come_together": calls * once / step_seconds,
-        "extra_seconds_median": middle,
-        "step_seconds_median": step_seconds,
-        "calls_a_step": calls,
-        "numbers_a_call": size,
-        "bytes_a_rank_hands_over_a_step": 8 * size * calls,
-        "seconds_of_a_call_when_ranks_come_together": once,
-        "ranks": num_ranks,
-        "layers": MODEL["num_hidden_layers"],
-        "experts": MODEL["num_local_experts"],
-        "micro_batches": MICRO_BATCHES,
-        "tokens_a_rank": ROWS_PER_RANK * LENGTH,
-        "rounds": rounds,
+        f"{rows * LENGTH} tokens a rank": measured(make_loop(num_ranks, rows), rows, max(8, rounds * 4 // (2 + rows)))
+        for rows in ROWS_A_RANK
     }
     if dist.get_rank() == 0:
         measured_under["command"] = f"python benchmarks/perf/router_balance.py --ranks {num_ranks} --rounds {rounds}"
