@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
         result, study, lines = _evaluate(checkpoint, args.overrides, routing=args.studies_routing)
     if args.json:
         domains = {name: asdict(score) for name, score in result.scores.items()}
-        found = {"checkpoint": str(checkpoint), "step": result.step, "domains": domains}
-        print(json.dumps({**found, "metrics": result.metrics, "tables": result.tables, "routing": study}, indent=2))
+        found: dict[str, Any] = {"checkpoint": str(checkpoint), "step": result.step, "domains": domains}
+        found |= {"metrics": result.metrics, "tables": result.tables, "routing": study}
+        print(json.dumps({**found, "samples": [asdict(sample) for sample in result.samples]}, indent=2))
         return 0
     print(checkpoint if result.step is None else f"{checkpoint}, step {result.step:,}")
     print(f"{'domain':<12} {'loss':>8} {'perplexity':>11} {'bits/byte':>10} {'order-0':>8} {'tokens':>9}")
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
             f"{name:<12} {score.loss:>8.4f} {score.perplexity:>11.2f} {score.bits_per_byte:>10.4f} "
             f"{score.order0_bits_per_byte:>8.4f} {score.num_tokens:>9,}"
         )
-    for line in (*_metrics(result.metrics), *result.notes, *lines):
+    samples = [f"> {sample.prompt}{sample.text}" for sample in result.samples]
+    for line in (*_metrics(result.metrics), *result.notes, *lines, *samples):
         print(line)
     return 0
 

@@ -48,6 +48,14 @@ class ChatRenderer:
         template = self._template(tools)
         return self._marked(messages, tools, template) if _has_marks(template) else self._by_prefix(messages, tools)
 
+    def prompt(self, text: str) -> str:
+        """Return the beginning of a conversation in which a user says `text`, up to the answer.
+
+        Raises:
+            ConfigError: The template refuses it.
+        """
+        return self._text([{"role": "user", "content": text}], None, add_generation_prompt=True)
+
     def _marked(self, messages: list[dict[str, Any]], tools: list[Any] | None, template: str) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 

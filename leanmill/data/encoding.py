@@ -89,6 +89,18 @@ class Encoder:
             for (text, spans), (ids, offsets) in zip(rendered, map(_arrays, encodings), strict=True)
         ]
 
+    def prompt(self, text: str) -> NDArray[np.int64]:
+        """Return the tokens that a model is to continue, [N], at least one.
+
+        They are `text`, or, of conversations, all up to the answer to a user who says it.
+
+        Raises:
+            ConfigError: The chat template refuses it.
+        """
+        rendered = text if self._chat is None else self._chat.prompt(text)
+        ids = self._backend.encode(rendered, add_special_tokens=False).ids
+        return np.asarray([*(self._bos if self._chat is None else []), *ids] or [self._eos], dtype=np.int64)
+
     def measure(self, document: Document) -> Measured:
         """Encode one document and count the bytes of each token."""
         text, spans = self._render(document)

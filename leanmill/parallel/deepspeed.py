@@ -23,7 +23,7 @@ from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, chec
 from leanmill.parallel.deepspeed_experts import LocalExperts, marker
 from leanmill.parallel.deepspeed_start import start_deepspeed
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, share
-from leanmill.parallel.engine import Engine, Losses, Preparation
+from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.single import freeze
@@ -154,10 +154,10 @@ class DeepSpeedEngine(Engine):
             )
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
+    def evaluate(self, batch: Batch, *, wanted: Wanted = "losses") -> Losses:
         self.module.eval()
         try:
-            losses: Losses = self._engine(batch, per_token=True) if per_token else self._engine(batch)
+            losses: Losses = self._engine(batch) if wanted == "losses" else self._engine(batch, wanted=wanted)
         finally:
             self.module.train()
         return {name: value.detach() for name, value in losses.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from leanmill.core.views import Views
 
 Losses = dict[str, Tensor]
 """fp32 scalars: `total` (what is differentiated: weighted sum over tokens) and one raw sum a term."""
+Wanted = Literal["losses", "token_losses", "next_logits"]
+"""What a forward without gradients is to give: `Losses`; `cross_entropy` [B, S] of each token, fp32, alone; or, of a
+batch with `last` [B] int64, positions whose following token is asked for, `logits` [B, V]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +40,8 @@ class Preparation:
 class Engine(ABC):
     """Owns the module, its sharding, the optimizer and the order of forward, backward and step.
 
-    The module is a *train module*: `module(batch) -> Losses`, un-normalised sums over tokens, or those of
-    each token with `per_token=True`; its attribute `model` is the causal LM. Every method is called by
-    all ranks together.
+    The module is a *train module*: `module(batch) -> Losses`, un-normalised sums over tokens, or what is
+    `wanted` instead; its attribute `model` is the causal LM. Every method is called by all ranks together.
     """
 
     name: str
@@ -117,11 +119,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
-        """Forward without gradients, module in eval mode around the call; this rank's sums.
-
-        With `per_token` what the train module gives when it is called with that: `cross_entropy` [B, S].
-        """
+    def evaluate(self, batch: Batch, *, wanted: Wanted = "losses") -> Losses:
+        """Forward without gradients, module in eval mode around the call; this rank's sums, or what is `wanted`."""
 
     @property
     @abstractmethod

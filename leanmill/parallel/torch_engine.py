@@ -15,7 +15,7 @@ from leanmill.core.errors import RunError
 from leanmill.core.names import state_name
 from leanmill.core.staging import StagedOnce
 from leanmill.core.views import Views
-from leanmill.parallel.engine import Engine, Losses, Preparation
+from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.naming import state_buffers, state_parameters
@@ -159,12 +159,12 @@ class TorchEngine(Engine):
             self._trainable_changed()
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, *, per_token: bool = False) -> Losses:
+    def evaluate(self, batch: Batch, *, wanted: Wanted = "losses") -> Losses:
         was_training = self.module.training
         self.module.eval()
         try:
             with self._autocast(), self.staging.for_evaluation():
-                return self.module(batch, per_token=True) if per_token else self.module(batch)  # type: ignore[no-any-return]
+                return self.module(batch) if wanted == "losses" else self.module(batch, wanted=wanted)  # type: ignore[no-any-return]
         finally:
             self.module.train(was_training)
             self._settle()

@@ -75,6 +75,14 @@ class EvalConfig(Config):
     """Also evaluate before the first step: what the run begins with, such as a model that was just pruned."""
     tokens_per_domain: int = Field(default=65_536, ge=1)
     """Held-out tokens evaluated in each domain."""
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Texts that the model continues at each evaluation; with `data.task: sft` each is what a user says, in the chat
+    template. They change nothing of the training."""
+    prompt_tokens: int = Field(default=64, ge=1)
+    """The most tokens that it adds to each; prompt and these fit in `data.sequence_length`."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Of the draws: logits are divided by it; 0 takes the likeliest token. Draws depend on `seed`, prompt and position
+    only, so what changes from one evaluation to the next is the model."""
 
 
 class LogConfig(Config):

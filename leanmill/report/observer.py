@@ -76,6 +76,15 @@ class DomainScore:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A prompt and what the model adds to it."""
+
+    prompt: str
+    text: str
+    """Without the prompt, special tokens left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalRecord:
     """One evaluation."""
 
@@ -89,6 +98,8 @@ class EvalRecord:
     """What probes counted, by probe; JSON-able."""
     notes: tuple[str, ...] = ()
     """What probes could not say, and why."""
+    samples: tuple[Sample, ...] = ()
+    """What the model adds to the recipe's prompts."""
 
 
 class Observer:

@@ -22,10 +22,11 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.io import load_recipe, override_recipe, validate_recipe
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.yaml_source import Lines
-from leanmill.report.observer import DomainScore
+from leanmill.report.observer import DomainScore, Sample
 from leanmill.trainer.evaluation import Evaluation, evaluate
 from leanmill.trainer.inference import load_for_inference
 from leanmill.trainer.rebuild import rebuild
+from leanmill.trainer.samples import Sampler
 from leanmill.trainer.train_module import TrainModule
 
 
@@ -48,6 +49,8 @@ class Evaluated:
     """What probes counted."""
     notes: tuple[str, ...]
     """What probes could not say, and why; and where less text was held out than asked for."""
+    samples: tuple[Sample, ...] = ()
+    """What the model adds to the recipe's `eval.prompts`."""
 
 
 def evaluate_checkpoint(
@@ -101,7 +104,7 @@ def _evaluated(
 ) -> Evaluated:
     ranks = init_processes(recipe.device, recipe.cluster)
     try:
-        found, shortfalls = _score(recipe, model, _tokenizer(recipe, tokenizer_dir), ranks, probes)
+        found, shortfalls, samples = _score(recipe, model, _tokenizer(recipe, tokenizer_dir), ranks, probes)
     finally:
         finish()
     return Evaluated(
@@ -111,14 +114,16 @@ def _evaluated(
         metrics=found.metrics,
         tables=found.tables,
         notes=(*found.notes, *shortfalls),
+        samples=samples,
     )
 
 
 def _score(
     recipe: Recipe, model: Any, tokenizer: Any, ranks: Ranks, probes: Sequence[Probe]
-) -> tuple[Evaluation, list[str]]:
+) -> tuple[Evaluation, list[str], tuple[Sample, ...]]:
     if ranks.world_size > 1:
         raise ConfigError(f"an evaluation is one process, {ranks.world_size} were started; type `leanmill eval ...`")
+    sampler = Sampler(recipe, tokenizer)
     domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
     precision = resolve_precision(recipe.train.precision, ranks.device.type)
     engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=precision, model_bytes=0)
@@ -127,7 +132,8 @@ def _score(
         ranks.device
     )
     rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
-    return evaluate(engine, domains, rows, probes), [line for domain in domains for line in domain.shortfall()]
+    shortfalls = [line for domain in domains for line in domain.shortfall()]
+    return evaluate(engine, domains, rows, probes), shortfalls, sampler(engine)
 
 
 def _overridden(raw: dict[str, Any], overrides: Sequence[str], folder: Path, *, source: str) -> Recipe:

@@ -41,6 +41,7 @@ from leanmill.trainer.prepare import Prepared, prepare, with_precision
 from leanmill.trainer.processes import Processes, processes
 from leanmill.trainer.recipe_file import write_recipe
 from leanmill.trainer.run_lock import RunLock, exclusive
+from leanmill.trainer.samples import Sampler
 from leanmill.trainer.stop import Stop
 
 
@@ -108,6 +109,7 @@ class _Run:
     def go(self) -> RunResult:
         recipe, ranks = self.recipe, self.ranks
         tokenizer = on_every_rank(lambda: build_tokenizer(recipe.data, seed=recipe.seed))
+        self.sampler = Sampler(recipe, tokenizer)
         # Before the data, which may take long to tokenise.
         model = build_on_meta(
             recipe.model,
@@ -290,6 +292,7 @@ class _Run:
             metrics=found.metrics,
             tables=found.tables,
             notes=found.notes,
+            samples=self.sampler(self.engine),
         )
         for observer in self.observers:
             observer.on_eval(record)

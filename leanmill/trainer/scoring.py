@@ -1,6 +1,8 @@
-"""Cross-entropy of every token under a causal LM, for rules that choose what to train on."""
+"""What a causal LM says of tokens, without gradients: the loss of each, for rules that choose among them; the next."""
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,16 @@ class TokenLosses:
         return torch.stack(rows)
 
 
+def next_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the logits [B, V] of the tokens that follow the positions `batch["last"]`, whatever stands there."""
+    rows, last = torch.arange(len(batch["last"]), device=batch["last"].device), batch["last"]
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        logits: Tensor = model(**model_inputs(batch), logits_to_keep=last).logits
+        return logits[rows, rows]
+    logits = model(**model_inputs(batch)).logits
+    return logits[rows, last]
+
+
 class Scores:
     """What a batch rule is offered as `Score`: the engine's model in training, or a frozen one."""
 
@@ -88,7 +100,7 @@ class Scores:
     def __call__(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         """See `Score`."""
         if model is None:
-            return self._engine.evaluate(batch, per_token=True)["cross_entropy"]
+            return self._engine.evaluate(batch, wanted="token_losses")["cross_entropy"]
         if model not in self._frozen:
             self._frozen[model] = TokenLosses(model)
         return self._frozen[model](batch)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from leanmill.core.batches import Batch
 from leanmill.core.ledger import Ledger
 from leanmill.core.losses import LossTerm
+from leanmill.parallel.engine import Wanted
 from leanmill.trainer.loss_paths import FromLogits, Job, LossPath, choose_path
-from leanmill.trainer.scoring import TokenLosses
+from leanmill.trainer.scoring import TokenLosses, next_logits
 
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,17 @@ class TrainModule(nn.Module):
         self._paths: dict[bool, LossPath] = {}
         self._score = TokenLosses(model, None if chunk_tokens == "auto" else chunk_tokens)
 
-    def forward(self, batch: Batch, *, per_token: bool = False) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, *, wanted: Wanted = "losses") -> dict[str, Tensor]:
         """Return fp32 sums over tokens with a label: `cross_entropy`, one entry a term (`term_names`), and `total`.
 
         Args:
             batch: See `leanmill.core.batches.Batch`.
-            per_token: Return `cross_entropy` of each token instead, [B, S], alone and unweighted.
+            wanted: What to return instead, see `Wanted`.
         """
-        if per_token:
+        if wanted == "token_losses":
             return {"cross_entropy": self._score(batch)}
+        if wanted == "next_logits":
+            return {"logits": next_logits(self.model, batch)}
         if not self.training:
             return self._losses(batch)
         self.ledger.begin_forward(batch)

@@ -63,6 +63,8 @@ class Progress(Observer):
             self._print(line)
         for note in record.notes:
             self._print_wrapped(f"  {note}")
+        for sample in record.samples:
+            self._print_wrapped(f"  > {_one_line(sample.prompt)} … {_one_line(sample.text)}")
 
     def on_end(self, status: str, message: str = "") -> None:
         if self._bar is not None:
@@ -108,6 +110,11 @@ def banner(info: RunInfo) -> list[str]:
         *info.notes,
     ]
     return [wrapped for line in lines for wrapped in _wrap(line)]
+
+
+def _one_line(text: str) -> str:
+    """Text of a model as a part of a line: what a terminal would obey is shown instead."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _wrap(text: str) -> list[str]:

@@ -56,6 +56,10 @@ class TensorBoardLog(Observer):
             }
             self._add(scalars, record.step)
         self._add({f"eval_probes/{name}": value for name, value in record.metrics.items()}, record.step)
+        for index, sample in enumerate(record.samples):
+            # Indented, so that Markdown leaves the text as it is.
+            text = "".join(f"    {line}\n" for line in redact(sample.prompt + sample.text).splitlines())
+            self._writer_of_run.add_text(f"samples/{index}", text, record.step)
 
     def on_end(self, status: str, message: str = "") -> None:
         if self._writer is not None:
@@ -63,7 +67,11 @@ class TensorBoardLog(Observer):
             self._writer = None
 
     def _add(self, scalars: dict[str, float], step: int) -> None:
-        assert self._writer is not None, "on_start comes first"
         for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+            self._writer_of_run.add_scalar(tag, value, step)
+        self._writer_of_run.flush()
+
+    @property
+    def _writer_of_run(self) -> SummaryWriter:
+        assert self._writer is not None, "on_start comes first"
+        return self._writer

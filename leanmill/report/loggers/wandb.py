@@ -75,11 +75,13 @@ class WandbLog(Observer):
         )
 
     def on_eval(self, record: EvalRecord) -> None:
-        values = {f"eval_probes/{name}": value for name, value in record.metrics.items()}
+        values: dict[str, Any] = {f"eval_probes/{name}": value for name, value in record.metrics.items()}
         for domain, score in record.domains.items():
             values[f"eval_loss/{domain}"] = score.loss
             values[f"eval_bits_per_byte/{domain}"] = score.bits_per_byte
             values[f"eval_perplexity/{domain}"] = score.perplexity
+        if record.samples:
+            values["samples"] = _table(record)
         self._log(record.step, values)
 
     def on_end(self, status: str, message: str = "") -> None:
@@ -94,7 +96,7 @@ class WandbLog(Observer):
         wandb.teardown(exit_code=exit_code)
         self._run = None
 
-    def _log(self, step: int, values: dict[str, float]) -> None:
+    def _log(self, step: int, values: dict[str, Any]) -> None:
         assert self._run is not None, "on_start comes first"
         self._run.log({"step": step, **values})
 
@@ -105,3 +107,10 @@ class WandbLog(Observer):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         return path.read_text(encoding="utf-8").strip()
+
+
+def _table(record: EvalRecord) -> Any:
+    import wandb
+
+    rows = [[record.step, *redact_tree([sample.prompt, sample.text])] for sample in record.samples]
+    return wandb.Table(columns=["step", "prompt", "text"], data=rows)

@@ -21,6 +21,7 @@ from leanmill.report.page.figures import Group, groups
 from leanmill.report.page.heat import heat_values
 from leanmill.report.page.layers_view import layers_section
 from leanmill.report.page.parts import evaluations, events, header, run_facts, tiles
+from leanmill.report.page.samples_view import samples_section
 from leanmill.report.page.scale import Scale
 from leanmill.report.page.section import Section
 from leanmill.report.page.sites_view import draw_sites, site_values
@@ -95,6 +96,7 @@ def _sections(run: RunData, x_scale: Scale) -> list[Section]:
         study_section(run, x_scale),
         Section(title="Weights", content=draw_sites(run.sites)),
         Section(title="Evaluations", content=evaluations(run)),
+        samples_section(run),
         Section(title="Run", content=run_facts(run)),
     ]
     return [section for section in found if section is not None]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from leanmill.core.errors import ConfigError
 from leanmill.report.loggers.tensorboard import TensorBoardLog
+from leanmill.report.observer import Sample
 from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, fake_step, play, with_experts
 
 
@@ -16,7 +18,7 @@ def test_scalars_come_back_and_a_resume_replaces_what_it_repeats(tmp_path: Path)
     play([TensorBoardLog(tmp_path)], fake_info(recipe, tmp_path), until=70, status=None)
     log = TensorBoardLog(tmp_path)
     play([log], fake_info(recipe, tmp_path, start_step=50), until=100, status=None)
-    log.on_eval(with_experts(fake_eval(100)))
+    log.on_eval(replace(with_experts(fake_eval(100)), samples=(Sample(prompt="once", text=" upon\n# a"),)))
     log.on_end("finished")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -29,6 +31,9 @@ def test_scalars_come_back_and_a_resume_replaces_what_it_repeats(tmp_path: Path)
         fake_eval(50).domains["cpp"].bits_per_byte
     )
     assert events.Scalars("eval_probes/experts/specialisation")[0].value == pytest.approx(0.3 * 100 / 400)
+    (shown,) = events.Tensors("samples/0/text_summary")
+    assert shown.step == 100
+    assert shown.tensor_proto.string_val == [b"    once upon\n    # a\n"]
 
 
 def test_a_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ import pytest
 from leanmill.core.errors import ConfigError
 from leanmill.report.loggers import wandb as ours
 from leanmill.report.loggers.wandb import WandbLog
-from tests.trainer.fake_run import fake_info, fake_recipe, play
+from leanmill.report.observer import Sample
+from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, play
 
 
 def test_a_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,12 +34,17 @@ def test_without_a_key_the_run_stays_offline_and_holds_no_credential(
     monkeypatch.setenv("HF_TOKEN", "swordfish-swordfish")
     run_dir = tmp_path / "run"
     notes = ("pulled with swordfish-swordfish",)
-    play([WandbLog(run_dir)], fake_info(fake_recipe(run_dir), run_dir, notes=notes), until=50)
+    log = WandbLog(run_dir)
+    play([log], fake_info(fake_recipe(run_dir), run_dir, notes=notes), until=50, status=None)
+    log.on_eval(replace(fake_eval(50), samples=(Sample(prompt="once", text=" swordfish-swordfish"),)))
+    log.on_end("finished")
     folders = list((run_dir / "wandb").glob("offline-run-*"))
     assert len(folders) == 1
     events = next(folders[0].glob("*.wandb")).read_bytes()
     assert b"eval_bits_per_byte/cpp" in events
     assert b"rules/rigl/num_moved" in events
+    (table,) = (run_dir / "wandb").rglob("*.table.json")
+    assert json.loads(table.read_text())["data"] == [[50, "once", " [redacted]"]]
     assert not any(b"swordfish" in path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
 
 
