@@ -132,6 +132,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "stochastic_depth": {"type": "stochastic_depth", "rate": 0.5, "over_layers": "linear"},
     "dropped_steps": {"type": "stochastic_depth", "rate": 0.6, "over_layers": "uniform", "granularity": "batch"},
     "layernorm_scaling": {"type": "layernorm_scaling"},
+    "neftune": {"type": "neftune", "alpha": 20.0},
     "gamma_mod": {"type": "mixture_of_depths", "layers": [1, 2], "router_loss_weight": 0.1},
     "router_tuning": {"type": "router_tuning", "num_layers": 2, "target_capacity": 0.3, "capacity_weight": 0.1},
     "stgc": {"type": "stgc", "weight": 0.5},
@@ -222,7 +223,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns")},
     "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),
     "masks that come, with others": ("mixtral", "progressive", "ternary", "lora", "router_balance"),
-    **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "lisa")},
+    **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "neftune", "lisa")},
     "ternary experts": ("mixtral", "ternary"),
     "experts that choose": ("mixtral", "expert_choice"),
     "adapted routed experts": ("mixtral", "router", "lora", "nm_sparsity"),
@@ -279,6 +280,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "layers": ("stochastic_depth", "layernorm_scaling", "nm_sparsity", "ternary"),
     "exits": ("deeper", "layer_skip", "ternary", "lora", "distill"),
     "lora_in_steps": ("lora", "lsq_row"),
+    "noise on a staged table": ("neftune", "nm_sparsity_tied", "lora"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
     "static_mask": ("static_mask",),
@@ -322,7 +324,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "routed experts": ("mixtral", "router"),
     "nested": ("matformer", "ternary"),
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
-    "layers": ("deeper", "layer_skip", "layernorm_scaling", "ternary"),
+    "layers": ("deeper", "layer_skip", "layernorm_scaling", "neftune", "ternary"),
     "further tokens": ("multi_token", "nm_sparsity"),
 }
 

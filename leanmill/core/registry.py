@@ -123,6 +123,11 @@ TECHNIQUES: dict[str, Entry] = {
         "scale the norms before attention and MLP by 1 / sqrt(depth)",
         "Sun et al. 2025, arXiv:2502.05795",
     ),
+    "neftune": Entry(
+        "leanmill.architecture.neftune.config:NefTune",
+        "noise on the embeddings of tokens in training (NEFTune)",
+        "Jain et al. 2023, arXiv:2310.05914",
+    ),
     "stochastic_depth": Entry(
         "leanmill.architecture.stochastic_depth.config:StochasticDepth",
         "drop blocks at random in training, with losses at early exits (LayerSkip)",

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from leanmill.core.around import arounds, put_around
 from leanmill.core.branches import branched_layers, plain_modules
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacked_parameters
@@ -198,6 +199,8 @@ class Sites:
         site = kind.adopt(module, candidate.name)  # type: ignore[arg-type]
         parent_path, _, leaf = candidate.module_path.rpartition(".")
         setattr(self.model.get_submodule(parent_path), leaf, site)
+        for around in list(arounds(module)):
+            put_around(site, around)
         return site
 
 

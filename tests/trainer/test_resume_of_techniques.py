@@ -22,6 +22,7 @@ TECHNIQUES = {
     "layers": [
         {"type": "stochastic_depth", "rate": 0.5, "early_exit": {"scale": 1.0, "rotation": 2}},
         {"type": "layernorm_scaling", "start": "as_loaded"},
+        {"type": "neftune"},
     ],
     "routers": [{"type": "mixture_of_depths", "layers": [1]}, {"type": "router_tuning", "num_layers": 2}],
     # Half-way in full precision, the rest of the schedule after the resume.
