@@ -93,6 +93,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     },
     "stepwise": {"type": "nm_sparsity", "progressive": {"decay": "stepwise", "fine_tune_share": 0.0}},
     "transposable": {"type": "nm_sparsity", "transposable": True, "decay": 1e-2},
+    "pulled": {"type": "nm_sparsity", "transposable": True, "decay": 0.1, "decay_on": "update", "log_flips": True},
+    "pulled_aside": {
+        "type": "nm_sparsity",
+        "decay": 0.5,
+        "decay_on": "weight",
+        "decay_warmup": 0.5,
+        "dense_at_end": 0.1,
+    },
     "distill_reverse": TECHNIQUES["distill"] | {"divergence": "reverse_kl", "weight": 0.25},
     "ternary_int8": {"type": "ternary", "activation_bits": 8},
     # At temperatures like the paper's last, scores of tiny logits would all be ties but for rounding.
@@ -221,6 +229,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
         name: (name,) for name in ("quest_weights", "lsq_tensor", "lsq_tied", "second_lora", "nm_sparsity_tied", "perp")
     },
     **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns")},
+    "pulled beside others": ("mixtral", "pulled_aside", "ternary", "router_balance"),
     "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),
     "masks that come, with others": ("mixtral", "progressive", "ternary", "lora", "router_balance"),
     **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "neftune", "lisa")},
@@ -264,6 +273,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "rigl",
             "set",
             "gradual_pruning",
+            "pulled",
             "matformer",
         )
     },

@@ -126,6 +126,7 @@ TRAINS: dict[str, tuple[str, ...]] = {
 PROMISES: dict[str, tuple[Promise, ...]] = {
     "nm_sparsity": (keeps_two_of_four,),
     "progressive": (keeps_two_of_four,),
+    "pulled": (keeps_two_of_four,),
     "bdwp": (keeps_two_of_four,),
     "mask_llm": (keeps_frozen_two_of_four,),
     "static_mask": (keeps_half,),

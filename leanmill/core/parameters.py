@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from leanmill.core.errors import ConfigError
 
@@ -28,6 +28,10 @@ class ParamSettings:
     """Decoupled weight decay, also of what gets none by default (norms, biases, scales)."""
     betas: tuple[float, float] | None = None
     """Decay of the optimizer's moments."""
+    pull: Literal["update", "weight"] | None = None
+    """Keep an element-wise `pull` in the optimizer's state, which a step rule writes in `before_optimizer`. AdamW
+    adds it to its first moment before it divides (`update`), or moves the weight by -lr pull beside its own step
+    (`weight`)."""
 
 
 PLAIN = ParamSettings()
@@ -112,7 +116,7 @@ def apply_trainable(
             parameter.requires_grad_(said)
 
 
-_KEYS = ("lr_factor", "weight_decay", "betas")
+_KEYS = ("lr_factor", "weight_decay", "betas", "pull")
 
 
 def _agreed(key: str, name: str, claims: Sequence[tuple[str, Any]]) -> Any:

@@ -137,9 +137,9 @@ class TechniqueConfig(Config):
         """Whether its step rules read or write optimizer state or masters by element, see `core.views`."""
         return False
 
-    def reads_second_moments(self) -> bool:
-        """Whether it reads the second moments of gradients, which not every optimizer keeps."""
-        return False
+    def reads_second_moments(self) -> str | None:
+        """Where it needs AdamW's second moments of gradients, return what to set so that it does not."""
+        return None
 
     def num_frozen_logits(self) -> int:
         """Of how many frozen models its losses hold the logits at once, beside the student's."""

@@ -37,7 +37,7 @@ def build_optimizer(
         `config.lr` come first.
 
     Raises:
-        ConfigError: Nothing is trainable, or the optimizer's package is not installed.
+        ConfigError: Nothing is trainable, the optimizer's package is not installed, or one but AdamW is to pull.
     """
     groups = parameter_groups(config, named_parameters, undecayed, settings)
     optimizer = _build_inner(config, groups)
@@ -85,7 +85,8 @@ def _group(config: OptimizerConfig, decay: bool, said: ParamSettings, params: li
     weight_decay = said.weight_decay if said.weight_decay is not None else config.weight_decay if decay else 0.0
     group: dict[str, Any] = {"params": params, "name": _group_name(decay, said), "weight_decay": weight_decay}
     group |= {"lr": lr, "initial_lr": lr, "initial_weight_decay": weight_decay}
-    return group if said.betas is None else group | {"betas": said.betas}
+    own = {"betas": said.betas, "pull": said.pull}
+    return group | {key: value for key, value in own.items() if value is not None}
 
 
 def _group_name(decay: bool, said: ParamSettings) -> str:
@@ -97,6 +98,8 @@ def _group_name(decay: bool, said: ParamSettings) -> str:
         parts.append(f"lr x {said.lr_factor:g}")
     if said.betas is not None:
         parts.append(f"betas {said.betas[0]:g} {said.betas[1]:g}")
+    if said.pull is not None:
+        parts.append(f"{said.pull} pulled")
     return ", ".join(parts)
 
 
@@ -108,6 +111,8 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _build_inner(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if any("pull" in group for group in groups):
+        return _build_pulled(config, groups)
     if isinstance(config, AdamW):
         fused = fused_is_supported(groups)
         return torch.optim.AdamW(
@@ -119,6 +124,17 @@ def _build_inner(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch
     from leanmill.optim.lion import Lion
 
     return Lion(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def _build_pulled(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if not isinstance(config, AdamW):
+        raise ConfigError(
+            f"a technique pulls weights beside their gradient, which optimizer.type={config.type} cannot; set "
+            f"optimizer.type=adamw"
+        )
+    from leanmill.optim.pulled import PulledAdamW
+
+    return PulledAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
 def fused_is_supported(groups: list[dict[str, Any]]) -> bool:

@@ -26,6 +26,7 @@ from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, share
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
+from leanmill.parallel.optimizer_state import pulled
 from leanmill.parallel.single import freeze
 from leanmill.parallel.views_zero import ZeroViews
 
@@ -79,6 +80,7 @@ class DeepSpeedEngine(Engine):
         # Before ZeRO-3 empties the parameters: groups depend on their shapes.
         optimizer = preparation.make_optimizer(module)
         check_optimizer(optimizer)
+        has_pulls = bool(pulled(optimizer))
         self._experts.localise(self._model, optimizer)
         # Of experts that ranks share, buckets are for what is here.
         ds_config = derive_config(
@@ -103,6 +105,8 @@ class DeepSpeedEngine(Engine):
         module._modules.pop("shares_experts", None)
         self._zero = ZeroState(self._optimizer, self.config.stage)
         self._client_optimizer = optimizer
+        if has_pulls:
+            self._zero.allocate()
         module.train()
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:

@@ -19,7 +19,7 @@ from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.naming import state_buffers, state_parameters
-from leanmill.parallel.optimizer_state import allocate_state
+from leanmill.parallel.optimizer_state import allocate_state, pulled
 from leanmill.parallel.rank_memory import smallest_rank_memory
 from leanmill.parallel.staging import ReplicaStaging, Staging, StepStaging, choose
 from leanmill.parallel.tensors import assign, full, global_norm, scale_to_norm
@@ -97,6 +97,7 @@ class TorchEngine(Engine):
         )
         if self._owned is not None:
             self._owned.settle(self._optimizer)
+        allocate_state(self._optimizer, pulled(self._optimizer))
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
         self.staging.begin()

@@ -9,6 +9,7 @@ copies, activations, logits. What each engine allocates was read off its live te
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -101,6 +102,7 @@ def _replicated(engine: EngineConfig, optimizer: OptimizerConfig, weights: Seque
     trained = [w for w in weights if w.trainable]
     memory.add("held", "gradients", sum(w.num_bytes for w in trained))
     memory.add("held", "optimizer state", optimizer_bytes(optimizer, (w.numel for w in trained)))
+    memory.add("held", "optimizer state", 4 * sum(w.numel for w in trained if w.is_pulled))
     once = [w for w in weights if is_staged_once(w, engine)]
     memory.add("transient", "staged weights", sum(w.numel * copy_itemsize(w, precision) for w in once))
     memory.add("transient", "bf16 copies", _autocast_copies([w for w in weights if w not in once], precision))
@@ -148,6 +150,7 @@ def _fsdp(
     trained = [w for w in weights if w.trainable]
     memory.add(state, "gradients", sum(shard_numel(w, size) * w.itemsize for w in trained))
     memory.add(state, "optimizer state", optimizer_bytes(optimizer, (shard_numel(w, size) for w in trained)))
+    memory.add(state, "optimizer state", 4 * sum(shard_numel(w, size) for w in trained if w.is_pulled))
     if size == 1 and not engine.cpu_offload:
         return memory
     reduce = 2 if engine.reduce_dtype == "bf16" else 4
@@ -213,15 +216,12 @@ def _zero12(
     memory = Memory()
     _add_whole_weights(memory, weights)
     trained = sum(w.numel for w in weights if w.trainable)
-    groups = {w.sharers or world_size for w in weights}
-    share = sum(
-        math.ceil(sum(w.numel for w in weights if w.trainable and (w.sharers or world_size) == size) / size)
-        for size in groups
-    )
+    share = _zero12_share((w for w in weights if w.trainable), world_size)
     state: Literal["held", "host"] = "held" if engine.offload_optimizer is None else "host"
     memory.add(state, "master weights", 4 * share)
     memory.add(state, "gradients", 4 * share)
     memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]))
+    memory.add(state, "optimizer state", 4 * _zero12_share((w for w in weights if w.is_pulled), world_size))
     bucket = min(BUCKET_ELEMENTS, sum(w.numel for w in weights))
     # Stage 1 keeps whole gradients until the last micro-batch; stage 2 only those of a bucket.
     whole = trained if engine.stage == 1 and num_micro_batches > 1 else min(bucket, trained)
@@ -229,6 +229,14 @@ def _zero12(
     memory.add("transient", "reduction bucket", 4 * bucket)
     memory.add("transient", "bf16 copies", _autocast_copies(weights, precision))
     return memory
+
+
+def _zero12_share(weights: Iterable[Weight], world_size: int) -> int:
+    """Elements of a rank's flat partitions of these, of which those that fewer ranks share have their own."""
+    total: dict[int, int] = defaultdict(int)
+    for w in weights:
+        total[w.sharers or world_size] += w.numel
+    return sum(math.ceil(numel / size) for size, numel in total.items())
 
 
 def _zero3(
@@ -247,7 +255,7 @@ def _zero3(
         if w.trainable:
             memory.add(state, "master weights", 4 * share)
             memory.add(state, "gradients", 4 * share)
-            memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]))
+            memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]) + 4 * share * w.is_pulled)
         if w.numel < PERSIST_BELOW:
             memory.add("held", "small weights kept gathered", w.num_bytes)
     every = sum(w.numel for w in weights)

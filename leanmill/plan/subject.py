@@ -10,11 +10,12 @@ from torch import nn
 
 from leanmill.core.blocks import added_blocks, decoder_blocks
 from leanmill.core.errors import ConfigError
-from leanmill.core.parameters import TrainableSchedule
+from leanmill.core.names import clean_name
+from leanmill.core.parameters import PLAIN, settings_by_name
 from leanmill.core.paths import expand_user
 from leanmill.core.sites import staged_parameters
 from leanmill.core.staging import staged_once
-from leanmill.core.technique import InstallContext, token_shares
+from leanmill.core.technique import InstallContext, InstalledTechniques, token_shares
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.counting import num_active_parameters, num_parameters
@@ -97,7 +98,7 @@ class Subject:
             num_active=num_active,
             num_held=num_held,
             flops_per_token=flops,
-            weights=list(_weights(model, techniques.trainable_schedule)),
+            weights=list(_weights(model, techniques)),
             teacher_sizes=_teacher_sizes(recipe),
             token_shares=shares,
             config=model.config,
@@ -140,8 +141,9 @@ class Subject:
         return largest + (sum(layers.values()) if is_kept else largest)
 
 
-def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[Weight]:
+def _weights(model: nn.Module, techniques: InstalledTechniques) -> Iterator[Weight]:
     """Every parameter; of those that take turns, the set that takes the most memory counts as trained."""
+    schedule = techniques.trainable_schedule
     at_once = None if schedule is None else Turns(schedule, model).heaviest()
     blocks = [*decoder_blocks(model), *added_blocks(model)]
     block_of = {id(p): index for index, block in enumerate(blocks) for p in block.parameters()}
@@ -150,7 +152,9 @@ def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[W
     whole, in_parts = (staged_once(model, in_parts=in_parts)[0] for in_parts in (False, True))
     once, once_in_parts = ({id(weight.raw) for weight in found} for found in (whole, in_parts))
     tables = {id(weight.raw) for weight in whole if is_table(weight)}
-    for name, parameter in state_parameters(model):
+    named = list(state_parameters(model))
+    settings = settings_by_name(techniques.param_rules, [clean_name(name) for name, _ in named])
+    for name, parameter in named:
         yield Weight(
             tuple(parameter.shape),
             parameter.element_size(),
@@ -161,6 +165,7 @@ def _weights(model: nn.Module, schedule: TrainableSchedule | None) -> Iterator[W
             once_in_parts=id(parameter) in once_in_parts,
             is_table=id(parameter) in tables,
             is_expert=id(parameter) in experts and parameter.shape[0] == experts[id(parameter)],
+            is_pulled=settings.get(clean_name(name), PLAIN).pull is not None,
         )
 
 

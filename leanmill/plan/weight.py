@@ -26,6 +26,8 @@ class Weight:
     """Whether rows are looked up in it."""
     is_expert: bool = False
     """Whether it has an entry for each expert of a layer."""
+    is_pulled: bool = False
+    """Whether the optimizer keeps a pull on it beside its moments."""
     sharers: int | None = None
     """Ranks that share what is counted of it, where those are not the ones that share other weights."""
 

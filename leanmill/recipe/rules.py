@@ -222,10 +222,11 @@ def _views(recipe: Sections) -> Iterator[str]:
             f"blocks; set optimizer.type=adamw or lion"
         )
     for config in recipe.techniques:
-        if config.reads_second_moments() and recipe.optimizer.type == "lion":
+        remedy = config.reads_second_moments()
+        if remedy is not None and recipe.optimizer.type == "lion":
             yield (
-                f"{config.type} reads the second moments of gradients, and optimizer.type=lion keeps none; set "  # type: ignore[attr-defined]
-                f"optimizer.type=adamw, or another {config.type}.criterion"  # type: ignore[attr-defined]
+                f"{config.type} needs second moments of gradients, and optimizer.type=lion keeps none; set "  # type: ignore[attr-defined]
+                f"optimizer.type=adamw, or {remedy}"
             )
     offloads = ("offload_optimizer", "offload_parameters") if recipe.engine.type == "deepspeed" else ()
     for field in offloads:

@@ -65,6 +65,36 @@ class Interval:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DenseAtTheEnd:
+    """One mask, and none towards the end (Hu et al. 2024, arXiv:2404.01847)."""
+
+    num_kept: int
+    group_size: int
+    dense_share: float
+    """Share of the run, to its end, without a mask."""
+
+    def at(self, step: int, num_steps: int) -> Masking:
+        is_dense = step >= (1 - self.dense_share) * num_steps
+        return Masking(self.num_kept, self.group_size, 1.0 if is_dense else 0.0)
+
+    def patterns(self) -> Sequence[tuple[int, int]]:
+        return [(self.num_kept, self.group_size)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmedUp:
+    """A strength that grows from 0, linearly over the first share of a run."""
+
+    strength: float
+    share: float = 0.0
+
+    def at(self, step: int, num_steps: int) -> float:
+        """Return it in a step, from 0; in a run of `num_steps`."""
+        until = self.share * num_steps
+        return self.strength if step >= until else self.strength * step / until
+
+
+@dataclass(frozen=True, kw_only=True)
 class CubicSparsity:
     """Zhu and Gupta 2017, arXiv:1710.01878, eq. 1: s = s_f + (s_i - s_f) (1 - x)^3, x the progress.
 

@@ -244,6 +244,17 @@ def test_optimizer_state_by_kind(optimizer, num_bytes):
     assert optimizer_bytes(optimizer, [8192]) == num_bytes
 
 
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp", 2), ("deepspeed", 2)])
+def test_a_pull_takes_four_bytes_a_weight(engine, ranks):
+    found = []
+    for decay_on in ("gradient", "update"):
+        masks = {"type": "nm_sparsity", "decay_on": decay_on, "targets": ["*_proj"]}
+        found.append(plan(_recipe(engine, techniques=[masks]), ranks).memory.held["optimizer state"])
+    model = build_on_meta(_recipe().model)
+    pulled = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    assert found[1] - found[0] == 4 * pulled // ranks
+
+
 def test_small_parameters_stay_fp32_under_8_bit_adam():
     assert optimizer_bytes(Adam8bit(), [4095]) == 8 * 4095
 

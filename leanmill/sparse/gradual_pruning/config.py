@@ -69,9 +69,9 @@ class GradualPruning(WeightTechniqueConfig):
         """Moments of pruned weights are zeroed."""
         return True
 
-    def reads_second_moments(self) -> bool:
+    def reads_second_moments(self) -> str | None:
         """The diagonal of the Fisher matrix is read off them."""
-        return self.criterion == "fisher"
+        return "gradual_pruning.criterion=magnitude" if self.criterion == "fisher" else None
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a mask on every target.

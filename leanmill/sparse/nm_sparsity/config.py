@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -94,6 +95,17 @@ class NMSparsity(TechniqueConfig):
     less and less flows into pruned weights as they fade."""
     decay: float = Field(default=2e-4, ge=0)
     """Pull of `sr_ste` on pruned weights (lambda in the paper), added once an optimizer step."""
+    decay_on: Literal["gradient", "update", "weight"] = "gradient"
+    """Where the decay goes in. `gradient`, as published: through both moments of Adam. `update`: beside the first
+    moment, so that only its size is adapted (AST: Huang et al. 2025, arXiv:2407.20584). `weight`: beside AdamW's step,
+    times the learning rate, so that neither moment sees it. The latter two are of AdamW, with 4 bytes a weight more."""
+    decay_warmup: float = Field(default=0.0, ge=0, le=1)
+    """Share of the run over which `decay` grows from 0, linearly; 0.25 in AST."""
+    dense_at_end: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run, to its end, that trains dense, as the model then is in the end (Hu et al. 2024: 1/6)."""
+    log_flips: bool = False
+    """Log `flip_rate`, the share of mask bits that a step changes (Hu et al. 2024), of the steps that are logged; while
+    weights are dense, of the mask that they would have."""
     progressive: Progressive | None = None
     """Let the mask come step by step; None has it from the first step on."""
     targets: list[str] | None = None
@@ -114,6 +126,21 @@ class NMSparsity(TechniqueConfig):
             raise ConfigError(
                 f"num_kept {self.num_kept} of group_size {self.group_size} prunes nothing; "
                 f"num_kept must be 1 to {self.group_size - 1}, or remove nm_sparsity"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_one_decay_and_one_end(self) -> NMSparsity:
+        for key in ("decay_on", "decay_warmup"):
+            if self.gradient != "sr_ste" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ConfigError(
+                    f"nm_sparsity.{key} is of gradient: sr_ste, got gradient: {self.gradient}; remove it, or set "
+                    f"gradient: sr_ste"
+                )
+        if self.dense_at_end and self.progressive is not None:
+            raise ConfigError(
+                f"nm_sparsity.progressive ends under the plain mask, and dense_at_end={self.dense_at_end:g} without "
+                f"one; remove one of the two"
             )
         return self
 
@@ -141,6 +168,24 @@ class NMSparsity(TechniqueConfig):
                 )
         return self
 
+    def reads_optimizer_state(self) -> bool:
+        """Masks are looked at beside the optimizer, which is given the pull on pruned weights."""
+        return self._pulls or self.log_flips
+
+    def reads_second_moments(self) -> str | None:
+        return "nm_sparsity.decay_on=gradient" if self._pulls else None
+
+    @property
+    def _pulls(self) -> bool:
+        return self.gradient == "sr_ste" and self.decay > 0 and self.decay_on != "gradient"
+
+    def _schedule(self) -> MaskSchedule | None:
+        from leanmill.sparse.schedule import DenseAtTheEnd
+
+        if self.dense_at_end:
+            return DenseAtTheEnd(num_kept=self.num_kept, group_size=self.group_size, dense_share=self.dense_at_end)
+        return None if self.progressive is None else self.progressive.schedule(self.num_kept, self.group_size)
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a mask stage on every target.
 
@@ -149,14 +194,13 @@ class NMSparsity(TechniqueConfig):
         """
         import torch
 
-        from leanmill.sparse.nm_sparsity.rule import FollowSchedule
         from leanmill.sparse.nm_sparsity.stage import NMSparsityStage
 
         selected = sites.select(self.targets, self.exclude)
-        schedule = None if self.progressive is None else self.progressive.schedule(self.num_kept, self.group_size)
+        schedule = self._schedule()
         for site in selected:
             self._check(site, schedule)
-        decay = self.decay if self.gradient == "sr_ste" else 0.0
+        decay = self.decay if self.gradient == "sr_ste" and not self._pulls else 0.0
         masks_gradient = self.gradient == "masked"
 
         def stage(site: Site) -> NMSparsityStage:
@@ -166,6 +210,7 @@ class NMSparsity(TechniqueConfig):
                 self.num_kept,
                 self.group_size,
                 decay,
+                decay_warmup=self.decay_warmup,
                 schedule=schedule,
                 masks_gradient=masks_gradient,
                 transposable=self.transposable,
@@ -174,8 +219,32 @@ class NMSparsity(TechniqueConfig):
             )
 
         sites.put(selected, stage)
-        rule = FollowSchedule(sites.model, schedule)
-        return Installation(step_rules=(rule,) if decay > 0 or schedule is not None else ())
+        return self._installation(sites, selected, schedule)
+
+    def _installation(self, sites: Sites, selected: Sequence[Site], schedule: MaskSchedule | None) -> Installation:
+        from leanmill.core.parameters import ParamRule, ParamSettings
+        from leanmill.sparse.nm_sparsity.rule import FollowMasks, FollowSchedule
+        from leanmill.sparse.schedule import WarmedUp
+
+        if not self.reads_optimizer_state():
+            rule = FollowSchedule(sites.model, schedule)
+            has_rule = schedule is not None or (self.gradient == "sr_ste" and self.decay > 0)
+            return Installation(step_rules=(rule,) if has_rule else ())
+        masks = FollowMasks(
+            sites.model,
+            schedule,
+            names=[site.site_name for site in selected],
+            pull=WarmedUp(strength=self.decay, share=self.decay_warmup) if self._pulls else None,
+            counts_flips=self.log_flips,
+            transposable=self.transposable,
+        )
+        if not self._pulls:
+            return Installation(step_rules=(masks,))
+        assert self.decay_on != "gradient"
+        pulled = frozenset(site.weight_name for site in selected)
+        settings = ParamSettings(pull=self.decay_on)
+        rules = (ParamRule(technique=self.type, match=pulled.__contains__, settings=settings),)
+        return Installation(step_rules=(masks,), param_rules=rules)
 
     def _check(self, site: Site, schedule: MaskSchedule | None) -> None:
         name, shape = site.site_name, list(site.raw_weight.shape)

@@ -13,7 +13,7 @@ from leanmill.core.facets import PartStaging
 from leanmill.core.stage import Slot, Stage
 from leanmill.kernels.nm_mask.fading import nm_fade
 from leanmill.kernels.nm_mask.op import nm_compress, nm_expand, nm_project
-from leanmill.sparse.schedule import Masking, MaskSchedule
+from leanmill.sparse.schedule import Masking, MaskSchedule, WarmedUp
 
 
 _LONG_RUN = 2**31
@@ -27,6 +27,7 @@ class NMSparsityStage(Stage):
         num_kept: Entries kept of each group.
         group_size: Neighbours along the last dim in a group.
         decay: SR-STE's lambda of one optimizer step; 0 is plain straight-through.
+        decay_warmup: Share of the run over which lambda grows from 0 to that.
         schedule: How the mask comes about; None has it from the start.
         masks_gradient: The gradient is multiplied with the mask, as the weight is.
         transposable: Two of every row and column of each 4 x 4 tile are kept, of weights [..., out, in].
@@ -48,6 +49,7 @@ class NMSparsityStage(Stage):
         group_size: int,
         decay: float = 0.0,
         *,
+        decay_warmup: float = 0.0,
         schedule: MaskSchedule | None = None,
         masks_gradient: bool = False,
         transposable: bool = False,
@@ -56,6 +58,7 @@ class NMSparsityStage(Stage):
     ) -> None:
         super().__init__()
         self.num_kept, self.group_size, self.decay = num_kept, group_size, decay
+        self.decay_schedule = WarmedUp(strength=decay, share=decay_warmup)
         self.schedule, self.masks_gradient, self.transposable = schedule, masks_gradient, transposable
         first = Masking(num_kept, group_size, 0.0) if schedule is None else schedule.at(0, _LONG_RUN)
         self.masking = torch.tensor(first, dtype=torch.float64, device="cpu")
@@ -81,7 +84,7 @@ class NMSparsityStage(Stage):
 
     def start_step(self, step: int, num_steps: int) -> None:
         """Fill the decay of a step, and take the mask that the schedule has for it."""
-        self.decay_left.fill_(self.decay)
+        self.decay_left.fill_(self.decay_schedule.at(step, num_steps))
         if self.schedule is not None:
             self.take(self.schedule.at(step, num_steps))
 
