@@ -1,4 +1,4 @@
-"""Naming a checkpoint on the command line."""
+"""Naming checkpoints and models on the command line."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ def resolve_checkpoint(given: str) -> Path:
     if found is None:
         raise RunError(f"the checkpoints of {path} were deleted while they were looked at; run the command again")
     return found
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether `path` is a model of Hugging Face's form: runs and checkpoints have no config.json."""
+    return (path / "config.json").is_file()
+
+
+def resolve_model(given: str) -> Path:
+    """Return the model folder that `given` is, or else the checkpoint that it means (`resolve_checkpoint`).
+
+    Raises:
+        ConfigError: There is none.
+        RunError: Each checkpoint of the run folder is damaged.
+    """
+    return Path(given) if is_model_folder(Path(given)) else resolve_checkpoint(given)

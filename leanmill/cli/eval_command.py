@@ -20,10 +20,10 @@ def run(args: argparse.Namespace) -> int:
     """Print loss, perplexity and bits per byte of every domain, and what probes found."""
     from dataclasses import asdict
 
-    from leanmill.cli.checkpoints import resolve_checkpoint
+    from leanmill.cli.checkpoints import is_model_folder, resolve_checkpoint
     from leanmill.core.errors import ConfigError
 
-    if _is_model_folder(Path(args.checkpoint)):
+    if is_model_folder(Path(args.checkpoint)):
         from leanmill.trainer.evaluate_checkpoint import evaluate_folder
 
         if args.studies_routing:
@@ -57,11 +57,6 @@ def run(args: argparse.Namespace) -> int:
     for line in (*_metrics(result.metrics), *result.notes, *lines, *samples):
         print(line)
     return 0
-
-
-def _is_model_folder(path: Path) -> bool:
-    """Whether `path` is a model of Hugging Face's form: runs and checkpoints have no config.json."""
-    return (path / "config.json").is_file()
 
 
 def _evaluate(

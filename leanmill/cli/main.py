@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from leanmill import __version__
-from leanmill.cli.argument_types import gib, positive, seed, temperature
+from leanmill.cli.argument_types import gib, positive, seed, share, temperature
 from leanmill.core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_RUN
 
 
@@ -24,6 +24,7 @@ _VERBS: dict[str, str] = {
     "methods": "list the techniques",
     "schema": "write the JSON schema of a recipe, for editors",
     "eval": "score a checkpoint or a model folder on held-out text",
+    "evaluate": "put models to tasks beside a dense one: what compression cost, group by group",
     "compress": "prune, quantise or upcycle a model folder in one shot, a block in memory at a time",
     "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
@@ -201,6 +202,27 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="run_dir (its newest checkpoint), checkpoint, Hugging Face folder or packed export; may be repeated",
+    )
+    parser.add_argument("--dense", metavar="DIR", help="what the models are held against; of the same kinds")
+    parser.add_argument("--recipe", help="recipe (YAML) with `data` and `tasks`; without it local text and retrieval")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of that recipe")
+    parser.add_argument(
+        "--bound",
+        type=share,
+        help="exit with 1 where a model loses more in any group: of an accuracy, or of bits a byte relative to dense",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON there as well")
+
+
 def _compress(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--out", required=True, help="folder to write")
@@ -259,6 +281,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "methods": _nothing,
     "schema": _schema,
     "eval": _eval,
+    "evaluate": _evaluate,
     "compress": _compress,
     "arank": _arank,
     "export": _export,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,9 +14,11 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.probes import Probe
 from leanmill.data.build import build_eval_data, build_tokenizer
+from leanmill.data.evaluation import EvalDomain
 from leanmill.data.tokenizer import load_tokenizer
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
+from leanmill.parallel.engine import Engine
 from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.io import load_recipe, override_recipe, validate_recipe
@@ -127,13 +129,32 @@ def _score(
     domains = build_eval_data(recipe.data, tokenizer, tokens_per_domain=recipe.eval.tokens_per_domain)
     precision = resolve_precision(recipe.train.precision, ranks.device.type)
     engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=precision, model_bytes=0)
-    # Not prepared: there is no optimizer to build, only a module to run.
-    engine.module = TrainModule(model, (), recipe.train.cross_entropy_weight, recipe.train.logits_chunk_tokens).to(
-        ranks.device
-    )
     rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
+    found = score_domains(engine, model, domains, rows, probes, recipe.train.logits_chunk_tokens)
     shortfalls = [line for domain in domains for line in domain.shortfall()]
-    return evaluate(engine, domains, rows, probes), shortfalls, sampler(engine)
+    return found, shortfalls, sampler(engine)
+
+
+def score_domains(
+    engine: Engine,
+    model: Any,
+    domains: Sequence[EvalDomain],
+    rows_per_batch: int,
+    probes: Sequence[Probe] = (),
+    chunk_tokens: int | Literal["auto"] = "auto",
+) -> Evaluation:
+    """Score a whole model on held-out rows, as training does.
+
+    Args:
+        engine: Of one process, not prepared: there is no optimizer to build, only a module to run.
+        model: A causal LM.
+        domains: Held-out rows.
+        rows_per_batch: Rows of one forward.
+        probes: What looks on.
+        chunk_tokens: See `TrainModule`.
+    """
+    engine.module = TrainModule(model, (), chunk_tokens=chunk_tokens).to(engine.device)
+    return evaluate(engine, domains, rows_per_batch, probes)
 
 
 def _overridden(raw: dict[str, Any], overrides: Sequence[str], folder: Path, *, source: str) -> Recipe:

@@ -1,0 +1,1 @@
+"""Models beside one another on tasks: what compression costs, domain by domain and group by group."""

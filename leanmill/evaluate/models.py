@@ -1,0 +1,77 @@
+"""Opening what can be evaluated: a run's checkpoint, a Hugging Face folder, a packed export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanmill.core.probes import Probe
+from leanmill.data.build import build_tokenizer
+from leanmill.data.tokenizer import load_tokenizer
+from leanmill.export.generation import open_model
+from leanmill.export.packed_folder import LAYERS
+from leanmill.trainer.inference import load_for_inference
+from leanmill.trainer.rebuild import rebuild
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model that is ready to be asked."""
+
+    model: Any
+    """Causal LM in eval mode, fp32 but for what is stored packed; techniques of a run in place."""
+    tokenizer: Any
+    """Its own."""
+    probes: Sequence[Probe] = ()
+    """What looks on while text is scored."""
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that its positions reach; None where nothing limits them."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+
+def open_for_evaluation(path: Path, device: torch.device) -> Opened:
+    """Return the model at `path` on `device`.
+
+    Args:
+        path: A checkpoint folder of a run, or a folder with `config.json`.
+        device: Where it is to run.
+
+    Raises:
+        ConfigError: There is no such model, or it has no tokenizer.
+        RunError: It is damaged.
+    """
+    opened = _folder(path) if (path / "config.json").is_file() else _checkpoint(path)
+    opened.model.to(device).eval().requires_grad_(False)
+    return opened
+
+
+def _checkpoint(path: Path) -> Opened:
+    rebuilt = rebuild(path)
+    data = rebuilt.recipe.data
+    if rebuilt.tokenizer_dir is None:
+        tokenizer: Any = build_tokenizer(data, seed=rebuilt.recipe.seed)
+    else:
+        # The run's own: the corpus of this machine may have changed since.
+        tokenizer = load_tokenizer(str(rebuilt.tokenizer_dir), trust_remote_code=data.tokenizer.trust_remote_code)
+    return Opened(model=rebuilt.model, tokenizer=tokenizer, probes=rebuilt.probes)
+
+
+def _folder(path: Path) -> Opened:
+    tokenizer = load_tokenizer(str(path))
+    if (path / LAYERS).is_file() or _is_packed(path):
+        return Opened(model=open_model(path), tokenizer=tokenizer)
+    loaded = load_for_inference(path, dtype=torch.float32)
+    return Opened(model=loaded.model, tokenizer=tokenizer, probes=loaded.probes)
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether transformers unpacks its weights."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return config.get("quantization_config") is not None
