@@ -104,6 +104,12 @@ def has_eight_levels_a_row(run: Trained) -> None:
         assert all(row.unique().numel() <= 8 for row in weight), name
 
 
+def has_eight_magnitudes_a_block(run: Trained) -> None:
+    """Four bits a weight, one of them the sign; 16 weights share a scale."""
+    for name, (_, weight) in run.sites.items():
+        assert all(block.abs().unique().numel() <= 8 for block in weight.reshape(-1, 16)), name
+
+
 def trains_the_first_half_of_neurons(run: Trained) -> None:
     """No sub-model has the other half: weight decay alone moves what gets no gradient."""
     for name in (name for name in run.after if name.endswith(("gate_proj.weight", "up_proj.weight"))):
@@ -138,6 +144,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "bitnet": (is_ternary,),
     "binary": (is_one_magnitude,),
     "paretoq": (is_ternary_by_row,),
+    "fp_quant": (has_eight_magnitudes_a_block,),
     "lsq_row": (has_eight_levels_a_row,),
     "matformer": (trains_the_first_half_of_neurons,),
 }

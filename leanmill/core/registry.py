@@ -53,6 +53,11 @@ TECHNIQUES: dict[str, Entry] = {
         "integer weights and activations of 2 to 8 bits, absmax or MSE scale, straight-through",
         "Jacob et al. 2018, arXiv:1712.05877",
     ),
+    "fp_quant": Entry(
+        "leanmill.quant.fp_quant.config:FpQuant",
+        "weights and activations in small floating-point formats: MXFP4 to MXFP8, NVFP4, FP4 with a searched bias",
+        "Rouhani et al. 2023, arXiv:2310.10537; Liu et al. 2023, arXiv:2310.16836; Lee et al. 2024, arXiv:2405.18710",
+    ),
     "lsq": Entry(
         "leanmill.quant.lsq.config:Lsq",
         "weights of 1 to 8 bits and activations of 2 to 8 with learned step sizes and offsets: LSQ, LSQ+",

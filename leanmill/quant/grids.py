@@ -1,9 +1,9 @@
-"""Uniform grids as objects: which levels there are, what rounding to them does to gradients, and their codes."""
+"""Grids as objects: which levels there are, what rounding to them does to gradients, and their codes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,23 @@ from leanmill.core.facets import Codes
 from leanmill.kernels.fake_quant.grid import Gradient, Kind, make_grid
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.quant.codes import grid_codes
+
+
+class Grid(Protocol):
+    """Levels around zero, and what rounding to them does to gradients."""
+
+    @property
+    def largest_code(self) -> float:
+        """What the grid reaches to at scale 1."""
+        ...
+
+    def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Return `values` [..., in] on the grid; scales are as `fake_quant` takes them."""
+        ...
+
+    def codes(self, weight: Tensor, scale: Tensor) -> Codes | None:
+        """Return the integers of a weight [..., out, in], where levels are at equal distances."""
+        ...
 
 
 @dataclass(frozen=True)

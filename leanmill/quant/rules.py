@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from leanmill.core.facets import Statistic
-from leanmill.quant.grids import UniformGrid
-from leanmill.quant.scales import symmetric_scale
+from leanmill.quant.grids import Grid
+from leanmill.quant.scales import ScaleKind, fitted_scale
 from leanmill.quant.sharing import Sharing
 
 
@@ -20,13 +20,13 @@ ScaleOfPart = Generator[Statistic, Tensor, Tensor]
 
 
 class ScaleRule(Protocol):
-    """How the scale of a symmetric grid follows from the weights that share it."""
+    """How the scale of a grid around zero follows from the weights that share it."""
 
-    def scale(self, weight: Tensor, grid: UniformGrid, sharing: Sharing) -> Tensor:
+    def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
         """Return the scales of a weight [..., out, in], at least fp32, in the shape that `sharing` says."""
         ...
 
-    def scale_of_part(self, part: Tensor, grid: UniformGrid) -> ScaleOfPart | None:
+    def scale_of_part(self, part: Tensor, grid: Grid) -> ScaleOfPart | None:
         """Find the one scale of a weight [out, in] from some of its rows; None where only the whole tells."""
         ...
 
@@ -35,22 +35,30 @@ class ScaleRule(Protocol):
 class AbsMax:
     """The largest magnitude is the outermost code."""
 
-    def scale(self, weight: Tensor, grid: UniformGrid, sharing: Sharing) -> Tensor:
-        return symmetric_scale(weight, grid.num_bits, "absmax", sharing.granularity, sharing.group_size)
+    def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
+        return _fitted(weight, grid, "absmax", sharing)
 
-    def scale_of_part(self, part: Tensor, grid: UniformGrid) -> ScaleOfPart:
-        exact = part.detach().to(torch.promote_types(part.dtype, torch.float32))
-        largest = torch.cat([exact.abs().flatten(), exact.new_zeros(1)]).amax().reshape(1)
-        absmax = yield Statistic(largest, "max")
-        return absmax.to(exact.dtype) / grid.largest_code
+    def scale_of_part(self, part: Tensor, grid: Grid) -> ScaleOfPart:
+        return (yield from largest_of_parts(part)) / grid.largest_code
 
 
 @dataclass(frozen=True)
 class LeastSquares:
     """Of some shares of `AbsMax`'s scale the one with the least squared error, see `scales.SHARES`."""
 
-    def scale(self, weight: Tensor, grid: UniformGrid, sharing: Sharing) -> Tensor:
-        return symmetric_scale(weight, grid.num_bits, "mse", sharing.granularity, sharing.group_size)
+    def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
+        return _fitted(weight, grid, "mse", sharing)
 
-    def scale_of_part(self, part: Tensor, grid: UniformGrid) -> None:
+    def scale_of_part(self, part: Tensor, grid: Grid) -> None:
         return None
+
+
+def largest_of_parts(part: Tensor) -> ScaleOfPart:
+    """Ask for the largest magnitude (1,) of a weight of which `part`, perhaps none of its rows, is here."""
+    exact = part.detach().to(torch.promote_types(part.dtype, torch.float32))
+    largest = torch.cat([exact.abs().flatten(), exact.new_zeros(1)]).amax().reshape(1)
+    return (yield Statistic(largest, "max")).to(exact.dtype)
+
+
+def _fitted(weight: Tensor, grid: Grid, rule: ScaleKind, sharing: Sharing) -> Tensor:
+    return fitted_scale(weight, grid.rounded, grid.largest_code, rule, sharing.granularity, sharing.group_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from leanmill.kernels.fake_quant.op import fake_quant
 
 
 Granularity = Literal["tensor", "row", "group"]
+ScaleKind = Literal["absmax", "mse"]
 
 
 SHARES = tuple(1.0 - 0.02 * index for index in range(40))
@@ -23,29 +24,53 @@ SHARES = tuple(1.0 - 0.02 * index for index in range(40))
 def symmetric_scale(
     values: Tensor,
     num_bits: int,
-    rule: Literal["absmax", "mse"],
+    rule: ScaleKind,
     granularity: Granularity,
     group_size: int | None,
 ) -> Tensor:
-    """Return the scale of symmetric codes of `num_bits`, in the shape of `scale_shape`, at least fp32.
+    """Return the scale of symmetric codes of `num_bits`, see `fitted_scale`.
 
     Args:
         values: [..., out, in].
         num_bits: 2 to 8.
+        rule: `absmax` or `mse`.
+        granularity: What shares a scale.
+        group_size: Neighbours of a group.
+    """
+
+    def rounded(exact: Tensor, scale: Tensor) -> Tensor:
+        return fake_quant(exact, scale, num_bits=num_bits, grid="symmetric")
+
+    return fitted_scale(values, rounded, 2 ** (num_bits - 1) - 1, rule, granularity, group_size)
+
+
+def fitted_scale(
+    values: Tensor,
+    rounded: Callable[[Tensor, Tensor], Tensor],
+    largest_code: float,
+    rule: ScaleKind,
+    granularity: Granularity,
+    group_size: int | None,
+) -> Tensor:
+    """Return the scale of a grid around zero, in the shape of `scale_shape`, at least fp32.
+
+    Args:
+        values: [..., out, in].
+        rounded: Takes values and scales, gives values on the grid.
+        largest_code: What the grid reaches to at scale 1.
         rule: `absmax` makes the largest magnitude the outermost code, `mse` takes of `SHARES` of that
             scale the one with the least squared error.
         granularity: What shares a scale.
         group_size: Neighbours of a group.
     """
     exact = values.to(torch.promote_types(values.dtype, torch.float32))
-    absmax = shared_amax(exact, granularity, group_size) / (2 ** (num_bits - 1) - 1)
+    absmax = shared_amax(exact, granularity, group_size) / largest_code
     if rule == "absmax":
         return absmax
     best, least = absmax, torch.full_like(absmax, torch.inf)
     for share in SHARES:
         candidate = absmax * share
-        rounded = fake_quant(exact, candidate, num_bits=num_bits, grid="symmetric")
-        error = shared_sum((rounded - exact).square(), granularity, group_size)
+        error = shared_sum((rounded(exact, candidate) - exact).square(), granularity, group_size)
         best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
     return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from leanmill.core.facets import Codes, LearnedGrid, PartStaging
 from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
 from leanmill.kernels.fake_quant.grid import default_grad_scale, make_grid
-from leanmill.quant.grids import UniformGrid
+from leanmill.quant.grids import Grid, UniformGrid
 from leanmill.quant.rules import ScaleOfPart, ScaleRule
 from leanmill.quant.sharing import Sharing
 from leanmill.quant.warmup import WarmedUp
@@ -43,8 +44,12 @@ class QuantStage(WarmedUp, Stage):
     def forward(self, weight: Tensor) -> Tensor:
         return self.mixed(weight, self.rounded(weight))
 
+    def spans_rows(self, weight_shape: Sequence[int]) -> bool:
+        """Whether a row's result depends on other rows; each expert of a stacked weight is by itself."""
+        return self.sharing.spans_rows(weight_shape)
+
     def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging | None:
-        if not self.sharing.spans_rows(shape):
+        if not self.spans_rows(shape):
             return self.by_itself(part)  # each expert has scales of its own
         staging = self.rounded_part(part, shape)
         return None if staging is None else self._mixed_part(part, staging)
@@ -66,7 +71,7 @@ class ComputedScale(QuantStage):
 
     def __init__(
         self,
-        grid: UniformGrid,
+        grid: Grid,
         rule: ScaleRule,
         sharing: Sharing,
         *,

@@ -1,0 +1,67 @@
+"""Small floating-point formats as grids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leanmill.core.facets import Codes
+from leanmill.core.operands import lend
+
+
+_EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+"""Integers of the same size, and which of their bits are the exponent's."""
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """What a sign, E exponent bits and M mantissa bits can say, subnormals included, without infinities.
+
+    The bias of the exponent is 2^(E - 1) - 1, as in IEEE 754. With no exponent bits, and with one, levels are at equal
+    distances: 2^(1 - M) each. Values beyond the largest become it; a NaN stays one.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    largest_code: float
+    """The largest value: formats spend their top codes differently."""
+
+    @property
+    def smallest_exponent(self) -> int:
+        """Of normal numbers. Steps below, 2^(this - M), are no subnormals of fp32, which devices may drop."""
+        return max(1 if self.exponent_bits == 0 else 2 - 2 ** (self.exponent_bits - 1), self.mantissa_bits - 126)
+
+    def snapped(self, units: Tensor) -> Tensor:
+        """Return the nearest level of each of `units`, fp32 or fp64; ties go to the even mantissa."""
+        steps = below_as_power_of_two(units).clamp_(min=2.0**self.smallest_exponent).mul_(2.0**-self.mantissa_bits)
+        return units.div(steps).round_().mul_(steps).clamp_(-self.largest_code, self.largest_code)
+
+    def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Return `values` [..., in] as levels times `scale`, at least fp32 inside, rounded once; straight-through.
+
+        Args:
+            values: Of any float dtype.
+            scale: As `fake_quant` takes it: (1,), [..., 1, 1], [..., out, 1] or [..., out, groups].
+        """
+        return self.scaled(values, scale, None)
+
+    def scaled(self, values: Tensor, scale: Tensor, reciprocal: Tensor | None) -> Tensor:
+        """As `rounded`, and where a `reciprocal` of the scale is given values are multiplied by that instead."""
+        with torch.no_grad():
+            scales = scale.clamp(min=torch.finfo(scale.dtype).tiny).unsqueeze(-1)
+            groups = values.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
+            units = groups / scales if reciprocal is None else groups * reciprocal.unsqueeze(-1)
+            rounded = self.snapped(units).mul_(scales).flatten(-2).to(values.dtype)
+        return lend(values, rounded)
+
+    def codes(self, weight: Tensor, scale: Tensor) -> Codes | None:
+        """There are none: levels are at unequal distances."""
+        return None
+
+
+def below_as_power_of_two(values: Tensor) -> Tensor:
+    """Return the largest power of two up to each |value|, fp32 or fp64: 0 for 0 and subnormals, inf for inf and NaN."""
+    integers, exponent = _EXPONENT[values.dtype]
+    return values.view(integers).bitwise_and(exponent).view(values.dtype)
