@@ -1,8 +1,8 @@
 """Divergence of two rows of logits and its gradient written over the student's, in Triton.
 
 One program a row: an online softmax over both (and over the student's at T = 1 for cross-entropy), a
-second read for the divergence, and a third for the gradient, which `reverse` and `js` can only write
-once the divergence is known. All after the first come from the L2 cache.
+second read for the divergence and the sum of its slopes (see rows.py), and a third for the gradient.
+All after the first come from the L2 cache.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,10 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanmill.kernels.linear_kl.naive import Form
-
-
-_KINDS = {"forward": 0, "reverse": 1, "js": 2}
+from leanmill.kernels.linear_kl.naive import KINDS, Form
 
 
 @triton.jit
@@ -44,18 +41,42 @@ def _normaliser(ptr, width, inverse, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _masses(student, teacher, log_beta, log_rest):
-    """p, q, log(p / q), log(m / p) and log(m / q); without mass on one side the gap is infinite."""
-    p, q = tl.exp(teacher), tl.exp(student)
-    gap = teacher - student
-    smaller_adds = tl.log(1.0 + tl.exp(-tl.abs(gap + (log_beta - log_rest))))
-    over_teacher = tl.maximum(log_beta, log_rest - gap) + smaller_adds
-    return p, q, gap, over_teacher, tl.maximum(log_rest, gap + log_beta) + smaller_adds
+def _times(mass, factor):
+    return tl.where(mass == 0.0, 0.0, mass * factor)
 
 
 @triton.jit
-def _times(mass, factor):
-    return tl.where(mass == 0.0, 0.0, mass * factor)
+def _terms(student, teacher, beta, log_share, log_rest, KIND: tl.constexpr):
+    """Of buckets with these log-masses: what each adds to the divergence, its slope, and q."""
+    p, q = tl.exp(teacher), tl.exp(student)
+    gap = teacher - student
+    # log(m / p) and log(m / q) of the mixture; without mass on one side the gap is infinite.
+    smaller_adds = tl.log(1.0 + tl.exp(-tl.abs(gap + (log_share - log_rest))))
+    over_teacher = tl.maximum(log_share, log_rest - gap) + smaller_adds
+    over_student = tl.maximum(log_rest, gap + log_share) + smaller_adds
+    if KIND == 0:  # forward
+        value = _times(p, gap)
+        slope = -p
+    elif KIND == 1:  # reverse
+        value = _times(q, -gap)
+        slope = value
+    elif KIND == 2:  # js
+        slope = (1.0 - beta) * _times(q, -over_student)
+        value = beta * _times(p, -over_teacher) + slope
+    elif KIND == 3:  # skew_forward
+        value = _times(p, -over_teacher)
+        slope = (beta - 1.0) * _times(q, tl.exp(-over_teacher))
+    elif KIND == 4:  # skew_reverse
+        value = _times(q, -over_student)
+        slope = value - beta * _times(q, tl.exp(-over_student))
+    elif KIND == 5:  # total_variation
+        value = 0.5 * tl.abs(q - p)
+        slope = tl.where(q > p, 0.5 * q, tl.where(q < p, -0.5 * q, 0.0 * (q - p)))
+    else:  # blend
+        reverse = beta * _times(q, -gap)
+        value = reverse + (1.0 - beta) * _times(p, gap)
+        slope = reverse - (1.0 - beta) * p
+    return value, slope, q
 
 
 @triton.jit
@@ -71,7 +92,7 @@ def _divergence_rows(
     inverse,
     temperature,
     beta,
-    log_beta,
+    log_share,
     log_rest,
     divergence_weight,
     cross_entropy_weight,
@@ -94,8 +115,10 @@ def _divergence_rows(
                 tl.store(raw_ptr + start + offsets, zeros, mask=start + offsets < width)
         return
 
-    student_top, student_log = _normaliser(raw_ptr, shared, inverse, BLOCK)
-    teacher_top, teacher_log = _normaliser(teacher_ptr, shared, inverse, BLOCK)
+    student_top, student_log, teacher_top, teacher_log = 0.0, 0.0, 0.0, 0.0
+    if KIND != 7:
+        student_top, student_log = _normaliser(raw_ptr, shared, inverse, BLOCK)
+        teacher_top, teacher_log = _normaliser(teacher_ptr, shared, inverse, BLOCK)
     plain_top, plain_log = student_top, student_log
     if WANTS_CROSS_ENTROPY:
         plain_top, plain_log = _normaliser(raw_ptr, width, 1.0, BLOCK)
@@ -104,28 +127,31 @@ def _divergence_rows(
     else:
         tl.store(cross_entropies_ptr + row, 0.0)
 
-    of_teacher = tl.zeros([BLOCK], tl.float32)
-    of_student = tl.zeros([BLOCK], tl.float32)
+    values = tl.zeros([BLOCK], tl.float32)
+    slopes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, shared, BLOCK):
         inside = start + offsets < shared
-        s = tl.load(raw_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32) * inverse
-        t = tl.load(teacher_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32) * inverse
-        p, q, gap, over_teacher, over_student = _masses(
-            (s - student_top) - student_log, (t - teacher_top) - teacher_log, log_beta, log_rest
-        )
-        if KIND == 0:
-            of_teacher += tl.where(inside, _times(p, gap), 0.0)
-        elif KIND == 1:
-            of_student += tl.where(inside, _times(q, -gap), 0.0)
+        s = tl.load(raw_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(teacher_ptr + start + offsets, mask=inside, other=0.0).to(tl.float32)
+        if KIND == 7:  # mse
+            values += (s - t) * (s - t)
         else:
-            of_teacher += tl.where(inside, _times(p, -over_teacher), 0.0)
-            of_student += tl.where(inside, _times(q, -over_student), 0.0)
-    teacher_sum = tl.sum(of_teacher, axis=0)
-    student_sum = tl.sum(of_student, axis=0)
-    value = teacher_sum + student_sum
-    if KIND == 2:
-        value = beta * teacher_sum + (1.0 - beta) * student_sum
-    tl.store(divergences_ptr + row, temperature * temperature * value)
+            value, slope, q = _terms(
+                (s * inverse - student_top) - student_log,
+                (t * inverse - teacher_top) - teacher_log,
+                beta,
+                log_share,
+                log_rest,
+                KIND,
+            )
+            values += tl.where(inside, value, 0.0)
+            slopes += tl.where(inside, slope, 0.0)
+    total = tl.sum(values, axis=0)
+    slope_sum = tl.sum(slopes, axis=0)
+    if KIND == 7:
+        tl.store(divergences_ptr + row, total / shared)
+    else:
+        tl.store(divergences_ptr + row, temperature * temperature * total)
 
     if WANTS_GRADIENT:
         for start in range(0, width, BLOCK):
@@ -133,17 +159,20 @@ def _divergence_rows(
             inside = columns < width
             compared = columns < shared
             raw = tl.load(raw_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            t = tl.load(teacher_ptr + columns, mask=compared, other=0.0).to(tl.float32) * inverse
-            p, q, gap, over_teacher, over_student = _masses(
-                (raw * inverse - student_top) - student_log, (t - teacher_top) - teacher_log, log_beta, log_rest
-            )
-            if KIND == 0:
-                g = q - p
-            elif KIND == 1:
-                g = _times(q, -gap - value)
+            t = tl.load(teacher_ptr + columns, mask=compared, other=0.0).to(tl.float32)
+            if KIND == 7:
+                g = (raw - t) * (2.0 / shared)
             else:
-                g = _times(q, -over_student - student_sum) * (1.0 - beta)
-            g = tl.where(compared, g * temperature * divergence_weight, 0.0)
+                value, slope, q = _terms(
+                    (raw * inverse - student_top) - student_log,
+                    (t * inverse - teacher_top) - teacher_log,
+                    beta,
+                    log_share,
+                    log_rest,
+                    KIND,
+                )
+                g = (slope - q * slope_sum) * temperature
+            g = tl.where(compared, g * divergence_weight, 0.0)
             if WANTS_CROSS_ENTROPY:
                 of_label = tl.exp((raw - plain_top) - plain_log) - tl.where(columns == label, 1.0, 0.0)
                 g += cross_entropy_weight * of_label
@@ -171,11 +200,11 @@ def divergence_(
         1.0 / form.temperature,
         form.temperature,
         form.beta,
-        math.log(form.beta),
-        math.log1p(-form.beta),
+        math.log(form.teacher_share),
+        math.log1p(-form.teacher_share),
         form.divergence_weight,
         form.cross_entropy_weight or 0.0,
-        KIND=_KINDS[form.kind],
+        KIND=KINDS.index(form.kind),
         WANTS_CROSS_ENTROPY=form.cross_entropy_weight is not None,
         WANTS_GRADIENT=wants_gradient,
         BLOCK=block,

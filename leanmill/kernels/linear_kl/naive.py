@@ -3,24 +3,35 @@
 With teacher p and student q, both softmax(logits / T), and buckets that are tokens or, for a top-k
 cache, the k tokens and all others together:
 
-    forward  KL(p || q)
-    reverse  KL(q || p)
-    js       b KL(p || m) + (1 - b) KL(q || m),  m = b p + (1 - b) q
+    forward          KL(p || q)
+    reverse          KL(q || p)
+    js               b KL(p || m) + (1 - b) KL(q || m),  m = b p + (1 - b) q
+    skew_forward     KL(p || m),  m = b p + (1 - b) q
+    skew_reverse     KL(q || m),  m = (1 - b) p + b q
+    total_variation  sum |p - q| / 2
+    blend            b KL(q || p) + (1 - b) KL(p || q)
 
-each times T^2. A bucket of no mass adds nothing to the sum that it weighs (0 log 0 = 0).
+each times T^2. A bucket of no mass adds nothing to the sum that it weighs (0 log 0 = 0). And
+
+    mse              the mean over the vocabulary of the squared difference of logits,
+
+whose T^2 and T cancel, and which buckets do not have.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 
-Kind = Literal["forward", "reverse", "js"]
+Kind = Literal["forward", "reverse", "js", "skew_forward", "skew_reverse", "total_variation", "blend", "mse"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""In the order by which kernels number them."""
+HAS_BETA: frozenset[Kind] = frozenset({"js", "skew_forward", "skew_reverse", "blend"})
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,17 @@ class Form:
     cross_entropy_weight: float | None = None
     """Cross-entropy is that of softmax(logits), without the temperature; None does not compute it."""
 
+    @property
+    def teacher_share(self) -> float:
+        """Weight of p in the mixture m of the kinds that have one."""
+        return 1 - self.beta if self.kind == "skew_reverse" else self.beta
+
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, form: Form) -> Tensor:
     """Return T^2 x the divergence of each row of logits [..., V], fp32 (fp64 for fp64)."""
+    if form.kind == "mse":
+        exact = torch.promote_types(student_logits.dtype, torch.float32)
+        return (student_logits.to(exact) - teacher_logits.to(exact)).square().mean(-1)
     log_q, log_p = (log_softmax(logits, form.temperature) for logits in (student_logits, teacher_logits))
     return form.temperature**2 * between(log_p, log_q, form)
 
@@ -60,6 +79,15 @@ def top_k_divergence(
     buckets_q = torch.cat([log_q.gather(-1, indices), of_tail], -1)
     buckets_p = with_tail(log_probs, log_tail, log_q.shape[-1]).to(log_q.dtype)
     return form.temperature**2 * between(buckets_p, buckets_q, form)
+
+
+def top_k_of(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a top-k cache keeps of logits [..., V]: indices, log-probabilities and tails, at least fp32."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+    total = exact.logsumexp(-1, keepdim=True)
+    largest, indices = exact.topk(k)
+    of_tail = exact.scatter_(-1, indices, -torch.inf).logsumexp(-1)
+    return indices, largest - total, of_tail - total.squeeze(-1)
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -107,11 +135,23 @@ def between(log_p: Tensor, log_q: Tensor, form: Form) -> Tensor:
         return _kl(log_p, log_q)
     if form.kind == "reverse":
         return _kl(log_q, log_p)
-    # A bucket empty for both has no part in either sum, and must not reach the gradient of this one.
+    if form.kind == "blend":
+        return form.beta * _kl(log_q, log_p) + (1 - form.beta) * _kl(log_p, log_q)
+    if form.kind == "total_variation":
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    mixture = _mixture(log_p, log_q, form.teacher_share)
+    if form.kind == "skew_forward":
+        return _kl(log_p, mixture)
+    if form.kind == "skew_reverse":
+        return _kl(log_q, mixture)
+    return form.beta * _kl(log_p, mixture) + (1 - form.beta) * _kl(log_q, mixture)
+
+
+def _mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:
+    # A bucket empty for both has no part in any sum, and must not reach the gradient of this one.
     is_empty = (log_p == -torch.inf) & (log_q == -torch.inf)
     of_teacher, of_student = (torch.where(is_empty, 0.0, log_mass) for log_mass in (log_p, log_q))
-    mixture = torch.logaddexp(of_teacher + math.log(form.beta), of_student + math.log1p(-form.beta))
-    return form.beta * _kl(log_p, mixture) + (1 - form.beta) * _kl(log_q, mixture)
+    return torch.logaddexp(of_teacher + math.log(teacher_share), of_student + math.log1p(-teacher_share))
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:

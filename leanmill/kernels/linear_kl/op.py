@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leanmill.kernels.linear_kl.naive import Form, Kind, log_softmax
-from leanmill.kernels.linear_kl.operators import Provided, summed
+from leanmill.kernels.linear_kl.naive import KINDS, Form, Kind, top_k_of
+from leanmill.kernels.linear_kl.operators import Provided, logits_source, summed
 from leanmill.kernels.sharded import TokenLayout, is_dtensor, mean_over_kept
 
 
@@ -23,6 +23,8 @@ class TeacherHead:
     weight: Tensor
     """[V of the teacher, H of the teacher], same dtype."""
     bias: Tensor | None = None
+    top_k: int | None = None
+    """Compare only its k largest probabilities, and the rest of its mass as one more bucket; None compares all."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class TeacherLogits:
     logits_of: Callable[[slice], Tensor]
     """Returns logits [n, V of the teacher] of the flattened tokens in a slice with start and stop.
     With DTensors for hidden states: plain logits, of the tokens that this rank holds."""
+    top_k: int | None = None
+    """See `TeacherHead`."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,7 @@ class TopK:
     @classmethod
     def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
         """Return what is to be kept of teacher logits [..., V], at least fp32."""
-        every = log_softmax(logits.detach(), temperature)
-        log_probs, indices = every.topk(k)
-        return cls(indices, log_probs, every.scatter_(-1, indices, -torch.inf).logsumexp(-1))
+        return cls(*top_k_of(logits.detach(), k, temperature))
 
 
 Teacher = TeacherHead | TeacherLogits | TopK
@@ -90,7 +92,10 @@ def linear_kl(
     With teacher p and student q, both softmax(logits / T) over the vocabulary (or over k + 1 buckets
     of a top-k cache): `forward` is KL(p || q), `reverse` KL(q || p), and `js` is
     b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q (Agarwal et al. 2023, arXiv:2306.13649,
-    eq. 1; unlike there, its ends b = 0 and 1 are not redefined as the two KLs but refused). T^2
+    eq. 1; unlike there, its ends b = 0 and 1 are not redefined as the two KLs but refused). `skew_forward` is
+    KL(p || b p + (1 - b) q) and `skew_reverse` KL(q || (1 - b) p + b q) (Ko et al. 2024, arXiv:2402.03898, eq. 2
+    and 6), `blend` b KL(q || p) + (1 - b) KL(p || q), `total_variation` half the sum of |p - q|. `mse` is the mean
+    over the vocabulary of the squared difference of logits, whatever T. T^2
     follows Hinton et al. 2015 (arXiv:1503.02531). Gradients go to the student only, and are built
     in the forward pass as in `linear_cross_entropy`.
 
@@ -105,7 +110,7 @@ def linear_kl(
         teacher: In one of three forms. Vocabularies of different size are compared over the rows
             that both have.
         kind: Which divergence.
-        beta: b of `js`, in (0, 1).
+        beta: b of `js`, `skew_forward`, `skew_reverse` and `blend`, in (0, 1).
         temperature: T > 0.
         labels: [...] int64; tokens with `ignore_index` cost nothing. None counts all.
         ignore_index: See `labels`.
@@ -166,8 +171,8 @@ def linear_kl_and_cross_entropy(
 
 
 def _form(kind: Kind, beta: float, temperature: float, *weights: float) -> Form:
-    if kind not in ("forward", "reverse", "js"):
-        raise ValueError(f"kind {kind!r} is not known; use 'forward', 'reverse' or 'js'")
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not known; use one of {', '.join(KINDS)}")
     if not 0 < beta < 1:
         raise ValueError(f"beta={beta} must lie between 0 and 1; its ends are kind='forward' and kind='reverse'")
     if not temperature > 0:
@@ -195,6 +200,8 @@ def _losses(
     chunk_tokens: int | None,
 ) -> Losses:
     _check(hidden, weight, bias, labels, teacher, chunk_tokens)
+    if form.kind == "mse" and (isinstance(teacher, TopK) or getattr(teacher, "top_k", None)):
+        raise ValueError("kind 'mse' compares logits, and a top-k teacher has probabilities only; use another kind")
     if is_dtensor(hidden):
         layout = TokenLayout.of("hidden", hidden)
         local = _losses(
@@ -214,7 +221,8 @@ def _losses(
     track = torch.is_grad_enabled()
     wanted = [track and t is not None and t.requires_grad for t in (flat, weight, bias)]
     if isinstance(teacher, TeacherLogits):
-        found = Provided.apply(flat, weight, bias, targets, teacher.logits_of, form, chunk_tokens or 0, wanted)
+        source = logits_source(teacher.logits_of, teacher.top_k or 0, form.temperature)
+        found = Provided.apply(flat, weight, bias, targets, source, form, chunk_tokens or 0, wanted)
         return Losses(found[0], found[1].detach(), found[2].detach())
     tensors: list[Tensor | None] = [None] * 6
     if isinstance(teacher, TeacherHead):
@@ -224,7 +232,8 @@ def _losses(
         tensors[3:] = [teacher.indices.flatten(0, -2), teacher.log_probs.flatten(0, -2), tail]
     # The teacher is a constant of this loss, whatever made it.
     constants = [None if t is None else t.detach() for t in tensors]
-    found = summed(flat, weight, bias, targets, *constants, *settings, chunk_tokens or 0, *wanted)
+    top_k = (teacher.top_k or 0) if isinstance(teacher, TeacherHead) else 0
+    found = summed(flat, weight, bias, targets, *constants, top_k, *settings, chunk_tokens or 0, *wanted)
     return Losses(found[0], found[1].detach(), found[2].detach())
 
 
@@ -236,7 +245,7 @@ def _local_teacher(layout: TokenLayout, teacher: Teacher) -> Teacher:
     if isinstance(teacher, TeacherHead):
         bias = None if teacher.bias is None else layout.whole("teacher.bias", teacher.bias.detach())
         weight = layout.whole("teacher.weight", teacher.weight.detach())
-        return TeacherHead(layout.local("teacher.hidden", teacher.hidden.detach()), weight, bias)
+        return TeacherHead(layout.local("teacher.hidden", teacher.hidden.detach()), weight, bias, teacher.top_k)
     return teacher
 
 
@@ -261,6 +270,9 @@ def _check(
         fits = teacher.weight.dim() == 2 and teacher.hidden.shape == (*labels.shape, teacher.weight.shape[1])
         if not fits or teacher.hidden.dtype != teacher.weight.dtype:
             raise ValueError(f"{given}, {theirs}: expected {tuple(labels.shape)} hidden states for its own weight")
+        shared = min(len(weight), len(teacher.weight))
+        if teacher.top_k is not None and not 1 <= teacher.top_k <= shared:
+            raise ValueError(f"{given}, {theirs}, top_k={teacher.top_k}: expected a top_k of 1 to {shared}")
     elif isinstance(teacher, TopK):
         tensors += [t for t in (teacher.indices, teacher.log_probs, teacher.log_tail) if t is not None]
         _check_top_k(given, teacher, tuple(labels.shape), weight.shape[0])

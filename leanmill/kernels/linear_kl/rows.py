@@ -1,7 +1,8 @@
 """Divergence of a chunk of logits and its gradient written over them, in tensor code.
 
 With h the derivative of the divergence by a bucket's student mass q, the gradient by a logit is
-T q (h - sum of q h); see naive.py for the divergences.
+T (q h - q sum of q h), to which what h has the same for all buckets adds nothing; see naive.py for the
+divergences. q h is called the slope.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ def divergence_(
         Both [n], unweighted, fp32 (fp64 for fp64); cross-entropy is 0 where it is not wanted.
     """
     shared = min(raw.shape[-1], teacher.shape[-1])
+    if form.kind == "mse":
+        exact = torch.promote_types(raw.dtype, torch.float32)
+        apart = raw[:, :shared].to(exact) - teacher[:, :shared].to(exact)
+        return _finish(raw, apart.square().mean(-1), apart.mul_(2 / shared), labels, form, wants_gradient)
     log_q = log_softmax(raw[:, :shared], form.temperature)
     log_p = log_softmax(teacher[:, :shared], form.temperature)
     value, gradient = _of_buckets(log_p, log_q, form)
@@ -53,41 +58,55 @@ def top_k_divergence_(
     others = log_q.scatter_(-1, indices, -torch.inf)
     of_tail = others.logsumexp(-1, keepdim=True)
     log_p = with_tail(log_probs, log_tail, raw.shape[-1]).to(log_q.dtype)
-    stated = log_p.exp().sum(-1, keepdim=True)
-    value, gradient = _of_buckets(log_p, torch.cat([of_taken, of_tail], -1), form, stated)
+    value, gradient = _of_buckets(log_p, torch.cat([of_taken, of_tail], -1), form)
     # The tail's gradient is shared out by mass; a tail without mass has none to share.
     share = others.sub_(torch.where(of_tail == -torch.inf, 0.0, of_tail)).exp_()
     spread = share.mul_(gradient[:, -1:]).scatter_(-1, indices, gradient[:, :-1])
     return _finish(raw, value, spread, labels, form, wants_gradient)
 
 
-def _of_buckets(log_p: Tensor, log_q: Tensor, form: Form, teacher_mass: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _of_buckets(log_p: Tensor, log_q: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """Return T^2 x divergence of rows, and its gradient by logits of the buckets; overwrites both.
 
-    Student's masses add up to 1; so do a teacher's, unless `teacher_mass` [n, 1] has the sums of a rounded cache.
+    Student's masses add up to 1; a teacher's need not, if they are a rounded cache.
     """
     gap = log_p - log_q
     p, q = log_p.exp_(), log_q.exp_()
-    if form.kind == "forward":
-        value = _sum(p, gap)
-        slope = (q if teacher_mass is None else q.mul_(teacher_mass)).sub_(p)
-    elif form.kind == "reverse":
-        value = -_sum(q, gap)
-        slope = _times(q, gap.add_(value.unsqueeze(-1))).neg_()
-    else:
-        over_teacher, over_student = _over_parts(gap, form.beta)
-        of_student = -_sum(q, over_student)
-        value = -form.beta * _sum(p, over_teacher) + (1 - form.beta) * of_student
-        slope = _times(q, over_student.add_(of_student.unsqueeze(-1))).mul_(form.beta - 1)
+    value, slope = _value_and_slope(p, q, gap, form)
+    slope = slope.sub_(q.mul_(slope.sum(-1, keepdim=True)))
     return value * form.temperature**2, slope.mul_(form.temperature)
 
 
-def _over_parts(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _value_and_slope(p: Tensor, q: Tensor, gap: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Return the divergence [n] and the slopes [n, buckets], new; `gap` is log(p / q) and is overwritten."""
+    beta, kind = form.beta, form.kind
+    if kind == "forward":
+        return _sum(p, gap), -p
+    if kind == "reverse":
+        slope = _times(q, gap).neg_()
+        return slope.sum(-1), slope
+    if kind == "blend":
+        reverse = _times(q, gap).mul_(-beta)
+        return reverse.sum(-1) + (1 - beta) * _sum(p, gap), reverse.sub_(p, alpha=1 - beta)
+    if kind == "total_variation":
+        excess = q - p
+        return 0.5 * excess.abs().sum(-1), excess.sign_().mul_(q).mul_(0.5)
+    over_teacher, over_student = _over_parts(gap, form.teacher_share)
+    if kind == "skew_forward":
+        return -_sum(p, over_teacher), _times(q, over_teacher.neg().exp_()).mul_(beta - 1)
+    if kind == "skew_reverse":
+        slope = _times(q, over_student).neg_()
+        return slope.sum(-1), slope.sub_(_times(q, over_student.neg().exp_()), alpha=beta)
+    slope = _times(q, over_student).mul_(beta - 1)
+    return slope.sum(-1) - beta * _sum(p, over_teacher), slope
+
+
+def _over_parts(gap: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return log(m / p) and log(m / q) of the mixture m, from log(p / q); an infinite gap keeps the first finite."""
-    log_beta, log_rest = math.log(beta), math.log1p(-beta)
-    smaller_adds = (gap + (log_beta - log_rest)).abs_().neg_().exp_().log1p_()
-    over_teacher = (log_rest - gap).clamp_(min=log_beta).add_(smaller_adds)
-    return over_teacher, smaller_adds.add_((gap + log_beta).clamp_(min=log_rest))
+    log_share, log_rest = math.log(share), math.log1p(-share)
+    smaller_adds = (gap + (log_share - log_rest)).abs_().neg_().exp_().log1p_()
+    over_teacher = (log_rest - gap).clamp_(min=log_share).add_(smaller_adds)
+    return over_teacher, smaller_adds.add_((gap + log_share).clamp_(min=log_rest))
 
 
 def _times(mass: Tensor, factor: Tensor) -> Tensor:

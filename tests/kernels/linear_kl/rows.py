@@ -46,11 +46,16 @@ def top_k_oracle(student, teacher, k, form):
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
     log_p, log_q, beta = buckets(teacher), buckets(student), form.beta
-    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    share = 1 - beta if form.kind == "skew_reverse" else beta
+    log_m = (share * log_p.exp() + (1 - share) * log_q.exp()).log()
     value = {
         "forward": lambda: kl(log_p, log_q),
         "reverse": lambda: kl(log_q, log_p),
         "js": lambda: beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m),
+        "skew_forward": lambda: kl(log_p, log_m),
+        "skew_reverse": lambda: kl(log_q, log_m),
+        "total_variation": lambda: (log_p.exp() - log_q.exp()).abs().sum(-1) / 2,
+        "blend": lambda: beta * kl(log_q, log_p) + (1 - beta) * kl(log_p, log_q),
     }[form.kind]()
     return form.temperature**2 * value
 

@@ -16,6 +16,11 @@ FORMS = [
     Form("reverse", 0.5, 0.7, 1.0, 0.5),
     Form("js", 0.3),
     Form("js", 0.5, 2.0, 1.5, 0.0),
+    Form("skew_forward", 0.1, 2.0, 1.0, 0.5),
+    Form("skew_reverse", 0.1),
+    Form("total_variation", 0.5, 2.0),
+    Form("blend", 0.3),
+    Form("mse", 0.5, 2.0, 0.7, 0.3),
 ]
 
 
@@ -85,8 +90,8 @@ def test_compiles_for_a_gpu():
     types = dict.fromkeys(["width", "teacher_width", "shared"], "i32")
     types |= {"raw_ptr": "*bf16", "teacher_ptr": "*bf16", "labels_ptr": "*i64"}
     types |= {"divergences_ptr": "*fp32", "cross_entropies_ptr": "*fp32", "inverse": "fp32", "temperature": "fp32"}
-    types |= dict.fromkeys(["beta", "log_beta", "log_rest", "divergence_weight", "cross_entropy_weight"], "fp32")
+    types |= dict.fromkeys(["beta", "log_share", "log_rest", "divergence_weight", "cross_entropy_weight"], "fp32")
     variants = [
-        {"KIND": kind, "WANTS_CROSS_ENTROPY": kind > 0, "WANTS_GRADIENT": True, "BLOCK": 4096} for kind in range(3)
+        {"KIND": kind, "WANTS_CROSS_ENTROPY": kind > 0, "WANTS_GRADIENT": True, "BLOCK": 4096} for kind in (0, 4, 7)
     ]
     assert_compiles("leanmill.kernels.linear_kl.kernel", "_divergence_rows", types, variants)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from leanmill.kernels.linear_kl import naive
-from leanmill.kernels.linear_kl.naive import Form
+from leanmill.kernels.linear_kl.naive import KINDS, Form
 from leanmill.kernels.linear_kl.op import (
     TeacherHead,
     TeacherLogits,
@@ -42,6 +42,12 @@ def teachers(teacher, labels):
     return {
         "head": (TeacherHead(*teacher), lambda s, form: naive.divergence(s, logits, form)),
         "logits": (TeacherLogits(lambda part: logits[part]), lambda s, form: naive.divergence(s, logits, form)),
+        "head_top_k": (
+            TeacherHead(*teacher, top_k=4),
+            lambda s, form: naive.top_k_divergence(
+                s, indices, log_probs, form, naive.top_k_of(logits, 4, form.temperature)[2]
+            ),
+        ),
         "top_k": (TopK(indices, log_probs), lambda s, form: naive.top_k_divergence(s, indices, log_probs, form)),
         "tail": (
             TopK(indices, log_probs, tail),
@@ -52,8 +58,8 @@ def teachers(teacher, labels):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    source=st.sampled_from(["head", "logits", "top_k", "tail"]),
-    kind=st.sampled_from(["forward", "reverse", "js"]),
+    source=st.sampled_from(["head", "logits", "head_top_k", "top_k", "tail"]),
+    kind=st.sampled_from([kind for kind in KINDS if kind != "mse"]),
     reduction=st.sampled_from(["sum", "mean"]),
     chunk_tokens=st.sampled_from([None, 1, 7]),
     masked=st.booleans(),
@@ -183,6 +189,7 @@ def test_opcheck():
         None,
         None,
         None,
+        0,
         "js",
         0.5,
         1.0,
@@ -237,6 +244,8 @@ def test_all_logits_never_exist():
         ({"teacher": TopK(torch.zeros(4, 2).long(), torch.zeros(4, 3))}, r"top-k indices \(4, 2\)"),
         ({"teacher": TopK(torch.zeros(4, 0).long(), torch.zeros(4, 0))}, r"k of 1 to 7"),
         ({"teacher": TopK(torch.zeros(4, 2).long(), torch.zeros(4, 2), torch.zeros(4, 1))}, r"log_tail \(4, 1\)"),
+        ({"teacher": TeacherHead(torch.zeros(4, 3), torch.zeros(7, 3), top_k=8)}, r"top_k=8.*1 to 7"),
+        ({"teacher": TopK(torch.zeros(4, 2).long(), torch.zeros(4, 2)), "kind": "mse"}, r"probabilities only"),
         ({"kind": "l2"}, r"'l2'"),
         ({"beta": 1.0}, r"beta=1.0"),
         ({"temperature": 0.0}, r"temperature=0.0"),
