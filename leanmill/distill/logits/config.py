@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
 
 
@@ -21,11 +22,25 @@ class Distill(TechniqueConfig):
     """Name of the technique."""
     teacher: str = Field(min_length=1)
     """Folder or hub name of the teacher, a causal LM with the student's vocabulary."""
-    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation", "mse", "cakld"
+    ] = "forward_kl"
     """`forward_kl`: KL(teacher || student). `reverse_kl`: KL(student || teacher). `js`: generalised
-    Jensen-Shannon (Agarwal et al. 2023, arXiv:2306.13649)."""
+    Jensen-Shannon (Agarwal et al. 2023, arXiv:2306.13649). `skew_forward_kl`, `skew_reverse_kl`: from the teacher,
+    or from the student, to a mixture of both (Ko et al. 2024, arXiv:2402.03898). `total_variation`: half the sum
+    of absolute differences. `mse`: mean squared difference of logits (Ba and Caruana 2014, arXiv:1312.6184).
+    `cakld`: reverse and forward KL weighed by how sure the teacher is (Du et al. 2024, arXiv:2402.10631)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `js`; not used by the others."""
+    skew: float = Field(default=0.1, gt=0, lt=1)
+    """Weight that `skew_forward_kl` gives the teacher, and `skew_reverse_kl` the student, in the mixture; not used by
+    the others."""
+    confidence: Literal["measured"] | Annotated[float, Field(gt=0, lt=1)] = "measured"
+    """Weight of the reverse KL in `cakld`; the forward KL has the rest. `measured` is the teacher's mean probability
+    of the next token, over the tokens of the run's first step. Not used by the others."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Compare the teacher's so many largest probabilities, and what they leave as one more; None compares all.
+    For what a cache of them would teach, without one."""
     temperature: float = Field(default=1.0, gt=0)
     """T that divides both models' logits; the loss is multiplied by T^2, which keeps the size of
     its gradient."""
@@ -34,17 +49,35 @@ class Distill(TechniqueConfig):
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Add the loss term; the teacher is loaded when training starts."""
+        from leanmill.distill.logits.confidence import ConfidenceRule
         from leanmill.distill.logits.term import DistillTerm
 
         term = DistillTerm(
             context,
             teacher=self.teacher,
             kind=self.divergence,
-            beta=self.beta,
+            beta=self._beta(),
             temperature=self.temperature,
+            top_k=self.top_k,
             weight=self.weight,
         )
-        return Installation(loss_terms=(term,))
+        is_measured = self.divergence == "cakld" and self.confidence == "measured"
+        return Installation(loss_terms=(term,), step_rules=(ConfidenceRule(term),) if is_measured else ())
+
+    def _beta(self) -> float:
+        """The number that the divergence takes."""
+        if self.divergence == "cakld":
+            return 0.5 if self.confidence == "measured" else self.confidence
+        return self.skew if self.divergence.startswith("skew") else self.beta
+
+    @model_validator(mode="after")
+    def _compares_probabilities(self) -> Distill:
+        if self.divergence == "mse" and self.top_k is not None:
+            raise ConfigError(
+                f"distill.top_k {self.top_k} keeps probabilities, and divergence: mse compares logits; remove top_k, "
+                f"or set divergence: forward_kl"
+            )
+        return self
 
     def frozen_models(self) -> Mapping[str, str]:
         """Return the teacher."""

@@ -9,28 +9,53 @@ from torch import Tensor
 from leanmill.kernels.linear_kl import naive
 
 
-Kind = Literal["forward_kl", "reverse_kl", "js"]
-KERNEL_KINDS: dict[Kind, naive.Kind] = {"forward_kl": "forward", "reverse_kl": "reverse", "js": "js"}
+Kind = Literal[
+    "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation", "mse", "cakld"
+]
+KERNEL_KINDS: dict[Kind, naive.Kind] = {
+    "forward_kl": "forward",
+    "reverse_kl": "reverse",
+    "js": "js",
+    "skew_forward_kl": "skew_forward",
+    "skew_reverse_kl": "skew_reverse",
+    "total_variation": "total_variation",
+    "mse": "mse",
+    "cakld": "blend",
+}
 """What the kernels call them."""
 
 
 def divergence(
-    student_logits: Tensor, teacher_logits: Tensor, *, kind: Kind, temperature: float = 1.0, beta: float = 0.5
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    kind: Kind,
+    temperature: float = 1.0,
+    beta: float = 0.5,
+    top_k: int | None = None,
 ) -> Tensor:
     """Return T^2 x the divergence of each row, fp32 (fp64 for fp64 logits).
 
     With teacher p and student q, both softmax(logits / T):
     `forward_kl` is KL(p || q), `reverse_kl` is KL(q || p), and `js` is
     beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv:2306.13649, eq. 1).
+    `skew_forward_kl` is KL(p || beta p + (1 - beta) q), `skew_reverse_kl` KL(q || (1 - beta) p + beta q)
+    (arXiv:2402.03898, eq. 2 and 6), `total_variation` sum |p - q| / 2, `cakld` beta KL(q || p) + (1 - beta) KL(p || q)
+    (arXiv:2402.10631, eq. 7). `mse` is the mean over the vocabulary of the squared difference of logits, without T.
 
     Args:
         student_logits: [..., V], any float dtype.
         teacher_logits: [..., V], any float dtype.
         kind: Which divergence.
         temperature: T.
-        beta: Weight of the teacher in `js`.
+        beta: See above.
+        top_k: Compare the teacher's k largest probabilities, and the rest of its mass as one more bucket.
 
     Returns:
         [...].
     """
-    return naive.divergence(student_logits, teacher_logits, naive.Form(KERNEL_KINDS[kind], beta, temperature))
+    form = naive.Form(KERNEL_KINDS[kind], beta, temperature)
+    if top_k is None:
+        return naive.divergence(student_logits, teacher_logits, form)
+    indices, log_probs, log_tail = naive.top_k_of(teacher_logits, top_k, temperature)
+    return naive.top_k_divergence(student_logits, indices, log_probs, form, log_tail)

@@ -24,8 +24,9 @@ class DistillTerm:
         context: Loads the teacher, and knows the student's vocabulary.
         teacher: Folder or hub name.
         kind: See `divergence`.
-        beta: Weight of the teacher in the mixture of `js`.
+        beta: See `divergence`; may be changed between steps.
         temperature: T.
+        top_k: See `divergence`.
         weight: Of the loss, beside cross-entropy's.
     """
 
@@ -39,15 +40,11 @@ class DistillTerm:
         kind: Kind = "forward_kl",
         beta: float = 0.5,
         temperature: float = 1.0,
+        top_k: int | None = None,
         weight: float = 1.0,
     ) -> None:
-        self.teacher_path, self.kind, self.beta, self.temperature, self.weight = (
-            teacher,
-            kind,
-            beta,
-            temperature,
-            weight,
-        )
+        self.teacher_path, self.kind, self.beta, self.weight = teacher, kind, beta, weight
+        self.temperature, self.top_k = temperature, top_k
         self._context, self._taps = context, context.taps(teacher)
         self._is_checked = False
 
@@ -80,6 +77,7 @@ class DistillTerm:
             kind=self.kind,
             temperature=self.temperature,
             beta=self.beta,
+            top_k=self.top_k,
         )
         return torch.where(labels != -100, per_token, 0.0).sum()
 
@@ -111,11 +109,11 @@ class DistillTerm:
     def _teacher_head(self, hidden: Tensor) -> TeacherHead | TeacherLogits:
         head: Any = self.teacher.get_output_embeddings()  # type: ignore[operator]
         if type(head) is not nn.Linear:
-            return TeacherLogits(lambda part: head(hidden[part]))
+            return TeacherLogits(lambda part: head(hidden[part]), self.top_k)
         device_type = hidden.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head.weight.dtype
         bias = None if head.bias is None else head.bias.to(dtype)
-        return TeacherHead(hidden.to(dtype), head.weight.to(dtype), bias)
+        return TeacherHead(hidden.to(dtype), head.weight.to(dtype), bias, self.top_k)
 
     def _check(self, teacher: Any) -> None:
         extras = head_extras(teacher.config)
@@ -125,3 +123,9 @@ class DistillTerm:
                 f"distill does not cover; choose a teacher of another family"
             )
         check_vocabulary(self._context, self.teacher_path, teacher.config.vocab_size, role="teacher")
+        shared = min(teacher.config.vocab_size, self._context.vocab_size)
+        if self.top_k is not None and self.top_k > shared:
+            raise ConfigError(
+                f"distill.top_k {self.top_k} is more than the {shared} tokens that teacher and student share; set "
+                f"less, or remove top_k to compare all"
+            )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from leanmill.core.errors import ConfigError
 from leanmill.distill.logits.config import Distill
@@ -9,19 +10,29 @@ from leanmill.distill.logits.divergence import divergence
 from tests.core.tiny import VOCAB_SIZE, context, term_of, tiny, tokens
 
 
+KINDS = ["forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation", "mse", "cakld"]
+
+
 def by_hand(student, teacher, kind, temperature, beta):
+    """Each paper's own equation: GKD eq. 1; DistiLLM eq. 2 and 6; BitDistiller eq. 7; sums and means spelled out."""
+    if kind == "mse":
+        return (student.double() - teacher.double()).square().sum(-1) / student.shape[-1]
     p, q = (torch.softmax(z.double() / temperature, -1) for z in (teacher, student))
-    m = beta * p + (1 - beta) * q
-    kl = {
+    of_both, flipped = beta * p + (1 - beta) * q, (1 - beta) * p + beta * q
+    losses = {
         "forward_kl": p * (p / q).log(),
         "reverse_kl": q * (q / p).log(),
-        "js": beta * p * (p / m).log() + (1 - beta) * q * (q / m).log(),
-    }[kind]
-    return temperature**2 * kl.sum(-1)
+        "js": beta * p * (p / of_both).log() + (1 - beta) * q * (q / of_both).log(),
+        "skew_forward_kl": p * (p / of_both).log(),
+        "skew_reverse_kl": q * (q / flipped).log(),
+        "total_variation": (p - q).abs() / 2,
+        "cakld": beta * q * (q / p).log() + (1 - beta) * p * (p / q).log(),
+    }
+    return temperature**2 * losses[kind].sum(-1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_divergence_value_and_gradient(kind, temperature):
     student = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
     twin = student.detach().clone().requires_grad_()
@@ -34,7 +45,7 @@ def test_divergence_value_and_gradient(kind, temperature):
     torch.testing.assert_close(student.grad, twin.grad)
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "js"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mse"])
 def test_low_precision_logits_are_compared_in_fp32(kind):
     student, teacher = (torch.randn(5, 300) * 20).bfloat16(), (torch.randn(5, 300) * 20).bfloat16()
     got = divergence(student, teacher, kind=kind)
@@ -51,6 +62,48 @@ def batch_of(ids):
     labels[0, :4] = -100
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [None, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_the_head_values_and_gradients_are_those_of_whole_logits(kind, top_k, dtype):
+    if kind == "mse" and top_k:
+        return
+    torch.manual_seed(0)
+    student = [torch.randn(n, 16).to(dtype).requires_grad_() for n in (37, VOCAB_SIZE)]
+    teacher = tiny(seed=9, hidden_size=24).to(dtype)
+    hidden, labels = torch.randn(37, 24).to(dtype), torch.randint(VOCAB_SIZE, (37,))
+    labels[::5] = -100
+    config = Distill(teacher="t", divergence=kind, skew=0.2, confidence=0.3, temperature=1.5, weight=0.4, top_k=top_k)
+    term = term_of(config, context(teacher))
+    total, cross_entropy, divergence_ = term.with_cross_entropy(
+        (*student, None), labels, {"teacher_hidden": hidden}, cross_entropy_weight=0.6, chunk_tokens=8
+    )
+    exact = [tensor.detach().double().requires_grad_() for tensor in student]
+    logits = exact[0] @ exact[1].T
+    of_teacher = (hidden @ teacher.lm_head.weight.T).double()
+    if top_k:
+        largest = of_teacher.topk(top_k).indices
+        is_taken = torch.zeros(of_teacher.shape, dtype=torch.bool).scatter(-1, largest, True)
+
+        def buckets(z):
+            logs = (z / 1.5).log_softmax(-1)
+            return 1.5 * torch.cat([logs.gather(-1, largest), logs.masked_fill(is_taken, -1e9).logsumexp(-1, True)], -1)
+
+        whole = by_hand(buckets(logits), buckets(of_teacher), kind, 1.5, config._beta())
+    else:
+        whole = by_hand(logits, of_teacher, kind, 1.5, config._beta())
+    expected = whole[labels != -100].sum()
+    of_labels = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(divergence_.double(), expected, **close)
+    torch.testing.assert_close(total.double(), 0.4 * expected + 0.6 * of_labels, **close)
+    total.backward()
+    (0.4 * expected + 0.6 * of_labels).backward()
+    for ours, theirs in zip(student, exact, strict=True):
+        scale = float(theirs.grad.abs().max())
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=close["rtol"], atol=close["rtol"] * scale)
 
 
 @pytest.mark.parametrize("chunk", [1000, 5])
@@ -148,3 +201,10 @@ def test_a_teacher_that_caps_its_logits_is_refused():
     teacher.config.final_logit_softcapping = 30.0
     with pytest.raises(ConfigError, match="final_logit_softcapping"):
         term_of(Distill(teacher="t"), context(teacher)).prepare(batch_of(tokens()))
+
+
+def test_more_largest_probabilities_than_tokens_are_refused():
+    with pytest.raises(ConfigError, match=rf"top_k 62 is more than the {VOCAB_SIZE}"):
+        term_of(Distill(teacher="t", top_k=62), context(tiny())).prepare(batch_of(tokens()))
+    with pytest.raises(ValidationError, match=r"top_k 5 .*mse.*forward_kl"):
+        Distill(teacher="t", divergence="mse", top_k=5)
