@@ -12,12 +12,10 @@ from leanmill.core.blocks import added_blocks, decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, settings_by_name
-from leanmill.core.paths import expand_user
 from leanmill.core.sites import staged_parameters
 from leanmill.core.staging import staged_once
 from leanmill.core.technique import InstallContext, InstalledTechniques, token_shares
 from leanmill.models.build import build_on_meta
-from leanmill.models.config import ModelConfig
 from leanmill.models.counting import num_active_parameters, num_parameters
 from leanmill.models.flops import flops_per_token
 from leanmill.parallel.config import (
@@ -36,6 +34,7 @@ from leanmill.plan.transient import activation_bytes, logits_bytes
 from leanmill.plan.weight import Memory, Weight
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import micro_batches_of_step
+from leanmill.trainer.frozen import frozen_flops_per_token, frozen_on_meta, frozen_paths
 from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.turns import Turns
 
@@ -86,11 +85,12 @@ class Subject:
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         further = sum(technique.further_tokens() for technique in recipe.techniques)
         flops = flops_per_token(model, recipe.data.sequence_length, shares, further_tokens=further)
+        flops += frozen_flops_per_token(recipe)
         context = InstallContext(
             load_frozen_model=_no_loading,
             vocab_size=model.config.vocab_size,
             seed=recipe.seed,
-            frozen_config=lambda path: _frozen_model(recipe, path).config,
+            frozen_config=lambda path: frozen_on_meta(recipe, path).config,
         )
         techniques = install_techniques(recipe.techniques, model, context)
         return cls(
@@ -182,18 +182,11 @@ def _with_staging_settled(
 def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
     """Elements of the frozen models that techniques read, each once, and those of their blocks; 0 without any."""
     whole = in_blocks = 0
-    for path in {path for t in recipe.techniques for path in t.frozen_models().values()}:
-        teacher = _frozen_model(recipe, path)
+    for path in frozen_paths(recipe):
+        teacher = frozen_on_meta(recipe, path)
         whole += sum(p.numel() for p in teacher.parameters())
         in_blocks += sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
     return whole, in_blocks
-
-
-def _frozen_model(recipe: Recipe, path: str) -> Any:
-    key = next(key for t in recipe.techniques for key, named in t.frozen_models().items() if named == path)
-    if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
-        raise ConfigError(f"{key} {path!r} does not exist; correct the path")
-    return build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
 
 
 def _teacher_bytes(sizes: tuple[int, int], case: Case) -> float:

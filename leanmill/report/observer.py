@@ -28,7 +28,8 @@ class RunInfo:
     """Of the plain model, tied weights once, unsharded."""
     num_trainable: int
     flops_per_token: float
-    """Training FLOPs (forward and backward) of one token, active parameters only, see `flops.py`."""
+    """Training FLOPs (forward and backward) of one token, active parameters only, see `flops.py`; and the forward of
+    frozen models, such as a teacher."""
     epochs: float | None = None
     """Passes over the training data that the whole run is; None where the data is a stream."""
     notes: tuple[str, ...] = ()

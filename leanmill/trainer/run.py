@@ -36,6 +36,7 @@ from leanmill.report.loggers.build import build_observers
 from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
 from leanmill.trainer.beginning import Beginning, Start, saved_part
 from leanmill.trainer.evaluation import evaluate
+from leanmill.trainer.frozen import frozen_flops_per_token
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
 from leanmill.trainer.processes import Processes, processes
@@ -129,6 +130,7 @@ class _Run:
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         further = sum(technique.further_tokens() for technique in recipe.techniques)
         flops = flops_per_token(model, recipe.data.sequence_length, shares, further_tokens=further)
+        flops += frozen_flops_per_token(recipe)
         num_total, _ = num_parameters(model)
         prepared = prepare(
             recipe,

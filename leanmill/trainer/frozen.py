@@ -1,0 +1,35 @@
+"""What the frozen models of a run are and cost, without their weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.paths import expand_user
+from leanmill.models.build import build_on_meta
+from leanmill.models.config import ModelConfig
+from leanmill.models.flops import flops_per_token
+from leanmill.recipe.root import Recipe
+
+
+def frozen_paths(recipe: Recipe) -> list[str]:
+    """Return the models that techniques keep beside the trained one, each once."""
+    return list(dict.fromkeys(path for one in recipe.techniques for path in one.frozen_models().values()))
+
+
+def frozen_on_meta(recipe: Recipe, path: str) -> Any:
+    """Build a frozen model without memory.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    key = next(key for one in recipe.techniques for key, named in one.frozen_models().items() if named == path)
+    if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
+        raise ConfigError(f"{key} {path!r} does not exist; correct the path")
+    return build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+
+
+def frozen_flops_per_token(recipe: Recipe) -> float:
+    """Return the FLOPs of one token's forward through every frozen model: a third of what training them would take."""
+    length = recipe.data.sequence_length
+    return sum(flops_per_token(frozen_on_meta(recipe, path), length) / 3 for path in frozen_paths(recipe))
