@@ -20,6 +20,16 @@ LIBRARIES = {
     "logits": "what transformers' models return",
     "groups": "what a match of a regular expression holds",
     "init": "what starts a run of Weights & Biases",
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ),
+        "sizes in transformers' configurations",
+    ),
 }
 """Attributes of other libraries that share their name with one of a technique."""
 BRANCHES = "core/branches.py"

@@ -13,6 +13,7 @@ class Variant:
     """One way to train, or to compress what was trained dense with the same seed."""
 
     techniques: list[dict[str, Any]] = field(default_factory=list)
+    """`{dense}` in them is the folder of the model that was trained dense with the same seed."""
     passes: list[dict[str, Any]] | None = None
     """For `leanmill compress`; None trains from the start of the recipe."""
     overrides: Sequence[str] = ()
@@ -64,6 +65,10 @@ def _sparse(group_size: int) -> dict[str, Variant]:
         "progressive gradient flow": Variant(techniques=[one | {"progressive": progressive}]),
         "sr-ste": Variant(techniques=[one]),
     }
+
+
+_SMALL = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3}
+_CUT = [{"type": "minitron", **_SMALL}]
 
 
 _ROUTING = {"MaxVio": "experts/max_violation", "specialisation": "experts/specialisation"}
@@ -134,6 +139,24 @@ CLAIMS: dict[str, Claim] = {
         says="the same keeping 1 of 16",
         source="Bambhaniya et al. 2024, arXiv:2402.04744",
         variants=_sparse(16),
+    ),
+    "minitron": Claim(
+        says="a model cut out of a larger one (Minitron) and distilled ends below one of its size from scratch",
+        source="Muralidharan et al. 2024, arXiv:2407.14679",
+        variants={
+            "cut and distilled": Variant(
+                techniques=[{"type": "distill", "teacher": "{dense}", "weight": 0.5}],
+                passes=_CUT,
+                continues=True,
+                overrides=["train.cross_entropy_weight=0.5"],
+            ),
+            "cut": Variant(passes=_CUT, continues=True),
+            "from scratch": Variant(
+                overrides=[f"model.config.{name}={size}" for name, size in {**_SMALL, "head_dim": 32}.items()]
+            ),
+        },
+        remark="At equal tokens of the small model: those that the larger one was trained on, the same corpus, are not "
+        "counted, as the paper has it.",
     ),
     "moe_balance_scope": Claim(
         says="experts balanced over the global batch end below experts balanced within each micro-batch",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,9 @@ def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequenc
         model = compressed
     start = [f"model={{path: {model}}}", f"data.tokenizer.path={model}"]
     if given.continues:
-        return _train(run_dir, base, given, seed, [*start, *overrides])
+        dense = str(_exported(folder, base, seed))
+        techniques = json.loads(json.dumps(given.techniques).replace("{dense}", dense))
+        return _train(run_dir, base, replace(given, techniques=techniques), seed, [*start, *overrides])
     # Nothing moves at this rate: the run is there for its evaluation.
     return _train(run_dir, base, Variant(), seed, [*start, "train.steps=1", "optimizer.lr=1.0e-12"])
 

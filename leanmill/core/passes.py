@@ -2,7 +2,7 @@
 
 A pass is a validated configuration of one of three kinds. A layer pass solves one linear layer after
 another, given what the layer's inputs looked like on calibration text; an expert pass so the experts of one
-layer after another. A surgery makes a model of another architecture of the tensors, and looks at no text.
+layer after another. A surgery makes a model of another architecture of the tensors; some look at text first.
 None sees the trainer, which streams the blocks through.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -86,7 +86,7 @@ class StoredBlock:
 
 
 class Surgeon(Protocol):
-    """Makes a model of another architecture of a model's tensors."""
+    """Makes a model of another architecture of a model's tensors; subclasses say what they change."""
 
     def config(self, before: Any) -> Any:
         """Return the transformers configuration of the new model; cheap, and called before anything is read.
@@ -105,6 +105,14 @@ class Surgeon(Protocol):
         Called after `config`, for one block after another.
         """
         ...
+
+    def place(self, index: int) -> int | None:
+        """Return which block of the new model the one at `index` becomes; None leaves it out."""
+        return index
+
+    def outside(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what becomes of a tensor that lies in no block, by its full name."""
+        return tensor
 
     def describe(self) -> str:
         """Return in one line what was made; called last."""
@@ -126,6 +134,65 @@ class GradientSurgeon(Surgeon, Protocol):
 
     def see(self, gradients: Mapping[int, ExpertGradients]) -> None:
         """Look at the layers that have experts, by index of the block; called after `config` and before `block`."""
+        ...
+
+
+Part = tuple[int, Literal["block", "attention", "mlp"]]
+"""Of a model, by index of the block: all of it, or one of its halves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenBlock:
+    """A decoder block with its weights in memory, about to see calibration rows."""
+
+    index: int
+    """Of the block, from 0."""
+    module: nn.Module
+    """In eval mode, on the device, its parameters frozen; hooks on it see the run."""
+    run: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """Yields input and output [B, S, H] of each of this rank's batches, on the CPU. To be called once."""
+
+
+class CalibratedModel(Protocol):
+    """A model that exists, and the calibration rows that passes may send through it."""
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Tensor]]:
+        """This rank's batches: `input_ids` and `position_ids` [B, S] int64."""
+        ...
+
+    def blocks(self) -> Iterator[SeenBlock]:
+        """Yield one block after another; only one is in memory."""
+        ...
+
+    def losses(self, skipped: Sequence[frozenset[Part]]) -> list[float]:
+        """Return the mean next-token loss of the model without the parts of each set; a collective.
+
+        A part that is skipped adds nothing to the residual stream. One block at a time is in memory.
+        """
+        ...
+
+    def whole(self) -> nn.Module:
+        """Load the causal LM, fp32, in eval mode, its parameters frozen; takes memory for all of it."""
+        ...
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks; a collective."""
+        ...
+
+
+class LookingSurgeon(Surgeon, Protocol):
+    """One whose configuration `looks`."""
+
+    def look(self, model: CalibratedModel) -> Any:
+        """Decide what to do by calibration rows; called after `config` and before `block`. A collective.
+
+        Returns:
+            The transformers configuration of the new model, with the sizes that `config` gave.
+
+        Raises:
+            RunError: The rows do not tell.
+        """
         ...
 
 
@@ -231,7 +298,12 @@ class SurgeryConfig(PassConfig):
 
     @property
     def reads_text(self) -> bool:
-        return self.reads_gradients
+        return self.reads_gradients or self.looks
+
+    @property
+    def looks(self) -> bool:
+        """Whether its surgeon sends calibration rows through the model before it operates."""
+        return False
 
     @property
     def reads_gradients(self) -> bool:

@@ -213,6 +213,11 @@ PASSES: dict[str, Entry] = {
         "one-shot: round columns in turn and correct the later ones",
         "Frantar et al. 2022, arXiv:2210.17323",
     ),
+    "minitron": Entry(
+        "leanmill.sparse.minitron.config:Minitron",
+        "surgery: fewer channels, heads, neurons and layers, by what flows through them",
+        "Muralidharan et al. 2024, arXiv:2407.14679; Michel et al. 2019, arXiv:1905.10650",
+    ),
     "upcycle": Entry(
         "leanmill.moe.upcycle.config:Upcycle",
         "surgery: a dense model becomes a mixture of experts that computes the same",

@@ -42,7 +42,14 @@ def test_models_given_inline_can_be_planned_on_8_ranks_or_2(path):
     from leanmill.phases.models import training_recipes
     from leanmill.plan.plan import plan
 
-    recipe = load_recipe(path, ["techniques=[]"])  # teachers would be fetched
+    phases = load_recipe(path).phases
+    teachers = [
+        i
+        for i, phase in enumerate(phases)
+        if any("teacher" in t for t in (phase.overrides or {}).get("techniques", []))
+    ]
+    # Teachers would be fetched, or are made by an earlier phase.
+    recipe = load_recipe(path, ["techniques=[]", *(f"phases.{i}.overrides.techniques=[]" for i in teachers)])
     world_size = 8 if recipe.batch.tokens_per_step >= 8 * recipe.batch.tokens_per_micro_batch else 2
     for one in training_recipes(recipe) or [recipe]:
         result = plan(one, world_size)

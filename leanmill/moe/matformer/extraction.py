@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.passes import StoredBlock
+from leanmill.core.passes import StoredBlock, Surgeon
 
 
 _ROWS = tuple(f"mlp.{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias"))
@@ -42,7 +42,7 @@ def mixed_widths(num_layers: int, width: int, budget: float, granularities: Sequ
     return [narrow] * (num_layers - num_wide) + [*wider[:1]] * num_wide
 
 
-class Cut:
+class Cut(Surgeon):
     """The first neurons of every MLP; see `MixNMatch` for the arguments."""
 
     def __init__(

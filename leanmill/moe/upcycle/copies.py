@@ -11,14 +11,14 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.noise import derive_seed
-from leanmill.core.passes import ExpertGradients, StoredBlock
+from leanmill.core.passes import ExpertGradients, GradientSurgeon, StoredBlock
 from leanmill.core.stored_experts import PROJECTIONS, STORED_EXPERTS, StoredExperts
 
 
 Copies = Literal["equal", "gradient", "saliency"]
 
 
-class MoreExperts:
+class MoreExperts(GradientSurgeon):
     """m times as many experts, the copies' rows of the router with noise.
 
     Where every expert is copied as often, a token that went through K experts now finds m rows for each. At K as before

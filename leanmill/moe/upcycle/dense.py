@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.noise import derive_seed
-from leanmill.core.passes import StoredBlock
+from leanmill.core.passes import StoredBlock, Surgeon
 from leanmill.core.stored_experts import PROJECTIONS, STORED_EXPERTS
 from leanmill.moe.upcycle.families import Sizes, mixture_of
 
@@ -43,7 +43,7 @@ class Redrawn:
                 by_neuron[chosen] = drawn * old.std() + old.mean()
 
 
-class DenseToExperts:
+class DenseToExperts(Surgeon):
     """Copies, or shards of copies, of each MLP as experts, and a router that begins at random.
 
     With G shards of an MLP f and router rows that repeat in groups of G, a token's top-k are k / G whole copies. Each

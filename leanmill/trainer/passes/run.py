@@ -32,6 +32,7 @@ from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.compress import CalibratedRecipe, CompressRecipe
 from leanmill.recipe.sections import ClusterConfig
+from leanmill.trainer.passes.calibrated import Calibrated
 from leanmill.trainer.passes.expert_pass import ExpertPass, ExpertReport
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.foresight import after_passes, check_pass
@@ -103,7 +104,18 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             writer = TargetFolder(target) if ranks.rank == 0 else None
             if isinstance(config, SurgeryConfig):
                 gradients = expert_gradients(model, batches, ranks) if config.reads_gradients else {}
-                reports += [operate(config, source, model, writer, seed=recipe.seed, gradients=gradients)]
+                calibrated = Calibrated(source, model, batches, device=ranks.device, dtype=dtype)
+                reports += [
+                    operate(
+                        config,
+                        source,
+                        model,
+                        writer,
+                        seed=recipe.seed,
+                        gradients=gradients,
+                        calibrated=calibrated,
+                    )
+                ]
             else:
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
                 assert isinstance(config, LayerPassConfig | ExpertPassConfig)

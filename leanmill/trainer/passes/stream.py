@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +99,16 @@ class BlockStream:
         module.load_state_dict(state, strict=True, assign=True)
 
     @torch.no_grad()
-    def run(self, block: Block) -> Iterator[Tensor]:
-        """Yield the block's output for each batch."""
-        for hidden, calls in zip(self.hidden, self._calls, strict=True):
+    def run(self, block: Block, hidden: Sequence[Tensor] | None = None) -> Iterator[Tensor]:
+        """Yield the block's output for each batch.
+
+        Args:
+            block: One of `blocks`.
+            hidden: Its inputs; None is what the blocks before it made.
+        """
+        for inputs, calls in zip(self.hidden if hidden is None else hidden, self._calls, strict=True):
             args, kwargs = _to(calls[block.index], self.device, self.dtype)
-            out = block.module(hidden.to(self.device, self.dtype), *args, **kwargs)
+            out = block.module(inputs.to(self.device, self.dtype), *args, **kwargs)
             yield (out[0] if isinstance(out, tuple) else out).cpu()
 
     def weight(self, name: str) -> Tensor:
@@ -142,16 +148,46 @@ class BlockStream:
             found |= {f"{prefix}{name}" for name in module_names(here, self._stored)}
         return found
 
-    @torch.no_grad()
-    def _start(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Embed the rows and record how each block is called."""
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor, Mapping[str, Tensor]], Tensor]]:
+        """Yield what makes logits [B, S, V], in fp32, of the last block's output [B, S, H] and its batch."""
         recorders = [_Recorder(block) for block in self._blocks]
+        self.model.tie_weights()  # the rows have been embedded since, by a module that was filled alone
+        model = copy.copy(self.model)
+        model._modules = dict(model._modules)
+        base = self._shell(recorders)
+        key = next(key for key, child in model._modules.items() if child is self.model.base_model)
+        model._modules[key] = base
+        _fill(model, "", self.source, self.dtype)
+        model.to(self.device)
+
+        @torch.no_grad()
+        def logits(hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+            recorders[0].instead = hidden.to(self.device, self.dtype)
+            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "position_ids")}
+            found: Tensor = model(**inputs, use_cache=False).logits
+            return found.float()
+
+        yield logits
+        model.to("meta")
+        give_back()
+
+    def _shell(self, recorders: Sequence[nn.Module]) -> Any:
+        """The model below its head, with other modules in place of its blocks."""
         base = copy.copy(self.model.base_model)
         base._modules = dict(base._modules)
         lists = {key: child for key, child in base._modules.items() if isinstance(child, nn.ModuleList)}
         key = next(key for key, child in lists.items() if child[0] is self._blocks[0])
         base._modules[key] = nn.ModuleList(recorders)
-        _fill(self.model, base, self.source, self.dtype)
+        return base
+
+    @torch.no_grad()
+    def _start(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Embed the rows and record how each block is called."""
+        recorders = [_Recorder(block) for block in self._blocks]
+        base = self._shell(recorders)
+        prefix = next(f"{name}." for name, module in self.model.named_modules() if module is self.model.base_model)
+        _fill(base, prefix, self.source, self.dtype)
         for batch in batches:
             base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
             self.hidden.append(recorders[0].hidden)
@@ -168,6 +204,8 @@ class _Recorder(nn.Module):
         # Models read a block's own settings (its kind of attention) before they call it.
         self.__dict__["_block"] = block
         self.hidden = torch.empty(0)
+        self.instead: Tensor | None = None
+        """What is handed on in place of the input."""
         self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def __getattr__(self, name: str) -> Any:
@@ -178,20 +216,19 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden, self._call = hidden, (args, kwargs)
-        return hidden
+        return hidden if self.instead is None else self.instead
 
     def take(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the last call's arguments besides the hidden states."""
         return self._call
 
 
-def _fill(model: nn.Module, base: nn.Module, source: SourceFolder, dtype: torch.dtype) -> None:
-    """Give what is left of `base` storage: weights from the folder, tables of the family's own making."""
-    prefix = next((f"{name}." for name, module in model.named_modules() if module is model.base_model), "")  # type: ignore[attr-defined]
-    names = [f"{prefix}{name}" for name, _ in base.named_parameters()]
-    draw(base, seed=0)
-    tensors = source.read(names)
-    for name, parameter in base.named_parameters():
+def _fill(module: nn.Module, prefix: str, source: SourceFolder, dtype: torch.dtype) -> None:
+    """Give what is left of a model storage: weights from the folder, tables of the family's own making."""
+    names = [name for name, _ in module.named_parameters()]
+    draw(module, seed=0)
+    tensors = source.read(f"{prefix}{name}" for name in names)
+    for name, parameter in module.named_parameters():
         parameter.data = tensors[f"{prefix}{name}"].to(dtype)
 
 

@@ -9,7 +9,14 @@ from typing import cast
 from torch import Tensor
 
 from leanmill.core.blocks import decoder_blocks
-from leanmill.core.passes import ExpertGradients, GradientSurgeon, StoredBlock, SurgeryConfig
+from leanmill.core.passes import (
+    CalibratedModel,
+    ExpertGradients,
+    GradientSurgeon,
+    LookingSurgeon,
+    StoredBlock,
+    SurgeryConfig,
+)
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import pretrained_config
@@ -39,6 +46,7 @@ def operate(
     *,
     seed: int,
     gradients: Mapping[int, ExpertGradients],
+    calibrated: CalibratedModel,
 ) -> ModelReport:
     """Write what a surgery makes of a model.
 
@@ -49,10 +57,11 @@ def operate(
         writer: Where the result goes; None on ranks that write nothing.
         seed: The recipe's.
         gradients: Of experts, where the pass reads them.
+        calibrated: The model, for passes that look at it.
 
     Raises:
         ConfigError: The model cannot become what was asked for.
-        RunError: The disk refuses.
+        RunError: Calibration rows do not tell what to do, or the disk refuses.
     """
     technique = str(config.type)  # type: ignore[attr-defined]
     surgeon = config.surgeon(seed)
@@ -61,14 +70,18 @@ def operate(
     after = surgeon.config(pretrained_config(model))
     if config.reads_gradients:
         cast(GradientSurgeon, surgeon).see(gradients)
+    if config.looks:
+        after = cast(LookingSurgeon, surgeon).look(calibrated)
     if writer is not None:
         names = {id(module): name for name, module in built.named_modules()}
         prefixes = [f"{names[id(block)]}." for block in decoder_blocks(built)]
         for index, prefix in enumerate(prefixes):
-            block = stored_block(source, prefix, index)
-            _write(writer, ((f"{prefix}{name}", tensor) for name, tensor in surgeon.block(block)))
+            place = surgeon.place(index)
+            if place is not None:
+                tensors = surgeon.block(stored_block(source, prefix, index))
+                _write(writer, ((f"{prefixes[place]}{name}", tensor) for name, tensor in tensors))
         others = sorted(name for name in source.keys if not name.startswith(tuple(prefixes)))
-        _write(writer, ((name, source.read([name])[name]) for name in others))
+        _write(writer, ((name, surgeon.outside(name, source.read([name])[name])) for name in others))
         writer.close(source, config=after)
     return ModelReport(technique=technique, text=surgeon.describe())
 

@@ -1,0 +1,114 @@
+"""How much the parts of a model matter, by what flows through them on calibration rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from leanmill.core.errors import RunError
+from leanmill.core.passes import CalibratedModel, Part, SeenBlock
+
+
+HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
+"""Linear layers of a block whose inputs are what heads and neurons put out."""
+NORMS = ("input_layernorm", "post_attention_layernorm")
+"""Whose outputs are what attention and MLP see of the residual stream."""
+
+
+class Activations:
+    """Sums over sequences of (mean over tokens of |a|)^2, one for each feature, by module of a block."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    @contextmanager
+    def watch(self, block: SeenBlock, inputs: Collection[str], outputs: Collection[str]) -> Iterator[None]:
+        """Look at the inputs of some modules and the outputs of others while a block runs."""
+        with ExitStack() as stack:
+            for name in inputs:
+                hook = self._of_input(f"{block.index}.{name}")
+                stack.callback(block.module.get_submodule(name).register_forward_pre_hook(hook).remove)
+            for name in outputs:
+                stack.callback(
+                    block.module.get_submodule(name)
+                    .register_forward_hook(self._of_output(f"{block.index}.{name}"))
+                    .remove
+                )
+            yield
+
+    def norm(self, layer: int, name: str) -> Tensor:
+        """Return the l2 norm over sequences of the mean |a| [features] fp32."""
+        return self.sums[f"{layer}.{name}"].sqrt()
+
+    def total(self, model: CalibratedModel) -> None:
+        """Sum over ranks. A collective.
+
+        Raises:
+            RunError: Not finite.
+        """
+        for key in sorted(self.sums):
+            self.sums[key] = model.total(self.sums[key])
+            if not torch.isfinite(self.sums[key]).all():
+                raise RunError(f"layer {key} puts out what is not finite on the calibration rows; look at the data")
+
+    def _of_input(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: self._see(key, inputs[0])
+
+    def _of_output(self, key: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, __, output: self._see(key, output)
+
+    def _see(self, key: str, activations: Tensor) -> None:
+        """Take note of activations [B, S, features]."""
+        found = activations.detach().float().abs().mean(1).square().sum(0).cpu()
+        self.sums[key] = self.sums[key] + found if key in self.sums else found
+
+
+def influence(before: Tensor, after: Tensor) -> Tensor:
+    """Return the sum over tokens of 1 - cos(input, output) of a block [B, S, H], fp64 ()."""
+    return (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).double().sum()
+
+
+def losses_without(model: CalibratedModel, parts: Collection[Part]) -> dict[Part, float]:
+    """Return the loss of the model without each of some parts alone. A collective."""
+    return dict(zip(parts, model.losses([frozenset([part]) for part in parts]), strict=True))
+
+
+def gradient_of_heads(model: CalibratedModel, num_heads: int, num_layers: int) -> list[Tensor]:
+    """Return for each layer the mean over sequences of |dL / dxi_h|, xi_h a factor on head h; fp32 [heads].
+
+    Michel et al. 2019, arXiv:1905.10650, eq. 2; L is the sum of a sequence's next-token losses. Holds the whole model,
+    and hidden states for a backward. A collective.
+    """
+    whole: Any = model.whole()
+    blocks = [whole.get_submodule(f"model.layers.{layer}.{HEADS}") for layer in range(num_layers)]
+    sums = torch.zeros(num_layers, num_heads)
+    for batch in model.rows:
+        factors: dict[int, Tensor] = {}
+        with ExitStack() as stack:
+            for layer, module in enumerate(blocks):
+                hook = _with_factor(factors, layer, num_heads)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            device = next(whole.parameters()).device
+            ids = batch["input_ids"].to(device)
+            logits = whole(input_ids=ids, position_ids=batch["position_ids"].to(device), use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+        gradients = torch.autograd.grad(loss, [factors[layer] for layer in range(num_layers)])
+        sums += torch.stack([gradient.abs().sum(0).cpu() for gradient in gradients])
+    num_rows = torch.tensor(float(sum(len(batch["input_ids"]) for batch in model.rows)))
+    return list((model.total(sums) / model.total(num_rows)).unbind())
+
+
+def _with_factor(factors: dict[int, Tensor], layer: int, num_heads: int) -> Callable[[nn.Module, tuple[Tensor]], Any]:
+    """A hook that multiplies what heads put out [B, S, heads x head_dim] by a factor of 1 a sequence and head."""
+
+    def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        heads = inputs[0].unflatten(-1, (num_heads, -1))
+        factors[layer] = torch.ones(len(heads), num_heads, device=heads.device, requires_grad=True)
+        return ((heads * factors[layer][:, None, :, None]).flatten(-2),)
+
+    return hook

@@ -1,0 +1,158 @@
+"""A model folder and calibration rows, as a pass that looks before it operates sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.passes import Part, SeenBlock
+from leanmill.core.places import find_modules
+from leanmill.models.config import ModelConfig
+from leanmill.models.pretrained import load_weights
+from leanmill.parallel.collectives import sum_over_ranks
+from leanmill.trainer.passes.folder import SourceFolder
+from leanmill.trainer.passes.stream import Block, BlockStream
+
+
+_VARIANTS_AT_ONCE = 8
+"""Models without some parts whose hidden states wait between blocks together."""
+_Hidden = list[Tensor]
+
+
+class Calibrated:
+    """Sends calibration rows through a model, a block in memory at a time; see `CalibratedModel`.
+
+    Args:
+        source: The model's folder.
+        config: Names that folder.
+        rows: This rank's batches, as many as on each other rank.
+        device: Where blocks compute.
+        dtype: What they compute in.
+    """
+
+    def __init__(
+        self,
+        source: SourceFolder,
+        config: ModelConfig,
+        rows: Sequence[Mapping[str, Tensor]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.source, self.config, self.rows = source, config, rows
+        self.device, self.dtype = device, dtype
+
+    def blocks(self) -> Iterator[SeenBlock]:
+        stream = self._stream()
+        for block in stream.blocks():
+            # Not advanced: running the block has put its outputs in the place of its inputs.
+            yield SeenBlock(index=block.index, module=block.module, run=lambda block=block: _through(stream, block))  # type: ignore[misc]
+
+    def losses(self, skipped: Sequence[frozenset[Part]]) -> list[float]:
+        # Variants that begin to differ late share what comes before.
+        order = sorted(range(len(skipped)), key=lambda number: min(skipped[number], default=(0, "block")))
+        found = [0.0] * len(skipped)
+        for first in range(0, len(order), _VARIANTS_AT_ONCE):
+            here = order[first : first + _VARIANTS_AT_ONCE]
+            for number, loss in zip(here, self._losses([skipped[number] for number in here]), strict=True):
+                found[number] = loss
+        return found
+
+    def whole(self) -> nn.Module:
+        loaded: Any = load_weights(self.config, dtype=torch.float32).to(self.device).eval()
+        return loaded.requires_grad_(False)  # type: ignore[no-any-return]  # noqa: FBT003
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return sum_over_ranks(tensor)
+
+    def _stream(self) -> BlockStream:
+        stream = BlockStream(self.source, self.config, self.rows, device=self.device, dtype=self.dtype)
+        stream.model.eval()
+        return stream
+
+    def _losses(self, skipped: Sequence[frozenset[Part]]) -> list[float]:
+        stream = self._stream()
+        halves = _halves(stream.model)
+        none: frozenset[Part] = frozenset()
+        states: dict[frozenset[Part], _Hidden] = {none: stream.hidden}
+        for block in stream.blocks():
+            after: dict[frozenset[Part], _Hidden] = {}
+            for so_far in sorted({_until(parts, block.index) for parts in skipped}, key=sorted):
+                before = states[_until(so_far, block.index - 1)]
+                after[so_far] = list(_outputs(stream, block, before, so_far, halves))
+            states = after
+        with stream.head() as logits:
+            sums = [self._sum_of_losses(states[parts], logits) for parts in skipped]
+        total = sum_over_ranks(torch.stack(sums))
+        return [float(loss / num_tokens) for loss, num_tokens in total]
+
+    def _sum_of_losses(self, hidden: _Hidden, logits: Any) -> Tensor:
+        """Sum of losses and number of tokens, fp64 (2,)."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for states, batch in zip(hidden, self.rows, strict=True):
+            targets = batch["input_ids"][:, 1:].flatten()
+            found = logits(states, batch)[:, :-1].flatten(0, 1).cpu()
+            total += torch.tensor([float(F.cross_entropy(found, targets, reduction="sum")), len(targets)]).double()
+        return total
+
+
+def _through(stream: BlockStream, block: Block) -> Iterator[tuple[Tensor, Tensor]]:
+    for number, out in enumerate(stream.run(block)):
+        before, stream.hidden[number] = stream.hidden[number], out
+        yield before, out
+
+
+def _until(parts: frozenset[Part], index: int) -> frozenset[Part]:
+    return frozenset(part for part in parts if part[0] <= index)
+
+
+def _outputs(
+    stream: BlockStream, block: Block, hidden: _Hidden, parts: frozenset[Part], halves: Mapping[Part, nn.Module]
+) -> Iterator[Tensor]:
+    here = {part for part in parts if part[0] == block.index}
+    if (block.index, "block") in here:
+        return iter(hidden)
+    return _silenced(stream, block, hidden, [_half(halves, part) for part in sorted(here)])
+
+
+def _silenced(stream: BlockStream, block: Block, hidden: _Hidden, modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    with _silent(modules):
+        yield from stream.run(block, hidden)
+
+
+def _half(halves: Mapping[Part, nn.Module], part: Part) -> nn.Module:
+    if part not in halves:
+        raise ConfigError(
+            f"layer {part[0]} has no {part[1]} that can be told apart; choose another family, such as llama"
+        )
+    return halves[part]
+
+
+def _halves(model: nn.Module) -> dict[Part, nn.Module]:
+    return {
+        (layer, kind): module
+        for kind in ("attention", "mlp")
+        for _, layer, module in find_modules(model, kind)  # type: ignore[arg-type]
+        if layer is not None
+    }
+
+
+@contextmanager
+def _silent(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Have modules return zeros in place of hidden states."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
