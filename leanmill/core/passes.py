@@ -141,6 +141,11 @@ Part = tuple[int, Literal["block", "attention", "mlp"]]
 """Of a model, by index of the block: all of it, or one of its halves."""
 
 
+Measure = Literal["loss", "js_divergence", "angle"]
+"""Of a model whose parts are skipped: `loss` is that of the next token. The others are between its logits and those of
+the whole model: the Jensen-Shannon divergence of their softmax, nats, and the angle between them over pi."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SeenBlock:
     """A decoder block with its weights in memory, about to see calibration rows."""
@@ -165,8 +170,8 @@ class CalibratedModel(Protocol):
         """Yield one block after another; only one is in memory."""
         ...
 
-    def losses(self, skipped: Sequence[frozenset[Part]]) -> list[float]:
-        """Return the mean next-token loss of the model without the parts of each set; a collective.
+    def without(self, skipped: Sequence[frozenset[Part]], measure: Measure = "loss") -> list[float]:
+        """Return what the model is like without the parts of each set, as a mean over tokens; a collective.
 
         A part that is skipped adds nothing to the residual stream. One block at a time is in memory.
         """

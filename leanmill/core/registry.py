@@ -218,6 +218,11 @@ PASSES: dict[str, Entry] = {
         "surgery: fewer channels, heads, neurons and layers, by what flows through them",
         "Muralidharan et al. 2024, arXiv:2407.14679; Michel et al. 2019, arXiv:1905.10650",
     ),
+    "drop_blocks": Entry(
+        "leanmill.sparse.drop_blocks.config:DropBlocks",
+        "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",
+        "Men et al. 2024, arXiv:2403.03853; Zhang et al. 2024, arXiv:2405.18218",
+    ),
     "upcycle": Entry(
         "leanmill.moe.upcycle.config:Upcycle",
         "surgery: a dense model becomes a mixture of experts that computes the same",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.passes import CalibratedModel, LookingSurgeon, StoredBlock
-from leanmill.sparse.structured.anatomy import Sizes, check_hidden, is_mixture, sizes_of
+from leanmill.sparse.structured.anatomy import Sizes, check_hidden, check_layers, is_mixture, sizes_of
 from leanmill.sparse.structured.cut import Cutter, Kept, highest, smaller_config
 from leanmill.sparse.structured.importance import (
     HEADS,
@@ -67,8 +67,12 @@ class MinitronSurgeon(LookingSurgeon):
         new = self._new_sizes(old)
         if new.hidden < old.hidden:
             check_hidden("minitron", before)
-        if is_mixture(before):
-            _check_mixture(before, old, new)
+        if new.layers < old.layers:
+            check_layers("minitron", before)
+        if is_mixture(before) and new.neurons < old.neurons:
+            raise ConfigError(
+                "minitron cuts the neurons of dense MLPs, and this model has experts; leave intermediate_size out"
+            )
         self._plan = _Plan(before, old, new)
         return self._config(range(new.layers))
 
@@ -211,16 +215,3 @@ def heads_in_groups(scores: Tensor, old_groups: int, num_heads: int, num_groups:
     shared = by_group.shape[1]
     heads = [group * shared + highest(by_group[group], num_heads // num_groups) for group in groups]
     return torch.cat(heads), groups
-
-
-def _check_mixture(config: Any, old: Sizes, new: Sizes) -> None:
-    if new.neurons < old.neurons:
-        raise ConfigError(
-            "minitron cuts the neurons of dense MLPs, and this model has experts; leave intermediate_size out"
-        )
-    dense, every = getattr(config, "mlp_only_layers", None), getattr(config, "decoder_sparse_step", None)
-    if new.layers < old.layers and (dense or (every or 1) > 1):
-        raise ConfigError(
-            f"minitron: {config.model_type} says by the number of a layer which are dense (mlp_only_layers, "
-            f"decoder_sparse_step), so none can go; leave num_hidden_layers out"
-        )

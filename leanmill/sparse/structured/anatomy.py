@@ -99,6 +99,28 @@ def check_hidden(technique: str, config: Any) -> None:
         )
 
 
+def check_layers(technique: str, config: Any) -> None:
+    """Refuse to take layers from a model whose configuration says by their number which are dense.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    if getattr(config, "mlp_only_layers", None) or (getattr(config, "decoder_sparse_step", None) or 1) > 1:
+        raise ConfigError(
+            f"{technique}: this {config.model_type} says by the number of a layer which are dense (mlp_only_layers, "
+            f"decoder_sparse_step), so none can go; give a mixture whose layers are all sparse"
+        )
+
+
+def is_output(name: str, part: Literal["attention", "mlp"]) -> bool:
+    """Whether a tensor of a block makes what one of its halves adds to the residual stream: nothing, if it is zero."""
+    return name.startswith("self_attn.") == (part == "attention") and _is_of_half(name) and axes_of(name)[0] == "hidden"
+
+
+def _is_of_half(name: str) -> bool:
+    return "." in name.removesuffix(".weight").removesuffix(".bias")
+
+
 def axes_of(name: str) -> tuple[Axis | None, ...]:
     """Return what each dim of a tensor counts, by its name relative to its block, or in full outside of blocks.
 

@@ -75,7 +75,7 @@ def influence(before: Tensor, after: Tensor) -> Tensor:
 
 def losses_without(model: CalibratedModel, parts: Collection[Part]) -> dict[Part, float]:
     """Return the loss of the model without each of some parts alone. A collective."""
-    return dict(zip(parts, model.losses([frozenset([part]) for part in parts]), strict=True))
+    return dict(zip(parts, model.without([frozenset([part]) for part in parts]), strict=True))
 
 
 def gradient_of_heads(model: CalibratedModel, num_heads: int, num_layers: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import Part, SeenBlock
+from leanmill.core.passes import Measure, Part, SeenBlock
 from leanmill.core.places import find_modules
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import load_weights
@@ -23,6 +24,7 @@ from leanmill.trainer.passes.stream import Block, BlockStream
 _VARIANTS_AT_ONCE = 8
 """Models without some parts whose hidden states wait between blocks together."""
 _Hidden = list[Tensor]
+_NOTHING: frozenset[Part] = frozenset()
 
 
 class Calibrated:
@@ -54,14 +56,15 @@ class Calibrated:
             # Not advanced: running the block has put its outputs in the place of its inputs.
             yield SeenBlock(index=block.index, module=block.module, run=lambda block=block: _through(stream, block))  # type: ignore[misc]
 
-    def losses(self, skipped: Sequence[frozenset[Part]]) -> list[float]:
+    def without(self, skipped: Sequence[frozenset[Part]], measure: Measure = "loss") -> list[float]:
         # Variants that begin to differ late share what comes before.
         order = sorted(range(len(skipped)), key=lambda number: min(skipped[number], default=(0, "block")))
         found = [0.0] * len(skipped)
         for first in range(0, len(order), _VARIANTS_AT_ONCE):
             here = order[first : first + _VARIANTS_AT_ONCE]
-            for number, loss in zip(here, self._losses([skipped[number] for number in here]), strict=True):
-                found[number] = loss
+            measured = self._measured([skipped[number] for number in here], measure)
+            for number, value in zip(here, measured, strict=True):
+                found[number] = value
         return found
 
     def whole(self) -> nn.Module:
@@ -76,30 +79,36 @@ class Calibrated:
         stream.model.eval()
         return stream
 
-    def _losses(self, skipped: Sequence[frozenset[Part]]) -> list[float]:
+    def _measured(self, skipped: Sequence[frozenset[Part]], measure: Measure) -> list[float]:
         stream = self._stream()
         halves = _halves(stream.model)
-        none: frozenset[Part] = frozenset()
-        states: dict[frozenset[Part], _Hidden] = {none: stream.hidden}
+        wanted = {*skipped, *([] if measure == "loss" else [_NOTHING])}
+        states: dict[frozenset[Part], _Hidden] = {_NOTHING: stream.hidden}
         for block in stream.blocks():
             after: dict[frozenset[Part], _Hidden] = {}
-            for so_far in sorted({_until(parts, block.index) for parts in skipped}, key=sorted):
+            for so_far in sorted({_until(parts, block.index) for parts in wanted}, key=sorted):
                 before = states[_until(so_far, block.index - 1)]
                 after[so_far] = list(_outputs(stream, block, before, so_far, halves))
             states = after
+        sums = torch.zeros(len(skipped), 2, dtype=torch.float64)
         with stream.head() as logits:
-            sums = [self._sum_of_losses(states[parts], logits) for parts in skipped]
-        total = sum_over_ranks(torch.stack(sums))
-        return [float(loss / num_tokens) for loss, num_tokens in total]
+            for number, batch in enumerate(self.rows):
+                whole = logits(states[_NOTHING][number], batch) if measure != "loss" else None
+                for row, parts in enumerate(skipped):
+                    found = _measure(logits(states[parts][number], batch), whole, batch["input_ids"], measure)
+                    sums[row] += torch.tensor([float(found.double().sum()), found.numel()])
+        return [float(total / num_tokens) for total, num_tokens in sum_over_ranks(sums)]
 
-    def _sum_of_losses(self, hidden: _Hidden, logits: Any) -> Tensor:
-        """Sum of losses and number of tokens, fp64 (2,)."""
-        total = torch.zeros(2, dtype=torch.float64)
-        for states, batch in zip(hidden, self.rows, strict=True):
-            targets = batch["input_ids"][:, 1:].flatten()
-            found = logits(states, batch)[:, :-1].flatten(0, 1).cpu()
-            total += torch.tensor([float(F.cross_entropy(found, targets, reduction="sum")), len(targets)]).double()
-        return total
+
+def _measure(logits: Tensor, whole: Tensor | None, ids: Tensor, measure: Measure) -> Tensor:
+    """The measure at each token, [B, S] or, of the loss, [B x (S - 1)]."""
+    if whole is None:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(logits.device), reduction="none")
+    if measure == "angle":
+        return F.cosine_similarity(logits, whole, dim=-1).clamp(-1, 1).arccos() / torch.pi
+    ours, theirs = logits.log_softmax(-1), whole.log_softmax(-1)
+    mean = torch.logaddexp(ours, theirs) - math.log(2)
+    return sum(F.kl_div(mean, one, reduction="none", log_target=True).sum(-1) for one in (ours, theirs)) / 2  # type: ignore[return-value]
 
 
 def _through(stream: BlockStream, block: Block) -> Iterator[tuple[Tensor, Tensor]]:

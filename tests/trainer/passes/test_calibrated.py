@@ -47,7 +47,7 @@ def test_losses_without_parts(tmp_path):
         ]
         config = ModelConfig(path=str(folder), attention="eager")
         calibrated = Calibrated(SourceFolder(folder), config, rows, device=torch.device("cpu"), dtype=torch.float32)
-        got = calibrated.losses(skipped)
+        got = calibrated.without(skipped)
         want = [without(model, rows, parts) for parts in skipped]
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=1e-5)
         assert len(set(want)) > 8
