@@ -70,6 +70,7 @@ def load(folder: str | Path) -> Any:
     """
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     import leanmill.models.pr_moe.register  # noqa: F401
 
@@ -81,7 +82,7 @@ def load(folder: str | Path) -> Any:
         )
     entries = json.loads((folder / LAYERS).read_text(encoding="utf-8"))
     state = load_file(folder / TENSORS)
-    with quiet_transformers():
+    with quiet_transformers(), no_init_weights():  # all of them come from the file
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     shared = {name for name, entry in entries.items() if "shares" in entry}
     if shared:

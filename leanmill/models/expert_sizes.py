@@ -8,7 +8,8 @@ from typing import Any
 from leanmill.core.errors import ConfigError
 
 
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What model families call the number of routed experts of a layer."""
 _WITH_GROUPS = (None, "group_limited_greedy", "noaux_tc")
 """Values of `topk_method`, which some families have, under which groups limit a token."""
 
@@ -24,7 +25,7 @@ def check_expert_sizes(hf_config: Any, where: str) -> None:
         ConfigError: Of the first thing that does not hold, with what to give.
     """
     chosen, written = getattr(hf_config, "num_experts_per_tok", None), hf_config.to_dict()
-    for key in _NUM_EXPERTS:
+    for key in NUM_EXPERTS:
         count = written.get(key)
         if isinstance(count, int) and isinstance(chosen, int) and count > 0:
             for problem in _problems(key, count, chosen, written):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
+from leanmill.models.expert_sizes import NUM_EXPERTS
 from leanmill.recipe.root import Recipe
 
 
@@ -52,7 +53,7 @@ def _received_bytes(recipe: Recipe, config: Any, size: int) -> float:
     A token goes once to each rank with any of its experts, its own included; experts are taken as chosen evenly.
     """
     num_ranks, top_k = recipe.layout.ep, getattr(config, "num_experts_per_tok", None)
-    found = (getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    found = (getattr(config, name, None) for name in NUM_EXPERTS)
     num_experts = next((number for number in found if isinstance(number, int)), None)
     if num_ranks == 1 or num_experts is None or not isinstance(top_k, int):
         return 0.0

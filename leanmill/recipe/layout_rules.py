@@ -6,14 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from leanmill.core.near import near_divisors
+from leanmill.models.expert_sizes import NUM_EXPERTS
 
 
 if TYPE_CHECKING:
     from leanmill.recipe.sections import Sections
-
-
-_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""What model families call the number of routed experts of a layer."""
 
 
 def layout_problems(recipe: Sections) -> Iterator[str]:
@@ -64,7 +61,7 @@ def _experts(recipe: Sections) -> Iterator[str]:
             f"takes no experts that are sharded once more; type engine=ddp, or set optimizer.type=adamw"
         )
     config = recipe.model.family_config or {}
-    for key in _NUM_EXPERTS:
+    for key in NUM_EXPERTS:
         number = config.get(key)
         if isinstance(number, int) and number > 0 and number % ep:
             yield (

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanmill.core.errors import ConfigError
+from leanmill.models.expert_sizes import NUM_EXPERTS
 from leanmill.models.mixture.config import MixtureConfig
 from leanmill.models.mixture.families import FAMILIES, Family
 from leanmill.models.mixture.shape import Shape, shape_of
 
 
-_NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")
+_NUMBERS = (*NUM_EXPERTS, "num_experts_per_tok")
 """What families also call numbers that `model.moe` says."""
 
 
