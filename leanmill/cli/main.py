@@ -17,7 +17,9 @@ from leanmill.core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_RUN
 
 
 _VERBS: dict[str, str] = {
-    "train": "train a recipe on one process (many: torchrun launch/train.py --config recipe.yaml)",
+    "init": "write a folder with a recipe to start from",
+    "train": "train a recipe on one process (many: leanmill launch)",
+    "launch": "train a recipe on all GPUs of this machine, through torchrun",
     "plan": "predict parameters, memory per rank, tokens and FLOPs without touching a device",
     "check": "validate a recipe and explain it in plain words",
     "data": "show the rows that a recipe trains on: documents, packing and what is predicted",
@@ -30,6 +32,7 @@ _VERBS: dict[str, str] = {
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
     "generate": "continue a prompt with an exported folder on the CPU, packed weights staying packed",
     "report": "rebuild the HTML report of a run",
+    "completion": "write a script with which a shell completes verbs and options",
 }
 
 
@@ -139,17 +142,55 @@ _OS_REMEDIES = {
 }
 
 
+_EXTRA_OF_PACKAGE = {
+    "deepspeed": "deepspeed",
+    "torchao": "lowbit",
+    "compressed_tensors": "formats",
+    "gguf": "formats",
+    "wandb": "wandb",
+    "shtab": "completion",
+}
+
+
 def _lines(error: Exception) -> list[str]:
     """Return the user's lines of an error; an unforeseen one says how to see more."""
     from leanmill.core.errors import ConfigError, RunError
 
     if isinstance(error, ConfigError | RunError):
         return [line for line in str(error).splitlines() if line.strip()]
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in _EXTRA_OF_PACKAGE:
+        extra = _EXTRA_OF_PACKAGE[package]
+        return [f"this needs the package {package}, which is not installed; type: pip install 'leanmill[{extra}]'"]
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         remedy = _OS_REMEDIES.get(error.errno or 0, "")
         return [f"{error.strerror}{f': {error.filename}' if error.filename else ''}{remedy}"]
     return [f"{type(error).__name__}: {text[:300]} (add --debug for the traceback)"]
+
+
+def _init(parser: argparse.ArgumentParser) -> None:
+    from leanmill.cli.init_command import DEFAULT_MODEL, TEMPLATES
+
+    words = "; ".join(f"{name}: {template.summary}" for name, template in TEMPLATES.items())
+    parser.add_argument("folder", help="folder to write; its name becomes the run's")
+    parser.add_argument("--template", choices=list(TEMPLATES), default="pretrain", help=f"{words} (pretrain)")
+    parser.add_argument(
+        "--model", metavar="PATH", help=f"model to start from or learn from, a folder or hub name ({DEFAULT_MODEL})"
+    )
+
+
+def _launch(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument(
+        "--ranks", type=positive, metavar="N", help="processes of this machine (its GPUs; 1 where there is none)"
+    )
+    parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="machines that start this command (1)")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where several machines meet")
+
+
+def _completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="shell to write it for")
 
 
 def _recipe(parser: argparse.ArgumentParser) -> None:
@@ -274,7 +315,9 @@ def _nothing(parser: argparse.ArgumentParser) -> None:
 
 
 _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "init": _init,
     "train": _recipe,
+    "launch": _launch,
     "plan": _plan,
     "check": _check,
     "data": _data,
@@ -287,6 +330,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": _export,
     "generate": _generate,
     "report": _report,
+    "completion": _completion,
 }
 
 

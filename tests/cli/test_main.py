@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from leanmill.cli.main import main
+from leanmill.cli.main import guarded, main
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.registry import TECHNIQUES
 from leanmill.recipe.schema import recipe_schema
@@ -373,3 +373,14 @@ def test_no_message_echoes_a_credential_of_a_url(arguments, debug, capsys, tmp_p
     assert captured.err
     assert "correcthorse" not in captured.out + captured.err
     assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("deepspeed.ops", "deepspeed"), ("torchao", "lowbit"), ("gguf", "formats")]
+)
+def test_a_missing_package_is_named_with_what_installs_it(module, extra, capsys):
+    def action():
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert guarded(action, debug=False) == 1
+    assert f"pip install 'leanmill[{extra}]'" in capsys.readouterr().err
