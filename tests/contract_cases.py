@@ -194,6 +194,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "block_shape": [4, 2],
         "criterion": "gradient",
     },
+    "pruned_by_movement": {
+        "type": "gradual_pruning",
+        "sparsity": 0.5,
+        "end": 0.5,
+        "update_every_steps": 1,
+        "scope": "global",
+        "criterion": "movement",
+    },
     "pruned_columns": {
         "type": "gradual_pruning",
         "sparsity": 0.5,
@@ -238,7 +246,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{
         name: (name,) for name in ("quest_weights", "lsq_tensor", "lsq_tied", "second_lora", "nm_sparsity_tied", "perp")
     },
-    **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns")},
+    **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns", "pruned_by_movement")},
     "pulled beside others": ("mixtral", "pulled_aside", "ternary", "router_balance"),
     "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),
     "masks that come, with others": ("mixtral", "progressive", "ternary", "lora", "router_balance"),

@@ -28,10 +28,10 @@ class ParamSettings:
     """Decoupled weight decay, also of what gets none by default (norms, biases, scales)."""
     betas: tuple[float, float] | None = None
     """Decay of the optimizer's moments."""
-    pull: Literal["update", "weight"] | None = None
-    """Keep an element-wise `pull` in the optimizer's state, which a step rule writes in `before_optimizer`. AdamW
-    adds it to its first moment before it divides (`update`), or moves the weight by -lr pull beside its own step
-    (`weight`)."""
+    pull: Literal["update", "weight", "kept"] | None = None
+    """Keep an element-wise `pull` in the optimizer's state, which a step rule writes. AdamW adds it to its first
+    moment before it divides (`update`), moves the weight by -lr pull beside its own step (`weight`), or leaves it
+    alone, for what a rule adds up over steps (`kept`)."""
 
 
 PLAIN = ParamSettings()

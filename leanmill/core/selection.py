@@ -29,9 +29,7 @@ def distinct_keys(values: Tensor, index: Tensor) -> Tensor:
         values: fp32; NaN counts as infinity.
         index: int64, same shape, distinct modulo 2^31.
     """
-    # 0.0 joins -0.0. Of IEEE numbers read as integers only the negative ones are in the wrong order.
-    bits = (values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0).view(torch.int32).long()
-    ordered = torch.where(bits < 0, -1 - bits, bits + 2**31)
+    ordered = _ordered(values.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
     last = 2**_INDEX_BITS - 1
     return ordered << _INDEX_BITS | (last - (index & last))
 
@@ -76,6 +74,7 @@ def largest_of_all(
     *,
     among: Sequence[Tensor] | None = None,
     views: Sequence[View] | None = None,
+    is_signed: bool = False,
 ) -> list[Tensor]:
     """Mark the `count` elements of all tensors together with the largest score; of equal ones, those that come first.
 
@@ -88,6 +87,7 @@ def largest_of_all(
         count: Elements to mark in the wholes, the same on all ranks.
         among: Bool like `scores`: what may be marked; None is everything.
         views: Whose pieces they are; None means that `scores` are whole. A collective with views.
+        is_signed: Whether scores may be negative. Those of a NaN whose sign is set are the least then.
 
     Returns:
         Bool like `scores`.
@@ -97,11 +97,11 @@ def largest_of_all(
     """
     if count == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    # -0 would be the smallest pattern.
-    keys = [score.abs().view(torch.int32) for score in scores]
+    keys = [_ordered(score) if is_signed else score.abs().view(torch.int32) for score in scores]
     if among is not None:
         keys = [key.masked_fill(~allowed, -1) for key, allowed in zip(keys, among, strict=True)]
-    threshold, missing, num_tied = _shrinking([key[key >= 0] for key in keys], count, _MAGNITUDE_BITS, views)
+    num_bits = _MAGNITUDE_BITS + is_signed
+    threshold, missing, num_tied = _shrinking([key[key >= 0] for key in keys], count, num_bits, views)
     above, tied = [key > threshold for key in keys], [key == threshold for key in keys]
     if num_tied == missing:
         return [a | t for a, t in zip(above, tied, strict=True)]
@@ -114,6 +114,12 @@ def largest_of_all(
     bits = max(1, (sum(sizes) - 1).bit_length())
     bound, _, _ = _shrinking([f[t] for f, t in zip(first_ones, tied, strict=True)], missing, bits, views)
     return [a | (t & (f >= bound)) for a, t, f in zip(above, tied, first_ones, strict=True)]
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """Return int64 in [0, 2^32) in the order of fp32 numbers, of which only the negative ones have it reversed."""
+    bits = (score + 0.0).view(torch.int32).long()  # 0.0 joins -0.0
+    return torch.where(bits < 0, -1 - bits, bits + 2**31)
 
 
 def _shrinking(keys: Sequence[Tensor], count: int, bits: int, views: Sequence[View] | None) -> tuple[int, int, int]:

@@ -25,8 +25,8 @@ class PulledAdamW(torch.optim.Optimizer):
 
         w = w - lr weight_decay w - lr p - lr m / c1 / (sqrt(v / c2) + eps)
 
-    A group without `pull` is plain AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101). Element-wise, so it works on
-    DTensors and on ZeRO's flat partitions.
+    A group whose `pull` is "kept" or that has none is plain AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+    Element-wise, so it works on DTensors and on ZeRO's flat partitions.
 
     Args:
         params: Parameters or groups.

@@ -71,21 +71,23 @@ class Scored:
     mask: View
     """What is on now."""
     score: Tensor
-    """fp32 like the weight's value, not negative; NaN counts as larger than any number."""
+    """fp32 like the weight's value; NaN counts as larger than any number."""
 
 
-def choose(layers: Sequence[Scored], unit: Unit, sparsity: float, scope: Scope) -> list[Tensor]:
+def choose(
+    layers: Sequence[Scored], unit: Unit, sparsity: float, scope: Scope, *, is_signed: bool = False
+) -> list[Tensor]:
     """Return new masks that leave `sparsity` of the units off, of those that are on the ones with the lowest score.
 
-    Units of several weights are compared by the mean of their scores. What is off stays off. A collective, which
-    waits for the device.
+    Units of several weights are compared by the mean of their scores, which are not negative unless `is_signed`. What
+    is off stays off. A collective, which waits for the device.
     """
     if scope == "global":
-        return _keep(layers, unit, sparsity)
-    return [mask for layer in layers for mask in _keep([layer], unit, sparsity)]
+        return _keep(layers, unit, sparsity, is_signed)
+    return [mask for layer in layers for mask in _keep([layer], unit, sparsity, is_signed)]
 
 
-def _keep(layers: Sequence[Scored], unit: Unit, sparsity: float) -> list[Tensor]:
+def _keep(layers: Sequence[Scored], unit: Unit, sparsity: float, is_signed: bool) -> list[Tensor]:
     from leanmill.core.selection import largest_of_all
 
     if not layers:
@@ -95,7 +97,8 @@ def _keep(layers: Sequence[Scored], unit: Unit, sparsity: float) -> list[Tensor]
     if unit.kind == "weight":
         views, among = [layer.weight for layer in layers], [layer.mask.value for layer in layers]
         available = sum(int(view.reduce(mask.sum(), "sum")) for view, mask in zip(views, among, strict=True))
-        return largest_of_all([layer.score for layer in layers], min(wanted, available), among=among, views=views)
+        scores = [layer.score for layer in layers]
+        return largest_of_all(scores, min(wanted, available), among=among, views=views, is_signed=is_signed)
     numbers = [unit.numbers(layer.weight.piece.shape, layer.weight.index()) for layer in layers]
     sums = [_summed(layer, unit, number, layer.score) for layer, number in zip(layers, numbers, strict=True)]
     is_on = [_summed(layer, unit, number, layer.mask.value) > 0 for layer, number in zip(layers, numbers, strict=True)]
@@ -104,7 +107,8 @@ def _keep(layers: Sequence[Scored], unit: Unit, sparsity: float) -> list[Tensor]
         for layer, total_of in zip(layers, sums, strict=True)
         for shape in [layer.weight.piece.shape]
     ]
-    marked = largest_of_all(means, min(wanted, sum(int(on.sum()) for on in is_on)), among=is_on)
+    count = min(wanted, sum(int(on.sum()) for on in is_on))
+    marked = largest_of_all(means, count, among=is_on, is_signed=is_signed)
     return [mark[number] for mark, number in zip(marked, numbers, strict=True)]
 
 

@@ -99,6 +99,20 @@ def test_zeros_of_both_signs_are_equal():
     assert largest(torch.tensor([-0.0, 0.0, -0.0]), 2).tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_both_signs(kind):
+    generator = torch.Generator().manual_seed(4)
+    score = _scores(kind, (7, 5), generator) * torch.randint(-1, 2, (7, 5), generator=generator)
+    score.view(-1)[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    among = torch.rand(7, 5, generator=generator) < 0.6
+    ranked = score.double().nan_to_num(nan=1e301, posinf=1e300, neginf=-1e300).masked_fill(~among, -1e302).flatten()
+    for count in {1, int(among.sum()) // 2, int(among.sum())}:
+        expected = torch.zeros(35, dtype=torch.bool)
+        expected[ranked.argsort(descending=True, stable=True)[:count]] = True
+        (found,) = largest_of_all([score], count, among=[among], is_signed=True)
+        assert torch.equal(found, expected.view(7, 5))
+
+
 def test_too_many():
     with pytest.raises(ValueError, match="3 elements asked for, and only 2 may be taken"):
         largest(torch.rand(4), 3, among=torch.tensor([True, False, True, False]))

@@ -42,6 +42,7 @@ def _layers(kind, cut):
     for shape, edges in zip(SHAPES, CUTS, strict=True):
         score = torch.rand(shape, generator=generator)
         score = (score * 3).round() if kind == "ties" else score
+        score = score - 0.5 if kind == "signed" else score
         mask = torch.rand(shape, generator=generator) < 0.9
         if cut is None:
             whole = Box(shape, (0,) * len(shape), shape)
@@ -56,11 +57,12 @@ def _layers(kind, cut):
 
 def _on_ranks():
     rank = dist.get_rank()
-    for kind in ("random", "ties"):
+    for kind in ("random", "ties", "signed"):
+        is_signed = kind == "signed"
         for unit in UNITS:
             for scope in ("layer", "global"):
-                whole = choose(_layers(kind, None), unit, 0.4, scope)
-                got = choose(_layers(kind, rank), unit, 0.4, scope)
+                whole = choose(_layers(kind, None), unit, 0.4, scope, is_signed=is_signed)
+                got = choose(_layers(kind, rank), unit, 0.4, scope, is_signed=is_signed)
                 for mask, part, edges in zip(whole, got, CUTS, strict=True):
                     assert torch.equal(part, mask.flatten()[edges[rank] : edges[rank + 1]]), (kind, unit, scope)
     return True

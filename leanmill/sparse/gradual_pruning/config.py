@@ -37,9 +37,10 @@ class GradualPruning(WeightTechniqueConfig):
     """Share of the run after which `sparsity` is reached; what is left recovers."""
     update_every_steps: int = Field(default=100, ge=1)
     """Optimizer steps between updates; the last one comes at `end`."""
-    criterion: Literal["magnitude", "gradient", "fisher"] = "magnitude"
-    """What is pruned first: the smallest |w|, |w g| of the step's gradient g, or |w| sqrt(F) with the diagonal F of
-    the Fisher matrix as AdamW's second moments have it, which orders weights as w^2 F does; units by the mean."""
+    criterion: Literal["magnitude", "gradient", "fisher", "movement"] = "magnitude"
+    """What is pruned first: the smallest |w|, |w g| of the step's gradient g, |w| sqrt(F) with the diagonal F of
+    the Fisher matrix as AdamW's second moments have it, which orders weights as w^2 F does, or the sum of -w g over
+    the run so far, least where gradients move w towards zero (Sanh et al. 2020); units by the mean."""
     pattern: Literal["unstructured", "block", "row", "column"] = "unstructured"
     """What is pruned as one: weights, blocks of `block_shape`, rows (outputs) or columns (inputs)."""
     block_shape: tuple[_Side, _Side] | None = None
@@ -70,8 +71,9 @@ class GradualPruning(WeightTechniqueConfig):
         return True
 
     def reads_second_moments(self) -> str | None:
-        """The diagonal of the Fisher matrix is read off them."""
-        return "gradual_pruning.criterion=magnitude" if self.criterion == "fisher" else None
+        """The diagonal of the Fisher matrix is read off them; sums over the run stand beside them."""
+        is_of_adamw = self.criterion in ("fisher", "movement")
+        return "gradual_pruning.criterion=magnitude" if is_of_adamw else None
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a mask on every target.
@@ -79,10 +81,11 @@ class GradualPruning(WeightTechniqueConfig):
         Raises:
             ConfigError: Blocks do not divide a target, or a layer would have nothing left.
         """
-        from leanmill.sparse.gradual_pruning.criteria import CRITERIA
+        from leanmill.core.parameters import ParamRule, ParamSettings
         from leanmill.sparse.gradual_pruning.rule import PruneGradually
         from leanmill.sparse.gradual_pruning.stage import GradualMask
         from leanmill.sparse.schedule import CubicSparsity, Interval
+        from leanmill.sparse.scores import CRITERIA
 
         selected, unit = sites.select(self.targets, self.exclude), self._unit()
         for site in selected:
@@ -100,8 +103,13 @@ class GradualPruning(WeightTechniqueConfig):
             interval=Interval(begin=self.begin, end=self.end),
             every_steps=self.update_every_steps,
         )
-        rule = PruneGradually(sites.model, schedule, CRITERIA[self.criterion], unit, self.scope)
-        return Installation(step_rules=(rule,))
+        criterion = CRITERIA[self.criterion]
+        rule = PruneGradually(sites.model, schedule, criterion, unit, self.scope)
+        if not criterion.adds_up:
+            return Installation(step_rules=(rule,))
+        names = frozenset(site.weight_name for site in selected)
+        summed = ParamRule(technique=self.type, match=names.__contains__, settings=ParamSettings(pull="kept"))
+        return Installation(step_rules=(rule,), param_rules=(summed,))
 
     def _unit(self) -> Unit:
         from leanmill.sparse.units import Unit

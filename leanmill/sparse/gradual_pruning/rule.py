@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from leanmill.core.rules import StepContext
 from leanmill.core.site import Site
 from leanmill.core.views import View
-from leanmill.sparse.gradual_pruning.criteria import Criterion
 from leanmill.sparse.gradual_pruning.stage import GradualMask
 from leanmill.sparse.held import HeldMask, HeldMaskRule, write_mask
 from leanmill.sparse.schedule import CubicSparsity
+from leanmill.sparse.scores import Criterion
 from leanmill.sparse.units import Scope, Scored, Unit, choose
 
 
@@ -45,7 +46,7 @@ class PruneGradually(HeldMaskRule):
         self._metrics: dict[str, float] = {}
 
     def look(self, site: Site, weight: View, mask: View, gradient: Tensor, context: StepContext) -> None:
-        if self.criterion.reads_gradient and self._is_due(context):
+        if self.criterion.adds_up or (self.criterion.reads_gradient and self._is_due(context)):
             self._scores[site.site_name] = self.criterion.score(weight)
 
     def _is_due(self, context: StepContext) -> bool:
@@ -53,6 +54,8 @@ class PruneGradually(HeldMaskRule):
 
     def after_optimizer(self, context: StepContext) -> None:
         scores, self._scores = self._scores, {}
+        if self.criterion.adds_up:
+            scores = self._added_up(scores, context)
         if not self._is_due(context):
             return
         self._is_owed = bool(context.skipped)
@@ -65,8 +68,21 @@ class PruneGradually(HeldMaskRule):
                 continue
             layers.append(Scored(weight, mask, self.criterion.score(weight) if score is None else score))
         sparsity = self.schedule.sparsity(context.step, context.num_steps)
-        masks = choose(layers, self.unit, sparsity, self.scope)
+        masks = choose(layers, self.unit, sparsity, self.scope, is_signed=self.criterion.is_signed)
         self._write(layers, masks, context)
+
+    def _added_up(self, scores: dict[str, Tensor], context: StepContext) -> dict[str, Tensor]:
+        """Add those of the step to the sums in the optimizer's state, and return these."""
+        assert context.skipped is not None
+        sums = {}
+        for site, weight, _ in self.views(context):
+            total = weight.states().get("pull")
+            if total is None:  # nothing of the weight is here
+                total = weight.value.float()
+            elif site.site_name in scores:
+                total.add_(torch.where(context.skipped, 0.0, scores[site.site_name]))
+            sums[site.site_name] = total
+        return sums
 
     def _write(self, layers: Sequence[Scored], masks: Sequence[Tensor], context: StepContext) -> None:
         num_active = 0

@@ -12,12 +12,14 @@ from leanmill.core.registry import parse_technique
 from leanmill.core.rules import StepContext
 from leanmill.core.site import LinearSite
 from leanmill.core.sites import Sites
+from leanmill.optim.pulled import PulledAdamW
+from leanmill.parallel.optimizer_state import allocate_state
 from leanmill.parallel.views import NativeViews
 from leanmill.recipe.root import Recipe
-from leanmill.sparse.gradual_pruning.criteria import CRITERIA
 from leanmill.sparse.gradual_pruning.rule import PruneGradually
 from leanmill.sparse.gradual_pruning.stage import GradualMask
 from leanmill.sparse.schedule import CubicSparsity, Interval
+from leanmill.sparse.scores import CRITERIA
 from leanmill.sparse.units import Unit
 from tests.core.tiny import context, tiny
 
@@ -41,9 +43,10 @@ class Setting:
             site.put(stage)
             setattr(self.model, name, site)
         self.sites = [self.model.a, self.model.b]
-        self.optimizer = torch.optim.AdamW(
-            [site.weight for site in self.sites], lr=0.05, weight_decay=0.1, betas=(0.9, 0.95)
-        )
+        kept = {"params": [site.weight for site in self.sites], "pull": "kept"}
+        self.optimizer = PulledAdamW([kept], lr=0.05, weight_decay=0.1, betas=(0.9, 0.95))
+        self.movement = [torch.zeros_like(site.weight) for site in self.sites]
+        allocate_state(self.optimizer)
         schedule = CubicSparsity(initial=INITIAL, final=FINAL, interval=Interval(begin=0.1, end=0.7), every_steps=EVERY)
         self.rule = PruneGradually(self.model, schedule, CRITERIA[criterion], UNITS[unit], scope)
 
@@ -59,6 +62,9 @@ class Setting:
             with torch.enable_grad():
                 (site(inputs) - 1).square().mean().backward()
         seen = {"gradient": [(site.weight * site.weight.grad).abs() for site in self.sites]}
+        for site, total in zip(self.sites, self.movement, strict=True):
+            total -= 0 if skipped else site.weight * site.weight.grad * site.stages["mask"].mask
+        seen["movement"] = self.movement
         views = NativeViews(self.model, self.optimizer)
         now = StepContext(
             step=step, num_steps=NUM_STEPS, num_micro_batches=1, views=views, skipped=torch.tensor(skipped)

@@ -1,4 +1,4 @@
-"""Criteria: how much a weight matters, from what lies on this rank."""
+"""Criteria of pruning in training: how much a weight matters, from what lies on this rank."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ class Criterion:
     """How much each weight of a piece matters."""
 
     score: Callable[[View], Tensor]
-    """fp32 like the weight's value, not negative."""
+    """fp32 like the weight's value."""
     reads_gradient: bool = False
     """Whether it is asked while `View.grad` is there, the dense gradient of the step before clipping; else after the
     optimizer's step."""
+    adds_up: bool = False
+    """Whether it is asked in every step and summed over the run."""
+    is_signed: bool = False
+    """Whether scores may be negative; they are least then."""
 
 
 def magnitude(weight: View) -> Tensor:
@@ -26,10 +30,15 @@ def magnitude(weight: View) -> Tensor:
     return weight.value.abs().float()
 
 
+def outward_pull(weight: View) -> Tensor:
+    """Return -w g, which is positive where the step's gradient moves w away from zero (Sanh et al., 2005.07683)."""
+    assert weight.grad is not None
+    return (weight.value * weight.grad).neg_().float()
+
+
 def gradient_times_weight(weight: View) -> Tensor:
     """Return |w g|: by how much the step's loss changes without w, to first order (Molchanov et al., 1611.06440)."""
-    assert weight.grad is not None
-    return (weight.value * weight.grad).abs().float()
+    return outward_pull(weight).abs()
 
 
 def fisher(weight: View) -> Tensor:
@@ -47,4 +56,5 @@ CRITERIA = {
     "magnitude": Criterion(magnitude),
     "gradient": Criterion(gradient_times_weight, reads_gradient=True),
     "fisher": Criterion(fisher),
+    "movement": Criterion(outward_pull, reads_gradient=True, adds_up=True, is_signed=True),
 }
