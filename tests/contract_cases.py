@@ -105,6 +105,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "ternary_int8": {"type": "ternary", "activation_bits": 8},
     # At temperatures like the paper's last, scores of tiny logits would all be ties but for rounding.
     "mask_llm": {"type": "mask_llm", "temperature": [4.0, 1.0], "scale": [100.0, 200.0]},
+    "drawn_mask": {
+        "type": "mask_llm",
+        "sampler": "draws",
+        "num_kept": 4,
+        "group_size": 8,
+        "temperature": [4.0, 1.0],
+        "scale": [100.0, 200.0],
+    },
     "mask_llm_tied": {
         "type": "mask_llm",
         "targets": ["*_proj", "embed_tokens", "lm_head"],
@@ -246,7 +254,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{
         name: (name,) for name in ("quest_weights", "lsq_tensor", "lsq_tied", "second_lora", "nm_sparsity_tied", "perp")
     },
-    **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns", "pruned_by_movement")},
+    **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns", "pruned_by_movement", "drawn_mask")},
     "pulled beside others": ("mixtral", "pulled_aside", "ternary", "router_balance"),
     "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),
     "masks that come, with others": ("mixtral", "progressive", "ternary", "lora", "router_balance"),

@@ -28,17 +28,20 @@ _Positive = Annotated[float, Field(gt=0)]
 class MaskLlm(TrainedTechniqueConfig, WeightTechniqueConfig):
     """Learn which N of every M weights to keep; the weights stay (MaskLLM: Fang et al. 2024, arXiv:2409.17481).
 
-    Each group of M neighbours along the contraction dim has a logit for every way to keep N of them.
-    Training samples a soft choice (Gumbel-softmax), evaluation and export take the likeliest. Nothing but
-    the logits is trained. 2:4 has 1.5 logits a weight.
+    Each group of M neighbours along the contraction dim has a logit for every way to keep N of them, or for each
+    of its weights. Training samples a soft choice (Gumbel-softmax), evaluation and export take the likeliest.
+    Nothing but the logits is trained. 2:4 has 1.5 logits a weight.
     """
 
     type: Literal["mask_llm"] = "mask_llm"
     """Name of the technique."""
     num_kept: int = Field(default=2, ge=1)
     """Weights kept of each group (N)."""
-    group_size: int = Field(default=4, ge=2, le=16)
+    group_size: int = Field(default=4, ge=2, le=64)
     """Neighbours along the last dim in a group (M); it must divide that dim of every target."""
+    sampler: Literal["candidates", "draws"] = "candidates"
+    """What is sampled: one of all ways to keep N of M, as published; or N weights one after another, with a logit a
+    weight, for larger M (4:8 has 8.75 logits a weight else, 8:16 has 804)."""
     temperature: tuple[_Positive, _Positive] = (4.0, 0.05)
     """Temperature tau of the Gumbel-softmax at the first step and towards the last, linear in between."""
     scale: tuple[_Positive, _Positive] = (100.0, 500.0)
@@ -61,10 +64,10 @@ class MaskLlm(TrainedTechniqueConfig, WeightTechniqueConfig):
                 f"num_kept must be 1 to {self.group_size - 1}, or remove mask_llm"
             )
         num_candidates = math.comb(self.group_size, self.num_kept)
-        if num_candidates > MAX_CANDIDATES:
+        if self.sampler == "candidates" and num_candidates > MAX_CANDIDATES:
             raise ConfigError(
                 f"mask_llm: there are {num_candidates} ways to keep {self.num_kept} of {self.group_size}, each with a "
-                f"logit in every group, and {MAX_CANDIDATES} are allowed; set num_kept: 2 and group_size: 4"
+                f"logit in every group, and {MAX_CANDIDATES} are allowed; set sampler: draws, which has one a weight"
             )
         return self
 
@@ -87,7 +90,7 @@ class MaskLlm(TrainedTechniqueConfig, WeightTechniqueConfig):
             ConfigError: `group_size` does not divide the last dim of a target, or there is no seed.
         """
         from leanmill.core.noise import FreshNoise
-        from leanmill.sparse.mask_llm.stage import AnnealMasks, MaskLlmStage, Schedule
+        from leanmill.sparse.mask_llm.stage import AnnealMasks, DrawnMaskStage, MaskLlmStage, Schedule
 
         selected = sites.select(self.targets, self.exclude)
         for site in selected:
@@ -101,9 +104,10 @@ class MaskLlm(TrainedTechniqueConfig, WeightTechniqueConfig):
         rules = (FreshNoise(sites.model, context.seed, self.type), AnnealMasks(sites.model))
         schedule = Schedule(self.temperature, self.scale, self.weight_regularisation)
         find_prior = self._prior(context)
+        make = MaskLlmStage if self.sampler == "candidates" else DrawnMaskStage
         sites.put(
             selected,
-            lambda site: MaskLlmStage(
+            lambda site: make(
                 site.site_name,
                 site.raw_weight,
                 self.num_kept,

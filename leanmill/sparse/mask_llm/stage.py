@@ -1,8 +1,9 @@
-"""A learned N:M mask as a stage: Gumbel-softmax over candidates in training, the likeliest one otherwise."""
+"""A learned N:M mask as a stage: sampled softly in training, the likeliest one otherwise."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -76,15 +77,23 @@ class MaskLlmStage(Stage):
         self.num_kept, self.group_size, self.schedule = num_kept, group_size, schedule
         self.prior, self.prior_strength = prior, prior_strength
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        candidates = all_masks(num_kept, group_size).to(dtype)
-        shape = (*weight.shape[:-1], weight.shape[-1] // group_size, len(candidates))
-        self.logits = nn.Parameter(torch.empty(shape, dtype=dtype, device=weight.device))
+        self.logits = nn.Parameter(torch.empty(self._logits_shape(weight), dtype=dtype, device=weight.device))
+        self._add_constants(dtype)
         # Constants keep their values on the CPU, where the weights may still be on meta.
-        self.register_buffer("candidates", candidates, persistent=False)
         for key in ("temperature", "scale", "pull_left"):
             self.register_buffer(key, torch.zeros(1, dtype=dtype, device="cpu"), persistent=False)
         self.noise = Noise(f"mask_llm/{name}")
         self.set_progress(0.0)
+
+    def _logits_shape(self, weight: Tensor) -> tuple[int, ...]:
+        return (
+            *weight.shape[:-1],
+            weight.shape[-1] // self.group_size,
+            math.comb(self.group_size, self.num_kept),
+        )
+
+    def _add_constants(self, dtype: torch.dtype) -> None:
+        self.register_buffer("candidates", all_masks(self.num_kept, self.group_size).to(dtype), persistent=False)
 
     @torch.no_grad()
     def set_progress(self, progress: float) -> None:
@@ -105,11 +114,14 @@ class MaskLlmStage(Stage):
 
     def soft_mask(self) -> Tensor:
         """The sampled mask of this step [..., out, in], at least fp32."""
-        scores = (self.logits * self.scale + self.noise.gumbel(self.logits)) / self.temperature
+        scores = self._scores() / self.temperature
         # The softmax written out: over so few candidates, CPUs do one matmul faster than they do its sums.
         shares = (scores - scores.detach().amax(-1, keepdim=True)).exp()
         sums = shares @ nn.functional.pad(self.candidates, (0, 1), value=1.0)
         return (sums[..., :-1] / sums[..., -1:]).flatten(-2)
+
+    def _scores(self) -> Tensor:
+        return self.logits * self.scale + self.noise.gumbel(self.logits)
 
     def mask(self) -> Tensor:
         """The likeliest mask, bool [..., out, in]."""
@@ -123,16 +135,54 @@ class MaskLlmStage(Stage):
     def initialise(self, weight: Tensor) -> None:
         if self.prior is None or not self.prior_strength:
             return
-        prior = self.prior(weight).unflatten(-1, (-1, self.group_size)).to(self.logits.dtype)
-        in_common = prior @ self.candidates.T
-        by_chance = self.num_kept**2 / self.group_size
-        self.logits.add_((in_common - by_chance) * self.logits.std() * self.prior_strength)
+        self.logits.add_(self._lift(self.prior(weight)) * self.logits.std() * self.prior_strength)
+
+    def _lift(self, prior: Tensor) -> Tensor:
+        """By how many weights more than by chance what each logit stands for is in `prior`."""
+        in_common = prior.unflatten(-1, (-1, self.group_size)).to(self.logits.dtype) @ self.candidates.T
+        return in_common - self.num_kept**2 / self.group_size
 
     def pattern(self) -> tuple[int, int] | None:
         return None if self.training else (self.num_kept, self.group_size)  # a soft mask keeps all
 
     def extra_repr(self) -> str:
         return f"num_kept={self.num_kept}, group_size={self.group_size}"
+
+
+class DrawnMaskStage(MaskLlmStage):
+    """The same with a logit a weight: N draws without replacement in place of one among all ways to keep N of M.
+
+    With pi the logits of a group's M weights, g Gumbel noise and s = kappa pi + g, the N largest s are such draws
+    (Plackett-Luce, the distribution of MaskPro: Sun et al. 2025, arXiv:2506.12876). Training multiplies by the soft
+    draws of Xie and Ermon 2019, arXiv:1901.10517: of N softmaxes p = softmax(s / tau) the sum, each after the first
+    with s + log(1 - p) of the one before. Evaluation keeps the N largest logits.
+    """
+
+    def _logits_shape(self, weight: Tensor) -> tuple[int, ...]:
+        return tuple(weight.shape)
+
+    def _add_constants(self, dtype: torch.dtype) -> None:
+        """It has none."""
+
+    def soft_mask(self) -> Tensor:
+        scores = self._scores().unflatten(-1, (-1, self.group_size))
+        total = torch.zeros_like(scores)
+        for _ in range(self.num_kept):
+            draw = (scores / self.temperature).softmax(-1)
+            total = total + draw
+            rest = 1 - draw
+            # What is drawn for sure is out, however far its score is above the others.
+            is_out = rest <= 0
+            scores = torch.where(is_out, -torch.inf, scores + torch.where(is_out, 1.0, rest).log())
+        return total.flatten(-2)
+
+    def mask(self) -> Tensor:
+        groups = self.logits.unflatten(-1, (-1, self.group_size))
+        kept = groups.sort(dim=-1, descending=True, stable=True).indices[..., : self.num_kept]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, kept, True).flatten(-2)
+
+    def _lift(self, prior: Tensor) -> Tensor:
+        return prior.to(self.logits.dtype) - self.num_kept / self.group_size
 
 
 class AnnealMasks(StepRule):

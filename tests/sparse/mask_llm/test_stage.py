@@ -17,7 +17,7 @@ from leanmill.kernels.nm_mask.naive import nm_mask_by_sort
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.materialise import initialise_stages
 from leanmill.sparse.mask_llm.product import masked
-from leanmill.sparse.mask_llm.stage import MaskLlmStage, Schedule, all_masks
+from leanmill.sparse.mask_llm.stage import DrawnMaskStage, MaskLlmStage, Schedule, all_masks
 from tests.core.tiny import context, install, loss_of, tiny, tokens
 
 
@@ -27,8 +27,8 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 2**-8}
 SCHEDULE = Schedule((4.0, 0.05), (1e2, 5e2), 0.3)
 
 
-def stage_of(weight, num_kept=2, group_size=4, schedule=SCHEDULE, **options):
-    stage = MaskLlmStage("site", weight, num_kept, group_size, schedule, **options)
+def stage_of(weight, num_kept=2, group_size=4, schedule=SCHEDULE, kind=MaskLlmStage, **options):
+    stage = kind("site", weight, num_kept, group_size, schedule, **options)
     torch.manual_seed(0)
     stage.reset_parameters()
     stage.noise.renew(3, 7)
@@ -93,6 +93,69 @@ def test_gradients_of_the_product():
     mask = torch.rand(3, 4, dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(1, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda w, m: masked(w, m, zero), (weight, mask))
+
+
+def drawn(weight, logits, g, kappa, tau, num_kept, group_size):
+    """Xie and Ermon's relaxation of N draws, group by group in fp64."""
+    scores = (kappa * logits.double() + g.double()).reshape(-1, group_size)
+    total = torch.zeros_like(scores)
+    for _ in range(num_kept):
+        exponentials = torch.exp(scores / tau)
+        draw = exponentials / exponentials.sum(-1, keepdim=True)
+        total, scores = total + draw, scores + torch.log(1 - draw)
+    mask = total.reshape(weight.shape)
+    return weight.double() * mask, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("num_kept", "group_size"), [(1, 2), (2, 4), (4, 8), (3, 24)])
+def test_draws_are_the_papers(num_kept, group_size, dtype):
+    torch.manual_seed(1)
+    weight, upstream = torch.randn(5, 24).to(dtype).requires_grad_(), torch.randn(5, 24).to(dtype)
+    stage = stage_of(weight, num_kept, group_size, kind=DrawnMaskStage)
+    stage.set_progress(0.25)
+    out = stage(weight)
+    out.backward(upstream)
+    tau, kappa, strength = 4 + (0.05 - 4) / 4, 100 + 400 / 4, 0.3 * 3 / 4
+    assert stage.logits.shape == weight.shape
+    g = gumbel(torch.tensor([derive_seed(3, "mask_llm/site", 7)]), element_indices(stage.logits))
+    logits = stage.logits.detach().double().requires_grad_()
+    expected, mask = drawn(weight.detach(), logits, g, kappa, tau, num_kept, group_size)
+    loss = (expected * upstream.double()).sum() - strength * (weight.detach().double() * mask).square().sum()
+    loss.backward()
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), expected.detach(), rtol=tolerance, atol=tolerance)
+    error = (stage.logits.grad.double() - logits.grad).abs().max() / logits.grad.abs().max()
+    assert error < (1e-12 if dtype == torch.float64 else 1e-4)
+
+
+def test_draws_that_are_sure():
+    """At the end of a run, with logits far apart, soft draws are the N largest scores, and gradients are finite."""
+    stage = stage_of(torch.randn(8, 64), 4, 8, kind=DrawnMaskStage)
+    with torch.no_grad():
+        stage.logits.normal_(std=3.0)
+    stage.set_progress(1.0)
+    mask = stage.soft_mask()
+    torch.testing.assert_close(mask.unflatten(-1, (-1, 8)).sum(-1), torch.full((8, 8), 4.0))
+    best = stage._scores().unflatten(-1, (-1, 8)).topk(4).indices
+    hard = torch.zeros(8, 8, 8).scatter_(-1, best, 1.0).flatten(-2)
+    assert ((mask - hard).abs() < 0.01).float().mean() > 0.99
+    mask.square().sum().backward()
+    assert stage.logits.grad.isfinite().all()
+    out = stage.eval()(torch.ones(8, 64))
+    assert (out.unflatten(-1, (-1, 8)).sum(-1) == 4).all()
+    assert stage.pattern() == (4, 8)
+
+
+def test_draws_start_from_a_prior():
+    weight = torch.randn(16, 64)
+    stage = stage_of(weight, 8, 16, prior=lambda w: nm_mask_by_sort(w, 8, 16), prior_strength=3.0, kind=DrawnMaskStage)
+    before, prior = stage.logits.detach().clone(), nm_mask_by_sort(weight, 8, 16)
+    stage.initialise(weight)
+    torch.testing.assert_close(stage.logits.detach(), before + 3.0 * before.std() * (prior.float() - 0.5))
+    stage.prior_strength = 1000.0
+    stage.initialise(weight)
+    assert torch.equal(stage.mask(), prior)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -179,7 +242,7 @@ def test_a_quantiser_starts_from_the_likeliest_mask(family):
     ("fields", "message"),
     [
         ({"num_kept": 4}, "num_kept must be 1 to 3"),
-        ({"num_kept": 8, "group_size": 16}, "12870 ways .* set num_kept: 2 and group_size: 4"),
+        ({"num_kept": 8, "group_size": 16}, "12870 ways .* set sampler: draws"),
         ({"temperature": [4.0, 0.0]}, "temperature"),
         ({"prior": "pruned"}, "prior_model: FOLDER together"),
         ({"prior_model": "x"}, "prior: pruned"),
