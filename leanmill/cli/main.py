@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from leanmill import __version__
-from leanmill.cli.argument_types import gib, positive, seed, share, temperature
+from leanmill.cli.argument_types import above_zero, gib, positive, seed, share, temperature
 from leanmill.core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_RUN
 
 
@@ -208,6 +208,16 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="memory of a rank: what the plan has to fit and `engine: auto` decides by (80)",
     )
+    parser.add_argument(
+        "--tokens-per-second",
+        type=above_zero,
+        metavar="R",
+        help="measured, of all ranks together: says how long it takes",
+    )
+    parser.add_argument(
+        "--rank-tflops", type=above_zero, metavar="T", help="or what a rank sustains, its peak times the MFU: 989 x 0.4"
+    )
+    parser.add_argument("--price-per-rank-hour", type=above_zero, metavar="P", help="says what that costs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 

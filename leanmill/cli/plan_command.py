@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from leanmill.plan.duration import Duration
     from leanmill.plan.plan import Plan
 
 
@@ -30,25 +31,47 @@ def run(args: argparse.Namespace) -> int:
 
     trained = training_recipes(recipe) or [recipe]
     results = [plan(phase, world_size, args.gpus_per_node, rank_memory_gib=memory_gib) for phase in trained]
+    times = [_duration(result, args) for result in results]
     if args.json:
         import json
+        from dataclasses import asdict
 
-        documents = [result.to_json() for result in results]
+        documents = [
+            result.to_json() | {"duration": None if time is None else asdict(time)}
+            for result, time in zip(results, times, strict=True)
+        ]
         print(json.dumps(documents if recipe.phases else documents[0], indent=2))
         return 0
-    for result in results:
-        _show(result, is_told=args.rank_memory_gib is not None)
+    for result, time in zip(results, times, strict=True):
+        _show(result, time, is_told=args.rank_memory_gib is not None)
     return 0
 
 
-def _show(result: Plan, *, is_told: bool) -> None:
+def _duration(result: Plan, args: argparse.Namespace) -> Duration | None:
+    from leanmill.core.errors import ConfigError
+    from leanmill.plan.duration import duration
+
+    if args.price_per_rank_hour is not None and args.tokens_per_second is None and args.rank_tflops is None:
+        raise ConfigError("--price-per-rank-hour needs a rate; give --rank-tflops or --tokens-per-second too")
+    return duration(
+        flops_per_token=result.flops_per_token,
+        tokens_per_step=result.tokens_per_step,
+        total_tokens=result.total_tokens,
+        world_size=result.world_size,
+        tokens_per_second=args.tokens_per_second,
+        rank_tflops=args.rank_tflops,
+        price_per_rank_hour=args.price_per_rank_hour,
+    )
+
+
+def _show(result: Plan, time: Duration | None, *, is_told: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     console.print(f"{result.recipe} on {result.world_size} ranks, engine {result.engine}: {result.why_engine}")
     for line in result.mixture:
         console.print(line, soft_wrap=True, markup=False)
-    for table in (_run_table(result), _memory_table(result), _engines_table(result)):
+    for table in (_run_table(result, time), _memory_table(result), _engines_table(result)):
         console.print(table)
     for line in _verdict(result, is_told=is_told):
         console.print(line, soft_wrap=True, markup=False)
@@ -76,7 +99,7 @@ def _verdict(result: Plan, *, is_told: bool) -> list[str]:
     return lines
 
 
-def _run_table(result: Plan) -> Table:
+def _run_table(result: Plan, time: Duration | None) -> Table:
     rows = {
         "parameters": f"{_count(result.num_parameters)} ({result.num_parameters:,})",
         "active for a token": _count(result.num_active),
@@ -86,6 +109,8 @@ def _run_table(result: Plan) -> Table:
         "FLOPs a token": f"{result.flops_per_token:.3g}",
         "FLOPs a step": f"{result.flops_per_step:.3g}",
         **_length_rows(result),
+        **({} if time is None else _time_rows(time)),
+        "a checkpoint": _size(result.checkpoint_bytes),
     }
     table = _table("run", "quantity", "value")
     for name, value in rows.items():
@@ -102,6 +127,15 @@ def _length_rows(result: Plan) -> dict[str, str]:
         "tokens a parameter": f"{result.total_tokens / max(1, result.num_parameters):.3g}",
         "FLOPs of the run": f"{result.total_flops:.3g}",
     }
+
+
+def _time_rows(time: Duration) -> dict[str, str]:
+    rows = {"tokens a second": _count(time.tokens_per_second), "a step": f"{time.step_seconds:.3g} s"}
+    if time.days is not None and time.rank_hours is not None:
+        rows["the run"] = f"{time.days:.3g} days, {_count(time.rank_hours)} rank-hours"
+    if time.cost is not None:
+        rows["cost"] = f"{time.cost:,.2f}"
+    return rows
 
 
 def _memory_table(result: Plan) -> Table:

@@ -51,6 +51,8 @@ class Plan:
     """Where a rank has too little: what to type, and the peak after it; see `leanmill.plan.fit`."""
     alternatives: dict[str, Memory]
     """The same run under every other engine that fits `world_size`."""
+    checkpoint_bytes: int
+    """Of one checkpoint, all ranks together."""
     tokens_per_step: int
     num_micro_batches: int
     num_steps: int | None
@@ -137,6 +139,7 @@ def plan(
         alternatives={
             label(other): memory_of(replace(asked, engine=other)) for other in candidates(world_size, recipe.layout)
         },
+        checkpoint_bytes=subject.checkpoint_bytes(recipe),
         tokens_per_step=tokens_per_step,
         num_micro_batches=num_micro_batches,
         num_steps=num_steps,

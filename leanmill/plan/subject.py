@@ -13,6 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, settings_by_name
 from leanmill.core.sites import staged_parameters
+from leanmill.core.stage import is_added_tensor
 from leanmill.core.staging import staged_once
 from leanmill.core.technique import InstallContext, InstalledTechniques, token_shares
 from leanmill.models.build import build_on_meta
@@ -29,7 +30,7 @@ from leanmill.parallel.layout import resolve_layout
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.staging import fits, is_table
 from leanmill.plan.fit import Case
-from leanmill.plan.memory import estimate, staged_copies
+from leanmill.plan.memory import estimate, optimizer_bytes, staged_copies
 from leanmill.plan.transient import activation_bytes, logits_bytes
 from leanmill.plan.weight import Memory, Weight
 from leanmill.recipe.root import Recipe
@@ -98,11 +99,17 @@ class Subject:
             num_active=num_active,
             num_held=num_held,
             flops_per_token=flops,
-            weights=list(_weights(model, techniques)),
+            weights=list(_weights(model, techniques, base_is_stored=recipe.model.path is not None)),
             teacher_sizes=_teacher_sizes(recipe),
             token_shares=shares,
             config=model.config,
         )
+
+    def checkpoint_bytes(self, recipe: Recipe) -> int:
+        """Return the size of a checkpoint: what is saved of the model, and the optimizer's state."""
+        state = optimizer_bytes(recipe.optimizer, (w.numel for w in self.weights if w.trainable))
+        pulls = sum(4 * w.numel for w in self.weights if w.is_pulled)
+        return int(sum(w.num_bytes for w in self.weights if w.is_saved) + state + pulls)
 
     def memory(self, case: Case, rank_memory_bytes: int) -> Memory:
         """Return what a rank holds in one case."""
@@ -141,8 +148,9 @@ class Subject:
         return largest + (sum(layers.values()) if is_kept else largest)
 
 
-def _weights(model: nn.Module, techniques: InstalledTechniques) -> Iterator[Weight]:
+def _weights(model: nn.Module, techniques: InstalledTechniques, *, base_is_stored: bool) -> Iterator[Weight]:
     """Every parameter; of those that take turns, the set that takes the most memory counts as trained."""
+    saves_all = not (techniques.freeze_base and base_is_stored)
     schedule = techniques.trainable_schedule
     at_once = None if schedule is None else Turns(schedule, model).heaviest()
     blocks = [*decoder_blocks(model), *added_blocks(model)]
@@ -166,6 +174,7 @@ def _weights(model: nn.Module, techniques: InstalledTechniques) -> Iterator[Weig
             is_table=id(parameter) in tables,
             is_expert=id(parameter) in experts and parameter.shape[0] == experts[id(parameter)],
             is_pulled=settings.get(clean_name(name), PLAIN).pull is not None,
+            is_saved=saves_all or parameter.requires_grad or is_added_tensor(name),
         )
 
 

@@ -28,6 +28,8 @@ class Weight:
     """Whether it has an entry for each expert of a layer."""
     is_pulled: bool = False
     """Whether the optimizer keeps a pull on it beside its moments."""
+    is_saved: bool = True
+    """Whether checkpoints hold it."""
     sharers: int | None = None
     """Ranks that share what is counted of it, where those are not the ones that share other weights."""
 
