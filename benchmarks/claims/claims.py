@@ -91,6 +91,25 @@ def _ternary_under(**schedule: Any) -> Variant:
     return Variant(techniques=[{"type": "ternary"}], overrides=[f"schedule={json.dumps(linear | schedule)}"])
 
 
+def _sparsegpt(share: float) -> dict[str, Any]:
+    return {"type": "sparsegpt", "sparsity": share}
+
+
+_EVOPRESS = {
+    "type": "evopress",
+    "levels": [_sparsegpt(share) for share in (0.5, 0.6, 0.7, 0.8, 0.9)],
+    "sparsity": 0.7,
+    "exchange": "any",
+    "generations": 60,
+    "offspring": 16,
+    "selection": [
+        {"survivors": 4, "tokens": 1024},
+        {"survivors": 2, "tokens": 4096},
+        {"survivors": 1, "tokens": 16384},
+    ],
+}
+
+
 CLAIMS: dict[str, Claim] = {
     "low_bit_w4a4": Claim(
         says="QuEST trains to a lower loss than LSQ, and LSQ than plain straight-through, at 4 bits",
@@ -119,6 +138,14 @@ CLAIMS: dict[str, Claim] = {
         says="pruned to 2:4 in one shot, SparseGPT loses less than Wanda, and Wanda less than magnitude",
         source="Frantar and Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695",
         variants={name: _one_shot(name) for name in ("sparsegpt", "wanda", "magnitude")},
+    ),
+    "evopress_70": Claim(
+        says="pruned by SparseGPT to 70 % zeros over all layers, shares that EvoPress finds lose less than one for all",
+        source="Sieberling et al. 2024, arXiv:2410.14649",
+        variants={
+            "evopress": Variant(passes=[_EVOPRESS]),
+            "uniform": Variant(passes=[_sparsegpt(0.7)]),
+        },
     ),
     "dynamic_sparsity_90": Claim(
         says="at 90 % zeros, masks that move (RigL) end below the same masks at rest",

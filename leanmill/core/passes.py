@@ -283,6 +283,14 @@ class LayerPassConfig(PassConfig):
     exclude: list[str] = Field(default_factory=list)
     """Patterns of weights to leave out again."""
 
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of a weight afterwards, one that is kept whole having 16; a share of zeros counts as so much less.
+
+        What searches over levels hold against a budget, without scales and indices. None is not known.
+        """
+        return None
+
     def solver(self) -> LayerSolver:
         """Return what solves a layer."""
         raise NotImplementedError

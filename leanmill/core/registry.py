@@ -223,6 +223,16 @@ PASSES: dict[str, Entry] = {
         "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",
         "Men et al. 2024, arXiv:2403.03853; Zhang et al. 2024, arXiv:2405.18218",
     ),
+    "evopress": Entry(
+        "leanmill.search.evopress.config:EvoPress",
+        "search: a level for each layer (sparsity, bits, dropped) under a budget, by evolution",
+        "Sieberling et al. 2024, arXiv:2410.14649",
+    ),
+    "layer_budgets": Entry(
+        "leanmill.search.layer_budgets.config:LayerBudgets",
+        "search: a level for each layer under a budget, by dynamic programming over errors that add up",
+        "Xu et al. 2023, arXiv:2308.10438; Frantar and Alistarh 2022, arXiv:2201.13096",
+    ),
     "upcycle": Entry(
         "leanmill.moe.upcycle.config:Upcycle",
         "surgery: a dense model becomes a mixture of experts that computes the same",

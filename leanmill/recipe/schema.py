@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from leanmill.core.config import Config
+from leanmill.core.levels import Dense, Drop, SearchConfig
+from leanmill.core.passes import LayerPassConfig
 from leanmill.core.registry import PASSES, known_techniques, pass_class, technique_class
 from leanmill.optim.config import AdamW
 from leanmill.parallel.config import FullyShardedExperts
@@ -36,6 +38,7 @@ def recipe_schema() -> dict[str, Any]:
         "oneOf": [{"$ref": reference} for reference in passes.values()],
         "discriminator": {"propertyName": "type", "mapping": passes},
     }
+    _list_levels(passes, definitions)
     definitions.pop("PassConfig", None)
     for section in (schema["properties"]["engine"], definitions["LayoutConfig"]["properties"]["experts"]):
         _allow_name(section)
@@ -43,6 +46,20 @@ def recipe_schema() -> dict[str, Any]:
         _discriminate(union, definitions)
     _allow_exponents(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Leanmill recipe", **schema}
+
+
+def _list_levels(passes: Mapping[str, str], definitions: dict[str, Any]) -> None:
+    """Say what the levels of a search may be, which its class knows as passes only."""
+    levels = {name: reference for name, reference in passes.items() if issubclass(pass_class(name), LayerPassConfig)}
+    levels |= {name: f"#/$defs/{_add(level, definitions)}" for name, level in (("dense", Dense), ("drop", Drop))}
+    for name, reference in passes.items():
+        if issubclass(pass_class(name), SearchConfig):
+            items = {
+                "oneOf": [{"$ref": level} for level in levels.values()],
+                "discriminator": {"propertyName": "type", "mapping": dict(levels)},
+            }
+            _allow_name(items)
+            definitions[reference.rpartition("/")[2]]["properties"]["levels"]["items"] = items
 
 
 def _allow_name(section: dict[str, Any]) -> None:

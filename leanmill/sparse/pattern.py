@@ -39,6 +39,12 @@ class PruningPass(LayerPassConfig):
             )
         return self
 
+    @property
+    def bits_per_weight(self) -> float:
+        if self.num_kept is not None and self.group_size is not None:
+            return 16.0 * self.num_kept / self.group_size
+        return 16.0 * (1 - (self.sparsity or 0.0))
+
     def check_shape(self, name: str, shape: tuple[int, int]) -> None:
         """Refuse a weight whose rows the groups do not divide.
 

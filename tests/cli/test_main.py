@@ -219,6 +219,13 @@ def test_methods_lists_every_technique_with_paper_and_home(call):
         assert entry.paper in out
 
 
+def test_schema_refers_to_nothing_that_is_not_there():
+    text = json.dumps(recipe_schema())
+    definitions = json.loads(text)["$defs"]
+    assert set(re.findall(r'"#/\$defs/([^"]+)"', text)) <= set(definitions)
+    assert "drop" in json.dumps(definitions["EvoPress"]["properties"]["levels"])
+
+
 def test_schema_describes_every_technique(call, tmp_path):
     code, out, _ = call("schema")
     schema = json.loads(out)

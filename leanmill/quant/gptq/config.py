@@ -31,6 +31,10 @@ class Gptq(LayerPassConfig):
     """`activations` fixes the features of largest square sum first (the authors' act-order) where a row
     has one scale, and keeps columns in place where it has groups; `columns` goes from left to right."""
 
+    @property
+    def bits_per_weight(self) -> float:
+        return float(self.weight_bits)
+
     def solver(self) -> LayerSolver:
         from leanmill.quant.gptq.solver import GptqSolver
 

@@ -10,6 +10,7 @@ from torch import nn
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
+from leanmill.core.levels import SearchConfig
 from leanmill.core.passes import ExpertPassConfig, LayerPassConfig, PassConfig, SurgeryConfig
 from leanmill.core.sites import matches
 from leanmill.models.build import build_on_meta
@@ -39,9 +40,10 @@ def after_passes(
             model = model.model_copy(update={"config": mapping_of(after), "path": None, "revision": None})
         elif isinstance(config, ExpertPassConfig):
             check_experts(config, built.config)
-        elif isinstance(config, LayerPassConfig):
-            _check_meant(config, built)
-            check_pass(config, dict(_linear_shapes(built)))
+        elif isinstance(config, LayerPassConfig | SearchConfig):
+            for one in [config] if isinstance(config, LayerPassConfig) else config.aimed_levels:
+                _check_meant(one, built)
+                check_pass(one, dict(_linear_shapes(built)))
     return model
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import new_folder
+from leanmill.core.levels import SearchConfig
 from leanmill.core.passes import (
     ExpertPassConfig,
     InputStatistics,
@@ -38,6 +39,7 @@ from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.foresight import after_passes, check_pass
 from leanmill.trainer.passes.gradients import expert_gradients
 from leanmill.trainer.passes.memory import return_large_blocks
+from leanmill.trainer.passes.search import UnitReport, search_levels
 from leanmill.trainer.passes.statistics import Watch, check_reached, watched
 from leanmill.trainer.passes.stream import Block, BlockStream
 from leanmill.trainer.passes.surgery import ModelReport, operate
@@ -62,7 +64,7 @@ class LayerReport:
         return f"{self.technique} {self.name}: {self.zero_fraction:.1%} zeros{error}"
 
 
-PassReport = LayerReport | ExpertReport | ModelReport
+PassReport = LayerReport | ExpertReport | ModelReport | UnitReport
 SUMMARY = "leanmill.json"
 """What was done to a model, in its folder."""
 
@@ -92,6 +94,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
     batches = calibration_rows(recipe, folder, ranks) if any(config.reads_text for config in recipe.passes) else []
     dtype = torch.bfloat16 if resolve_precision(recipe.precision, ranks.device.type) == "bf16" else torch.float32
     reports: list[PassReport] = []
+    layers: set[str] = set()
     inference = [] if any(config.changes_architecture for config in recipe.passes) else inference_of(folder)
     with new_folder(out) if ranks.rank == 0 else nullcontext() as made:
         place = Path(broadcast_object(str(made)))
@@ -116,6 +119,12 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                         calibrated=calibrated,
                     )
                 ]
+            elif isinstance(config, SearchConfig):
+                stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
+                work_dir = Path(config.work_dir or f"{out}.search")
+                searched = search_levels(config, recipe, model, stream, batches, writer, ranks=ranks, work_dir=work_dir)
+                reports += searched.reports
+                layers |= searched.layers
             else:
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
                 assert isinstance(config, LayerPassConfig | ExpertPassConfig)
@@ -131,7 +140,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             summary = {
                 "passes": [config.model_dump(mode="json") for config in recipe.passes],
                 "reports": [str(report) for report in reports if not isinstance(report, LayerReport)],
-                "layers": sorted({report.name for report in reports if isinstance(report, LayerReport)}),
+                "layers": sorted(layers | {report.name for report in reports if isinstance(report, LayerReport)}),
                 "inference": inference,
             }
             (place / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

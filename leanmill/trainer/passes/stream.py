@@ -74,6 +74,11 @@ class BlockStream:
         return len(self._blocks)
 
     @property
+    def prefixes(self) -> list[str]:
+        """Of the names of each block's tensors, with the dot."""
+        return list(self._prefixes)
+
+    @property
     def other_names(self) -> list[str]:
         """Names of the tensors that lie in no block."""
         return sorted(name for name in self.source.keys if not name.startswith(tuple(self._prefixes)))

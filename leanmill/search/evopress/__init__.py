@@ -1,0 +1,1 @@
+"""EvoPress: evolutionary search."""

@@ -1,0 +1,1 @@
+"""Layer-adaptive budgets by dynamic programming."""
