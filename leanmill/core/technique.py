@@ -58,6 +58,10 @@ class InstallContext:
     fingerprint_of_tokenizer: Callable[[str], str | None] | None = None
     """Digest of the tokenizer in a folder or hub repository, comparable with the above; None where
     there is none."""
+    data_fingerprint: str | None = None
+    """Digest of the data: equal ones give equal rows by number. None where nothing will train."""
+    fingerprint_of_model: Callable[[str], str | None] | None = None
+    """Digest of the weights in a folder or hub repository; None where it cannot be had."""
     seed: int | None = None
     """Seed of the run, for what is drawn in training (`leanmill.core.noise`)."""
     frozen_config: Callable[[str], Any] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, ParamRule, apply_trainable, settings_by_name
@@ -26,7 +27,7 @@ from leanmill.models.calls import check_sites_are_called
 from leanmill.models.compile import compile_blocks
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
-from leanmill.models.pretrained import load_frozen, pretrained_config
+from leanmill.models.pretrained import load_frozen, local_folder, pretrained_config
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.build import build_optimizer
 from leanmill.parallel.engine import Engine, Preparation
@@ -60,6 +61,7 @@ def prepare(
     *,
     num_micro_batches: int,
     tokenizer_fingerprint: str | None = None,
+    data_fingerprint: str | None = None,
     rule_states: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Prepared:
     """Bring a model on the meta device to trainable: sites, techniques, recompute, compile, shard, fill.
@@ -70,9 +72,10 @@ def prepare(
         engine: The engine, not yet prepared; afterwards it owns the module and the optimizer.
         num_micro_batches: Backward passes of a step on this rank.
         tokenizer_fingerprint: Digest of the tokenizer, for techniques that compare vocabularies.
+        data_fingerprint: Digest of the data, for techniques that keep something a row.
         rule_states: What step rules saved in the checkpoint that a resumed run goes on from.
     """
-    context, stored = _context(recipe, model, engine, tokenizer_fingerprint)
+    context, stored = _context(recipe, model, engine, tokenizer_fingerprint, data_fingerprint)
     techniques, module = assemble(recipe, model, context)
     load_state(techniques.step_rules, rule_states or {})
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
@@ -104,7 +107,11 @@ def prepare(
 
 
 def _context(
-    recipe: Recipe, model: nn.Module, engine: Engine, tokenizer_fingerprint: str | None
+    recipe: Recipe,
+    model: nn.Module,
+    engine: Engine,
+    tokenizer_fingerprint: str | None,
+    data_fingerprint: str | None,
 ) -> tuple[InstallContext, Callable[[str], StoredWeights]]:
     """Return what techniques are offered, and where the weights of a stored model that they read are."""
 
@@ -121,6 +128,8 @@ def _context(
         vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
         tokenizer_fingerprint=tokenizer_fingerprint,
         fingerprint_of_tokenizer=fingerprint_of,
+        data_fingerprint=data_fingerprint,
+        fingerprint_of_model=_fingerprint_of_model,
         seed=recipe.seed,
         cross_entropy_weight=recipe.train.cross_entropy_weight,
         frozen_config=lambda path: pretrained_config(
@@ -129,6 +138,12 @@ def _context(
         open_weights=lambda path: stored(path).take,
     )
     return offered, stored
+
+
+def _fingerprint_of_model(path: str) -> str | None:
+    """Digest of the safetensors files of a model; None for one that is a run's."""
+    folder = local_folder(path, None)
+    return fingerprint_folder(folder) if any(folder.glob("*.safetensors")) else None
 
 
 def _optimizer(recipe: Recipe, module: nn.Module, rules: Sequence[ParamRule]) -> torch.optim.Optimizer:

@@ -138,6 +138,7 @@ class _Run:
             self.engine,
             num_micro_batches=num_micro_batches,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            data_fingerprint=self.data.fingerprint,
             rule_states=self.beginning.rule_states,
         )
         self.saved = saved_part(recipe, model, prepared)

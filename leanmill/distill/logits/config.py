@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.rules import StepRule
 from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
 
 
@@ -20,8 +21,8 @@ class Distill(TechniqueConfig):
 
     type: Literal["distill"] = "distill"
     """Name of the technique."""
-    teacher: str = Field(min_length=1)
-    """Folder or hub name of the teacher, a causal LM with the student's vocabulary."""
+    teacher: str | None = Field(default=None, min_length=1)
+    """Folder or hub name of the teacher, a causal LM with the student's vocabulary. None if `cache_dir` has all."""
     divergence: Literal[
         "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation", "mse", "cakld"
     ] = "forward_kl"
@@ -40,7 +41,10 @@ class Distill(TechniqueConfig):
     of the next token, over the tokens of the run's first step. Not used by the others."""
     top_k: int | None = Field(default=None, ge=1)
     """Compare the teacher's so many largest probabilities, and what they leave as one more; None compares all.
-    For what a cache of them would teach, without one."""
+    What `cache_dir` keeps of a teacher."""
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """Folder where the teacher's `top_k` probabilities of every row are kept: read where they are there, computed and
+    written where not. A later run on the same data needs no teacher."""
     temperature: float = Field(default=1.0, gt=0)
     """T that divides both models' logits; the loss is multiplied by T^2, which keeps the size of
     its gradient."""
@@ -50,7 +54,7 @@ class Distill(TechniqueConfig):
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Add the loss term; the teacher is loaded when training starts."""
         from leanmill.distill.logits.confidence import ConfidenceRule
-        from leanmill.distill.logits.term import DistillTerm
+        from leanmill.distill.logits.term import DistillTerm, cached_teacher
 
         term = DistillTerm(
             context,
@@ -61,8 +65,12 @@ class Distill(TechniqueConfig):
             top_k=self.top_k,
             weight=self.weight,
         )
-        is_measured = self.divergence == "cakld" and self.confidence == "measured"
-        return Installation(loss_terms=(term,), step_rules=(ConfidenceRule(term),) if is_measured else ())
+        rules: list[StepRule] = []
+        if self.cache_dir is not None:
+            rules.append(cached_teacher(term, context, self.cache_dir))
+        if self.divergence == "cakld" and self.confidence == "measured":
+            rules.append(ConfidenceRule(term))
+        return Installation(loss_terms=(term,), step_rules=tuple(rules))
 
     def _beta(self) -> float:
         """The number that the divergence takes."""
@@ -79,10 +87,22 @@ class Distill(TechniqueConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Distill:
+        if self.teacher is None and self.cache_dir is None:
+            raise ConfigError("distill needs a teacher; set distill.teacher to a model folder or hub name")
+        if self.cache_dir is not None and self.top_k is None:
+            raise ConfigError("distill.cache_dir keeps a teacher's largest probabilities; set distill.top_k, e.g. 64")
+        if self.teacher is None and self.divergence == "cakld" and self.confidence == "measured":
+            raise ConfigError(
+                "distill.confidence: measured asks the teacher; set distill.teacher, or a number, e.g. 0.5"
+            )
+        return self
+
     def frozen_models(self) -> Mapping[str, str]:
-        """Return the teacher."""
-        return {"teacher": self.teacher}
+        """Return the teacher, if one is named."""
+        return {} if self.teacher is None else {"teacher": self.teacher}
 
     def num_frozen_logits(self) -> int:
-        """One, the teacher's."""
-        return 1
+        """One where a teacher may have to compute them."""
+        return 0 if self.teacher is None else 1

@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from leanmill.kernels.linear_kl import naive
+from leanmill.kernels.linear_kl.op import TopK
 
 
 Kind = Literal[
@@ -54,8 +55,13 @@ def divergence(
     Returns:
         [...].
     """
+    if top_k is not None:
+        cache = TopK.of(teacher_logits, top_k, temperature)
+        return cached_divergence(student_logits, cache, kind=kind, temperature=temperature, beta=beta)
+    return naive.divergence(student_logits, teacher_logits, naive.Form(KERNEL_KINDS[kind], beta, temperature))
+
+
+def cached_divergence(student_logits: Tensor, cache: TopK, *, kind: Kind, temperature: float, beta: float) -> Tensor:
+    """Return the same [N] of logits [N, V] against a teacher's largest probabilities [N, k]; see `divergence`."""
     form = naive.Form(KERNEL_KINDS[kind], beta, temperature)
-    if top_k is None:
-        return naive.divergence(student_logits, teacher_logits, form)
-    indices, log_probs, log_tail = naive.top_k_of(teacher_logits, top_k, temperature)
-    return naive.top_k_divergence(student_logits, indices, log_probs, form, log_tail)
+    return naive.top_k_divergence(student_logits, cache.indices, cache.log_probs, form, cache.log_tail)

@@ -11,10 +11,14 @@ from torch import Tensor, nn
 from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import head_extras
+from leanmill.core.paths import expand_user
 from leanmill.core.technique import InstallContext
-from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, divergence
+from leanmill.distill.logits.cache import TopKCache, open_cache
+from leanmill.distill.logits.cached import CachedTeacher
+from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, cached_divergence, divergence
 from leanmill.distill.vocabulary import check_vocabulary
-from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, linear_kl_and_cross_entropy
+from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
+from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, TopK, linear_kl_and_cross_entropy
 
 
 class DistillTerm:
@@ -22,7 +26,7 @@ class DistillTerm:
 
     Args:
         context: Loads the teacher, and knows the student's vocabulary.
-        teacher: Folder or hub name.
+        teacher: Folder or hub name; None where all that it knows is `cached`.
         kind: See `divergence`.
         beta: See `divergence`; may be changed between steps.
         temperature: T.
@@ -36,7 +40,7 @@ class DistillTerm:
         self,
         context: InstallContext,
         *,
-        teacher: str,
+        teacher: str | None,
         kind: Kind = "forward_kl",
         beta: float = 0.5,
         temperature: float = 1.0,
@@ -45,7 +49,9 @@ class DistillTerm:
     ) -> None:
         self.teacher_path, self.kind, self.beta, self.weight = teacher, kind, beta, weight
         self.temperature, self.top_k = temperature, top_k
-        self._context, self._taps = context, context.taps(teacher)
+        self.cached: CachedTeacher | None = None
+        """Where its probabilities come from instead."""
+        self._context, self._taps = context, None if teacher is None else context.taps(teacher)
         self._is_checked = False
 
     @property
@@ -55,6 +61,7 @@ class DistillTerm:
         Raises:
             ConfigError: Its vocabulary is not the student's.
         """
+        assert self._taps is not None
         teacher: nn.Module = self._taps.model
         if not self._is_checked:
             self._check(teacher)
@@ -62,12 +69,38 @@ class DistillTerm:
         return teacher
 
     def prepare(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Return the teacher's last hidden states [B, S, hidden of the teacher]."""
+        """Return the teacher's last hidden states [B, S, hidden of the teacher], or its cached probabilities."""
+        return {"teacher_hidden": self._last_of(batch)} if self.cached is None else self.cached.extras(batch)
+
+    def _last_of(self, batch: Batch) -> Tensor:
         assert self.teacher is not None  # checked before it runs
-        return {"teacher_hidden": self._taps.read(batch).last}
+        assert self._taps is not None
+        return self._taps.read(batch).last
+
+    @torch.no_grad()
+    def top_k_of(self, batch: Batch) -> TopK:
+        """Return the teacher's largest probabilities [B, S, k] of a micro-batch; a collective where it is sharded."""
+        assert self.top_k is not None
+        hidden = self._last_of(batch)
+        head: Any = self.teacher.get_output_embeddings()  # type: ignore[operator]
+        shared = min(self.teacher.config.vocab_size, self._context.vocab_size)  # type: ignore[union-attr, type-var]
+        flat = hidden.flatten(0, 1)
+        parts = flat.split(rows_a_chunk(flat, head.weight, None, logits_alive=2))
+        found = [TopK.of(head(part)[:, :shared], self.top_k, self.temperature) for part in parts]
+        shape = hidden.shape[:2]
+        return TopK(
+            torch.cat([one.indices for one in found]).unflatten(0, shape),
+            torch.cat([one.log_probs for one in found]).unflatten(0, shape),
+            torch.cat([one.log_tail for one in found if one.log_tail is not None]).unflatten(0, shape),
+        )
 
     def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """See `LossTerm`; the teacher's logits [N, V] live as long as this call."""
+        if self.cached is not None:
+            per_token = cached_divergence(
+                logits, _top_k(extras), kind=self.kind, temperature=self.temperature, beta=self.beta
+            )
+            return torch.where(labels != -100, per_token, 0.0).sum()
         with torch.no_grad():
             teacher_logits = self.teacher.get_output_embeddings()(extras["teacher_hidden"])  # type: ignore[operator]
         vocab_size = min(logits.shape[-1], teacher_logits.shape[-1])
@@ -96,7 +129,7 @@ class DistillTerm:
             head[1],
             labels,
             head[2],
-            teacher=self._teacher_head(extras["teacher_hidden"]),
+            teacher=self._teacher_head(extras["teacher_hidden"]) if self.cached is None else _top_k(extras),
             divergence_weight=self.weight,
             cross_entropy_weight=cross_entropy_weight,
             kind=KERNEL_KINDS[self.kind],
@@ -122,6 +155,7 @@ class DistillTerm:
                 f"teacher {self.teacher_path} changes its logits after the head ({', '.join(extras)}), which "
                 f"distill does not cover; choose a teacher of another family"
             )
+        assert self.teacher_path is not None
         check_vocabulary(self._context, self.teacher_path, teacher.config.vocab_size, role="teacher")
         shared = min(teacher.config.vocab_size, self._context.vocab_size)
         if self.top_k is not None and self.top_k > shared:
@@ -129,3 +163,37 @@ class DistillTerm:
                 f"distill.top_k {self.top_k} is more than the {shared} tokens that teacher and student share; set "
                 f"less, or remove top_k to compare all"
             )
+
+
+def cached_teacher(term: DistillTerm, context: InstallContext, path: str) -> CachedTeacher:
+    """Return the rule that reads, and where there is a teacher writes, what `term` trains on from now on.
+
+    Args:
+        term: Its `cached` is set.
+        context: Knows what data, tokenizer and teacher a cache must be of.
+        path: Folder of the cache.
+    """
+    folder = expand_user(path)
+
+    def opened(sequence_length: int) -> TopKCache:
+        wanted: dict[str, Any] = {
+            "data": context.data_fingerprint,
+            "tokenizer": context.tokenizer_fingerprint,
+            "top_k": term.top_k,
+            "temperature": term.temperature,
+            "sequence_length": sequence_length,
+        }
+        if term.teacher_path is None:
+            return open_cache(folder, wanted, writes=False)
+        digest = context.fingerprint_of_model
+        wanted["teacher"] = term.teacher_path
+        wanted["teacher_weights"] = None if digest is None else digest(term.teacher_path)
+        wanted["vocab_size"] = context.vocab_size
+        return open_cache(folder, wanted, writes=True)
+
+    term.cached = CachedTeacher(folder, opened, None if term.teacher_path is None else term.top_k_of)
+    return term.cached
+
+
+def _top_k(extras: Mapping[str, Tensor]) -> TopK:
+    return TopK(extras["teacher_indices"], extras["teacher_log_probs"], extras["teacher_log_tail"])
