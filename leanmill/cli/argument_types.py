@@ -44,6 +44,14 @@ def gib(text: str) -> float:
     return value
 
 
+def port(text: str) -> int:
+    """A number of a TCP port, 0 for any."""
+    value = int(text) if re.fullmatch("[0-9]{1,5}", text) else -1
+    if not 0 <= value < 65_536:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 to 65535")
+    return value
+
+
 def above_zero(text: str) -> float:
     """A number above 0."""
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from leanmill import __version__
-from leanmill.cli.argument_types import above_zero, gib, positive, seed, share, temperature
+from leanmill.cli.argument_types import above_zero, gib, port, positive, seed, share, temperature
 from leanmill.core.errors import EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_RUN
 
 
@@ -31,7 +31,7 @@ _VERBS: dict[str, str] = {
     "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
     "generate": "continue a prompt with an exported folder on the CPU, packed weights staying packed",
-    "report": "rebuild the HTML report of a run",
+    "report": "write the HTML report of a run, compare several, or watch one that goes on",
     "completion": "write a script with which a shell completes verbs and options",
 }
 
@@ -317,7 +317,13 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", help="folder of a run")
+    parser.add_argument("run_dirs", nargs="+", metavar="run_dir", help="folder of a run; several are compared")
+    parser.add_argument("--out", metavar="FILE", help="file of a comparison (comparison.html)")
+    parser.add_argument("--live", action="store_true", help="serve the report to this machine while the run goes on")
+    parser.add_argument("--port", type=port, default=8707, help="of --live at 127.0.0.1; 0 takes a free one (8707)")
+    parser.add_argument(
+        "--refresh-seconds", type=positive, default=10, metavar="S", help="between two loads of a --live page (10)"
+    )
 
 
 def _nothing(parser: argparse.ArgumentParser) -> None:

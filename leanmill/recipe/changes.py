@@ -59,6 +59,29 @@ def changes(saved: Mapping[str, Any], recipe: Recipe) -> list[Change]:
     return [change for change in found if not _covers(UNSAID, change.key)]
 
 
+def side_by_side(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return the keys in which recipes are not all alike, each with its value in every one of them, as text.
+
+    Args:
+        recipes: Resolved, as runs write them; where they lie and what they are called is left out.
+    """
+    named = [_by_type(redact_tree(dict(recipe))) for recipe in recipes]
+    keys = dict.fromkeys(change.key for other in named[1:] for change in _differences(named[0], other, ""))
+    return {
+        key: [_shown(key.rpartition(".")[2], _at(recipe, key)) for recipe in named]
+        for key in keys
+        if not _covers(("name", "run_dir", *UNSAID), key)
+    }
+
+
+def _at(recipe: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(recipe, dict) or part not in recipe:
+            return _NOT_SET
+        recipe = recipe[part]
+    return recipe
+
+
 def check_accepted(found: Sequence[Change], accepted: Sequence[str], checkpoint: str) -> None:
     """Refuse changes that make the run another one than it was, unless they were accepted.
 

@@ -69,6 +69,17 @@ def exclusive(run_dir: Path, rank: int) -> Iterator[RunLock]:
         lock.release()
 
 
+def is_held(run_dir: Path) -> bool:
+    """Whether a process seems to train in `run_dir` now: it lives, or its lock was touched not long ago."""
+    found = read_holder(run_dir / FILE_NAME)
+    if found is None:
+        return False
+    holder, touched = found
+    if holder is not None and holder.machine == this_machine():
+        return lives(holder)
+    return time.time() - touched < SILENT_SECONDS
+
+
 class RunLock:
     """The lock of one run folder, from `acquire` to `release`.
 

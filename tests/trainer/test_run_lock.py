@@ -20,7 +20,7 @@ from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.trainer.lock_holder import read_holder
-from leanmill.trainer.run_lock import RunLock, exclusive
+from leanmill.trainer.run_lock import FILE_NAME, RunLock, exclusive, is_held
 from tests.checkpoint.fake import FakeEngine
 from tests.distributed import run_ranks
 
@@ -285,3 +285,20 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(RunError, match="disk is full"):
         RunLock(tmp_path / "run").acquire()
+
+
+def test_is_held_while_its_process_lives(tmp_path):
+    assert not is_held(tmp_path)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert is_held(tmp_path)
+    lock.release()
+    assert not is_held(tmp_path)
+    RunLock(tmp_path).acquire()
+    holder = json.loads((tmp_path / FILE_NAME).read_text())
+    (tmp_path / FILE_NAME).write_text(json.dumps(holder | {"started": "another start"}))
+    assert not is_held(tmp_path)
+    (tmp_path / FILE_NAME).write_text(json.dumps(holder | {"machine": "another"}))
+    assert is_held(tmp_path)
+    os.utime(tmp_path / FILE_NAME, (0, 0))
+    assert not is_held(tmp_path)

@@ -20,6 +20,23 @@ _SIDE = 1000
 """Side of the stretched coordinate system."""
 
 
+@dataclass(frozen=True)
+class Axis:
+    """What lies along the bottom of charts; those with the same one share a cursor."""
+
+    name: str
+    """Key of `place` in page.js, which writes it at the cursor."""
+    label: Callable[[float], str]
+    """Writes a tick."""
+    place: Callable[[float], str]
+    """Writes where a value stands, in words."""
+    whole: bool = False
+    """Whether only whole ticks mean something."""
+
+
+STEPS = Axis("step", lambda x: f"{x:,.0f}", lambda x: f"step {x:,.0f}", whole=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Series:
     """One line."""
@@ -37,7 +54,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """One figure over optimizer steps."""
+    """One figure, over optimizer steps unless it says otherwise."""
 
     id: str
     title: str
@@ -45,6 +62,7 @@ class Chart:
     series: Sequence[Series]
     format: Callable[[float], str]
     """Writes a value for the axis and the legend."""
+    axis: Axis = STEPS
     style: str = "number"
     """How page.js writes a value at the cursor: `number`, `count`, `scientific` or `percent`."""
     from_zero: bool = False
@@ -77,7 +95,7 @@ def draw(chart: Chart, x_scale: Scale) -> str:
         f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none" aria-hidden="true">'
         f"{_grid(y_scale)}{_events(chart, x_scale)}{''.join(_path(s, x_scale, y_scale) for s in drawn)}</svg>"
         f'<div class="cursor" hidden></div></div>'
-        f'<div class="x-labels" aria-hidden="true">{_x_labels(x_scale)}</div></div>{note}</figure>'
+        f'<div class="x-labels" aria-hidden="true">{_x_labels(x_scale, chart.axis)}</div></div>{note}</figure>'
     )
 
 
@@ -86,6 +104,7 @@ def chart_values(chart: Chart, x_scale: Scale) -> dict[str, Any]:
     y_scale = _y_scale(chart)
     return {
         "style": chart.style,
+        "axis": chart.axis.name,
         "x": [x_scale.low, x_scale.high],
         "y": [y_scale.low, y_scale.high],
         "log": y_scale.log,
@@ -154,19 +173,19 @@ def _y_labels(chart: Chart, y_scale: Scale) -> str:
     )
 
 
-def _x_labels(x_scale: Scale) -> str:
+def _x_labels(x_scale: Scale, axis: Axis) -> str:
     return "".join(
-        f'<span style="left:{100 * x_scale(tick):.2f}%">{tick:,.0f}</span>'
+        f'<span style="left:{100 * x_scale(tick):.2f}%">{escape(axis.label(tick))}</span>'
         for tick in x_scale.ticks(4)
-        if tick == int(tick)
+        if not axis.whole or tick == int(tick)
     )
 
 
 def _summary(chart: Chart, drawn: Sequence[Series]) -> str:
     """The chart in words, for those who do not see it."""
     parts = [
-        f"{s.label} from {chart.format(s.points[0][1])} at step {s.points[0][0]:,.0f} "
-        f"to {chart.format(s.points[-1][1])} at step {s.points[-1][0]:,.0f}"
+        f"{s.label} from {chart.format(s.points[0][1])} at {chart.axis.place(s.points[0][0])} "
+        f"to {chart.format(s.points[-1][1])} at {chart.axis.place(s.points[-1][0])}"
         for s in drawn
         if s.in_legend
     ]

@@ -44,7 +44,7 @@ class RunData:
 
 def load_run(run_dir: Path) -> RunData:
     """Read `metrics.jsonl`, `sites.json`, `routing.json` and `recipe.yaml`; whatever is missing is left empty."""
-    everything = read_records(run_dir / FILE_NAME)
+    everything = with_elapsed(read_records(run_dir / FILE_NAME))
     records = without_superseded(everything)
     starts = _of_kind(records, "start")
     steps = _of_kind(records, "step")
@@ -67,15 +67,15 @@ def load_run(run_dir: Path) -> RunData:
     )
 
 
-def points(records: Sequence[Record], *path: str) -> Points:
-    """Pairs (step, value) of the field at `path`, where it is there and finite."""
+def points(records: Sequence[Record], *path: str, over: str = "step") -> Points:
+    """Pairs of the field `over` and of the one at `path`, where it is there and finite."""
     found: Points = []
     for record in records:
         value: Any = record
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
         if isinstance(value, int | float):
-            found.append((float(record["step"]), float(value)))
+            found.append((float(record[over]), float(value)))
     return found
 
 
@@ -95,6 +95,18 @@ def _skips(steps: Sequence[Record]) -> list[int]:
         if skipped > before:
             found.append(record["step"])
         before = skipped
+    return found
+
+
+def with_elapsed(everything: Sequence[Record]) -> list[Record]:
+    """Give each record `elapsed`: seconds of all sessions up to it, without the pauses between them."""
+    before, started, last, found = 0.0, None, 0.0, []
+    for record in everything:
+        now = record.get("time")
+        if record["kind"] == "start":
+            before, started = before + last, now
+        last = now - started if now is not None and started is not None else last
+        found.append({**record, "elapsed": before + last})
     return found
 
 

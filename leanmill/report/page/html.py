@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import time
 from html import escape
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.redact import redact, redact_tree
+from leanmill.core.redact import redact
 from leanmill.report.files import write_atomically
 from leanmill.report.page.charts import chart_values, draw
 from leanmill.report.page.data import RunData, load_run
@@ -23,7 +17,8 @@ from leanmill.report.page.layers_view import layers_section
 from leanmill.report.page.parts import evaluations, events, header, run_facts, tiles
 from leanmill.report.page.samples_view import samples_section
 from leanmill.report.page.scale import Scale
-from leanmill.report.page.section import Section
+from leanmill.report.page.section import Section, as_html
+from leanmill.report.page.shell import document
 from leanmill.report.page.sites_view import draw_sites, site_values
 from leanmill.report.page.study_view import study_section
 
@@ -50,8 +45,6 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunData) -> str:
     """Return the page. Every string of the run is escaped."""
-    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
-    script = resources.files(__package__).joinpath("page.js").read_text(encoding="utf-8")
     name = str(run.facts.get("name", "run"))
     x_scale = _x_scale(run)
     sections = _sections(run, x_scale)
@@ -63,22 +56,11 @@ def render(run: RunData) -> str:
         "heats": {heat.id: heat_values(heat) for heat in heats},
         "layers": [{h.id: heat_values(h) for h in one} for section in sections for one in section.by_layer],
     }
-    written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    # The policy lets only this script run and nothing be fetched, whatever a run's strings hold.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(name)} · Leanmill</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+    body = (
         f"{header(run, name)}\n<main>\n{tiles(run)}\n{events(run)}\n"
-        f"{''.join(map(_section, sections))}{_recipe(run)}\n</main>\n"
-        f"<footer>Written by Leanmill {escape(_version(run))} on {written}.</footer>\n"
-        f'<script type="application/json" id="values">{_json(redact_tree(values))}</script>\n'
-        f"<script>{script}</script>\n</body>\n</html>\n"
+        f"{''.join(map(as_html, sections))}{_recipe(run)}\n</main>\n"
     )
+    return document(name, body, values, version=_version(run))
 
 
 def _x_scale(run: RunData) -> Scale:
@@ -102,10 +84,6 @@ def _sections(run: RunData, x_scale: Scale) -> list[Section]:
     return [section for section in found if section is not None]
 
 
-def _section(section: Section) -> str:
-    return f"<section><h2>{escape(section.title)}</h2>{section.content}</section>\n"
-
-
 def _grid(group: Group, x_scale: Scale) -> Section:
     drawn = "".join(draw(chart, x_scale) for chart in group.charts)
     content = f'<div class="grid of-{len(group.charts)}">{drawn}</div>'
@@ -120,9 +98,3 @@ def _recipe(run: RunData) -> str:
 
 def _version(run: RunData) -> str:
     return str(run.facts.get("versions", {}).get("leanmill", ""))
-
-
-def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -33,15 +33,25 @@
     resting: [...figure.querySelectorAll(".legend output")].map((output) => output.textContent),
   }));
 
-  // One cursor for all charts, since they share the axis of steps.
-  const show = (step) => {
+  const place = {
+    step: (x) => `step ${Math.round(x).toLocaleString("en-US")}`,
+    tokens: (x) => `${write.count(x)} tokens`,
+    time: (x) => {
+      const minutes = Math.round(x / 60);
+      return x < 60 ? `${Math.round(x)}s` : minutes < 60 ? `${minutes}m` : `${Math.floor(minutes / 60)}h${String(minutes % 60).padStart(2, "0")}m`;
+    },
+  };
+
+  // One cursor for all charts that share an axis.
+  const show = (axis, where) => {
     for (const { data, cursor, at, outputs } of charts) {
+      if (data.axis !== axis) continue;
       const [first, last] = data.x;
       cursor.hidden = false;
-      cursor.style.left = `${(100 * (step - first)) / (last - first)}%`;
-      at.textContent = `step ${Math.round(step).toLocaleString("en-US")}`;
+      cursor.style.left = `${(100 * (where - first)) / (last - first)}%`;
+      at.textContent = place[axis](where);
       data.series.forEach(({ x, y }, index) => {
-        outputs[index].textContent = write[data.style](y[nearest(x, step)]);
+        outputs[index].textContent = write[data.style](y[nearest(x, where)]);
       });
     }
   };
@@ -59,14 +69,14 @@
     let index = steps.length - 1;
     const go = (to) => {
       index = Math.max(0, Math.min(steps.length - 1, to));
-      show(steps[index]);
+      show(data.axis, steps[index]);
     };
     plot.addEventListener("pointermove", (event) => {
       const box = plot.getBoundingClientRect();
       go(nearest(steps, first + ((last - first) * (event.clientX - box.left)) / box.width));
     });
     plot.addEventListener("pointerleave", rest);
-    plot.addEventListener("focus", () => { if (plot.matches(":focus-visible")) show(steps[index]); });
+    plot.addEventListener("focus", () => { if (plot.matches(":focus-visible")) show(data.axis, steps[index]); });
     plot.addEventListener("blur", rest);
     plot.addEventListener("keydown", (event) => {
       const moves = { ArrowLeft: index - 1, ArrowRight: index + 1, Home: 0, End: steps.length - 1 };
