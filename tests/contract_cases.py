@@ -120,6 +120,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "weight_regularisation": 1e-2,
     },
     "int_quant": {"type": "int_quant", "weight_bits": 4, "activation_bits": 8, "granularity": "group", "group_size": 8},
+    # Eight bits in the first step, four in the second.
+    "falling_bits": {
+        "type": "int_quant",
+        "weight_bits": 2,
+        "bits_schedule": [{"bits": 8, "until": 1}, {"bits": 4, "until": 2}],
+        "bits_per_layer": {"up_proj": 3},
+    },
+    "widths_in_turn": {"type": "int_quant", "weight_bits": 4, "switch_bits": [8, 4, 2], "granularity": "tensor"},
     "fp_quant": {"type": "fp_quant", "weight_format": "nvfp4"},
     # Of few layers, as `lsq_activations` below.
     "best_fp4": {
@@ -274,7 +282,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "elastic_signs": ("elastic_signs",),
-    "best_fp4": ("best_fp4",),
+    **{name: (name,) for name in ("best_fp4", "falling_bits", "widths_in_turn")},
     "experts in floating point": ("mixtral", "fp_quant_scaled", "nm_sparsity"),
     "signs of kept weights": ("nm_sparsity", "binary", "lora", "distill"),
     "experts of one bit": ("mixtral", "binary"),

@@ -17,7 +17,9 @@ def run(args: argparse.Namespace) -> int:
     check_is_new(out)
     format_class(args.to, args.packing)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    report = export_model(checkpoint, out, to=args.to, packing=args.packing, activations=args.activations)
+    report = export_model(
+        checkpoint, out, to=args.to, packing=args.packing, activations=args.activations, num_bits=args.num_bits
+    )
     print(f"exported {checkpoint} to {out.resolve()}, loaded it back and compared")
     print(report)
     return 0

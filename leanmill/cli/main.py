@@ -301,6 +301,13 @@ def _export(parser: argparse.ArgumentParser) -> None:
         default="trained",
         help="float writes a model that trained with rounded activations without the rounding",
     )
+    parser.add_argument(
+        "--bits",
+        dest="num_bits",
+        type=positive,
+        metavar="B",
+        help="of weights that were trained in several widths (the recipe's)",
+    )
     parser.add_argument("--out", required=True, help="folder to write")
 
 

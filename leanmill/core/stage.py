@@ -189,6 +189,14 @@ class Stage(OperandStage):
         """Return the integers that `forward` makes of the weight that arrives here, where it makes some."""
         return None
 
+    def trained_bits(self) -> tuple[int, ...]:
+        """Bits a weight that it was trained to be rounded to, where those are several; see `switch_to`."""
+        return ()
+
+    def switch_to(self, num_bits: int) -> None:
+        """Round to so many of the `trained_bits` from now on."""
+        raise NotImplementedError
+
     def learned_grid(self) -> LearnedGrid | None:
         """The grid that this stage rounds to, where that is all it does; differentiable."""
         return None

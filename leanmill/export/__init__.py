@@ -19,11 +19,14 @@ def export_model(
     to: str = "hf",
     packing: str = "none",
     activations: Activations = "trained",
+    num_bits: int | None = None,
 ) -> ExportReport:
     """Write a folder of format `to` (hf, packed, adapter, ...), its weights packed; see `leanmill.export.run`."""
     from leanmill.export.run import export_model as write
 
-    return write(Path(checkpoint_dir), Path(out_dir), to=to, packing=packing, activations=activations)
+    return write(
+        Path(checkpoint_dir), Path(out_dir), to=to, packing=packing, activations=activations, num_bits=num_bits
+    )
 
 
 def load_packed(folder: str | Path) -> Any:

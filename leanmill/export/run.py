@@ -10,6 +10,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.folders import folder_bytes, new_folder
 from leanmill.export.formats import Activations, format_class
 from leanmill.export.report import ExportReport
+from leanmill.export.widths import switch_widths
 from leanmill.trainer.rebuild import Rebuilt, rebuild
 
 
@@ -20,6 +21,7 @@ def export_model(
     to: str = "hf",
     packing: str = "none",
     activations: Activations = "trained",
+    num_bits: int | None = None,
 ) -> ExportReport:
     """Write a folder with the model and `leanmill.json`; it comes into being once it was loaded back and compared.
 
@@ -29,6 +31,7 @@ def export_model(
         to: Name of a format, see `formats.py`.
         packing: How the weights of `hf` are packed, see `PACKINGS`.
         activations: `float` writes a model that trained with rounded activations without the rounding.
+        num_bits: Of weights that were trained in several widths; None is the recipe's.
 
     Raises:
         ConfigError: The checkpoint cannot be exported this way.
@@ -36,6 +39,8 @@ def export_model(
     """
     kind = format_class(to, packing)
     rebuilt = rebuild(checkpoint_dir)
+    if num_bits is not None:
+        switch_widths(rebuilt.model, num_bits)
     reason = kind.covers(rebuilt.model)
     if reason is not None:
         raise ConfigError(f"{checkpoint_dir} cannot be exported as {to if packing == 'none' else packing}: {reason}")

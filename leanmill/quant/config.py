@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.lengths import steps_of
 from leanmill.core.technique import TechniqueConfig, WeightTechniqueConfig
@@ -46,6 +47,48 @@ class Warmup(TechniqueConfig):
                 f"{name}={self.warmup_steps} is not over before the last of {num_steps} steps, so no step would "
                 f"train what is exported; {remedy}"
             )
+
+
+class LayerBits(TechniqueConfig):
+    """Mixed into techniques whose weights may have different bits in different layers."""
+
+    bits_per_layer: dict[str, int] = Field(default_factory=dict)
+    """Bits of some weights by pattern, of which the last that matches counts; the others have `weight_bits`. What a
+    search over bits returns."""
+
+    @model_validator(mode="after")
+    def _bits_have_a_grid(self) -> LayerBits:
+        low, high = self._range_of_bits
+        for pattern, bits in self.bits_per_layer.items():
+            if not low <= bits <= high:
+                name = type(self).model_fields["type"].default
+                raise ConfigError(
+                    f"{name}.bits_per_layer: {bits} bits for {pattern!r} have no grid; type {low} to {high}, or add "
+                    f"{pattern!r} to {name}.exclude"
+                )
+        return self
+
+    @property
+    def _range_of_bits(self) -> tuple[int, int]:
+        return 2, 8
+
+
+class BitsPhase(Config):
+    """A phase at the start of a run in which weights have more bits."""
+
+    bits: int = Field(ge=2, le=8)
+    """Bits of a weight; one whose own are more has those."""
+    until: int | float = Field(gt=0)
+    """When the phase ends: in steps (int), or as a share of the run (float below 1)."""
+
+    @model_validator(mode="after")
+    def _until_is_a_share(self) -> BitsPhase:
+        if isinstance(self.until, float) and self.until >= 1:
+            raise ConfigError(
+                f"bits_schedule.until={self.until}: a float is a share of the run and must be below 1; type until: "
+                f"{round(self.until)} for steps"
+            )
+        return self
 
 
 class BitNetInputs(TechniqueConfig):

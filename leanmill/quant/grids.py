@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leanmill.core.facets import Codes
-from leanmill.kernels.fake_quant.grid import Gradient, Kind, make_grid
+from leanmill.core.operands import lend
+from leanmill.kernels.fake_quant.grid import SMALLEST_SCALE, Gradient, Kind, make_grid
 from leanmill.kernels.fake_quant.op import fake_quant
 from leanmill.quant.codes import grid_codes
 
@@ -64,6 +65,50 @@ class UniformGrid:
         if self.kind == "midrise" and bool((weight == 0).any()):
             return None
         return grid_codes(weight, scale, self.num_bits, self.kind)
+
+
+@dataclass(frozen=True)
+class NestedGrid:
+    """Symmetric codes of `num_bits` that are rounded from symmetric codes of `store_bits`: one store, several widths.
+
+    With s the scale of the store, q = clip(round(w / s)) and d = 2^(store_bits - num_bits), a value is
+    clip(round(q / d)) d s (Double Rounding: Huang et al. 2025, arXiv:2502.01199); gradients pass unchanged.
+    """
+
+    store_bits: int
+    num_bits: int
+    """Up to `store_bits`."""
+
+    @property
+    def largest_code(self) -> int:
+        """That of the store, whose scale it is."""
+        return int(2 ** (self.store_bits - 1) - 1)
+
+    @property
+    def _distance(self) -> int:
+        return int(2 ** (self.store_bits - self.num_bits))
+
+    def rounded(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Return `values` [..., in] on the grid; scales are as `fake_quant` takes them."""
+        with torch.no_grad():
+            scales = scale.clamp(min=SMALLEST_SCALE).unsqueeze(-1)
+            rounded = (self._units(values, scale) * (scales * self._distance)).flatten(-2).to(values.dtype)
+        return lend(values, rounded)
+
+    def codes(self, weight: Tensor, scale: Tensor) -> Codes:
+        """Return the integers of a weight [..., out, in] in `num_bits`."""
+        units = self._units(weight, scale).flatten(-2)
+        codes = grid_codes(units, torch.ones_like(scale), self.num_bits, "symmetric")
+        scales = scale.detach().float().clamp(min=SMALLEST_SCALE).reshape(codes.scales.shape)
+        return replace(codes, scales=scales * self._distance)
+
+    @torch.no_grad()
+    def _units(self, values: Tensor, scale: Tensor) -> Tensor:
+        scales = scale.clamp(min=SMALLEST_SCALE).unsqueeze(-1)
+        groups = values.to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
+        stored = (groups / scales).round_().clamp_(-self.largest_code, self.largest_code)
+        most = 2 ** (self.num_bits - 1) - 1
+        return stored.div_(self._distance).round_().clamp_(-most, most)
 
 
 class _KeepZeros(torch.autograd.Function):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from leanmill.quant.grids import UniformGrid
+from leanmill.quant.bits import SwitchedBits
+from leanmill.quant.grids import Grid, NestedGrid, UniformGrid
 from leanmill.quant.rules import AbsMax, LeastSquares
 from leanmill.quant.scales import Granularity
 from leanmill.quant.sharing import Sharing
 from leanmill.quant.stages import ComputedScale, QuantInput
 
 
-class IntWeights(ComputedScale):
+class IntWeights(SwitchedBits, ComputedScale):
     """Round a weight [..., out, in] to symmetric codes of `num_bits`; the gradient passes unchanged.
 
     Args:
@@ -22,6 +24,7 @@ class IntWeights(ComputedScale):
         scale: `absmax` or `mse`, see `IntQuant`.
         granularity: What shares a scale.
         group_size: Neighbours of a group.
+        widths: Bits that it is trained to be rounded to, all from codes of the most; none for `num_bits` alone.
         has_warmup: See `WarmedUp`.
         device: Of the weight.
     """
@@ -35,16 +38,29 @@ class IntWeights(ComputedScale):
         granularity: Granularity = "row",
         group_size: int | None = None,
         *,
+        widths: Sequence[int] = (),
         has_warmup: bool = False,
         device: torch.device | None = None,
     ) -> None:
+        self.own_bits, self.widths = num_bits, tuple(widths)
         super().__init__(
-            UniformGrid(num_bits, "symmetric", "straight_through"),
+            self._grid_of(num_bits),
             AbsMax() if scale == "absmax" else LeastSquares(),
             Sharing(granularity, group_size),
             has_warmup=has_warmup,
             device=device,
         )
+
+    def switch_to(self, num_bits: int) -> None:
+        self.grid = self._grid_of(num_bits)
+
+    def trained_bits(self) -> tuple[int, ...]:
+        return self.widths
+
+    def _grid_of(self, num_bits: int) -> Grid:
+        if self.widths:
+            return NestedGrid(max(self.widths), num_bits)
+        return UniformGrid(num_bits, "symmetric", "straight_through")
 
 
 class IntActivations(QuantInput):

@@ -8,14 +8,14 @@ from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import Installation, InstallContext, TrainedTechniqueConfig
-from leanmill.quant.config import SharedScales, Warmup
+from leanmill.quant.config import LayerBits, SharedScales, Warmup
 
 
 if TYPE_CHECKING:
     from leanmill.core.sites import Sites
 
 
-class Lsq(TrainedTechniqueConfig, Warmup, SharedScales):
+class Lsq(TrainedTechniqueConfig, LayerBits, Warmup, SharedScales):
     """Weights, and activations if asked, on integer grids whose step sizes are trained.
 
     LSQ: Esser et al. 2020, arXiv:1902.08153. Steps start at 2 mean |w| / sqrt(Qp) of the loaded weights,
@@ -69,22 +69,28 @@ class Lsq(TrainedTechniqueConfig, Warmup, SharedScales):
             raise ConfigError(f"lsq with weight_bits 1 and grid {self.grid} has no positive code; set grid: midrise")
         return self
 
+    @property
+    def _range_of_bits(self) -> tuple[int, int]:
+        return (1 if self.grid == "midrise" else 2), 8
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a quantiser with steps of its own on every target, and one on its input.
 
         Raises:
             ConfigError: `group_size` does not divide the last dim of a target.
         """
+        from leanmill.quant.bits import bits_by_site
         from leanmill.quant.lsq.stage import LsqStage
         from leanmill.quant.scales import check_groups
         from leanmill.quant.warmup import warmup_rules
 
         selected = sites.select(self.targets, self.exclude)
         check_groups(selected, self.type, self.group_size)
+        bits = bits_by_site(selected, self.weight_bits, self.bits_per_layer, self.type)
         sites.put(
             selected,
             lambda site: LsqStage(
-                site.raw_weight, self.weight_bits, self.grid, self.granularity, self.group_size,
+                site.raw_weight, bits[site.site_name], self.grid, self.granularity, self.group_size,
                 start=self.weight_start, has_warmup=self.has_warmup,
             ),
         )  # fmt: skip
