@@ -23,13 +23,14 @@ order of the data, the same on any number of ranks. Where rows may be padded, in
 class Score(Protocol):
     """Cross-entropy of every token under a model, without gradients."""
 
-    def __call__(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+    def __call__(self, batch: Batch, model: nn.Module | None = None, *, adapters: bool = True) -> Tensor:
         """Return the losses [B, S], fp32, 0 where there is no label. A collective under a sharding engine.
 
         Args:
             batch: One micro-batch.
             model: A frozen model that `InstallContext.load_frozen_model` gave; None is the model in
                 training, in eval mode, with its techniques and the weights of this moment.
+            adapters: Whether that has its adapters; see `leanmill.core.adapters`.
         """
         ...
 

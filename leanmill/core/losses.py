@@ -39,6 +39,26 @@ class LossTerm(Protocol):
 
 
 @runtime_checkable
+class TokenLossTerm(Protocol):
+    """A term that is a function of the cross-entropy of every token of a micro-batch, such as one of whole answers.
+
+    Logits of all tokens never exist for it. It sees the batch as rules have left it.
+    """
+
+    name: str
+    weight: float
+
+    def of_token_losses(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Return the loss as a sum like that over tokens with a label: the trainer divides it by their number.
+
+        Args:
+            losses: fp32 [B, S], cross-entropy, 0 where there is no label; gradients flow into it.
+            batch: The micro-batch.
+        """
+        ...
+
+
+@runtime_checkable
 class HeadLossTerm(LossTerm, Protocol):
     """A term that can also be had straight from the head's operands, beside cross-entropy.
 
@@ -65,3 +85,6 @@ class HeadLossTerm(LossTerm, Protocol):
             chunk_tokens: Tokens whose logits may exist at once; None chooses by memory.
         """
         ...
+
+
+AnyLossTerm = LossTerm | TokenLossTerm

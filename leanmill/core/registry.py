@@ -148,6 +148,16 @@ TECHNIQUES: dict[str, Entry] = {
         "train on the tokens whose loss exceeds a reference model's most",
         "Lin et al. 2024, arXiv:2404.07965",
     ),
+    "dpo": Entry(
+        "leanmill.preference.dpo.config:Dpo",
+        "prefer the chosen of two answers to a prompt: DPO, IPO, SLiC's hinge, robust DPO",
+        "Rafailov et al. 2023, arXiv:2305.18290; Azar et al. 2023, arXiv:2310.12036",
+    ),
+    "kto": Entry(
+        "leanmill.preference.kto.config:Kto",
+        "tell wanted from unwanted answers, each by itself (KTO)",
+        "Ethayarajh et al. 2024, arXiv:2402.01306",
+    ),
     "mixture_of_depths": Entry(
         "leanmill.moe.mixture_of_depths.config:MixtureOfDepths",
         "run decoder blocks for the tokens that a router chooses: gamma-MoD, p-MoD",

@@ -38,6 +38,8 @@ class Site(ABC):
     """The staged weight of this optimizer step, where an engine staged it ahead of its uses."""
     arrives_staged: bool = False
     """Whether the weight that a sharding engine gathers for a forward is the staged one."""
+    leaves_deltas_out: bool = False
+    """Whether forwards do without the tenants of `Slot.DELTA` for now, see `leanmill.core.adapters`."""
 
     @property
     @abstractmethod
@@ -137,7 +139,11 @@ class Site(ABC):
             return Operands(self._weight_here, (), self.input_stages())
         if self.held is not None:
             return Operands(lend(self._weight_here, self.held), (), self.input_stages())
-        return Operands(self._weight_here, self.weight_stages(), self.input_stages())
+        return Operands(self._weight_here, self._stages_here(), self.input_stages())
+
+    def _stages_here(self) -> list[Stage]:
+        stages = self.weight_stages()
+        return [stage for stage in stages if stage.slot is not Slot.DELTA] if self.leaves_deltas_out else stages
 
     @property
     def _weight_here(self) -> Tensor:

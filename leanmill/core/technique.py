@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
-from leanmill.core.losses import LossTerm
+from leanmill.core.losses import AnyLossTerm
 from leanmill.core.parameters import ParamRule, ParamSettings, TrainableSchedule
 from leanmill.core.probes import Probe
 from leanmill.core.rules import StepRule
@@ -104,7 +104,7 @@ class InstallContext:
 class Installation:
     """What a technique put in place."""
 
-    loss_terms: Sequence[LossTerm] = ()
+    loss_terms: Sequence[AnyLossTerm] = ()
     step_rules: Sequence[StepRule] = ()
     probes: Sequence[Probe] = ()
     """What looks on while held-out text is evaluated."""
@@ -170,6 +170,14 @@ class TechniqueConfig(Config):
 
     def adds_branches(self) -> bool:
         """Whether it wraps layers with output branches, which one technique of a run may do."""
+        return False
+
+    def num_compared(self) -> int:
+        """Return how many conversations of a document its loss compares, see `data.task: preference`; 0 for none."""
+        return 0
+
+    def takes_tokens_out(self) -> bool:
+        """Whether it keeps some tokens from being predicted."""
         return False
 
     def token_shares(self, num_layers: int) -> Mapping[int, float]:
@@ -258,7 +266,7 @@ class Technique(Protocol):
 class InstalledTechniques:
     """All techniques of a run, merged in the listed order."""
 
-    loss_terms: list[LossTerm] = field(default_factory=list)
+    loss_terms: list[AnyLossTerm] = field(default_factory=list)
     step_rules: list[StepRule] = field(default_factory=list)
     probes: list[Probe] = field(default_factory=list)
     param_rules: list[ParamRule] = field(default_factory=list)

@@ -11,6 +11,7 @@ from leanmill.data.documents import Documents, StreamingDocuments, open_document
 from leanmill.data.encoding import Document, Encoder, num_chars
 from leanmill.data.evaluation import EvalDomain, eval_domain
 from leanmill.data.identity import data_identity
+from leanmill.data.pairs import Pair
 from leanmill.data.sources import MapSource, Source, keeps_documents_whole
 from leanmill.data.store import token_store
 from leanmill.data.stream_source import StreamSource
@@ -62,7 +63,10 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
         RunError: The hub does not answer, or the cache cannot be written.
     """
     root = cache_root(config.cache_dir)
-    encoder, tokenizer_key = Encoder(tokenizer, config.task), tokenizer_fingerprint(tokenizer)
+    encoder, tokenizer_key = (
+        Encoder(tokenizer, config.task, num_pieces=config.num_pieces),
+        tokenizer_fingerprint(tokenizer),
+    )
     pad_id = _pad_id(tokenizer)
     sources: list[Source] = []
     for index, documents in enumerate(open_documents(config, root)):
@@ -98,7 +102,7 @@ def build_eval_data(
         ConfigError: A domain has nothing held out.
     """
     root = cache_root(config.cache_dir)
-    encoder, pad_id = Encoder(tokenizer, config.task), _pad_id(tokenizer)
+    encoder, pad_id = Encoder(tokenizer, config.task, num_pieces=config.num_pieces), _pad_id(tokenizer)
     key = tokenizer_fingerprint(tokenizer)
     domains = [
         eval_domain(documents, encoder, config, num_tokens=tokens_per_domain, pad_id=pad_id, key=key, root=root)
@@ -122,8 +126,9 @@ def _training_text(domains: list[Documents], num_bytes: int) -> Iterator[str]:
 def _texts(document: Document) -> Iterator[str]:
     if isinstance(document, str):
         yield document
-    else:
-        yield from (turn["content"] for turn in document if isinstance(turn.get("content"), str))
+        return
+    turns = document.prompt + document.chosen + document.rejected if isinstance(document, Pair) else document
+    yield from (turn["content"] for turn in turns if isinstance(turn.get("content"), str))
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from leanmill.core.config import Config
 
 
+Task = Literal["pretrain", "sft", "preference"]
+
+
 class TokenizerConfig(Config):
     """A tokenizer: from Hugging Face (`path`), or byte-level BPE trained once and cached."""
 
@@ -112,9 +115,12 @@ class DataConfig(Config):
     """Where text comes from."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
-    task: Literal["pretrain", "sft"] = "pretrain"
+    task: Task = "pretrain"
     """`pretrain` packs documents and predicts every token; `sft` applies the chat template and
-    predicts the answers only."""
+    predicts the answers only; `preference` reads pairs of answers (`prompt`, `chosen`, `rejected`) for techniques that
+    compare them, and keeps a pair in one row."""
+    mismatched_answers: bool = False
+    """With each pair also the chosen answer of another pair to its prompt, which `kto` measures its zero with."""
     sequence_length: int = Field(default=1024, ge=2)
     """Tokens of a row."""
     document_mask: bool = True
@@ -130,7 +136,28 @@ class DataConfig(Config):
     @property
     def long_document_rule(self) -> Literal["split", "truncate", "error"]:
         """`long_documents`, with None resolved."""
-        return self.long_documents or ("error" if self.task == "sft" else "split")
+        return self.long_documents or ("split" if self.task == "pretrain" else "error")
+
+    @property
+    def num_pieces(self) -> int:
+        """Conversations that a document is, each of which attends to itself only: of pairs several."""
+        return 1 if self.task != "preference" else 3 if self.mismatched_answers else 2
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.task != "preference":
+            if self.mismatched_answers:
+                raise ValueError("mismatched_answers: they are of pairs; set task: preference, or remove it")
+            return self
+        if self.long_documents not in (None, "error"):
+            raise ValueError(
+                f"long_documents: {self.long_documents} would cut an answer of a pair; remove it with task: preference"
+            )
+        if not self.document_mask:
+            raise ValueError(
+                "document_mask: false lets an answer of a pair see the other; remove it with task: preference"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_long_documents(self) -> Self:

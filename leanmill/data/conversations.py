@@ -76,7 +76,7 @@ def turns_of(row: Mapping[str, Any], row_format: RowFormat, messages_field: str,
                 f"{', '.join(sorted(row))}; set row_format to the format of the rows, or rename columns"
             )
     turns = _READERS[row_format](row, messages_field, where)
-    return _with_tools(turns, row, where)
+    return with_tools(turns, row, where)
 
 
 def _messages(row: Mapping[str, Any], field: str, where: Where) -> Turns:
@@ -187,7 +187,12 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-def _with_tools(turns: Turns, row: Mapping[str, Any], where: Where) -> Turns:
+def with_tools(turns: Turns, row: Mapping[str, Any], where: Where) -> Turns:
+    """Return the turns of a row with its tools in the first.
+
+    Raises:
+        ConfigError: The row's `tools` are no list of functions.
+    """
     tools = _checked_tools(row.get("tools"), lambda: f"column 'tools' in {where()}")
     return [{**turns[0], "tools": tools}, *turns[1:]] if tools and turns else turns
 

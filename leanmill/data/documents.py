@@ -130,10 +130,10 @@ def open_documents(config: DataConfig, root: Path) -> list[Documents]:
         if isinstance(source, HfDataset):
             domains.append(open_hf(source, config.task, root))
         else:
-            if config.task == "sft":
+            if config.task != "pretrain":
                 raise ConfigError(
-                    "data.task: sft needs conversations, and local_corpus has none; give data.source: "
-                    "{type: hf, path: FILE.jsonl} with a `messages` column"
+                    f"data.task: {config.task} needs conversations, and local_corpus has none; give data.source: "
+                    f"{{type: hf, path: FILE.jsonl}}"
                 )
             domains += [CorpusDocuments(source, d, root) for d, weight in source.domains.items() if weight > 0]
     names = [domain.name for domain in domains]

@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.chat import ChatRenderer, Span
+from leanmill.data.config import Task
+from leanmill.data.conversations import Turns
+from leanmill.data.pairs import Pair
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-Document = str | list[dict[str, Any]]
-"""Text (pretraining), or the turns of a conversation (SFT), its tools in the first, see `conversations`."""
+Document = str | list[dict[str, Any]] | Pair
+"""Text (pretraining), the turns of a conversation (SFT), its tools in the first, see `conversations`, or a pair."""
 
 _BATCH_CHARS = 1_000_000
 
@@ -33,6 +36,8 @@ class Encoded:
     """[N], the end-of-text token included."""
     is_target: NDArray[np.bool_] | None
     """[N], which tokens may be predicted; None means all of them."""
+    piece_lengths: tuple[int, ...] = ()
+    """Tokens of each conversation of a pair, one behind the other; else empty."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,18 @@ class BadDocument(ConfigError):
 
 
 class Encoder:
-    """Turns documents of one task into tokens with one tokenizer."""
+    """Turns documents of one task into tokens with one tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: Literal["pretrain", "sft"]) -> None:
+    Args:
+        tokenizer: A fast one.
+        task: What documents are.
+        num_pieces: Conversations that a pair becomes: 2, or 3 with a mismatched answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, task: Task, *, num_pieces: int = 1) -> None:
         from tokenizers import Tokenizer
 
-        self.task = task
+        self.task, self.num_pieces = task, num_pieces
         # Copies: padding, truncation and special-token handling are switches on the object itself.
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
@@ -71,7 +82,7 @@ class Encoder:
         self._special = np.asarray(sorted(tokenizer.all_special_ids), dtype=np.int64)
         self._eos = int(tokenizer.eos_token_id)
         self._bos = _leading_bos(tokenizer)
-        self._chat = ChatRenderer(tokenizer) if task == "sft" else None
+        self._chat = None if task == "pretrain" else ChatRenderer(tokenizer)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """Encode documents on all cores.
@@ -82,12 +93,26 @@ class Encoder:
         if self._chat is None:
             encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
             return [Encoded(self._framed(encoding.ids), None) for encoding in encodings]
-        rendered = [self._render(document, index) for index, document in enumerate(documents)]
+        if self.task == "preference":
+            return self._encode_pairs([document for document in documents if isinstance(document, Pair)])
+        return self._encode_rendered([self._render(document, index) for index, document in enumerate(documents)])
+
+    def _encode_rendered(self, rendered: list[tuple[str, list[Span]]]) -> list[Encoded]:
         encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
         return [
             Encoded(ids, self._targets(ids, offsets, spans, text))
             for (text, spans), (ids, offsets) in zip(rendered, map(_arrays, encodings), strict=True)
         ]
+
+    def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        others = [pair.chosen for pair in (*pairs[1:], *pairs[:1])] if self.num_pieces == 3 else [None] * len(pairs)
+        rendered = [
+            self._render_answer(turns, num_answers, index)
+            for index, (pair, other) in enumerate(zip(pairs, others, strict=True))
+            for turns, num_answers in pair.conversations(other)
+        ]
+        pieces = self._encode_rendered(rendered)
+        return [_joined(pieces[start : start + self.num_pieces]) for start in range(0, len(pieces), self.num_pieces)]
 
     def prompt(self, text: str) -> NDArray[np.int64]:
         """Return the tokens that a model is to continue, [N], at least one.
@@ -102,8 +127,11 @@ class Encoder:
         return np.asarray([*(self._bos if self._chat is None else []), *ids] or [self._eos], dtype=np.int64)
 
     def measure(self, document: Document) -> Measured:
-        """Encode one document and count the bytes of each token."""
-        text, spans = self._render(document)
+        """Encode one document and count the bytes of each token; of a pair the chosen conversation."""
+        if isinstance(document, Pair):
+            text, spans = self._render_answer(*document.conversations()[0])
+        else:
+            text, spans = self._render(document)
         ids, offsets = _arrays(self._backend.encode(text, add_special_tokens=False))
         content = np.frombuffer(text.encode(), dtype=np.uint8)
         num_bytes = _bytes_per_token(text, len(content), offsets)
@@ -120,10 +148,16 @@ class Encoder:
         if isinstance(document, str):
             return document, []
         assert self._chat is not None
+        assert not isinstance(document, Pair)
         try:
             return self._chat.render(document)
         except ConfigError as error:
             raise BadDocument(str(error), index) from error
+
+    def _render_answer(self, turns: Turns, num_answers: int, index: int = 0) -> tuple[str, list[Span]]:
+        """Render a conversation of a pair, whose earlier answers are a part of the prompt."""
+        text, spans = self._render(turns, index)
+        return text, spans[-num_answers:]
 
     def _framed(self, ids: Any) -> NDArray[np.int64]:
         return np.asarray([*self._bos, *ids, self._eos], dtype=np.int64)
@@ -138,6 +172,12 @@ class Encoder:
             is_target |= inside
         is_target[:1] = False  # nothing comes before the first token that could predict it
         return is_target
+
+
+def _joined(pieces: Sequence[Encoded]) -> Encoded:
+    targets = [piece.is_target for piece in pieces if piece.is_target is not None]
+    lengths = tuple(len(piece.ids) for piece in pieces)
+    return Encoded(np.concatenate([piece.ids for piece in pieces]), np.concatenate(targets), lengths)
 
 
 def _arrays(encoding: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -180,6 +220,10 @@ def _trailing_blanks(
     return after if not text[offsets[after[0], 0] : offsets[after[-1], 1]].strip() else tokens[:0]
 
 
+def _plain(value: Any) -> Any:
+    return asdict(value) if isinstance(value, Pair) else str(value)
+
+
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Group documents into batches worth encoding at once."""
     batch: list[Document] = []
@@ -196,10 +240,13 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def num_chars(document: Document) -> int:
     """Characters of text in a document, roughly for conversations."""
-    return len(document) if isinstance(document, str) else sum(len(str(m.get("content", ""))) for m in document)
+    if isinstance(document, str):
+        return len(document)
+    turns = document.prompt + document.chosen + document.rejected if isinstance(document, Pair) else document
+    return sum(len(str(turn.get("content", ""))) for turn in turns)
 
 
 def document_digest(document: Document) -> bytes:
     """Hash of a document's content, 16 bytes: what decides whether it is held out."""
-    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=str)
+    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True, default=_plain)
     return hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()

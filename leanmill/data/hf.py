@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.cache import cached_folder, fingerprint, read_json, write_json
-from leanmill.data.config import HfDataset
+from leanmill.data.config import HfDataset, Task
 from leanmill.data.encoding import Document, document_digest
 from leanmill.data.row_fields import RowField
 from leanmill.data.row_sources import row_source
@@ -23,7 +23,7 @@ _VERSION = 1
 """Raise when the same rows would be shared out otherwise."""
 
 
-def open_hf(config: HfDataset, task: Literal["pretrain", "sft"], root: Path) -> HfDocuments:
+def open_hf(config: HfDataset, task: Task, root: Path) -> HfDocuments:
     """Open a dataset without reading it; `root` is the folder of all caches.
 
     Raises:
@@ -36,7 +36,7 @@ def open_hf(config: HfDataset, task: Literal["pretrain", "sft"], root: Path) -> 
 class HfDocuments:
     """One dataset, local or from the hub."""
 
-    def __init__(self, config: HfDataset, task: Literal["pretrain", "sft"], root: Path) -> None:
+    def __init__(self, config: HfDataset, task: Task, root: Path) -> None:
         self.name, self.weight, self.streaming = config.name, config.weight, config.streaming
         self.shuffle_buffer = config.shuffle_buffer
         self._config, self._root = config, root

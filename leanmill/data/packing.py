@@ -159,12 +159,24 @@ class WholePacker:
     so that row n is found without walking the epochs before it.
     """
 
-    def __init__(self, starts: Int64, lengths: Int64, sequence_length: int, *, document_mask: bool, seed: int) -> None:
-        """Take documents: flat index of the first token [D] and tokens of each [D], at most `sequence_length`."""
-        self._starts, self._lengths = starts, lengths
+    def __init__(
+        self,
+        starts: Int64,
+        lengths: Int64,
+        sequence_length: int,
+        *,
+        document_mask: bool,
+        seed: int,
+        num_pieces: int = 1,
+    ) -> None:
+        """Take documents: flat index of the first token [D] and tokens of each [D].
+
+        Every `num_pieces` neighbours stay together, in their order; they have at most `sequence_length` tokens.
+        """
+        self._starts, self._lengths = starts.reshape(-1, num_pieces), lengths.reshape(-1, num_pieces)
         self._sequence_length, self._document_mask, self._seed = sequence_length, document_mask, seed
         order = permutation(len(self._lengths), seed, 0)
-        self._rows = best_fit(self._lengths, order, sequence_length)
+        self._rows = best_fit(self._lengths.sum(1), order, sequence_length)
         self.rows_per_epoch = len(self._rows)
         self._epochs: dict[int, Int64] = {}
 
@@ -177,8 +189,8 @@ class WholePacker:
             self._epochs[epoch] = permutation(self.rows_per_epoch, self._seed, epoch + 1)
         documents = np.asarray(self._rows[int(self._epochs[epoch][index])], dtype=np.int64)
         return plan_row(
-            self._starts[documents],
-            self._lengths[documents],
+            self._starts[documents].ravel(),
+            self._lengths[documents].ravel(),
             self._sequence_length,
             document_mask=self._document_mask,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from leanmill.core.errors import ConfigError
-from leanmill.data.config import HfDataset
+from leanmill.data.config import HfDataset, Task
 from leanmill.data.conversations import RowFormat, format_of, turns_of
 from leanmill.data.encoding import Document
-from leanmill.data.tally import NO_MESSAGES, NO_TEXT
+from leanmill.data.pairs import pair_of
+from leanmill.data.tally import NO_MESSAGES, NO_PAIR, NO_TEXT
 
 
 class RowField:
@@ -17,15 +18,16 @@ class RowField:
 
     Args:
         config: Names the columns.
-        task: Whether documents are texts or conversations.
+        task: Whether documents are texts, conversations or pairs of answers.
         is_text: Whether rows are pieces of text files, whose column is `text`.
     """
 
-    def __init__(self, config: HfDataset, task: Literal["pretrain", "sft"], *, is_text: bool) -> None:
+    def __init__(self, config: HfDataset, task: Task, *, is_text: bool) -> None:
         self._config, self._task = config, task
         self._field = "text" if is_text else config.text_field
         self._format: RowFormat | None = None if config.row_format == "auto" else config.row_format
-        self.column = f"column {(self._field if task == 'pretrain' else config.messages_field)!r}"
+        names = {"pretrain": self._field, "sft": config.messages_field, "preference": "chosen"}
+        self.column = f"column {names[task]!r}"
 
     def document(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
         """Return the document of a row; None where it has none.
@@ -34,6 +36,8 @@ class RowField:
             row: Values by column.
             where: Names the row for a person; called only for a message.
         """
+        if self._task == "preference":
+            return pair_of(row, where)
         return self._conversation(row, where) if self._task == "sft" else self._text(row, where)
 
     def _conversation(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
@@ -64,7 +68,7 @@ class RowField:
     @property
     def empty_reason(self) -> str:
         """What a row is without, when it has no document."""
-        return NO_TEXT if self._task == "pretrain" else NO_MESSAGES
+        return {"pretrain": NO_TEXT, "sft": NO_MESSAGES, "preference": NO_PAIR}[self._task]
 
 
 def _says_something(turn: dict[str, Any]) -> bool:

@@ -94,9 +94,28 @@ class MapSource:
         """
         self.name, self.weight, self.text_fingerprint = documents.name, documents.weight, store.text_fingerprint
         self._store, self._pad_id, self._documents = store, pad_id, documents
-        packer, self._num_cut_off = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
+        if store.rows is None:
+            packer, self._num_cut_off = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
+        else:
+            packer, self._num_cut_off = self._pair_packer(store.offsets, store.rows, config, seed), 0
         self._packer = ShuffledRows(packer, seed)
         self.rows_per_epoch: int | None = packer.rows_per_epoch
+
+    def _pair_packer(
+        self, offsets: NDArray[np.int64], rows: NDArray[np.int64], config: DataConfig, seed: int
+    ) -> Packer:
+        lengths, num_pieces = np.diff(offsets), config.num_pieces
+        totals = lengths.reshape(-1, num_pieces).sum(1)
+        longest = int(totals.argmax())
+        if totals[longest] > config.sequence_length:
+            row = self._documents.train().locate(int(rows[longest]))
+            raise ConfigError(
+                f"{row} has {totals[longest]} tokens, its prompt {num_pieces} times with an answer each, and all of a "
+                f"pair goes into one row of {config.sequence_length}; raise data.sequence_length, or shorten the row"
+            )
+        return WholePacker(
+            offsets[:-1], lengths, config.sequence_length, document_mask=True, seed=seed, num_pieces=num_pieces
+        )
 
     def row(self, number: int) -> Row:
         """See `Source`."""
@@ -116,7 +135,8 @@ class MapSource:
         """See `Source`."""
         cut_off = [f"{self._num_cut_off:,} {FAR_ANSWER}"] if self._num_cut_off else []
         parts = [
-            f"{len(self._store.offsets) - 1:,} documents, {len(self._store.tokens):,} tokens",
+            f"{self._store.num_documents:,} {'documents' if self._store.rows is None else 'pairs'}, "
+            f"{len(self._store.tokens):,} tokens",
             ", ".join([self._store.tally.describe(), *cut_off]),
             self._documents.note,
         ]
@@ -168,8 +188,11 @@ def check_length(num_tokens: int, config: DataConfig, *, name: str) -> None:
     """Refuse a document longer than a row where the recipe says so."""
     if num_tokens <= config.sequence_length or config.long_document_rule == "truncate":
         return
-    allowed = "truncate" if config.task == "sft" else "split or truncate"
+    remedy = {
+        "pretrain": " or set data.long_documents: split or truncate",
+        "sft": " or set data.long_documents: truncate",
+        "preference": ", or shorten it",
+    }[config.task]
     raise ConfigError(
-        f"{name} has {num_tokens} tokens and a row has {config.sequence_length}; raise data.sequence_length or set "
-        f"data.long_documents: {allowed}"
+        f"{name} has {num_tokens} tokens and a row has {config.sequence_length}; raise data.sequence_length{remedy}"
     )

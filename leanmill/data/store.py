@@ -31,10 +31,17 @@ class TokenStore:
     is_target: NDArray[np.bool_] | None
     """[N], memory-mapped; None where every token may be predicted."""
     offsets: NDArray[np.int64]
-    """Boundaries of documents [D + 1]."""
+    """Boundaries of documents, or of the conversations of pairs, [D x pieces + 1]."""
+    rows: NDArray[np.int64] | None
+    """[D], numbers of the rows that pairs are of; None of other documents."""
     text_fingerprint: str
     tally: Tally
     """What became of the rows."""
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, or pairs."""
+        return len(self.offsets) - 1 if self.rows is None else len(self.rows)
 
 
 def token_store(
@@ -45,17 +52,19 @@ def token_store(
     Raises:
         ConfigError: The domain is empty or cannot be read.
     """
-    key = fingerprint([_VERSION, documents.key, documents.name, encoder.task, tokenizer_key, vocab_size])
+    parts = [_VERSION, documents.key, documents.name, encoder.task, tokenizer_key, vocab_size]
+    key = fingerprint([*parts, encoder.num_pieces] if encoder.num_pieces > 1 else parts)
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     folder = cached_folder(root, "tokens", key, lambda path: _build(documents, encoder, dtype, path))
     facts = read_json(folder / "facts.json")
     is_target = None
-    if encoder.task == "sft":
+    if encoder.task != "pretrain":
         is_target = np.memmap(folder / "is_target.bin", dtype=np.bool_, mode="r")
     return TokenStore(
         np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),
         is_target,
         np.load(folder / "offsets.npy", allow_pickle=False),
+        np.load(folder / "rows.npy", allow_pickle=False) if encoder.num_pieces > 1 else None,
         facts["text"],
         Tally.from_state(facts["tally"]),
     )
@@ -63,7 +72,7 @@ def token_store(
 
 def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedinteger[Any]], folder: Path) -> None:
     text, lengths, reader = hashlib.blake2b(digest_size=8), list[int](), documents.train()
-    tally, rows = reader.tally, list[int]()
+    tally, rows, kept = reader.tally, list[int](), list[int]()
 
     def hashed() -> Iterator[Document]:
         for document in reader:
@@ -80,12 +89,15 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
                         continue
                     encoded.is_target.tofile(targets)
                 encoded.ids.astype(dtype).tofile(tokens)
-                lengths.append(len(encoded.ids))
+                lengths += encoded.piece_lengths or (len(encoded.ids),)
+                kept.append(row)
             rows.clear()
     tally.locate(reader.locate)
     if not lengths:
         raise tally.nothing_left(documents.name, documents.column)
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
+    if encoder.num_pieces > 1:
+        np.save(folder / "rows.npy", np.asarray(kept, dtype=np.int64))
     write_json(folder / "facts.json", {"text": text.hexdigest(), "tally": tally.state()})
 
 

@@ -96,7 +96,11 @@ def _model(recipe: Recipe) -> list[str]:
 
 
 def _data(data: DataConfig) -> list[str]:
-    what = "whole text, packed into rows" if data.task == "pretrain" else "chats, loss on the answers only"
+    what = {
+        "pretrain": "whole text, packed into rows",
+        "sft": "chats, loss on the answers only",
+        "preference": "pairs of answers, each pair in one row",
+    }[data.task]
     mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
     tokenizer = data.tokenizer.path or f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
     if data.tokenizer.trust_remote_code:

@@ -181,16 +181,46 @@ def _context(recipe: Sections) -> Iterator[str]:
 
 def _data(recipe: Sections) -> Iterator[str]:
     data = recipe.data
-    if data.task == "sft" and any(isinstance(source, LocalCorpus) for source in sources_of(data)):
+    if data.task != "pretrain" and any(isinstance(source, LocalCorpus) for source in sources_of(data)):
+        rows = "a column of messages" if data.task == "sft" else "columns prompt, chosen and rejected"
         yield (
-            "data.task=sft needs chats, and local_corpus has none; set data.source={type: hf, path: chats.jsonl} "
-            "with a column of messages, or data.task=pretrain"
+            f"data.task={data.task} needs chats, and local_corpus has none; set data.source={{type: hf, path: "
+            f"chats.jsonl}} with {rows}, or data.task=pretrain"
         )
+    yield from _pairs(recipe)
     if recipe.eval.tokens_per_domain < data.sequence_length:
         yield (
             f"eval.tokens_per_domain={recipe.eval.tokens_per_domain} is less than one row of data.sequence_length="
             f"{data.sequence_length}; set eval.tokens_per_domain={data.sequence_length} or more"
         )
+
+
+def _pairs(recipe: Sections) -> Iterator[str]:
+    data, named = recipe.data, [(c.type, c) for c in recipe.techniques]  # type: ignore[attr-defined]
+    comparing = [name for name, config in named if config.num_compared()]
+    for name, config in named:
+        if config.num_compared() not in (0, data.num_pieces):
+            mismatched = "true" if config.num_compared() == 3 else "false"
+            yield (
+                f"{name} compares answers, and data has none for it; set data.task=preference and "
+                f"data.mismatched_answers={mismatched}"
+            )
+        if comparing and config.takes_tokens_out():
+            yield f"{comparing[0]} compares whole answers, and {name} takes tokens out of them; remove one of the two"
+    if len(comparing) > 1:
+        yield f"{comparing[0]} and {comparing[1]} are each a loss over pairs; keep one"
+    if data.task != "preference":
+        return
+    if not comparing:
+        yield "data.task=preference has pairs of answers, and nothing compares them; add e.g. {type: dpo} to techniques"
+    if recipe.train.cross_entropy_weight > 0:
+        yield (
+            f"train.cross_entropy_weight={recipe.train.cross_entropy_weight:g} would teach the rejected answers of "
+            f"data.task=preference as well; set train.cross_entropy_weight=0"
+        )
+    streams = [s.name for s in sources_of(data) if isinstance(s, HfDataset) and s.streaming]
+    if streams:
+        yield f"data.task=preference keeps pairs in one row, and {streams[0]!r} is a stream; set its streaming to false"
 
 
 def _losses(recipe: Sections) -> Iterator[str]:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.head_loss import HeadLoss, is_plain_head
-from leanmill.core.losses import HeadLossTerm, LossTerm
+from leanmill.core.losses import AnyLossTerm, HeadLossTerm, LossTerm, TokenLossTerm
 from leanmill.core.operands import recomputed
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
@@ -27,6 +27,7 @@ AUTO_CHUNK_BYTES = 256 * 2**20
 """Where logits are made at all, `auto` keeps those of a micro-batch at once up to this size (fp32)."""
 
 ChunkTokens = int | Literal["auto"]
+_OfLogits = Callable[[Tensor, Tensor, "list[Mapping[str, Tensor]]"], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Job:
     batch: Batch
     labels: Tensor
     """[N] int64."""
-    terms: Sequence[LossTerm]
+    terms: Sequence[AnyLossTerm]
     names: Sequence[str]
     """Of the terms' losses."""
     extras: Sequence[Mapping[str, Tensor]]
@@ -54,7 +55,7 @@ class LossPath(Protocol):
 
 
 def choose_path(
-    model: nn.Module, terms: Sequence[LossTerm], chunk_tokens: ChunkTokens, *, shares_output: bool
+    model: nn.Module, terms: Sequence[AnyLossTerm], chunk_tokens: ChunkTokens, *, shares_output: bool
 ) -> LossPath:
     """Return the path that holds the fewest logits of those that this model and these terms allow.
 
@@ -66,7 +67,8 @@ def choose_path(
     """
     form = known_head_form(model.config)
     one_in_head = len(terms) == 1 and isinstance(terms[0], HeadLossTerm) and form is None and not shares_output
-    if not is_plain_head(model.get_output_embeddings()) or (terms and not one_in_head):  # type: ignore[operator]
+    of_tokens = all(isinstance(term, TokenLossTerm) for term in terms)
+    if not is_plain_head(model.get_output_embeddings()) or not (of_tokens or one_in_head):  # type: ignore[operator]
         return FromLogits(model, chunk_tokens)
     if form is not None:
         return OnBody(model, chunk_tokens, form)
@@ -82,7 +84,8 @@ class InHead:
     def __call__(self, job: Job) -> dict[str, Tensor] | None:
         """See `LossPath`."""
         losses: dict[str, Tensor] = {}
-        loss = _both_of(job, self._chunk, losses) if job.terms else _cross_entropy(job, self._chunk, HeadForm(), losses)
+        is_of_head = bool(job.terms) and isinstance(job.terms[0], HeadLossTerm)
+        loss = (_both_of if is_of_head else _token_losses)(job, self._chunk, HeadForm(), losses)
         total = loss_in_head(self._model, model_inputs(job.batch), job.labels.numel(), loss)
         return None if total is None else losses | {"total": total}
 
@@ -96,7 +99,7 @@ class OnBody:
     def __call__(self, job: Job) -> dict[str, Tensor]:
         """See `LossPath`."""
         losses: dict[str, Tensor] = {}
-        loss = _cross_entropy(job, self._chunk, self._form, losses)
+        loss = _token_losses(job, self._chunk, self._form, losses)
         return losses | {"total": loss_on_body(self._model, model_inputs(job.batch), loss)}
 
 
@@ -114,17 +117,33 @@ class FromLogits:
 
     def __call__(self, job: Job) -> dict[str, Tensor]:
         """See `LossPath`."""
+        if any(isinstance(term, TokenLossTerm) for term in job.terms):
+            values = self._with_token_terms(job)
+        else:
+            others = _of_logits(job)
+            parts = self._parts(job, lambda logits, labels, extras: _sums(logits, labels, extras, others))
+            values = list(sum(parts[1:], parts[0]))
+        # Only `total` is differentiated; the others are there to be read.
+        losses = dict(zip(["cross_entropy", *job.names], (value.detach() for value in values), strict=True))
+        return losses | {"total": _weighted(job, values)}
+
+    def _with_token_terms(self, job: Job) -> list[Tensor]:
+        """Return cross-entropy and all terms, those of tokens computed from the losses of all."""
+        others = _of_logits(job)
+        parts = self._parts(job, lambda logits, labels, extras: _losses_and_sums(logits, labels, extras, others))
+        of_tokens = torch.cat([part[: len(part) - len(others)] for part in parts])
+        sums = iter(torch.stack([part[len(part) - len(others) :] for part in parts]).sum(0))
+        found = iter(_of_tokens(job, of_tokens))
+        terms = [next(found if isinstance(term, TokenLossTerm) else sums) for term in job.terms]
+        return [of_tokens.sum(), *terms]
+
+    def _parts(self, job: Job, compute: _OfLogits) -> list[Tensor]:
+        """Return what `compute` makes of logits [n, V], labels [n] and extras, of all tokens or chunk by chunk."""
         chunk = self.chunk_size(job.labels.numel())
         if chunk >= job.labels.numel():
             logits = self._model(**model_inputs(job.batch)).logits
-            sums = _sums(logits.flatten(0, 1), job.labels, job.terms, job.extras)
-        else:
-            sums = self._in_chunks(job, chunk)
-        weights = [job.output_weight, *(term.weight for term in job.terms)]
-        # Only `total` is differentiated; the others are there to be read.
-        losses = dict(zip(["cross_entropy", *job.names], sums.detach(), strict=True))
-        losses["total"] = sum((w * value for w, value in zip(weights, sums, strict=True)), sums.new_zeros(()))
-        return losses
+            return [compute(logits.flatten(0, 1), job.labels, list(job.extras))]
+        return self._in_chunks(job, chunk, compute)
 
     def chunk_size(self, num_tokens: int) -> int:
         """Return how many of these tokens have logits at once."""
@@ -139,7 +158,7 @@ class FromLogits:
     def _cannot_cut(self) -> bool:
         return self._is_special or bool(head_extras(self._model.config))
 
-    def _in_chunks(self, job: Job, chunk: int) -> Tensor:
+    def _in_chunks(self, job: Job, chunk: int, compute: _OfLogits) -> list[Tensor]:
         if self._cannot_cut:
             raise ConfigError(
                 "this model family scales or caps its logits after the head, which chunked losses would "
@@ -148,16 +167,16 @@ class FromLogits:
         body: Any = self._model.base_model
         hidden = body(**model_inputs(job.batch)).last_hidden_state.flatten(0, 1)
         head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
-        sums = hidden.new_zeros(1 + len(job.terms), dtype=torch.float32)
+        parts = []
         for start in range(0, job.labels.numel(), chunk):
             part = slice(start, start + chunk)
-            cut = [{name: value[part] for name, value in extra.items()} for extra in job.extras]
+            cut: list[Mapping[str, Tensor]] = [{name: e[part] for name, e in extra.items()} for extra in job.extras]
 
-            def chunk_sums(rows: Tensor, part: slice = part, cut: list[dict[str, Tensor]] = cut) -> Tensor:
-                return _sums(head(rows), job.labels[part], job.terms, cut)
+            def of_chunk(rows: Tensor, part: slice = part, cut: list[Mapping[str, Tensor]] = cut) -> Tensor:
+                return compute(head(rows), job.labels[part], cut)
 
-            sums = sums + recomputed(chunk_sums, hidden[part])
-        return sums
+            parts.append(recomputed(of_chunk, hidden[part]))
+        return parts
 
 
 def _fused_chunk(chunk_tokens: ChunkTokens) -> int | None:
@@ -182,7 +201,42 @@ def _cross_entropy(job: Job, chunk: int | None, form: HeadForm, losses: dict[str
     return loss
 
 
-def _both_of(job: Job, chunk: int | None, losses: dict[str, Tensor]) -> HeadLoss:
+def _token_losses(job: Job, chunk: int | None, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
+    """Cross-entropy, and terms of the tokens' losses where there are some."""
+    if not job.terms:
+        return _cross_entropy(job, chunk, form, losses)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_tokens = linear_cross_entropy(
+            hidden,
+            weight,
+            job.labels,
+            bias,
+            reduction="none",
+            logit_scale=form.scale,
+            softcap=form.softcap,
+            chunk_tokens=chunk,
+        ).float()
+        values = [of_tokens.sum(), *_of_tokens(job, of_tokens)]
+        losses.update(zip(["cross_entropy", *job.names], (value.detach() for value in values), strict=True))
+        return _weighted(job, values)
+
+    return loss
+
+
+def _of_tokens(job: Job, losses: Tensor) -> list[Tensor]:
+    """Return the terms of the tokens' losses [N], in their order."""
+    by_row = losses.view_as(job.batch["labels"])
+    return [term.of_token_losses(by_row, job.batch) for term in job.terms if isinstance(term, TokenLossTerm)]
+
+
+def _weighted(job: Job, values: Sequence[Tensor]) -> Tensor:
+    """Return the objective, given cross-entropy and the terms."""
+    weights = [job.output_weight, *(term.weight for term in job.terms)]
+    return sum((w * value for w, value in zip(weights, values, strict=True)), values[0].new_zeros(()))
+
+
+def _both_of(job: Job, chunk: int | None, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
     term, weight = job.terms[0], job.output_weight
     assert isinstance(term, HeadLossTerm)
     assert isinstance(weight, float | int)
@@ -197,7 +251,21 @@ def _both_of(job: Job, chunk: int | None, losses: dict[str, Tensor]) -> HeadLoss
     return loss
 
 
-def _sums(logits: Tensor, labels: Tensor, terms: Sequence[LossTerm], extras: Sequence[Mapping[str, Tensor]]) -> Tensor:
+def _of_logits(job: Job) -> list[tuple[int, LossTerm]]:
+    """Return the terms that look at logits, behind their places."""
+    return [(index, term) for index, term in enumerate(job.terms) if not isinstance(term, TokenLossTerm)]
+
+
+def _sums(
+    logits: Tensor, labels: Tensor, extras: Sequence[Mapping[str, Tensor]], terms: Sequence[tuple[int, LossTerm]]
+) -> Tensor:
     cross_entropy = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
-    others = [term(logits, labels, extra) for term, extra in zip(terms, extras, strict=True)]
-    return torch.stack([cross_entropy, *others])
+    return torch.stack([cross_entropy, *(term(logits, labels, extras[index]) for index, term in terms)])
+
+
+def _losses_and_sums(
+    logits: Tensor, labels: Tensor, extras: Sequence[Mapping[str, Tensor]], terms: Sequence[tuple[int, LossTerm]]
+) -> Tensor:
+    """Return the cross-entropy of every token, [N], and behind it the sums of terms."""
+    losses = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
+    return torch.cat([losses, *(term(logits, labels, extras[index]).reshape(1) for index, term in terms)])

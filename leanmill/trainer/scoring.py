@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.adapters import adapters_off
 from leanmill.core.batches import Batch
 from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.head_loss import is_plain_head
@@ -97,10 +99,11 @@ class Scores:
         self._engine = engine
         self._frozen: dict[nn.Module, TokenLosses] = {}
 
-    def __call__(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+    def __call__(self, batch: Batch, model: nn.Module | None = None, *, adapters: bool = True) -> Tensor:
         """See `Score`."""
         if model is None:
-            return self._engine.evaluate(batch, wanted="token_losses")["cross_entropy"]
+            with nullcontext() if adapters else adapters_off(self._engine.module):
+                return self._engine.evaluate(batch, wanted="token_losses")["cross_entropy"]
         if model not in self._frozen:
             self._frozen[model] = TokenLosses(model)
         return self._frozen[model](batch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
 from leanmill.core.ledger import Ledger
-from leanmill.core.losses import LossTerm
+from leanmill.core.losses import AnyLossTerm, TokenLossTerm
 from leanmill.parallel.engine import Wanted
 from leanmill.trainer.loss_paths import FromLogits, Job, LossPath, choose_path
 from leanmill.trainer.scoring import TokenLosses, next_logits
@@ -41,7 +41,7 @@ class TrainModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        loss_terms: Sequence[LossTerm] = (),
+        loss_terms: Sequence[AnyLossTerm] = (),
         cross_entropy_weight: float = 1.0,
         chunk_tokens: int | Literal["auto"] = "auto",
         *,
@@ -83,7 +83,7 @@ class TrainModule(nn.Module):
             labels=batch["labels"].reshape(-1),
             terms=terms,
             names=self.term_names if terms else (),
-            extras=[_flat(term.prepare(batch)) for term in terms],
+            extras=[{} if isinstance(term, TokenLossTerm) else _flat(term.prepare(batch)) for term in terms],
             output_weight=self._output_weight(),
         )
         losses = self._path(terms)(job)
@@ -101,7 +101,7 @@ class TrainModule(nn.Module):
         """Compute losses from whole logits from here on: for a model that changes them after its head."""
         self._paths = dict.fromkeys((False, True), FromLogits(self.model, self.chunk_tokens, is_special=True))
 
-    def _path(self, terms: Sequence[LossTerm]) -> LossPath:
+    def _path(self, terms: Sequence[AnyLossTerm]) -> LossPath:
         """With and without terms a path is chosen once, when it is first asked for: adapters may come last."""
         path = self._paths.get(bool(terms))
         if path is None:
@@ -117,7 +117,7 @@ class TrainModule(nn.Module):
         return self.cross_entropy_weight * self.ledger.output_factor[0]
 
 
-def distinct_names(terms: Sequence[LossTerm]) -> tuple[str, ...]:
+def distinct_names(terms: Sequence[AnyLossTerm]) -> tuple[str, ...]:
     """Names that losses go by, in the order of the terms: the second `distill` is `distill_2`."""
     names: list[str] = []
     taken = {"cross_entropy", "total"}

@@ -45,6 +45,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(400)
     ]
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    pairs = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": "No idea."} for i in range(400)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     source = {"type": "hf", "path": str(folder / "text.jsonl")}
     config = {"source": source, "tokenizer": {"vocab_size": VOCAB_SIZE}, "cache_dir": str(folder / "cache")}
     tokenizer = build_tokenizer(DataConfig.model_validate(config), seed=0)
@@ -65,6 +67,7 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
         "engine=single",
         "layout.ep=1",
         "train.total_tokens=null",
+        "train.epochs=null",
         f"train.steps={NUM_STEPS}",
         "train.compile=false",
         "schedule.warmup_steps=1",
@@ -85,7 +88,7 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     else:
         overrides.append(f"model.path={files / 'model'}")
     if recipe.data.source.type == "hf":
-        name = "chats" if recipe.data.task == "sft" else "text"
+        name = {"pretrain": "text", "sft": "chats", "preference": "pairs"}[recipe.data.task]
         overrides += [f"data.source.path={files / name}.jsonl", "data.source.validation_fraction=0.1"]
         overrides += ["data.source.subset=null", "data.source.split=train", "data.source.validation_split=null"]
         overrides.append(f"data.tokenizer.path={files / 'model'}")

@@ -43,6 +43,10 @@ class Rho1(TechniqueConfig):
         )
         return Installation(step_rules=(rule,))
 
+    def takes_tokens_out(self) -> bool:
+        """It does."""
+        return True
+
     def frozen_models(self) -> Mapping[str, str]:
         """Return the reference."""
         return {"reference": self.reference}
