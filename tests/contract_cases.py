@@ -210,6 +210,8 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "block_shape": [4, 2],
         "criterion": "gradient",
     },
+    # About a third is pruned in the end.
+    "learned_threshold": {"type": "learned_threshold", "push": 0.1, "lr_factor": 0.3},
     "pruned_by_movement": {
         "type": "gradual_pruning",
         "sparsity": 0.5,
@@ -264,6 +266,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     },
     **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns", "pruned_by_movement", "drawn_mask")},
     "pulled beside others": ("mixtral", "pulled_aside", "ternary", "router_balance"),
+    "experts with thresholds": ("mixtral", "learned_threshold", "ternary", "router_balance"),
     "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),
     "masks that come, with others": ("mixtral", "progressive", "ternary", "lora", "router_balance"),
     **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "neftune", "lisa")},
@@ -311,6 +314,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "set",
             "gradual_pruning",
             "pulled",
+            "learned_threshold",
             "matformer",
         )
     },

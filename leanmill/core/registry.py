@@ -103,6 +103,11 @@ TECHNIQUES: dict[str, Entry] = {
         "prune ever more while training: weights, blocks, rows or columns, in each layer or over all",
         "Zhu and Gupta 2017, arXiv:1710.01878",
     ),
+    "learned_threshold": Entry(
+        "leanmill.sparse.learned_threshold.config:LearnedThresholdConfig",
+        "prune what lies below a threshold of its row, which is trained",
+        "Liu et al. 2020, arXiv:2005.06870",
+    ),
     "lora": Entry(
         "leanmill.peft_ext.lora.config:Lora",
         "low-rank adapters, inside the weight or as an output branch through PEFT",

@@ -1,0 +1,1 @@
+"""Masks whose thresholds are trained."""

@@ -1,0 +1,89 @@
+"""What pushes learned thresholds up, and how much they prune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanmill.core.rules import StepContext, StepRule, check_trained
+from leanmill.core.site import Site
+from leanmill.core.sites import iter_sites
+from leanmill.core.stage import Slot
+from leanmill.core.views import View, Views
+from leanmill.sparse.learned_threshold.stage import LearnedThreshold
+
+
+class PushThresholds(StepRule):
+    """Adds the gradient of push * sum of exp(-t) to that of the thresholds, once a step, before clipping.
+
+    Args:
+        model: Walked anew every step.
+        push: alpha.
+    """
+
+    name = "learned_threshold"
+
+    def __init__(self, model: nn.Module, push: float) -> None:
+        self.model, self.push = model, push
+        self._sparsity: float | None = None
+
+    def check(self) -> None:
+        for site, _ in self._stages():
+            check_trained(self.name, site.site_name, site.raw_weight.requires_grad)
+
+    def before_optimizer(self, context: StepContext) -> None:
+        assert context.views is not None
+        for _, stage in self._stages():
+            view = context.views.of(stage.threshold)
+            gradient = view.grad
+            if gradient is not None:
+                gradient.sub_(torch.exp(-view.value), alpha=self.push)
+
+    def after_optimizer(self, context: StepContext) -> None:
+        if not context.is_reported:
+            return
+        assert context.views is not None
+        num_kept = num_weights = 0
+        for site, stage in self._stages():
+            weight = context.views.of(site.raw_weight)  # type: ignore[arg-type]
+            num_kept += _num_kept(weight, _whole(stage.threshold, context.views))
+            num_weights += weight.numel
+        if num_weights:
+            self._sparsity = 1 - num_kept / num_weights
+
+    def _stages(self) -> Iterator[tuple[Site, LearnedThreshold]]:
+        seen: set[int] = set()
+        for _, site in iter_sites(self.model):
+            stage = site.stage(Slot.MASK)
+            if isinstance(stage, LearnedThreshold) and id(stage) not in seen:  # tied weights share theirs
+                seen.add(id(stage))
+                yield site, stage
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._sparsity is None else {"sparsity": self._sparsity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sparsity = state["sparsity"]
+
+    def metrics(self) -> Mapping[str, float]:
+        return {} if self._sparsity is None else {"sparsity": self._sparsity}
+
+
+def _whole(threshold: nn.Parameter, views: Views) -> Tensor:
+    """The thresholds of all rows, flat; a number a row, so that they may be summed over ranks."""
+    view = views.of(threshold)
+    whole = view.value.new_zeros(view.numel)
+    whole[view.index().flatten()] = view.value.flatten()
+    return view.reduce(whole, "sum")
+
+
+def _num_kept(weight: View, thresholds: Tensor) -> int:
+    """Return how many weights of the whole are not below the threshold of their row, of which one is left at least."""
+    rows = weight.index().flatten() // weight.piece.shape[-1]
+    is_kept = ~(weight.value.flatten().abs() < thresholds[rows])
+    counts = torch.zeros(len(thresholds), dtype=torch.int64, device=thresholds.device)
+    counts.index_add_(0, rows, is_kept.long())
+    return int(weight.reduce(counts, "sum").clamp(min=1).sum())
