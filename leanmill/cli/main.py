@@ -32,6 +32,7 @@ _VERBS: dict[str, str] = {
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
     "generate": "continue a prompt with an exported folder on the CPU, packed weights staying packed",
     "report": "write the HTML report of a run, compare several, or watch one that goes on",
+    "ckpt": "look into checkpoints, verify them, or write their tensors as plain files",
     "completion": "write a script with which a shell completes verbs and options",
 }
 
@@ -187,6 +188,13 @@ def _launch(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nodes", type=positive, default=1, metavar="N", help="machines that start this command (1)")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where several machines meet")
+
+
+def _ckpt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["inspect", "verify", "convert"], help="what to do")
+    parser.add_argument("path", help="checkpoint folder, or a run_dir")
+    parser.add_argument("--tensors", action="store_true", help="inspect: list every tensor of one checkpoint")
+    parser.add_argument("--out", metavar="FOLDER", help="convert: where to write safetensors of whole tensors")
 
 
 def _completion(parser: argparse.ArgumentParser) -> None:
@@ -353,6 +361,7 @@ _ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": _export,
     "generate": _generate,
     "report": _report,
+    "ckpt": _ckpt,
     "completion": _completion,
 }
 
