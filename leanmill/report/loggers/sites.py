@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,18 +62,23 @@ class SiteStatistics(Observer):
         assert self._info is not None, "on_start comes first"
         self._written_at = self._step
         rank = self._info.rank
-        sites = list(site_statistics(self._info.engine, compute=rank == 0))
+        norms = PathNorms(self._info.engine)
+        sites = list(site_statistics(self._info.engine, compute=rank == 0, also=norms.see))
         if rank == 0:
             document = {"step": self._step, "tokens": self._tokens, "group_size": GROUP_SIZE, "sites": sites}
+            document["path_norms"] = norms.found()
             write_atomically(self._path, json.dumps(document))
 
 
-def site_statistics(engine: Engine, *, compute: bool = True) -> Iterator[dict[str, Any]]:
+def site_statistics(
+    engine: Engine, *, compute: bool = True, also: Callable[[str, Tensor], None] = lambda name, weight: None
+) -> Iterator[dict[str, Any]]:
     """Yield the statistics of every site of the engine's model; all ranks call together.
 
     Args:
         engine: A prepared engine.
         compute: False only takes part in gathering and yields nothing.
+        also: Is shown each effective weight beside.
     """
     from leanmill.core.sites import iter_sites
     from leanmill.parallel.naming import state_parameters
@@ -86,6 +92,7 @@ def site_statistics(engine: Engine, *, compute: bool = True) -> Iterator[dict[st
             continue
         for stage in stages:
             weight = stage.forward(weight)
+        also(name, weight)
         yield {"name": name, "techniques": [stage.technique for stage in stages], **weight_statistics(weight)}
 
 
@@ -118,7 +125,8 @@ def weight_statistics(weight: Tensor) -> dict[str, Any]:
         the most in one row, which tells a scale per row from a scale per tensor (both capped at
         MAX_LEVELS, counted on up to a million weights); `group_zeros`, how many groups of GROUP_SIZE
         along the last dim have 0, 1, ... zeros; `two_of_four`, the share of groups with at least
-        half zeros; `histogram` counts in equal bins from `low` to `high`; `num_non_finite`.
+        half zeros; `pq_index`, see `pq_index`; `histogram` counts in equal bins from `low` to `high`;
+        `num_non_finite`.
     """
     import torch
 
@@ -134,11 +142,68 @@ def weight_statistics(weight: Tensor) -> dict[str, Any]:
         **_count_levels(values),
         "group_zeros": groups,
         "two_of_four": sum(groups[GROUP_SIZE // 2 :]) / num_groups if num_groups else None,
+        "pq_index": pq_index(values),
         "histogram": torch.histc(finite, bins=NUM_BINS, min=-high, max=high).long().tolist(),
         "low": -high,
         "high": high,
         "num_non_finite": values.numel() - finite.numel(),
     }
+
+
+def pq_index(weight: Tensor) -> float | None:
+    """Return how unequal the magnitudes of what is left of a weight are: 0 are equal, towards 1 a few hold all.
+
+    1 - d^(1/q - 1/p) ||w||_p / ||w||_q over the d weights that are not zero, with p = 1/2 and q = 1 (Diao et al. 2023,
+    arXiv:2302.05601, eq. 1); None where nothing is left, or a weight is no number. By their theorem 2 a share of at
+    most this can be pruned where what goes is to hold nothing of the norm.
+    """
+    left = weight[weight != 0].abs().double()
+    if not left.numel() or not bool(left.isfinite().all()):
+        return None
+    return max(0.0, float(1 - left.sqrt().mean().square() / left.mean()))
+
+
+class PathNorms:
+    """Path norms of dense MLPs: sums over all paths of the products of magnitudes along them.
+
+    (Neyshabur et al. 2015, arXiv:1503.00036; for networks as they are built now Gonon et al. 2023, arXiv:2310.01225.)
+    With weights V [H, N] after the activation and U [N, H] before it that is the sum of |V| |U|; with a gate G [N, H]
+    beside U, whose paths multiply, of |V| (|U| 1 * |G| 1). It bounds the MLP: ||MLP(x)||_1 is at most that times max
+    |x|, squared with a gate, for activations with |f(x)| <= |x| (ReLU, GELU, SiLU) and without biases.
+
+    Args:
+        engine: Owner of the sites.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        from leanmill.core.places import find_modules
+
+        model = cast("nn.Module", engine.module.model)
+        self._mlps = [path for path, _, _ in find_modules(model, "mlp")]
+        self._sums: dict[str, dict[str, tuple[Tensor, Tensor]]] = {path: {} for path in self._mlps}
+
+    def see(self, name: str, weight: Tensor) -> None:
+        """Take the sums of magnitudes of each row and each column of a weight of an MLP."""
+        mlp = next((path for path in self._mlps if name.startswith(f"{path}.")), None)
+        if mlp is not None and weight.dim() == 2:
+            magnitude = weight.detach().abs().double()
+            self._sums[mlp][name] = magnitude.sum(1), magnitude.sum(0)
+
+    def found(self) -> dict[str, float]:
+        """Return the norm of each MLP all of whose weights were seen, by its path."""
+        norms = {mlp: _path_norm(list(sums.values())) for mlp, sums in self._sums.items()}
+        return {mlp: norm for mlp, norm in norms.items() if norm is not None}
+
+
+def _path_norm(sums: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+    """The norm of weights in the order of registration, the last one being after the activation."""
+    if len(sums) < 2 or any(len(rows) != len(sums[-1][1]) for rows, _ in sums[:-1]):
+        return None
+    product = sums[-1][1]
+    for rows, _ in sums[:-1]:
+        product = product * rows
+    norm = float(product.sum())
+    return norm if math.isfinite(norm) else None
 
 
 def _group_zeros(values: Tensor) -> list[int]:

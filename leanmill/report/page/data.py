@@ -40,10 +40,12 @@ class RunData:
     recipe: str
     study: Record
     """Of a mixture's routing, see `study_view.py`; empty without one."""
+    comparison: Record
+    """With other models, see `comparison_view.py`; empty without one."""
 
 
 def load_run(run_dir: Path) -> RunData:
-    """Read `metrics.jsonl`, `sites.json`, `routing.json` and `recipe.yaml`; whatever is missing is left empty."""
+    """Read what a run and studies of it left: `metrics.jsonl`, `sites.json` and others; what is missing is empty."""
     everything = with_elapsed(read_records(run_dir / FILE_NAME))
     records = without_superseded(everything)
     starts = _of_kind(records, "start")
@@ -64,6 +66,7 @@ def load_run(run_dir: Path) -> RunData:
         sites=_read_json(run_dir / "sites.json"),
         recipe=_read_text(run_dir / "recipe.yaml"),
         study=_read_json(run_dir / "routing.json"),
+        comparison=_read_json(run_dir / "evaluation.json"),
     )
 
 

@@ -9,6 +9,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.redact import redact
 from leanmill.report.files import write_atomically
 from leanmill.report.page.charts import chart_values, draw
+from leanmill.report.page.comparison_view import comparison_section
 from leanmill.report.page.data import RunData, load_run
 from leanmill.report.page.experts_view import experts_section
 from leanmill.report.page.figures import Group, groups
@@ -78,6 +79,7 @@ def _sections(run: RunData, x_scale: Scale) -> list[Section]:
         study_section(run, x_scale),
         Section(title="Weights", content=draw_sites(run.sites)),
         Section(title="Evaluations", content=evaluations(run)),
+        comparison_section(run),
         samples_section(run),
         Section(title="Run", content=run_facts(run)),
     ]

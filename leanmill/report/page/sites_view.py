@@ -14,6 +14,7 @@ _MANY_LEVELS = 256
 _HEADINGS = (
     '<th scope="col">Site</th><th scope="col">Techniques</th><th scope="col" class="num">Shape</th>'
     '<th scope="col">Zeros</th><th scope="col" class="num">2 of 4</th><th scope="col" class="num">Levels</th>'
+    '<th scope="col" class="num">PQ index</th>'
 )
 
 
@@ -35,7 +36,10 @@ def draw_sites(document: dict[str, Any]) -> str:
         f'<label class="check"><input type="checkbox" id="log-counts"> log counts</label></p>'
         f"{draw_histogram(sites[0])}</figure></div>"
         '<p class="note">Zeros: share of exact zeros. 2 of 4: share of groups of four along the contraction '
-        "dimension with at least two zeros. Levels: distinct values in the weight, and at most in one row.</p>"
+        "dimension with at least two zeros. Levels: distinct values in the weight, and at most in one row. "
+        "PQ index: how unequal the magnitudes of what is not zero are, from 0 (all equal) towards 1 (a few hold "
+        "everything, so that most of the others can go).</p>"
+        f"{_path_norms(document.get('path_norms') or {})}"
     )
 
 
@@ -94,7 +98,25 @@ def _row(index: int, site: dict[str, Any]) -> str:
         f'<td class="num">{escape(" × ".join(f"{n:,}" for n in site["shape"]))}</td>'
         f'<td class="bar-cell"><span class="bar" aria-hidden="true"><i style="width:{100 * zeros:.1f}%"></i></span>'
         f'<span class="bar-value">{escape(percent(zeros))}</span></td>'
-        f'<td class="num">{escape(two_of_four)}</td><td class="num">{escape(levels)}</td></tr>'
+        f'<td class="num">{escape(two_of_four)}</td><td class="num">{escape(levels)}</td>'
+        f'<td class="num">{"" if site.get("pq_index") is None else number(site["pq_index"])}</td></tr>'
+    )
+
+
+def _path_norms(norms: dict[str, float]) -> str:
+    """A table of the MLPs' path norms."""
+    if not norms:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row"><code>{escape(_breakable(name))}</code></th><td class="num">{number(value)}</td></tr>'
+        for name, value in norms.items()
+    )
+    head = '<tr><th scope="col">MLP</th><th scope="col" class="num">Path norm</th></tr>'
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Path norms">'
+        f"<table><thead>{head}</thead><tbody>{rows}</tbody></table></div>"
+        '<p class="note">Path norm: sum over all paths through the MLP of the products of magnitudes along them. '
+        "It bounds how much the MLP can put out, and falls as paths are pruned.</p>"
     )
 
 

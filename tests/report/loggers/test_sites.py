@@ -2,18 +2,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.core.copies import cpu_copy
+from leanmill.core.places import find_modules
 from leanmill.core.site import LinearSite
 from leanmill.report.loggers.sites import (
     FILE_NAME,
     MAX_LEVELS,
     NUM_BINS,
+    PathNorms,
     SiteStatistics,
+    pq_index,
     site_statistics,
     weight_statistics,
 )
@@ -96,6 +101,49 @@ def test_document_says_when_it_was_taken(tmp_path: Path) -> None:
     document = json.loads((tmp_path / FILE_NAME).read_text())
     assert (document["step"], document["tokens"]) == (60, 60 * 32_768)
     assert len(document["sites"]) == 4
+
+
+def test_the_pq_index_is_the_papers_of_what_is_left() -> None:
+    weight = torch.tensor([[3.0, 0.0, -1.0], [0.0, 4.0, 0.5]], dtype=torch.float64)
+    left = torch.tensor([3.0, 1.0, 4.0, 0.5], dtype=torch.float64)
+    p, q = 0.5, 1.0
+    norm = lambda r: left.pow(r).sum().pow(1 / r)  # noqa: E731
+    assert pq_index(weight) == pytest.approx(float(1 - 4 ** (1 / q - 1 / p) * norm(p) / norm(q)))
+    assert pq_index(torch.tensor([[0.5, -0.5, 0.0]])) == 0
+    assert pq_index(torch.tensor([[1.0] + [1e-9] * 999])) > 0.99
+    assert pq_index(torch.zeros(2, 2)) is None
+    assert pq_index(torch.tensor([[float("nan"), 1.0]])) is None
+
+
+@pytest.mark.parametrize(("family", "power"), [("llama", 2), ("gpt_neox", 1)])
+def test_path_norms_count_every_path_and_bound_the_mlp(family: str, power: int) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=97, **sizes)).requires_grad_(False)
+    norms = PathNorms(SimpleNamespace(module=SimpleNamespace(model=model)))  # type: ignore[arg-type]
+    mlps = [(path, mlp) for path, _, mlp in find_modules(model, "mlp")]
+    for path, mlp in mlps:
+        weights = [(name, module.weight) for name, module in mlp.named_modules() if isinstance(module, nn.Linear)]
+        for name, weight in weights:
+            norms.see(f"{path}.{name}", weight)
+    found = norms.found()
+    assert list(found) == [path for path, _ in mlps]
+    for path, mlp in mlps:
+        *before, after = [m for m in mlp.modules() if isinstance(m, nn.Linear)]
+        paths = torch.ones(after.in_features, dtype=torch.float64)
+        for layer in before:
+            paths = paths * (layer.weight.abs().double() @ torch.ones(layer.in_features, dtype=torch.float64))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        if after.bias is not None:
+            nn.init.zeros_(after.bias)
+        assert found[path] == pytest.approx(float((after.weight.abs().double() @ paths).sum()))
+        rows = torch.randn(50, before[0].in_features)
+        assert (mlp(rows).abs().sum(-1) <= found[path] * rows.abs().amax(-1) ** power).all()
+
+
+def test_an_mlp_of_which_not_all_is_seen_has_no_path_norm(tmp_path: Path) -> None:
+    play([SiteStatistics(tmp_path)], fake_info(fake_recipe(tmp_path), tmp_path), until=60)
+    assert json.loads((tmp_path / FILE_NAME).read_text())["path_norms"] == {}
 
 
 def test_a_failed_run_gathers_nothing_more(tmp_path: Path) -> None:
