@@ -146,8 +146,8 @@ class LayoutConfig(Config):
     """Pieces of a rank's tokens that travel to their experts one after the other, with `ep`: while one is computed the
     next is under way, in forward and in backward. More pieces are smaller products; 2 to 4 where travel is slow."""
     expert_resend: bool = False
-    """With `ep` and `train.activation_checkpointing: full`, send tokens to their experts once more in backward, instead
-    of keeping what came from other ranks: less memory, more travel."""
+    """With `ep` or fully sharded experts, and `train.activation_checkpointing: full`, send tokens to their experts once
+    more in backward, instead of keeping what came from other ranks: less memory, more travel."""
     dp_shard: int | None = Field(default=None, ge=1)
     """Ranks that a parameter is sharded over, under `engine=fsdp`; the same as `engine.shard_size`. None: all ranks."""
     dp_replicate: int | None = Field(default=None, ge=1)
@@ -162,6 +162,11 @@ class LayoutConfig(Config):
         if isinstance(value, str):
             return {"type": value}
         return {"type": "fully_sharded", **value} if isinstance(value, dict) else value
+
+    @property
+    def tokens_travel(self) -> bool:
+        """Whether tokens may go to experts of other ranks."""
+        return self.ep > 1 or isinstance(self.experts, FullyShardedExperts)
 
     def num_expert_ranks(self, world_size: int) -> int:
         """Return how many ranks share the experts of a layer."""

@@ -21,7 +21,8 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
     top_k and shared experts); in fp32: what each of the two norms keeps. Latent attention also keeps what queries,
     keys and values are made of. With `full` recomputation a
     layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs. Layers that run
-    for a share of the tokens keep that share. With expert parallelism recomputation keeps what came from other ranks.
+    for a share of the tokens keep that share. With expert parallelism recomputation keeps what came from other ranks;
+    of fully sharded experts too, but only the run knows which tokens travel, so that is not counted.
     Every further token that is predicted keeps a layer's, what the matmul before it takes and returns, and what three
     norms keep.
     """

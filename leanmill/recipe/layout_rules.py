@@ -71,14 +71,15 @@ def _experts(recipe: Sections) -> Iterator[str]:
 
 def _exchange(recipe: Sections) -> Iterator[str]:
     layout, kept = recipe.layout, recipe.train.activation_checkpointing
-    if layout.ep == 1:
-        for key, value in (("expert_chunks", layout.expert_chunks), ("expert_resend", layout.expert_resend)):
-            if value != type(layout).model_fields[key].default:
-                yield (
-                    f"layout.{key}={str(value).lower()} is about tokens that travel to experts of other ranks, and "
-                    f"with layout.ep=1 none do; set layout.ep, or remove it"
-                )
-    elif layout.expert_resend and kept != "full":
+    of_travel = {"expert_chunks": layout.ep > 1, "expert_resend": layout.tokens_travel}
+    for key, does_something in of_travel.items():
+        value = getattr(layout, key)
+        if not does_something and value != type(layout).model_fields[key].default:
+            yield (
+                f"layout.{key}={str(value).lower()} is about tokens that travel to experts of other ranks, and "
+                f"with layout.ep=1 none do; set layout.ep, or remove it"
+            )
+    if layout.tokens_travel and layout.expert_resend and kept != "full":
         yield (
             f"layout.expert_resend=true has recomputation send tokens once more, and train.activation_checkpointing="
             f"{kept} recomputes no experts of other ranks; set train.activation_checkpointing=full, or remove it"

@@ -171,7 +171,7 @@ def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple
     apply_activation_checkpointing(
         model,
         recipe.train.activation_checkpointing,
-        keeps_received=recipe.layout.ep > 1 and not recipe.layout.expert_resend,
+        keeps_received=recipe.layout.tokens_travel and not recipe.layout.expert_resend,
     )
     return techniques, module
 

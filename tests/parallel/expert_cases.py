@@ -85,7 +85,7 @@ def prepared(
     engine, _ = build_engine(config, ranks=cases.ranks_here(), precision=precision, model_bytes=0, layout=layout)  # type: ignore[arg-type]
     module = cases.SumLoss(model_on_meta(dtype, num_experts=num_experts, family=family))
     install(module.model)
-    keeps_received = ep > 1 and not layout.expert_resend
+    keeps_received = layout.tokens_travel and not layout.expert_resend
     apply_activation_checkpointing(module.model, recompute, keeps_received=keeps_received)  # type: ignore[arg-type]
     if compiles:
         for layer in module.model.model.layers:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.fsdp  # once here instead of in every forked rank
 import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
 
@@ -23,6 +24,7 @@ from leanmill.parallel.fssdp_placement import contiguous_owners
 from tests.distributed import run_ranks
 from tests.parallel import cases
 from tests.parallel import expert_cases as experts
+from tests.parallel.dispatch_cases import Collectives
 from tests.parallel.test_expert_parallel import assert_like_one_process
 
 
@@ -161,3 +163,21 @@ def test_what_cannot_be_sharded_is_refused() -> None:
     for staged, dense in run_ranks(body, 2):
         assert "carries stages of a technique" in staged
         assert "and this model has no experts; remove it" in dense
+
+
+def test_recomputation_sends_no_token_again_unless_it_is_asked_to() -> None:
+    def sent(recompute: str, **exchange: Any) -> int:
+        engine: Any = experts.prepared(
+            DdpEngine(), recompute=recompute, experts={"materialise": "fewest_bytes"}, **exchange
+        )
+        micro_batches, num_valid = experts.share_of(engine, 0, 1)
+        with Collectives() as collectives:
+            engine.forward_backward(micro_batches, num_valid)
+        assert collectives.bytes_sent(dist.get_rank()) > 0
+        return collectives.names().count("all_to_all_single")
+
+    def body() -> tuple[int, ...]:
+        return sent("none"), sent("full"), sent("full", expert_resend=True)
+
+    for once, recomputed, resent in run_ranks(body, 2):
+        assert once == recomputed < resent

@@ -81,6 +81,14 @@ def test_an_override_below_the_short_form_of_experts(tmp_path: Path) -> None:
         ({"layout": {"expert_chunks": 2}}, "layout.expert_chunks=2 is about tokens .* set layout.ep, or remove it"),
         ({"layout": {"expert_resend": True}}, "layout.expert_resend=true is about tokens"),
         ({"layout": {"ep": 2, "expert_resend": True}}, "set train.activation_checkpointing=full, or remove it"),
+        (
+            {"engine": "fsdp", "layout": {"experts": "fully_sharded", "expert_resend": True}},
+            "set train.activation_checkpointing=full, or remove it",
+        ),
+        (
+            {"engine": "fsdp", "layout": {"experts": "fully_sharded", "expert_chunks": 2}},
+            "layout.expert_chunks=2 is about tokens",
+        ),
         ({"layout": {"ep": 2, "experts": "fully_sharded"}}, "over all ranks, and layout.ep=2 over groups of them"),
         ({"engine": "single", "layout": {"experts": "fully_sharded"}}, "engine=single is one; type engine=fsdp, or"),
         (
