@@ -73,6 +73,19 @@ class LayerSolver(Protocol):
         ...
 
 
+class SensitiveSolver(Protocol):
+    """Turns the weight of one linear layer into its compressed one, by how much the loss minds each of its weights."""
+
+    def solve(self, weight: Tensor, sensitivity: Tensor) -> Solution:
+        """Return what becomes of a layer's weight.
+
+        Args:
+            weight: [out, in] fp32, which may be overwritten.
+            sensitivity: Mean over calibration rows of the squared gradient of the row's mean loss [out, in], fp32.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredBlock:
     """The tensors of one decoder block as a folder stores them, read when asked for."""
@@ -275,13 +288,40 @@ class PassConfig(Config):
         return ()
 
 
-class LayerPassConfig(PassConfig):
-    """Base of passes that solve linear layers."""
+class LinearPassConfig(PassConfig):
+    """Base of passes over linear layers."""
 
     targets: list[str] | None = None
     """Patterns of weights to take; None takes every linear weight of the decoder blocks."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of weights to leave out again."""
+
+    def check_shape_of(self, name: str, shape: tuple[int, int]) -> None:
+        """Refuse a weight [out, in] that does not fit, before anything is computed.
+
+        Raises:
+            ConfigError: It does not; the message says what to type.
+        """
+
+
+class LayerPassConfig(LinearPassConfig):
+    """Base of passes that solve linear layers by what their inputs are."""
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether tokens count by the attention they get: `token_weights`."""
+        return False
+
+    def token_weights(self, maps: Tensor) -> Tensor:
+        """Return what the inputs of a block's layers are multiplied by before their statistics, [B, S].
+
+        Args:
+            maps: The block's attention maps [B, heads, S, S].
+        """
+        raise NotImplementedError
+
+    def check_shape_of(self, name: str, shape: tuple[int, int]) -> None:
+        self.solver().check(name, shape)
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -292,6 +332,14 @@ class LayerPassConfig(PassConfig):
         return None
 
     def solver(self) -> LayerSolver:
+        """Return what solves a layer."""
+        raise NotImplementedError
+
+
+class SensitivePassConfig(LinearPassConfig):
+    """Base of passes that solve linear layers by how much the loss minds their weights."""
+
+    def solver(self) -> SensitiveSolver:
         """Return what solves a layer."""
         raise NotImplementedError
 

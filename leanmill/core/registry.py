@@ -228,6 +228,16 @@ PASSES: dict[str, Entry] = {
         "one-shot: round columns in turn and correct the later ones",
         "Frantar et al. 2022, arXiv:2210.17323",
     ),
+    "rtn": Entry(
+        "leanmill.quant.rtn.config:Rtn",
+        "one-shot: round every weight to the nearest level",
+        "Jacob et al. 2018, arXiv:1712.05877",
+    ),
+    "squeezellm": Entry(
+        "leanmill.quant.squeezellm.config:SqueezeLlm",
+        "one-shot: levels of each row by k-means over its weights, counted by their squared gradients",
+        "Kim et al. 2023, arXiv:2306.07629",
+    ),
     "minitron": Entry(
         "leanmill.sparse.minitron.config:Minitron",
         "surgery: fewer channels, heads, neurons and layers, by what flows through them",

@@ -120,5 +120,18 @@ def check_groups(sites: Sequence[Site], technique: str, group_size: int | None) 
             )
 
 
+def check_group_size(name: str, shape: tuple[int, int], group_size: int | None) -> None:
+    """Refuse a weight [out, in] of a pass whose rows `group_size` does not divide.
+
+    Raises:
+        ConfigError: They are not divided; the message says what to type.
+    """
+    if group_size is not None and shape[1] % group_size:
+        raise ConfigError(
+            f"{name}: group_size {group_size} does not divide the last dim of its weight {list(shape)}; "
+            f"add {name!r} to exclude, choose a group_size that divides {shape[1]}, or set group_size: null"
+        )
+
+
 def _grouped(values: Tensor, group_size: int | None) -> Tensor:
     return values.unflatten(-1, (-1, group_size or values.shape[-1]))

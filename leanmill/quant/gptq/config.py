@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from leanmill.core.passes import LayerPassConfig, LayerSolver
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Gptq(LayerPassConfig):
@@ -30,6 +34,21 @@ class Gptq(LayerPassConfig):
     order: Literal["activations", "columns"] = "activations"
     """`activations` fixes the features of largest square sum first (the authors' act-order) where a row
     has one scale, and keeps columns in place where it has groups; `columns` goes from left to right."""
+
+    tokens: Literal["equal", "attention"] = "equal"
+    """What calibration tokens count for. `attention`: by the attention they get, from `least_token_weight` to 1 in each
+    row (RSQ, Sung et al. 2025, arXiv:2503.01820); the block's attention is then `eager`, and it runs once more."""
+    least_token_weight: float = Field(default=0.01, ge=0, lt=1)
+    """Of the token of a row that gets least; inputs are multiplied by it."""
+
+    @property
+    def reads_attention(self) -> bool:
+        return self.tokens == "attention"
+
+    def token_weights(self, maps: Tensor) -> Tensor:
+        from leanmill.quant.gptq.tokens import by_attention
+
+        return by_attention(maps, self.least_token_weight)
 
     @property
     def bits_per_weight(self) -> float:

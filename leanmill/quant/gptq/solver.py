@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.errors import RunError
 from leanmill.core.obs import inverse_factor, solve_columns
 from leanmill.core.passes import InputStatistics, Solution
-from leanmill.quant.scales import symmetric_scale
+from leanmill.quant.scales import check_group_size, symmetric_scale
 
 
 class GptqSolver:
@@ -41,11 +41,7 @@ class GptqSolver:
         self.rule = _Grid(num_bits, scale)
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
-        if self.group_size is not None and shape[1] % self.group_size:
-            raise ConfigError(
-                f"{name}: group_size {self.group_size} does not divide the last dim of its weight {list(shape)}; "
-                f"add {name!r} to exclude, choose a group_size that divides {shape[1]}, or set group_size: null"
-            )
+        check_group_size(name, shape, self.group_size)
 
     def prepare(self, statistics: InputStatistics) -> Callable[[Tensor], Solution]:
         assert statistics.gram is not None

@@ -11,7 +11,7 @@ from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.levels import SearchConfig
-from leanmill.core.passes import ExpertPassConfig, LayerPassConfig, PassConfig, SurgeryConfig
+from leanmill.core.passes import ExpertPassConfig, LinearPassConfig, PassConfig, SurgeryConfig
 from leanmill.core.sites import matches
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
@@ -40,14 +40,14 @@ def after_passes(
             model = model.model_copy(update={"config": mapping_of(after), "path": None, "revision": None})
         elif isinstance(config, ExpertPassConfig):
             check_experts(config, built.config)
-        elif isinstance(config, LayerPassConfig | SearchConfig):
-            for one in [config] if isinstance(config, LayerPassConfig) else config.aimed_levels:
+        elif isinstance(config, LinearPassConfig | SearchConfig):
+            for one in [config] if isinstance(config, LinearPassConfig) else config.aimed_levels:
                 _check_meant(one, built)
                 check_pass(one, dict(_linear_shapes(built)))
     return model
 
 
-def check_pass(config: LayerPassConfig, shapes: Mapping[str, tuple[int, int]]) -> frozenset[str]:
+def check_pass(config: LinearPassConfig, shapes: Mapping[str, tuple[int, int]]) -> frozenset[str]:
     """Return the names of the linear layers that a pass takes.
 
     Args:
@@ -57,7 +57,7 @@ def check_pass(config: LayerPassConfig, shapes: Mapping[str, tuple[int, int]]) -
     Raises:
         ConfigError: A pattern takes nothing, or a weight does not fit.
     """
-    technique, solver = str(config.type), config.solver()  # type: ignore[attr-defined]
+    technique = str(config.type)  # type: ignore[attr-defined]
 
     def matching(field: str, patterns: Sequence[str]) -> set[str]:
         found: set[str] = set()
@@ -76,11 +76,11 @@ def check_pass(config: LayerPassConfig, shapes: Mapping[str, tuple[int, int]]) -
     if not taken:
         raise ConfigError(f"{technique}: targets less exclude leave no linear layer; loosen exclude")
     for name in sorted(taken):
-        solver.check(name, shapes[name])
+        config.check_shape_of(name, shapes[name])
     return frozenset(taken)
 
 
-def _check_meant(config: LayerPassConfig, model: nn.Module) -> None:
+def _check_meant(config: LinearPassConfig, model: nn.Module) -> None:
     """Refuse to take every linear layer where most weights are in none."""
     if config.targets is None and any(is_stacked_experts(module) for module in model.modules()):
         technique = str(config.type)  # type: ignore[attr-defined]

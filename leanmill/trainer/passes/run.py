@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.errors import ConfigError
 from leanmill.core.folders import new_folder
 from leanmill.core.levels import SearchConfig
 from leanmill.core.passes import (
     ExpertPassConfig,
-    InputStatistics,
     LayerPassConfig,
-    LayerSolver,
     PassConfig,
+    SensitivePassConfig,
     SurgeryConfig,
 )
 from leanmill.data.build import build_tokenizer, build_train_data
+from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import local_folder, pretrained_config
 from leanmill.parallel.collectives import barrier, broadcast_object
 from leanmill.parallel.launch import Ranks, finish, init_processes
@@ -36,32 +33,14 @@ from leanmill.recipe.sections import ClusterConfig
 from leanmill.trainer.passes.calibrated import Calibrated
 from leanmill.trainer.passes.expert_pass import ExpertPass, ExpertReport
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
-from leanmill.trainer.passes.foresight import after_passes, check_pass
+from leanmill.trainer.passes.foresight import after_passes
 from leanmill.trainer.passes.gradients import expert_gradients
+from leanmill.trainer.passes.layer_pass import LayerPass, LayerReport
 from leanmill.trainer.passes.memory import return_large_blocks
 from leanmill.trainer.passes.search import UnitReport, search_levels
-from leanmill.trainer.passes.statistics import Watch, check_reached, watched
-from leanmill.trainer.passes.stream import Block, BlockStream
+from leanmill.trainer.passes.sensitive_pass import SensitivePass
+from leanmill.trainer.passes.stream import BlockStream
 from leanmill.trainer.passes.surgery import ModelReport, operate
-
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """What one pass did to one layer."""
-
-    name: str
-    technique: str
-    zero_fraction: float
-    """Of the weights written."""
-    output_error: float | None
-    """||(W' - W) X||^2 / ||W X||^2 on the calibration inputs X, where the solver knows it; of W' in fp32."""
-
-    def __str__(self) -> str:
-        error = "" if self.output_error is None else f", output error {self.output_error:.2%}"
-        return f"{self.technique} {self.name}: {self.zero_fraction:.1%} zeros{error}"
 
 
 PassReport = LayerReport | ExpertReport | ModelReport | UnitReport
@@ -106,19 +85,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             source = SourceFolder(folder)
             writer = TargetFolder(target) if ranks.rank == 0 else None
             if isinstance(config, SurgeryConfig):
-                gradients = expert_gradients(model, batches, ranks) if config.reads_gradients else {}
-                calibrated = Calibrated(source, model, batches, device=ranks.device, dtype=dtype)
-                reports += [
-                    operate(
-                        config,
-                        source,
-                        model,
-                        writer,
-                        seed=recipe.seed,
-                        gradients=gradients,
-                        calibrated=calibrated,
-                    )
-                ]
+                reports += [_operate(config, recipe, source, model, batches, writer, ranks=ranks, dtype=dtype)]
             elif isinstance(config, SearchConfig):
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
                 work_dir = Path(config.work_dir or f"{out}.search")
@@ -126,10 +93,10 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                 reports += searched.reports
                 layers |= searched.layers
             else:
+                if isinstance(config, LayerPassConfig) and config.reads_attention:
+                    model = model.model_copy(update={"attention": "eager"})  # the one that has maps
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
-                assert isinstance(config, LayerPassConfig | ExpertPassConfig)
-                kind = ExpertPass if isinstance(config, ExpertPassConfig) else _Pass
-                found = kind(config, stream, writer).run()  # type: ignore[arg-type]
+                found = _run(config, stream, writer, ranks)
                 inference += _inference(config, found)
                 reports += found
             barrier()
@@ -145,6 +112,31 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             }
             (place / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return reports
+
+
+def _operate(
+    config: SurgeryConfig,
+    recipe: CompressRecipe,
+    source: SourceFolder,
+    model: ModelConfig,
+    batches: Sequence[dict[str, Tensor]],
+    writer: TargetFolder | None,
+    *,
+    ranks: Ranks,
+    dtype: torch.dtype,
+) -> ModelReport:
+    gradients = expert_gradients(model, batches, ranks) if config.reads_gradients else {}
+    calibrated = Calibrated(source, model, batches, device=ranks.device, dtype=dtype)
+    return operate(config, source, model, writer, seed=recipe.seed, gradients=gradients, calibrated=calibrated)
+
+
+def _run(config: PassConfig, stream: BlockStream, writer: TargetFolder | None, ranks: Ranks) -> Sequence[PassReport]:
+    if isinstance(config, SensitivePassConfig):
+        return SensitivePass(config, stream, writer, ranks).run()
+    if isinstance(config, ExpertPassConfig):
+        return ExpertPass(config, stream, writer).run()
+    assert isinstance(config, LayerPassConfig)
+    return LayerPass(config, stream, writer).run()
 
 
 def inference_of(folder: Path) -> list[dict[str, Any]]:
@@ -173,88 +165,6 @@ def _inference(config: PassConfig, reports: Sequence[PassReport]) -> list[dict[s
         if isinstance(report, ExpertReport) and report.inference
     }
     return [{"pass": config.model_dump(mode="json"), "layers": layers}] if layers else []
-
-
-class _Pass:
-    """One pass over all blocks."""
-
-    def __init__(self, config: LayerPassConfig, stream: BlockStream, writer: TargetFolder | None) -> None:
-        self.config, self.stream, self.writer = config, stream, writer
-        self.technique = str(config.type)  # type: ignore[attr-defined]
-        self.solver: LayerSolver = config.solver()
-        shapes = {
-            name: (layer.out_features, layer.in_features)
-            for index in range(len(stream))
-            for name, layer in stream.linears(index).items()
-        }
-        self.targets = check_pass(config, shapes)
-
-    def run(self) -> list[LayerReport]:
-        reports: list[LayerReport] = []
-        for block in self.stream.blocks():
-            log.info("%s: block %d of %d", self.technique, block.index + 1, len(self.stream))
-            reports += self._solve(block)
-            self._write(block)
-            self.stream.advance(block)
-        if self.writer is not None:
-            for name in self.stream.other_names:
-                self.writer.write(self.stream.source.read([name]))
-            self.writer.close(self.stream.source)
-        return reports
-
-    @torch.no_grad()
-    def _solve(self, block: Block) -> list[LayerReport]:
-        """Solve a block's layers; its weights leave memory meanwhile, and the solved ones come back one by one."""
-        layers = {name: layer for name, layer in self.stream.linears(block.index).items() if name in self.targets}
-        with watched(layers, with_gram=self.solver.needs_gram) as watches:
-            for _ in self.stream.run(block):
-                pass
-        check_reached(layers, watches)
-        for layer in layers.values():
-            self.stream.drop(layer)
-        reports: dict[str, LayerReport] = {}
-        # What takes the most memory to solve comes while no weight is back yet.
-        watches.sort(key=lambda watch: watch.in_features)
-        while watches:
-            self._solve_together(watches.pop(), layers, reports)
-        return [reports[name] for name in layers]
-
-    def _solve_together(self, watch: Watch, layers: dict[str, nn.Linear], reports: dict[str, LayerReport]) -> None:
-        """Solve the layers that share their inputs."""
-        statistics = watch.total()
-        energies = self._energies(watch, statistics)
-        solve = self.solver.prepare(statistics)
-        for name in watch.names:
-            solution = solve(self.stream.weight(name))
-            weight = solution.weight
-            if not all(map(math.isfinite, (float(end) for end in weight.aminmax()))):
-                raise RunError(f"{name}: {self.technique} gave non-finite weights; look at the calibration data")
-            reports[name] = LayerReport(
-                name=name,
-                technique=self.technique,
-                zero_fraction=1 - int(weight.count_nonzero()) / weight.numel(),
-                output_error=None if solution.squared_error is None else solution.squared_error / energies[name],
-            )
-            self.stream.put(layers[name], weight)
-
-    def _energies(self, watch: Watch, statistics: InputStatistics) -> dict[str, float]:
-        """||W X||^2 of each layer, where the gram matrix of X is known."""
-        if statistics.gram is None:
-            return {}
-        tiny = torch.finfo(torch.float32).tiny
-        return {name: max(tiny, statistics.gram.energy(self.stream.weight(name))) for name in watch.names}
-
-    def _write(self, block: Block) -> None:
-        """Write the block's tensors; what no pass touched as it was stored, bit for bit."""
-        if self.writer is None:
-            return
-        layers = self.stream.linears(block.index)
-        solved = {f"{name}.weight": layers[name].weight.detach() for name in layers if name in self.targets}
-        names = [name for name in self.stream.source.keys if name.startswith(block.prefix)]
-        tensors = self.stream.source.read(name for name in names if name not in solved)
-        dtypes = self.stream.source.dtypes(solved)
-        tensors |= {name: weight.to("cpu", dtypes[name]) for name, weight in solved.items()}
-        self.writer.write(tensors)
 
 
 def calibration_rows(recipe: CalibratedRecipe, folder: Path, ranks: Ranks) -> list[dict[str, Tensor]]:

@@ -14,8 +14,17 @@ from leanmill.core.passes import InputStatistics
 from leanmill.parallel.collectives import gather_objects, same_on_all_ranks, sum_over_ranks
 
 
+class TokenCounts:
+    """What the tokens of the batch under way count for."""
+
+    now: Tensor | None = None
+    """[B, S]; None is alike."""
+
+
 @contextmanager
-def watched(layers: Mapping[str, nn.Linear], *, with_gram: bool) -> Iterator[list[Watch]]:
+def watched(
+    layers: Mapping[str, nn.Linear], *, with_gram: bool, counts: TokenCounts | None = None
+) -> Iterator[list[Watch]]:
     """Collect statistics of the layers' inputs while the block runs, one `Watch` for each input.
 
     Layers that are called with one and the same tensor (query, key, value) share it. Afterwards the list
@@ -33,7 +42,7 @@ def watched(layers: Mapping[str, nn.Linear], *, with_gram: bool) -> Iterator[lis
                 watches.append(watch)
             watch.names.append(name)
             watch_of[name] = watch
-        watch_of[name].see(name, tokens)
+        watch_of[name].see(name, tokens, None if counts is None else counts.now)
 
     handles = [
         layer.register_forward_pre_hook(lambda module, inputs, name=name: hook(name, module, inputs[0]))
@@ -76,11 +85,11 @@ class Watch:
         self._square_sum = torch.zeros(in_features)
         self._gram = Gram(in_features) if with_gram else None
 
-    def see(self, name: str, tokens: Tensor) -> None:
-        """Take note that a layer is called with `tokens` [..., in].
+    def see(self, name: str, tokens: Tensor, counts: Tensor | None = None) -> None:
+        """Take note that a layer is called with `tokens` [..., in], of which each is multiplied by `counts` [B, S].
 
         Raises:
-            RunError: Layers that shared their input before do not now.
+            RunError: Layers that shared their input before do not now, or see other tokens than `counts` is for.
         """
         if name != self.names[0]:
             if tokens is not self.last:
@@ -91,6 +100,10 @@ class Watch:
             return
         self.last = tokens
         rows = tokens.detach().reshape(-1, self.in_features).float()
+        if counts is not None:
+            if counts.numel() != len(rows):
+                raise RunError(f"{name} sees {len(rows)} of {counts.numel()} tokens, which count; add it to exclude")
+            rows = rows * counts.reshape(-1, 1).to(rows)
         self._num_tokens += len(rows)
         self._square_sum += rows.square().sum(0).cpu()
         if self._gram is not None:

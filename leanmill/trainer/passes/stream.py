@@ -58,7 +58,8 @@ class BlockStream:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.source, self.device, self.dtype = source, device, dtype
+        self.source, self.config, self.rows = source, config, batches
+        self.device, self.dtype = device, dtype
         self.model = build_on_meta(config, packed=False)
         self._blocks = decoder_blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -88,6 +89,19 @@ class BlockStream:
         prefix = self._prefixes[index]
         named = self._blocks[index].named_modules()
         return {prefix + name: module for name, module in named if isinstance(module, nn.Linear)}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer of a block, by its full name."""
+        return {
+            name: (layer.out_features, layer.in_features)
+            for index in range(len(self))
+            for name, layer in self.linears(index).items()
+        }
+
+    def prefix(self, index: int) -> str:
+        """What the names of a block's tensors begin with, the dot included."""
+        return self._prefixes[index]
 
     def blocks(self) -> Iterator[Block]:
         """Yield each block with its weights; its memory is given back when the next one is asked for."""

@@ -154,6 +154,7 @@ def test_layer_errors_are_those_of_the_layers_outputs(given, tmp_path):
         ({"sparsity": 0.9}, "levels take 4 to 12"),
         ({"levels": ["drop", "dense"]}, "set unit: part"),
         ({"levels": ["dense", {"type": "upcycle", "num_experts": 2, "top_k": 1}]}, "no level of a layer"),
+        ({"levels": ["dense", {"type": "gptq", "tokens": "attention"}]}, "counts tokens by attention"),
         ({"levels": ["dense", {"type": "wanda", "sparsity": 0.5, "targets": ["mlp.*"]}]}, "set them beside levels"),
         ({"levels": ["dense", "wandaa"]}, "did you mean wanda"),
         ({"selection": [{"survivors": 2, "tokens": 10}]}, "one becomes the next parent"),

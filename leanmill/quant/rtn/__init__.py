@@ -1,0 +1,1 @@
+"""Rounding to the nearest level, in one shot."""

@@ -1,0 +1,1 @@
+"""Levels of a row where its weights matter, by clusters."""
