@@ -236,6 +236,8 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "lr_factor": 2.0,
         "weight_decay": 0.5,
     },
+    "peft_vera": {"type": "peft", "method": "vera", "r": 4},
+    "peft_pool": {"type": "peft", "method": "vblora", "vector_length": 8, "num_vectors": 8, "targets": ["q_proj"]},
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
     "static_mask": {"type": "static_mask"},
     "perp": {"type": "perp", "train": ["biases", "norms"]},
@@ -291,6 +293,8 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "experts of one bit": ("mixtral", "binary"),
     "experts with a scale a row": ("mixtral", "paretoq", "router_balance"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
+    "fixed projections beside masks": ("peft_vera", "nm_sparsity", "ternary"),
+    "a pool beside a teacher": ("peft_pool", "distill"),
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "none": (),

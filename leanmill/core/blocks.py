@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -36,3 +36,15 @@ def added_blocks(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, TechniqueModule):
             yield from module.blocks()
+
+
+def shared_between(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """Modules with parameters of their own that several of `blocks` hold, such as a pool that adapters draw from."""
+    holders: dict[int, int] = {}
+    found: dict[int, nn.Module] = {}
+    for block in blocks:
+        for module in block.modules():
+            if any(parameter is not None for parameter in module._parameters.values()):
+                holders[id(module)] = holders.get(id(module), 0) + 1
+                found[id(module)] = module
+    return [module for key, module in found.items() if holders[key] > 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from leanmill.core.facets import LowRank
 from leanmill.core.stage import TechniqueModule
@@ -33,6 +33,28 @@ def branch_modules(layer: nn.Module) -> list[nn.Module]:
     return [module for child in children for module in child.modules()]
 
 
+def branch_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield (path, tensor, whether files hold it) of every parameter and buffer of adapters, shared ones once."""
+    seen: set[int] = set()
+    for path, layer in branched_layers(model):
+        base = {id(module) for module in base_of(layer).modules()}
+        for below, module in layer.named_modules(prefix=path):
+            if id(module) in base | seen:
+                continue
+            seen.add(id(module))
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    yield f"{below}.{key}", tensor, key not in module._non_persistent_buffers_set
+
+
+def copy_untracked(source: nn.Module, target: nn.Module) -> None:
+    """Copy what adapter layers keep in plain dicts of tensors (places drawn at random), which no state holds."""
+    for key, value in vars(source).items():
+        is_plain = isinstance(value, dict) and key not in ("_parameters", "_buffers")
+        if is_plain and value and all(isinstance(one, Tensor) for one in value.values()):
+            vars(target)[key] = dict(value)
+
+
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield (path, module) of the plain model's own modules, leaving out what techniques and adapters added."""
     added: set[int] = set()
@@ -49,6 +71,18 @@ def reset_branch(layer: Any) -> None:
     """Fill a layer's branches as PEFT does by default."""
     for adapter in sorted(layer._get_available_adapters()):
         layer.reset_lora_parameters(adapter, True)
+
+
+def has_factors(layer: Any) -> bool:
+    """Whether a layer's branches are products of two factors and nothing else."""
+    factors = [*getattr(layer, "lora_A", {}).values(), *getattr(layer, "lora_B", {}).values()]
+    is_plain = not getattr(layer, "lora_variant", {}) and all(getattr(f, "bias", None) is None for f in factors)
+    return bool(factors) and is_plain and all(isinstance(factor, nn.Linear) for factor in factors)
+
+
+def adapter_config(model: Any) -> Any:
+    """Return the configuration that PEFT keeps on a wrapped model."""
+    return model.peft_config["default"]
 
 
 def low_rank_branches(layer: Any) -> Iterator[LowRank]:
@@ -70,10 +104,14 @@ def base_of(layer: Any) -> nn.Module:
 
 
 def merged(layer: Any, base: nn.Module) -> nn.Module:
-    """Add a layer's branches into the weight of `base`, in place, and return it."""
+    """Add a layer's branches into `base`, in place, and return what computes the sum.
+
+    Raises:
+        NotImplementedError, ValueError: The adapter has no form in which it could be added.
+    """
     layer.base_layer = base
     layer.merge(safe_merge=True)
-    return base
+    return base_of(layer)
 
 
 def forget_branches(model: Any) -> None:

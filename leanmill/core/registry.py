@@ -113,6 +113,11 @@ TECHNIQUES: dict[str, Entry] = {
         "low-rank adapters, inside the weight or as an output branch through PEFT",
         "Hu et al. 2021, arXiv:2106.09685",
     ),
+    "peft": Entry(
+        "leanmill.peft_ext.peft.config:Peft",
+        "an adapter of any method of Hugging Face PEFT that fits beside a layer: VeRA, OFT, LoHa, DoRA, ... (31)",
+        "Mangrulkar et al. 2022, github.com/huggingface/peft",
+    ),
     "lisa": Entry(
         "leanmill.peft_ext.lisa.config:Lisa",
         "train a few layers at a time, drawn anew every few steps",

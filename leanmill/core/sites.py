@@ -76,6 +76,14 @@ class Sites:
             ConfigError: A pattern matches nothing, nothing is left, or only one of two tied
                 weights is taken.
         """
+        return [self._site(candidate) for candidate in self.find(targets, exclude)]
+
+    def find(self, targets: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> list[Candidate]:
+        """Return the weights that `select` would convert, for what wraps layers and owns no matmul.
+
+        Raises:
+            ConfigError: See `select`.
+        """
         if targets is None:
             taken = {name for name, c in self.candidates.items() if c.kind in ("linear", "expert")}
         else:
@@ -85,7 +93,7 @@ class Sites:
         if not taken:
             raise ConfigError(self._nothing_taken(targets, exclude))
         self._check_ties(taken)
-        return [self._site(self.candidates[name]) for name in self.candidates if name in taken]
+        return [self.candidates[name] for name in self.candidates if name in taken]
 
     def put(self, selected: Sequence[Site], make: Callable[[Site], Stage]) -> None:
         """Give every selected site a stage of its own; sites that share a parameter share one.
@@ -119,9 +127,11 @@ class Sites:
             "choose another model.config.model_type, e.g. llama, or name other weights in `targets`"
         )
 
-    def tied_to(self, site: Site) -> list[str]:
+    def tied_to(self, site: Site | Candidate) -> list[str]:
         """Names of the other candidates that share `site`'s parameter."""
-        return [n for n in self._tie_groups().get(id(site.raw_weight), []) if n != site.site_name]
+        name = site.site_name if isinstance(site, Site) else site.name
+        group = next((names for names in self._tie_groups().values() if name in names), [])
+        return [other for other in group if other != name]
 
     def modules(self, kind: Kind) -> list[Place]:
         """Return the modules of a kind as places that techniques may stand around, see `find_modules`.
@@ -140,7 +150,7 @@ class Sites:
     def report(self) -> str:
         """One line: n of N weights carry stages or adapters beside them, by kind, and which are left plain."""
         staged = {name for name, site in iter_sites(self.model) if site.is_staged}
-        branched = {clean_name(path) for path, _ in branched_layers(self.model)}
+        branched = {clean_name(path) for path, _ in branched_layers(self.model)} & self.candidates.keys()
         parts = [f"converted {self._shares(staged)} weights"] if staged or not branched else []
         if branched:
             kinds = {self.candidates[name].kind for name in branched}

@@ -120,6 +120,9 @@ class Installation:
     reset_branch: Callable[[nn.Module], None] | None = None
     """Fills the parameters of one layer that `add_branches` wrapped, once they have been materialised
     from meta; called with the random generator seeded for this layer, on full tensors."""
+    fill_branches: Callable[[nn.Module], None] | None = None
+    """In place of `reset_branch`: fills all that `add_branches` brought, once, after the base has its values. Called
+    with the model, which may be sharded, on all ranks."""
 
 
 class TechniqueConfig(Config):
@@ -178,6 +181,10 @@ class TechniqueConfig(Config):
 
     def takes_tokens_out(self) -> bool:
         """Whether it keeps some tokens from being predicted."""
+        return False
+
+    def changes_base(self) -> bool:
+        """Whether its start writes weights of the base, so that they are no longer those of `model.path`."""
         return False
 
     def token_shares(self, num_layers: int) -> Mapping[int, float]:
@@ -273,3 +280,4 @@ class InstalledTechniques:
     trainable_schedule: TrainableSchedule | None = None
     freeze_base: bool = False
     reset_branch: Callable[[nn.Module], None] | None = None
+    fill_branches: Callable[[nn.Module], None] | None = None

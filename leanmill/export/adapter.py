@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.branches import branch_modules, branched_layers, low_rank_branches, stored_names
+from leanmill.core.branches import branch_modules, branched_layers, has_factors, low_rank_branches, stored_names
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.quiet import ignore_warning
@@ -22,6 +22,7 @@ from leanmill.export.compare import allowed, check_same, reload, sample_logits
 from leanmill.export.folded import beside_of, left_out, prepare_config
 from leanmill.export.folding import detach_adapters, fold_sites, reshaping_stages
 from leanmill.export.formats import Activations, Checked, Format
+from leanmill.export.wrapped import take_wrapped, write_wrapped
 from leanmill.models.pretrained import load_weights, quiet_transformers
 from leanmill.trainer.rebuild import Rebuilt
 
@@ -58,7 +59,8 @@ class AdapterFormat(Format):
                 "--activations float is for whole models: an adapter computes with the base it was trained beside"
             )
         self.rebuilt, self.model = rebuilt, rebuilt.model
-        self.adapters = dict(_adapters(self.model))
+        self.wrapped = take_wrapped(self.model)
+        self.adapters = {} if self.wrapped is not None else dict(_adapters(self.model))
         settle_activations(self.model, "trained")
         self.expected = sample_logits(self.model)
         self.needs_base = _needs_base(rebuilt)
@@ -69,7 +71,7 @@ class AdapterFormat(Format):
 
     @classmethod
     def covers(cls, model: Any) -> str | None:
-        if next(_adapters(model), None) is None:
+        if next(branched_layers(model), None) is None and next(_adapters(model), None) is None:
             return "it holds no adapter; add `lora` to techniques and train, or export --to hf"
         return None
 
@@ -79,7 +81,11 @@ class AdapterFormat(Format):
             with quiet_transformers():
                 self.model.save_pretrained(folder / "base", safe_serialization=True)
         revision = None if self.needs_base else self.rebuilt.recipe.model.revision
-        _write(folder, self.adapters, self.model, self.base_name, revision)
+        if self.wrapped is not None:
+            self.num_parameters = write_wrapped(folder, self.model, self.wrapped, self.base_name, revision)
+        else:
+            _write(folder, self.adapters, self.model, self.base_name, revision)
+            self.num_parameters = sum(f.a.numel() + f.b.numel() for f in self.adapters.values())
 
     def check(self, folder: Path) -> Checked:
         from peft import PeftModel
@@ -93,15 +99,19 @@ class AdapterFormat(Format):
         return Checked(
             max_difference=difference,
             tolerance=allowed(self.expected),
-            num_parameters=sum(f.a.numel() + f.b.numel() for f in self.adapters.values()),
-            notes=(f"{len(self.adapters)} adapters on {self.base_name}{beside}", *self.left_out),
+            num_parameters=self.num_parameters,
+            notes=(
+                f"{len(self.adapters if self.wrapped is None else self.wrapped.layers)} adapters on "
+                f"{self.base_name}{beside}",
+                *self.left_out,
+            ),
         )
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, _Factors]]:
     """Yield (plain name, factors) of every adapter, in either form."""
     for path, layer in branched_layers(model):
-        for delta in low_rank_branches(layer):
+        for delta in low_rank_branches(layer) if has_factors(layer) else ():
             yield clean_name(path), _Factors(delta.a, delta.b, delta.scaling, False)
     for name, site in iter_sites(model):
         deltas = [stage for stage in site.weight_stages() if stage.slot is Slot.DELTA]
@@ -140,7 +150,8 @@ def _needs_base(rebuilt: Rebuilt) -> bool:
     own |= {id(p) for module in model.modules() if isinstance(module, Stage) for p in module.parameters()}
     is_trained = any(p.requires_grad and id(p) not in own for p in model.parameters())
     is_reshaped = any(reshaping_stages(site) for _, site in iter_sites(model))  # type: ignore[arg-type]
-    return rebuilt.recipe.model.path is None or is_trained or is_reshaped
+    is_changed = any(technique.changes_base() for technique in rebuilt.recipe.techniques)
+    return rebuilt.recipe.model.path is None or is_trained or is_reshaped or is_changed
 
 
 def _strip(model: Any) -> None:

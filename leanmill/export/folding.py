@@ -39,9 +39,19 @@ def fold(model: Any) -> None:
     check_mergeable(model)
     for path, layer in list(branched_layers(model)):
         base = base_of(layer)
-        _replace(model, path, merged(layer, base.fold() if isinstance(base, Site) else base))
+        _replace(model, path, _merged(path, layer, base.fold() if isinstance(base, Site) else base))
     fold_sites(model)
     forget_branches(model)
+
+
+def _merged(path: str, layer: nn.Module, base: nn.Module) -> nn.Module:
+    try:
+        return merged(layer, base)
+    except (NotImplementedError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: this adapter is no weight that could be merged ({' '.join(str(error).split())}); export it with "
+            f"`--to adapter`"
+        ) from error
 
 
 def check_mergeable(model: nn.Module) -> None:

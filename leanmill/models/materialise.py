@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 
 def make_materialiser(
-    config: ModelConfig, *, seed: int, reset_branches: Callable[[nn.Module], None] | None = None
+    config: ModelConfig,
+    *,
+    seed: int,
+    reset_branches: Callable[[nn.Module], None] | None = None,
+    fill_branches: Callable[[nn.Module], None] | None = None,
 ) -> Callable[[nn.Module], None]:
     """Return the function an engine calls to fill a train module in place.
 
@@ -46,17 +50,32 @@ def make_materialiser(
         seed: Seed of everything drawn.
         reset_branches: Fills a full-size copy of an adapter layer, in place; None fills them as PEFT
             does by default.
+        fill_branches: Fills all adapters of a model whose base has its values, in their place; a collective.
     """
 
     def materialise(module: nn.Module) -> None:
         model = _causal_lm(module)
         loaded = _load(config, model) if config.path is not None else frozenset()
-        _Filler(module, model, seed, loaded, reset_branches or reset_branch).fill()
+        _fill(module, model, seed, loaded, reset_branches, fill_branches)
         if loaded:
             _unfold_arounds(model)
         initialise_stages(model)
 
     return materialise
+
+
+def _fill(
+    module: nn.Module,
+    model: nn.Module,
+    seed: int,
+    loaded: frozenset[int],
+    reset_branches: Callable[[nn.Module], None] | None,
+    fill_branches: Callable[[nn.Module], None] | None,
+) -> None:
+    reset = None if fill_branches is not None else reset_branches or reset_branch
+    _Filler(module, model, seed, loaded, reset).fill()
+    if fill_branches is not None:
+        fill_branches(model)
 
 
 @torch.no_grad()
@@ -98,10 +117,10 @@ def initialise_stages(model: nn.Module) -> None:
             weight = twin(weight)
 
 
-def draw(module: nn.Module, *, seed: int) -> None:
+def draw(module: nn.Module, *, seed: int, fill_branches: Callable[[nn.Module], None] | None = None) -> None:
     """Fill a train module or causal LM with random values, whatever its weights will come from."""
     model = _causal_lm(module)
-    _Filler(module, model, seed, frozenset(), reset_branch).fill()
+    _fill(module, model, seed, frozenset(), None, fill_branches)
     initialise_stages(model)
 
 
@@ -143,7 +162,7 @@ class _Filler:
         model: nn.Module,
         seed: int,
         loaded: frozenset[int],
-        reset_branches: Callable[[nn.Module], None],
+        reset_branches: Callable[[nn.Module], None] | None,
     ) -> None:
         self.root, self.model, self.seed = root, model, seed
         self.done = set(loaded)
@@ -164,10 +183,20 @@ class _Filler:
             elif is_branched(module):
                 branches = branch_modules(module)
                 visited.update(id(m) for m in branches)
-                self._draw(f"{name}.branches", [module, *branches], module, self.reset_branches)
+                if self.reset_branches is None:
+                    self._give_storage([module, *branches])
+                else:
+                    self._draw(f"{name}.branches", [module, *branches], module, self.reset_branches)
             elif module._parameters or module._buffers:
                 self._draw(name, [module], module, initialisers.get(id(module), _no_initialiser))
         self._check()
+
+    def _give_storage(self, members: list[nn.Module]) -> None:
+        """For tensors whose values come later."""
+        for module in members:
+            for key in (*module._parameters, *module._buffers):
+                if _own(module, key) is not None:
+                    self.done.add(id(_with_storage(module, key, self.root)))
 
     def _initialisers(self) -> dict[int, Callable[[Any], None]]:
         """By module id: transformers initialises a module through the innermost model that holds it."""

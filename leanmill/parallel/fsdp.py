@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from leanmill.core.blocks import added_blocks, decoder_blocks
+from leanmill.core.blocks import added_blocks, decoder_blocks, shared_between
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite
 from leanmill.core.sites import iter_sites, staged_parameters
@@ -74,6 +74,8 @@ class FsdpEngine(TorchEngine):
         self._experts: ExpertSharding | None = None
         self.autocasts = False
         """Whether everything is gathered in fp32 and autocast gives bf16."""
+        self._root: nn.Module | None = None
+        self._shared: list[nn.Parameter] = []
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
         if self.layout.fully_sharded is not None:
@@ -98,7 +100,9 @@ class FsdpEngine(TorchEngine):
             device=self.device,
         )
         model: nn.Module = module.model  # type: ignore[assignment]
-        for block in (*decoder_blocks(model), *added_blocks(model)):
+        blocks = [*decoder_blocks(model), *added_blocks(model)]
+        self._root, self._shared = module, _lift_shared(module, blocks)
+        for block in blocks:
             self._shard(block, reshard_after_forward=self.config.reshard_after_forward)
         # The root's weights are used at the end of forward and at the start of backward: freeing
         # them in between would only gather them twice.
@@ -130,10 +134,16 @@ class FsdpEngine(TorchEngine):
             offload_policy=self._offload_policy(),
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=None if self._experts is None else self._experts.placement,
-            ignored_params=None if self._owned is None else set(self._owned.parameters()),
+            ignored_params=self._ignored(module),
         )
         if self._gathers_bf16:
             _split_off_staged(module, self.staging.weights, self._mixed_precision("fp32"))
+
+    def _ignored(self, module: nn.Module) -> set[nn.Parameter] | None:
+        """Parameters below `module` that its group leaves to others."""
+        of_root = () if module is self._root else self._shared
+        owned = () if self._owned is None else self._owned.parameters()
+        return {*of_root, *owned} or None
 
     @property
     def _gathers_bf16(self) -> bool:
@@ -189,6 +199,17 @@ class FsdpEngine(TorchEngine):
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
         _move_plain_tensors(model, self.device)
         return model
+
+
+def _lift_shared(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Let the root's group hold what several blocks share, and return it: a parameter has one group.
+
+    FSDP2 looks for a group's parameters outside of the modules that have groups of their own.
+    """
+    shared = shared_between(blocks)
+    if shared:
+        module.add_module("shared_between_blocks", nn.ModuleList(shared))
+    return [parameter for one in shared for parameter in one._parameters.values() if parameter is not None]
 
 
 def _staged_at_use(module: nn.Module, once: Sequence[StagedOnce]) -> set[int]:

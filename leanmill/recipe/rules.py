@@ -288,7 +288,7 @@ def _branches(recipe: Sections) -> Iterator[str]:
     if len(names) > 1:
         yield (
             f"{' and '.join(names)} both wrap layers with output branches, and PEFT would let the second replace the "
-            f"first; keep one with where: branch, and give the other where: weight"
+            f"first; keep one of them, or use `type: lora` with where: weight for the other"
         )
 
 

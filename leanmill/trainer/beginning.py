@@ -12,6 +12,8 @@ from torch import nn
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import optimized_names, read_document
+from leanmill.core.branches import branch_tensors
+from leanmill.core.names import state_name
 from leanmill.core.stage import is_added_tensor
 from leanmill.data.train_data import TrainData
 from leanmill.models.pretrained import local_folder
@@ -115,8 +117,11 @@ def saved_part(recipe: Recipe, model: nn.Module, prepared: Prepared) -> dict[str
 
     A frozen base that came from a checkpoint is not written again; its digest is.
     """
-    if not (prepared.techniques.freeze_base and recipe.model.path):
+    is_changed = any(technique.changes_base() for technique in recipe.techniques)
+    if not (prepared.techniques.freeze_base and recipe.model.path) or is_changed:
         return {}
+    of_adapters = {state_name(path) for path, _, _ in branch_tensors(model)}
     names = {name for name, _ in state_parameters(model) if name in prepared.trained or is_added_tensor(name)}
     names |= {name for name, _ in state_buffers(model) if is_added_tensor(name)}
+    names |= {name for name, _ in (*state_parameters(model), *state_buffers(model)) if name in of_adapters}
     return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}

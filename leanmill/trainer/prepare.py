@@ -86,7 +86,12 @@ def prepare(
     engine.prepare(
         module,
         Preparation(
-            materialise=make_materialiser(recipe.model, seed=recipe.seed, reset_branches=techniques.reset_branch),
+            materialise=make_materialiser(
+                recipe.model,
+                seed=recipe.seed,
+                reset_branches=techniques.reset_branch,
+                fill_branches=techniques.fill_branches,
+            ),
             make_optimizer=lambda live: _optimizer(recipe, live, techniques.param_rules),
             num_micro_batches=num_micro_batches,
             max_grad_norm=recipe.train.max_grad_norm,
@@ -206,7 +211,7 @@ def install_techniques(
         _add(installed, part)
         if part.add_branches is not None:
             branches.append((config, part.add_branches))
-            installed.reset_branch = part.reset_branch
+            installed.reset_branch, installed.fill_branches = part.reset_branch, part.fill_branches
     installed.step_rules.extend(context.shared_rules())
     base = {id(parameter) for parameter in _base_parameters(model)}
     for config, add_branches in branches:

@@ -69,9 +69,9 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     techniques = install_techniques(listed_and_unasked(recipe, model), model, context)
     load_state(techniques.step_rules, state.get("rules", {}))
     if partial:
-        make_materialiser(recipe.model, seed=recipe.seed)(model)
+        make_materialiser(recipe.model, seed=recipe.seed, fill_branches=techniques.fill_branches)(model)
     else:
-        draw(model, seed=recipe.seed)
+        draw(model, seed=recipe.seed, fill_branches=techniques.fill_branches)
     kept = {
         name: value
         for name, value in stored.items()

@@ -53,8 +53,8 @@ def trained_model(recipe: Recipe) -> Any:
         raise AssertionError(path)
 
     context = InstallContext(load_frozen_model=no_teacher, vocab_size=97, seed=recipe.seed)
-    install_techniques(recipe.techniques, model, context)
-    make_materialiser(recipe.model, seed=recipe.seed)(model)
+    techniques = install_techniques(recipe.techniques, model, context)
+    make_materialiser(recipe.model, seed=recipe.seed, fill_branches=techniques.fill_branches)(model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, parameter in state_parameters(model):

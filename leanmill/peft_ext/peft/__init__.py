@@ -1,0 +1,1 @@
+"""Every adapter method of Hugging Face PEFT that fits beside a layer."""

@@ -1,0 +1,100 @@
+"""Configuration of PEFT's methods. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.technique import Installation, InstallContext, TrainedTechniqueConfig
+from leanmill.peft_ext.peft.methods import CHANGES_BASE, METHODS, STARTS
+from leanmill.peft_ext.peft.options import check_method, check_options
+
+
+if TYPE_CHECKING:
+    from leanmill.core.sites import Sites
+
+
+class Peft(TrainedTechniqueConfig):
+    """Freeze the model and train an adapter of any method of Hugging Face PEFT beside its layers.
+
+    Options of the method stand next to `method`, by PEFT's names: `{type: peft, method: vera, r: 64}`.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+
+    type: Literal["peft"] = "peft"
+    """Name of the technique."""
+    method: Literal[
+        "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3", "lily",
+        "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "peanut", "psoft", "pvera", "randlora", "road", "shira",
+        "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
+    ]  # fmt: skip
+    """PEFT's name of the method, in lower case."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the method, by PEFT's names; a recipe may write them beside `method` instead."""
+    targets: list[str] | None = None
+    """Patterns of the layers to wrap; None takes every linear layer except the head, and every norm or the
+    embedding for methods that wrap those."""
+    exclude: list[str] = Field(default_factory=list)
+    """Patterns of layers to leave out again."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        if "method" in raw:
+            check_method(raw["method"])
+        beside = {key: value for key, value in raw.items() if key not in cls.model_fields}
+        options = raw.get("options", {})
+        if not beside or not isinstance(options, Mapping):
+            return raw
+        twice = sorted(beside.keys() & options.keys())
+        if twice:
+            raise ConfigError(f"peft.{twice[0]} stands beside `method` and in peft.options; keep one")
+        return {key: value for key, value in raw.items() if key not in beside} | {"options": {**options, **beside}}
+
+    @model_validator(mode="after")
+    def _belong_to_the_method(self) -> Peft:
+        given = {name: value for name, value in self.options.items() if (name, value) != ("bias", "none")}
+        check_options(self.method, given)
+        start = self.options.get("init_lora_weights", True)
+        if isinstance(start, str) and not start.startswith(STARTS):
+            raise ConfigError(
+                f"peft.init_lora_weights={start} needs data or another base; use true, {', '.join(STARTS)} or "
+                f"pissa_niter_N"
+            )
+        return self
+
+    def adds_branches(self) -> bool:
+        """All methods wrap layers."""
+        return True
+
+    def changes_base(self) -> bool:
+        """Starts that move a part of each weight into the adapter do."""
+        return str(self.options.get("init_lora_weights", "")).startswith(CHANGES_BASE)
+
+    def install(self, sites: Sites, context: InstallContext) -> Installation:
+        """Arrange for PEFT to wrap the selected layers.
+
+        Raises:
+            ConfigError: PEFT refuses the options, a pattern matches nothing, or a layer cannot be wrapped.
+        """
+        from leanmill.peft_ext.peft.inject import adapters
+
+        method = METHODS[self.method]
+        return adapters(
+            sites,
+            method=self.method,
+            options={name: value for name, value in self.options.items() if name != "bias"},
+            targets=self.targets,
+            exclude=self.exclude,
+            wraps=method.wraps,
+            reads_weight=method.reads_weight or bool(self.options.get("use_dora")),
+            starts_from_weight=method.starts_from_weight or bool(self.options.get("use_dora")),
+            changes_base=self.changes_base(),
+            seed=context.seed or 0,
+        )

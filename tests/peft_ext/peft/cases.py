@@ -1,0 +1,38 @@
+"""Every method of PEFT that trains here, at sizes for a tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "boft": {"boft_block_size": 4},
+    "c3a": {"block_size": 8},
+    "deft": {"r": 4},
+    "fourierft": {"n_frequency": 10},
+    "glora": {"r": 4},
+    "gralora": {"r": 4},
+    "hira": {"r": 4},
+    "hra": {"r": 4},
+    "ia3": {"feedforward_modules": ["down_proj"]},
+    "lily": {"r": 4},
+    "miss": {"r": 4},
+    "oft": {"oft_block_size": 8},
+    "peanut": {"r": 4},
+    "psoft": {"r": 4},
+    "pvera": {"r": 4},
+    "randlora": {"r": 4},
+    "road": {"group_size": 8},
+    "shira": {"r": 2},
+    "supertuning": {"sparsity": 0.9},
+    "trainable_tokens": {"token_indices": [1, 5, 9]},
+    "vblora": {"vector_length": 8, "num_vectors": 8},
+    "vera": {"r": 4},
+    "waveft": {"n_frequency": 10},
+}
+
+
+def raw_of(method: str, **options: Any) -> dict[str, Any]:
+    """A recipe's line for a method."""
+    targets = {} if method in ("ln_tuning", "trainable_tokens") else {"targets": ["q_proj", "v_proj", "down_proj"]}
+    return {"type": "peft", "method": method, **targets, **OPTIONS.get(method, {}), **options}
