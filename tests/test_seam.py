@@ -19,6 +19,8 @@ ROOMS = {entry.target.split(".")[1] for entry in (TECHNIQUES | PASSES).values()}
 LIBRARIES = {
     "logits": "what transformers' models return",
     "groups": "what a match of a regular expression holds",
+    "_disable_adapters": "where PEFT's layers keep whether they are off",
+    "find_spec": "how Python finds a module",
     "init": "what starts a run of Weights & Biases",
     **dict.fromkeys(
         (

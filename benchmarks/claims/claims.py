@@ -110,6 +110,18 @@ _EVOPRESS = {
 }
 
 
+_TO_CPP = ["data.source.domains={cpp: 1.0}"]
+"""What a model trained on Python is adapted to."""
+_LORA_RANK = 32
+
+
+def _adapted(**technique: Any) -> Variant:
+    return Variant(techniques=[technique], continues=True, overrides=_TO_CPP)
+
+
+_LORA = _adapted(type="lora", rank=_LORA_RANK, alpha=_LORA_RANK)
+"""327,680 parameters in the recipe's 28 linear layers."""
+
 CLAIMS: dict[str, Claim] = {
     "low_bit_w4a4": Claim(
         says="QuEST trains to a lower loss than LSQ, and LSQ than plain straight-through, at 4 bits",
@@ -228,5 +240,26 @@ CLAIMS: dict[str, Claim] = {
         },
         remark="Both read the corpus a second time, from the same dense model. At equal tokens: with 2 of 8 experts "
         "a token costs the upcycled model more.",
+    ),
+    "lora_sb": Claim(
+        says="LoRA-SB, with a 20th of LoRA's parameters, ends no higher than LoRA; LoRA-XS, of as many, does not",
+        source="Ponkshe et al. 2024, arXiv:2411.19557",
+        variants={
+            # 28 cores of 24 x 24: 16,128 parameters. The step is the recipe's rate over its steps of warm-up.
+            "lora-sb, 16k": _adapted(
+                type="peft", method="core_lora", variant="lora_sb", r=24, alpha=24, gradient_step=1.8e-4
+            ),
+            "lora, 328k": _LORA,
+            "lora-xs, 16k": _adapted(type="peft", method="core_lora", variant="lora_xs", r=24, alpha=24),
+        },
+    ),
+    "mos": Claim(
+        says="MoS, with an 8th of LoRA's parameters, ends no higher than LoRA; LoRA of as many does not",
+        source="Wang et al. 2024, arXiv:2410.00938",
+        variants={
+            "mos, 41k": _adapted(type="peft", method="mos", r=32, pool_rank=4, num_shards=4, private_rank=1, alpha=32),
+            "lora, 328k": _LORA,
+            "lora, 41k": _adapted(type="lora", rank=4, alpha=4),
+        },
     ),
 }

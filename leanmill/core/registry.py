@@ -115,7 +115,7 @@ TECHNIQUES: dict[str, Entry] = {
     ),
     "peft": Entry(
         "leanmill.peft_ext.peft.config:Peft",
-        "an adapter of any method of Hugging Face PEFT that fits beside a layer: VeRA, OFT, LoHa, DoRA, ... (31)",
+        "an adapter of any method of Hugging Face PEFT (VeRA, OFT, DoRA, ...), LoRA-XS, LoRA-SB, MoSLoRA, MoS, NOLA",
         "Mangrulkar et al. 2022, github.com/huggingface/peft",
     ),
     "lisa": Entry(

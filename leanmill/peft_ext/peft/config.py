@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -28,13 +29,17 @@ class Peft(TrainedTechniqueConfig):
     type: Literal["peft"] = "peft"
     """Name of the technique."""
     method: Literal[
-        "beft", "boft", "c3a", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3", "lily",
-        "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "peanut", "psoft", "pvera", "randlora", "road", "shira",
-        "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
-    ]  # fmt: skip
+        "beft", "boft", "c3a", "core_lora", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3",
+        "lily", "ln_tuning", "loha", "lokr", "lora", "miss", "mos", "nola", "oft", "peanut", "psoft", "pvera",
+        "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera",
+        "waveft",
+    ] = "lora"  # fmt: skip
     """PEFT's name of the method, in lower case."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options of the method, by PEFT's names; a recipe may write them beside `method` instead."""
+    gradient_step: float | None = Field(default=None, gt=0)
+    """For `method: core_lora` with `variant: lora_sb`, which needs it: learning rate of the step of full fine-tuning
+    that the adapter starts from. The paper takes that of the run over its share of warm-up and its steps."""
     targets: list[str] | None = None
     """Patterns of the layers to wrap; None takes every linear layer except the head, and every norm or the
     embedding for methods that wrap those."""
@@ -61,6 +66,14 @@ class Peft(TrainedTechniqueConfig):
     def _belong_to_the_method(self) -> Peft:
         given = {name: value for name, value in self.options.items() if (name, value) != ("bias", "none")}
         check_options(self.method, given)
+        is_sb = self.options.get("variant") == "lora_sb"
+        if is_sb != (self.gradient_step is not None):
+            raise ConfigError(
+                "peft.gradient_step is missing: variant: lora_sb starts from a step of full fine-tuning of this "
+                "learning rate; add e.g. gradient_step: 1e-3"
+                if is_sb
+                else "peft.gradient_step belongs to method: core_lora with variant: lora_sb; remove it"
+            )
         start = self.options.get("init_lora_weights", True)
         if isinstance(start, str) and not start.startswith(STARTS):
             raise ConfigError(
@@ -86,7 +99,7 @@ class Peft(TrainedTechniqueConfig):
         from leanmill.peft_ext.peft.inject import adapters
 
         method = METHODS[self.method]
-        return adapters(
+        installation = adapters(
             sites,
             method=self.method,
             options={name: value for name, value in self.options.items() if name != "bias"},
@@ -98,3 +111,8 @@ class Peft(TrainedTechniqueConfig):
             changes_base=self.changes_base(),
             seed=context.seed or 0,
         )
+        if self.gradient_step is None:
+            return installation
+        from leanmill.peft_ext.peft.gradient_start import GradientStart
+
+        return replace(installation, step_rules=(GradientStart(sites.model, self.gradient_step),))

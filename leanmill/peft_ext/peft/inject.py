@@ -72,7 +72,7 @@ def adapters(
     def add_branches(model: nn.Module) -> None:
         if reads_weight or starts_from_weight or changes_base:
             _refuse_stages(model, method, names)
-        wrapping.wrap(model)
+        wrapping.around(model)
 
     return Installation(freeze_base=True, add_branches=add_branches, fill_branches=wrapping.fill)
 
@@ -114,7 +114,7 @@ def _named(names: Sequence[str], targets: Sequence[str] | None, exclude: Sequenc
 def _peft_config(method: str, options: Mapping[str, Any], names: Sequence[str], seed: int) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    kind = next(config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name.value.lower() == method)
+    kind: Any = next(config for name, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if name.value.lower() == method)
     given = dict(options)
     if "random_seed" in kind.__dataclass_fields__ and given.get("random_seed") is None:
         given["random_seed"] = seed  # else PEFT would draw places that nobody could draw again
@@ -166,7 +166,7 @@ class _Wrapping:
     skeleton: nn.Module | None = field(default=None, repr=False)
     """The plain model without storage, until the live one is filled."""
 
-    def wrap(self, model: nn.Module) -> None:
+    def around(self, model: nn.Module) -> None:
         if any(is_branched(module) for module in model.modules()):
             raise ConfigError(
                 "two techniques wrap layers with output branches, and PEFT would let the second replace the first; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -71,24 +72,19 @@ def _fields() -> Mapping[str, frozenset[str]]:
     if found is None or found.origin is None:
         raise ConfigError("type: peft needs Hugging Face PEFT, which is not installed; run `pip install peft`")
     classes: dict[str, ast.ClassDef] = {}
-    for path in sorted((Path(found.origin).parent / "tuners").rglob("*.py")):
-        if path.name in ("config.py", "lycoris_utils.py"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    theirs = sorted((Path(found.origin).parent / "tuners").rglob("*.py"))
+    ours = sorted((Path(__file__).parent.parent / "tuners").glob("*.py"))
+    for path in [*(path for path in theirs if path.name in ("config.py", "lycoris_utils.py")), *ours]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     named = {method: node for node in classes.values() for method in _method_of(node)}
     return {method: frozenset(_fields_of(node, classes)) for method, node in named.items()}
 
 
 def _method_of(node: ast.ClassDef) -> list[str]:
-    """The `PeftType` that a configuration gives itself, in lower case."""
-    return [
-        inner.value.attr.lower()
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.Assign)
-        and isinstance(inner.value, ast.Attribute)
-        and isinstance(inner.value.value, ast.Name)
-        and inner.value.value.id == "PeftType"
-    ]
+    """The `PeftType` that a configuration gives itself, in lower case: `PeftType.LORA` or `PeftType("LORA")`."""
+    given = [ast.unparse(inner.value) for inner in ast.walk(node) if isinstance(inner, ast.Assign)]
+    return [found[1].lower() for text in given if (found := re.fullmatch(r"PeftType(?:\.|\(')(\w+)(?:'\))?", text))]
 
 
 def _fields_of(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> set[str]:

@@ -8,6 +8,7 @@ from typing import Any
 OPTIONS: dict[str, dict[str, Any]] = {
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 8},
+    "core_lora": {"r": 4},
     "deft": {"r": 4},
     "fourierft": {"n_frequency": 10},
     "glora": {"r": 4},
@@ -17,6 +18,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ia3": {"feedforward_modules": ["down_proj"]},
     "lily": {"r": 4},
     "miss": {"r": 4},
+    "mos": {"r": 4},
+    "nola": {"r": 4, "num_basis": 8},
     "oft": {"oft_block_size": 8},
     "peanut": {"r": 4},
     "psoft": {"r": 4},

@@ -51,6 +51,8 @@ def test_options_stand_beside_the_method_or_below():
         ({"method": "lora", "bias": "all"}, "type: perp"),
         ({"method": "lora", "eva_config": {}}, "needs activations of data"),
         ({"method": "lora", "init_lora_weights": "loftq"}, "needs data or another base; use true, gaussian"),
+        ({"method": "core_lora", "variant": "lora_sb"}, "gradient_step is missing.*add e.g. gradient_step: 1e-3"),
+        ({"method": "core_lora", "gradient_step": 0.1}, "belongs to method: core_lora with variant: lora_sb"),
         ({"method": "vera", "r": 4, "options": {"r": 5}}, "peft.r stands beside `method` and in peft.options"),
         *(({"method": name}, f"method={name} does not train here: .*use ") for name in REFUSED),
     ],

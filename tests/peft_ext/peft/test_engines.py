@@ -26,8 +26,16 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"type": "deepspeed", "stage": 2},
     "zero3": {"type": "deepspeed", "stage": 3},
 }
-HANDFUL = ("vblora", "hra", "tinylora")
-"""A pool that layers share, a weight that is read, a start from the weight with frozen buffers."""
+HANDFUL = ("mos", "hra", "lora_sb")
+"""Pools that layers share, a weight that is read, a start from the gradient that rewrites frozen tensors."""
+VARIANTS = {
+    "lora_sb": raw_of("core_lora", variant="lora_sb", gradient_step=1e-2),
+    "moslora": raw_of("core_lora", variant="moslora"),
+    "nlora": raw_of("core_lora", variant="nlora"),
+    "dora": raw_of("lora", r=4, use_dora=True),
+    "pissa": raw_of("lora", r=4, init_lora_weights="pissa"),
+}
+EVERY = (*METHODS, *VARIANTS)
 OF_ITS_MICRO_BATCH = {"pvera", "lily"}
 """The first draws in every forward, the second averages its router over all tokens of a forward."""
 
@@ -39,7 +47,7 @@ def recipe_of(method: str, engine: dict[str, Any], world_size: int, **train_opti
             "device": "cpu",
             "model": {"config": MODEL | {"num_key_value_heads": 2, "tie_word_embeddings": False}},
             "data": {"sequence_length": SEQUENCE_LENGTH},
-            "techniques": [raw_of(method)],
+            "techniques": [VARIANTS.get(method) or raw_of(method)],
             "engine": engine,
             "optimizer": {"type": "adamw", "lr": 1e-2, "eps": 1e-3},
             "schedule": {"type": "constant", "warmup_steps": 0},
@@ -106,11 +114,11 @@ def test_a_handful_of_methods(engine: str):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_method(engine: str):
-    check(engine, tuple(METHODS))
+    check(engine, EVERY)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
 def test_every_method_with_recomputation(engine: str):
-    check(engine, tuple(METHODS), activation_checkpointing="full")
+    check(engine, EVERY, activation_checkpointing="full")

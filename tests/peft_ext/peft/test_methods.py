@@ -126,7 +126,7 @@ def test_what_does_not_depend_on_the_weight_is_marked_so(base: Path):
                     parameter.normal_()
             sites = Sites(model)
             config = _config_of(method, sites)
-            _Wrapping(method, config, 0, False, False).wrap(model)
+            _Wrapping(method, config, 0, False, False).around(model)
             found.append({path: tensor for path, tensor, _ in branch_tensors(model)})
         assert all(torch.equal(found[0][path], found[1][path]) for path in found[0]), method
 
