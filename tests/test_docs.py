@@ -16,6 +16,7 @@ from leanmill.core.rules import metrics_of
 from leanmill.core.sites import iter_sites
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
+from leanmill.recipe.schema import recipe_schema
 from tests.contract_training import FixedRows, full_parameters, recipe_of, train
 
 
@@ -117,3 +118,42 @@ def test_every_technique_has_its_configuration_in_the_reference(name):
     module = registry.TECHNIQUES[name].target.partition(":")[0]
     page = (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
     assert f"## {name}\n\n::: {module}\n" in page
+
+
+def _keys_of_the_recipe():
+    """Every dotted key that some recipe may have."""
+    schema = recipe_schema()
+    found = set()
+
+    def walk(node, path):
+        if not isinstance(node, dict):
+            return
+        if "$ref" in node:
+            walk(schema["$defs"][node["$ref"].rpartition("/")[2]], path)
+        for way in ("anyOf", "oneOf", "allOf"):
+            for branch in node.get(way, []):
+                walk(branch, path)
+        for way in ("then", "else"):
+            walk(node.get(way), path)
+        for name, child in node.get("properties", {}).items():
+            key = f"{path}.{name}" if path else name
+            found.add(key)
+            if key.count(".") < 3:
+                walk(child, key)
+
+    walk(schema, "")
+    return found
+
+
+def test_the_tables_for_those_who_come_from_elsewhere_name_keys_that_exist():
+    text = (ROOT / "docs/guides/coming-from.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert len(rows) > 50
+    known, named = _keys_of_the_recipe(), 0
+    for _, keys, note in rows:
+        for key in re.findall(r"`([^`]+)`", keys):
+            assert key in known, f"{key} is no key of a recipe"
+            named += 1
+        for written in re.findall(r"`- (\{[^`]+\})`", note):
+            registry.parse_technique(yaml.safe_load(written))
+    assert named > 60
