@@ -153,6 +153,10 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     # Everything of BitNet, after a step in full precision and one half-way.
     "bitnet": {"type": "ternary", "activation_bits": 8, "input_norm": True, "warmup_steps": 2},
     "binary": {"type": "binary"},
+    # Two bases in the first step, then one.
+    "two_bases": {"type": "binary", "num_bases": 2, "bases_until": 1},
+    "salient_signs": {"type": "binary", "granularity": "row", "center": False, "salient": 0.1},
+    "wave": {"type": "binary", "center": False, "frequency": 20.0, "warmup_steps": 2},
     "paretoq": {"type": "paretoq", "weight_bits": 1.58},
     "elastic_signs": {"type": "paretoq", "weight_bits": 1},
     "lsq_plus": {
@@ -287,9 +291,11 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "elastic_signs": ("elastic_signs",),
-    **{name: (name,) for name in ("best_fp4", "falling_bits", "widths_in_turn")},
+    **{name: (name,) for name in ("best_fp4", "falling_bits", "widths_in_turn", "two_bases", "wave")},
     "experts in floating point": ("mixtral", "fp_quant_scaled", "nm_sparsity"),
+    "salient_signs": ("salient_signs",),
     "signs of kept weights": ("nm_sparsity", "binary", "lora", "distill"),
+    "experts of one and of eight bits": ("mixtral", "salient_signs", "nm_sparsity", "router_balance"),
     "experts of one bit": ("mixtral", "binary"),
     "experts with a scale a row": ("mixtral", "paretoq", "router_balance"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),

@@ -45,7 +45,7 @@ TECHNIQUES: dict[str, Entry] = {
     ),
     "binary": Entry(
         "leanmill.quant.binary.config:Binary",
-        "weights in {-s, s}: signs and the mean magnitude (BitNet, XNOR-Net, BiLM), straight-through",
+        "weights in {-s, s}: signs and the mean magnitude (BitNet, XNOR-Net), several bases, PB-LLM, BiPer",
         "Wang et al. 2023, arXiv:2310.11453; Rastegari et al. 2016, arXiv:1603.05279",
     ),
     "int_quant": Entry(
