@@ -214,6 +214,15 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "block_shape": [4, 2],
         "criterion": "gradient",
     },
+    # Drawn in the second step; the third trains what is left.
+    "early_ticket": {
+        "type": "early_ticket",
+        "scope": "global",
+        "compare_every_steps": 1,
+        "num_masks": 2,
+        "tolerance": 1.0,
+        "latest": 0.9,
+    },
     # About a third is pruned in the end.
     "learned_threshold": {"type": "learned_threshold", "push": 0.1, "lr_factor": 0.3},
     "pruned_by_movement": {
@@ -270,7 +279,10 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     **{
         name: (name,) for name in ("quest_weights", "lsq_tensor", "lsq_tied", "second_lora", "nm_sparsity_tied", "perp")
     },
-    **{name: (name,) for name in ("stepwise", "transposable", "pruned_columns", "pruned_by_movement", "drawn_mask")},
+    **{
+        name: (name,)
+        for name in ("stepwise", "transposable", "pruned_columns", "pruned_by_movement", "drawn_mask", "early_ticket")
+    },
     "pulled beside others": ("mixtral", "pulled_aside", "ternary", "router_balance"),
     "experts with thresholds": ("mixtral", "learned_threshold", "ternary", "router_balance"),
     "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),

@@ -103,6 +103,11 @@ TECHNIQUES: dict[str, Entry] = {
         "prune ever more while training: weights, blocks, rows or columns, in each layer or over all",
         "Zhu and Gupta 2017, arXiv:1710.01878",
     ),
+    "early_ticket": Entry(
+        "leanmill.sparse.early_ticket.config:EarlyTicket",
+        "prune at once, as soon as what would be pruned has settled",
+        "You et al. 2020, arXiv:1909.11957",
+    ),
     "learned_threshold": Entry(
         "leanmill.sparse.learned_threshold.config:LearnedThresholdConfig",
         "prune what lies below a threshold of its row, which is trained",

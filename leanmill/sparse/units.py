@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.technique import WeightTechniqueConfig
 
 
 if TYPE_CHECKING:
@@ -61,6 +64,53 @@ class Unit:
     def _sizes(self, shape: Sequence[int]) -> tuple[int, int]:
         whole = {"weight": (1, 1), "row": (1, shape[-1]), "column": (shape[-2], 1)}
         return whole.get(self.kind, self.block_shape)
+
+
+_Side = Annotated[int, Field(ge=1)]
+
+
+class UnitsConfig(WeightTechniqueConfig):
+    """Base of techniques that prune units of weights."""
+
+    pattern: Literal["unstructured", "block", "row", "column"] = "unstructured"
+    """What is pruned as one: weights, blocks of `block_shape`, rows (outputs) or columns (inputs)."""
+    block_shape: tuple[_Side, _Side] | None = None
+    """Rows and columns of a block; they must divide every target."""
+    scope: Scope = "layer"
+    """`layer` prunes the same share of each weight, `global` compares all of them; a stack of experts is one."""
+
+    @model_validator(mode="after")
+    def _has_a_shape_or_none(self) -> UnitsConfig:
+        if (self.pattern == "block") != (self.block_shape is not None):
+            raise ConfigError(
+                f"{self._type} with pattern {self.pattern} and block_shape {self.block_shape}; set pattern: block "
+                f"and block_shape: [4, 4] together, or neither"
+            )
+        return self
+
+    @property
+    def _type(self) -> str:
+        return str(type(self).model_fields["type"].default)
+
+    def unit(self) -> Unit:
+        """Return what is pruned as one."""
+        if self.pattern == "unstructured":
+            return Unit("weight")
+        return Unit(self.pattern, self.block_shape or (1, 1))
+
+    def check_target(self, name: str, shape: tuple[int, ...], sparsity: float) -> None:
+        """Refuse a weight that blocks do not divide, or of which nothing would be left.
+
+        Raises:
+            ConfigError: See above.
+        """
+        unit = self.unit()
+        unit.check(name, shape, self._type)
+        if self.scope == "layer" and round(sparsity * unit.count(shape)) == unit.count(shape):
+            raise ConfigError(
+                f"{self._type}.sparsity={sparsity:g} leaves none of {unit.count(shape)} {unit.kind}s of "
+                f"{name} {list(shape)}; lower it, or add {name!r} to {self._type}.exclude"
+            )
 
 
 @dataclass(frozen=True)

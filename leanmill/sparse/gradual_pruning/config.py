@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import Installation, InstallContext, WeightTechniqueConfig
+from leanmill.core.technique import Installation, InstallContext
+from leanmill.sparse.units import UnitsConfig
 
 
 if TYPE_CHECKING:
     from leanmill.core.sites import Sites
-    from leanmill.sparse.units import Unit
 
 
-_Side = Annotated[int, Field(ge=1)]
-
-
-class GradualPruning(WeightTechniqueConfig):
+class GradualPruning(UnitsConfig):
     """Prune more and more while training (GMP: Zhu and Gupta 2017, arXiv:1710.01878).
 
     The share of pruned weights grows as s_f + (s_i - s_f) (1 - x)^3, x from 0 to 1 between `begin` and `end`. What is
@@ -41,12 +38,6 @@ class GradualPruning(WeightTechniqueConfig):
     """What is pruned first: the smallest |w|, |w g| of the step's gradient g, |w| sqrt(F) with the diagonal F of
     the Fisher matrix as AdamW's second moments have it, which orders weights as w^2 F does, or the sum of -w g over
     the run so far, least where gradients move w towards zero (Sanh et al. 2020); units by the mean."""
-    pattern: Literal["unstructured", "block", "row", "column"] = "unstructured"
-    """What is pruned as one: weights, blocks of `block_shape`, rows (outputs) or columns (inputs)."""
-    block_shape: tuple[_Side, _Side] | None = None
-    """Rows and columns of a block; they must divide every target."""
-    scope: Literal["layer", "global"] = "layer"
-    """`layer` prunes the same share of each weight, `global` compares all of them; a stack of experts is one."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> GradualPruning:
@@ -58,11 +49,6 @@ class GradualPruning(WeightTechniqueConfig):
             raise ConfigError(
                 f"gradual_pruning.initial_sparsity {self.initial_sparsity:g} is not below sparsity {self.sparsity:g}, "
                 f"which it grows to; lower it"
-            )
-        if (self.pattern == "block") != (self.block_shape is not None):
-            raise ConfigError(
-                f"gradual_pruning with pattern {self.pattern} and block_shape {self.block_shape}; set pattern: block "
-                f"and block_shape: [4, 4] together, or neither"
             )
         return self
 
@@ -87,15 +73,9 @@ class GradualPruning(WeightTechniqueConfig):
         from leanmill.sparse.schedule import CubicSparsity, Interval
         from leanmill.sparse.scores import CRITERIA
 
-        selected, unit = sites.select(self.targets, self.exclude), self._unit()
+        selected, unit = sites.select(self.targets, self.exclude), self.unit()
         for site in selected:
-            name, shape = site.site_name, tuple(site.raw_weight.shape)
-            unit.check(name, shape, self.type)
-            if self.scope == "layer" and round(self.sparsity * unit.count(shape)) == unit.count(shape):
-                raise ConfigError(
-                    f"gradual_pruning.sparsity={self.sparsity:g} leaves none of {unit.count(shape)} {unit.kind}s of "
-                    f"{name} {list(shape)}; lower it, or add {name!r} to gradual_pruning.exclude"
-                )
+            self.check_target(site.site_name, tuple(site.raw_weight.shape), self.sparsity)
         sites.put(selected, lambda site: GradualMask(site.raw_weight.shape, device=site.raw_weight.device))
         schedule = CubicSparsity(
             initial=self.initial_sparsity,
@@ -110,10 +90,3 @@ class GradualPruning(WeightTechniqueConfig):
         names = frozenset(site.weight_name for site in selected)
         summed = ParamRule(technique=self.type, match=names.__contains__, settings=ParamSettings(pull="kept"))
         return Installation(step_rules=(rule,), param_rules=(summed,))
-
-    def _unit(self) -> Unit:
-        from leanmill.sparse.units import Unit
-
-        if self.pattern == "unstructured":
-            return Unit("weight")
-        return Unit(self.pattern, self.block_shape or (1, 1))
