@@ -138,6 +138,11 @@ TECHNIQUES: dict[str, Entry] = {
         "match a frozen teacher's hidden states in chosen layers",
         "Jiao et al. 2019, arXiv:1909.10351",
     ),
+    "relation_distill": Entry(
+        "leanmill.distill.relations.config:RelationDistill",
+        "match how a frozen teacher's queries, keys and values relate to each other",
+        "Wang et al. 2020, arXiv:2012.15828",
+    ),
     "layernorm_scaling": Entry(
         "leanmill.architecture.layernorm_scaling.config:LayerNormScaling",
         "scale the norms before attention and MLP by 1 / sqrt(depth)",

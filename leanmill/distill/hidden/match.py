@@ -16,7 +16,7 @@ from leanmill.core.sites import Sites
 from leanmill.core.taps import FrozenTaps, hidden_of
 from leanmill.core.technique import InstallContext
 from leanmill.distill.hidden.distance import Kind, distance
-from leanmill.distill.hidden.layers import Layers, pairs_of
+from leanmill.distill.layers import Layers, pairs_of
 from leanmill.distill.vocabulary import check_vocabulary
 
 
@@ -101,11 +101,11 @@ def match_layers(
     """
     blocks = sites.modules("block")
     if context.frozen_config is None:
-        pairs_of(layers, len(blocks), None, teacher)
+        pairs_of(layers, len(blocks), None, teacher, technique=HiddenMatch.technique)
         return
     config = context.frozen_config(teacher).get_text_config()
     check_vocabulary(context, teacher, config.vocab_size, role="teacher")
-    pairs = pairs_of(layers, len(blocks), config.num_hidden_layers, teacher)
+    pairs = pairs_of(layers, len(blocks), config.num_hidden_layers, teacher, technique=HiddenMatch.technique)
     width: int = sites.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator, assignment]
     has_map = always_maps or width != config.hidden_size
     name = context.ledger.free_name(HiddenMatch.technique)

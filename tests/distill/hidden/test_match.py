@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from leanmill.core.errors import ConfigError
 from leanmill.core.registry import parse_technique
 from leanmill.distill.hidden.distance import distance
-from leanmill.distill.hidden.layers import pairs_of
+from leanmill.distill.layers import pairs_of
 from leanmill.export.folding import fold
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.trainer.prepare import install_techniques
@@ -50,11 +50,11 @@ def test_bf16_states_are_compared_in_fp32(kind):
 
 
 def test_which_layer_learns_from_which():
-    assert pairs_of("uniform", 4, 12, "t") == [(0, 2), (1, 5), (2, 8), (3, 11)]
-    assert pairs_of("uniform", 3, 3, "t") == [(0, 0), (1, 1), (2, 2)]
-    assert pairs_of("uniform", 4, 2, "t") == [(0, 0), (1, 0), (2, 1), (3, 1)]
-    assert pairs_of("last", 3, 7, "t") == [(2, 6)]
-    assert pairs_of([(0, 3), (-1, -1)], 2, 5, "t") == [(0, 3), (1, 4)]
+    assert pairs_of("uniform", 4, 12, "t", technique="hidden_distill") == [(0, 2), (1, 5), (2, 8), (3, 11)]
+    assert pairs_of("uniform", 3, 3, "t", technique="hidden_distill") == [(0, 0), (1, 1), (2, 2)]
+    assert pairs_of("uniform", 4, 2, "t", technique="hidden_distill") == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert pairs_of("last", 3, 7, "t", technique="hidden_distill") == [(2, 6)]
+    assert pairs_of([(0, 3), (-1, -1)], 2, 5, "t", technique="hidden_distill") == [(0, 3), (1, 4)]
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_which_layer_learns_from_which():
     [
         ([(2, 0)], r"the student has no layer 2; it has 2: set one of 0 to 1"),
         ([(0, -6)], r"teacher big/one has no layer -6; it has 5: set one of 0 to 4"),
-        ([], "layers: uniform"),
+        ([], "layers: last"),
         ([(1, 1), (-1, 1)], r"the pair \[1, 1\] is there twice"),
     ],
 )
 def test_layers_that_are_not_there_are_refused_in_one_line(layers, message):
     with pytest.raises(ConfigError, match=message) as error:
-        pairs_of(layers, 2, 5, "big/one")
+        pairs_of(layers, 2, 5, "big/one", technique="hidden_distill")
     assert "\n" not in str(error.value)
 
 

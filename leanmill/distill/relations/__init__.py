@@ -1,0 +1,1 @@
+"""Distillation of the relations between tokens in self-attention."""
