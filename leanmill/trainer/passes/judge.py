@@ -17,6 +17,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.levels import Dense, Drop
 from leanmill.parallel.collectives import barrier, sum_over_ranks
 from leanmill.parallel.launch import Ranks
+from leanmill.trainer.passes.folder import SourceFolder
 from leanmill.trainer.passes.levels import LevelStore, Unit
 
 
@@ -28,6 +29,7 @@ class ModelJudge:
 
     Args:
         model: Dense, frozen, on its device, in the dtype it computes in.
+        source: Its folder, from which layers get their dense weights back.
         units: What has a level.
         store: The levels.
         block_of: Index of the block of each layer.
@@ -39,6 +41,7 @@ class ModelJudge:
     def __init__(
         self,
         model: Any,
+        source: SourceFolder,
         units: Sequence[Unit],
         store: LevelStore,
         block_of: Mapping[str, int],
@@ -47,16 +50,11 @@ class ModelJudge:
         ranks: Ranks,
         memory: Path,
     ) -> None:
-        self.model, self.units, self.store, self.block_of = model, units, store, block_of
+        self.model, self.source = model, source
+        self.units, self.store, self.block_of = units, store, block_of
         self.ranks, self.memory = ranks, memory
         self._rows = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         self._rows_per_batch = len(batches[0]["input_ids"])
-        self._dense = {
-            name: parameter.detach().clone()
-            for unit in units
-            for layer in unit.layers
-            for name, parameter in self._parameters(layer)
-        }
         self._levels: list[int | None] = [None] * len(units)
         self._hidden = self._seen_by_the_head()
 
@@ -149,20 +147,18 @@ class ModelJudge:
                 continue
             self._levels[index] = level
             for layer in unit.layers:
-                for name, parameter in self._parameters(layer):
-                    parameter.data.copy_(self._value(layer, name, level))
+                for name, parameter in self.model.get_submodule(layer).named_parameters(recurse=False):
+                    self._fill(parameter, layer, name, level)
 
-    def _value(self, layer: str, name: str, level: int | None) -> Tensor:
+    def _fill(self, parameter: nn.Parameter, layer: str, name: str, level: int | None) -> None:
         config = Dense() if level is None else self.store.levels[level]
         if isinstance(config, Drop):
-            return torch.zeros_like(self._dense[name])
-        if isinstance(config, Dense) or level is None or not name.endswith(".weight"):
-            return self._dense[name]
-        return self.store.read(level, self.block_of[layer], layer)
-
-    def _parameters(self, layer: str) -> list[tuple[str, nn.Parameter]]:
-        module = self.model.get_submodule(layer)
-        return [(f"{layer}.{name}", parameter) for name, parameter in module.named_parameters(recurse=False)]
+            parameter.data.zero_()
+        elif level is None or isinstance(config, Dense) or name != "weight":
+            key = f"{layer}.{name}"
+            parameter.data.copy_(self.source.read([key])[key])
+        else:
+            parameter.data.copy_(self.store.read(level, self.block_of[layer], layer))
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

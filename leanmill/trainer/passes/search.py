@@ -103,7 +103,7 @@ def search_levels(
     store.build(stream, [layer for unit in units for layer in unit.layers], writes=ranks.rank == 0)
     whole = load_frozen(str(model.path), dtype=stream.dtype).to(stream.device)
     memory = work_dir / f"search-{key_of(settings | config.model_dump(mode='json', exclude={'work_dir'}))}.json"
-    judge = ModelJudge(whole, units, store, block_of, batches, ranks=ranks, memory=memory)
+    judge = ModelJudge(whole, stream.source, units, store, block_of, batches, ranks=ranks, memory=memory)
     space = space_of(config, units)
     state = config.search(recipe.seed).run(space, judge)
     assert space.cost(state) <= space.budget
