@@ -96,6 +96,10 @@ def figures(kind: str) -> Iterator[Figure]:
     if result := load(kind, "checkpoint_stall"):
         stall = result["figures"]["asynchronous_stall_over_synchronous"]
         yield Figure("stall of an asynchronous save over a synchronous one", stall, 0.1)
+    if result := load(kind, "data_prepare"):
+        found = result["figures"]
+        yield Figure("tokenising data to a folder, rate of the library alone over ours", 1 / found["ratio"], 1 / 0.8)
+        yield Figure("first batch of a prepared run of 100M tokens", found["first_batch_seconds"], 2.0, " s")
     if result := load(kind, "plan_memory"):
         for name, found in result["figures"].items():
             yield Figure(f"`plan` memory off the measured, {name}", abs(found["ratio"] - 1), 0.1)

@@ -5,5 +5,6 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "techniques": {"rounds": 12},
     "router_balance": {"rounds": 24},
     "packed_generation": {"rounds": 9},
+    "data_prepare": {"bytes": 40_000_000, "repeats": 5, "tokens": 100_000_000},
     "checkpoint_stall": {"saves": 5, "steps_between": 4},
 }

@@ -13,6 +13,7 @@ BENCHMARKS = (
     "step_time",
     "techniques",
     "checkpoint_stall",
+    "data_prepare",
     "plan_memory",
     "compress_memory",
     "router_balance",

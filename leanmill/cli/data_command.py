@@ -16,17 +16,33 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Print the first rows that `args.recipe` trains on, documents apart and what is predicted marked.
 
-    Of a recipe with phases, those of each phase that trains; of phases with the same rows once.
+    Of a recipe with phases, those of each phase that trains; of phases with the same rows once. Or tokenise its data.
     """
     from leanmill.recipe.io import load_recipe
     from leanmill.recipe.local_files import check_files
 
     recipe = load_recipe(args.recipe, args.overrides)
     check_files(recipe)
+    if args.action == "prepare":
+        return _prepare(recipe, args.out, args.shard_tokens)
     for phases, one in _with_other_rows(recipe):
         if phases:
             print(f"{'phase' if len(phases) == 1 else 'phases'} {', '.join(phases)}")
         _show_rows(one, args.rows)
+    return 0
+
+
+def _prepare(recipe: Recipe, out: str | None, shard_tokens: int) -> int:
+    from leanmill.core.errors import ConfigError
+    from leanmill.core.paths import expand_user
+    from leanmill.data.prepare import prepare_data
+
+    if out is None:
+        raise ConfigError("data prepare writes a folder; name it: --out prepared")
+    found = prepare_data(recipe.data, expand_user(out), seed=recipe.seed, shard_tokens=shard_tokens)
+    kept = f" ({found.num_kept:,} were there)" if found.num_kept else ""
+    print(f"{found.folder}: {found.num_tokens:,} tokens in {found.num_shards:,} shards{kept}")
+    print(f"train on it: data.source={{type: prepared, path: {found.folder}}} and no data.tokenizer")
     return 0
 
 

@@ -22,7 +22,7 @@ _VERBS: dict[str, str] = {
     "launch": "train a recipe on all GPUs of this machine, through torchrun",
     "plan": "predict parameters, memory per rank, tokens and FLOPs without touching a device",
     "check": "validate a recipe and explain it in plain words",
-    "data": "show the rows that a recipe trains on: documents, packing and what is predicted",
+    "data": "show the rows that a recipe trains on, or tokenise its data once for many runs",
     "methods": "list the techniques",
     "schema": "write the JSON schema of a recipe, for editors",
     "eval": "score a checkpoint or a model folder on held-out text",
@@ -230,9 +230,15 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=["preview"], help="what to do: print the first rows")
+    parser.add_argument(
+        "action", choices=["preview", "prepare"], help="preview: print the first rows; prepare: tokenise once to --out"
+    )
     _recipe(parser)
     parser.add_argument("--rows", type=positive, default=3, metavar="N", help="rows to print (3)")
+    parser.add_argument("--out", metavar="DIR", help="folder that prepare writes, or goes on with")
+    parser.add_argument(
+        "--shard-tokens", type=positive, default=1 << 26, metavar="N", help="tokens of a file that prepare writes"
+    )
 
 
 def _check(parser: argparse.ArgumentParser) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from leanmill.core.paths import expand_user
 from leanmill.data.cache import cache_root, fingerprint
-from leanmill.data.config import DataConfig
-from leanmill.data.documents import Documents, StreamingDocuments, open_documents
+from leanmill.data.config import DataConfig, Prepared, sources_of
+from leanmill.data.documents import Documents, StreamingDocuments, check_names, open_documents
 from leanmill.data.encoding import Document, Encoder, num_chars
 from leanmill.data.evaluation import EvalDomain, eval_domain
 from leanmill.data.identity import data_identity
 from leanmill.data.pairs import Pair
+from leanmill.data.prepared import TOKENIZER, PreparedDomain, open_prepared
 from leanmill.data.sources import MapSource, Source, keeps_documents_whole
 from leanmill.data.store import token_store
 from leanmill.data.stream_source import StreamSource
@@ -40,6 +43,9 @@ def build_tokenizer(config: DataConfig, *, seed: int = 0) -> PreTrainedTokenizer
 
 
 def _own_tokenizer(config: DataConfig) -> PreTrainedTokenizerFast:
+    prepared = [source.path for source in sources_of(config) if isinstance(source, Prepared)]
+    if config.tokenizer.path is None and prepared:
+        return load_tokenizer(str(expand_user(prepared[0]) / TOKENIZER))
     if config.tokenizer.path is not None:
         return load_tokenizer(config.tokenizer.path, trust_remote_code=config.tokenizer.trust_remote_code)
     root = cache_root(config.cache_dir)
@@ -69,9 +75,11 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
     )
     pad_id = _pad_id(tokenizer)
     sources: list[Source] = []
-    for index, documents in enumerate(open_documents(config, root)):
+    for index, documents in enumerate(open_domains(config, root)):
         own_seed = (seed << 8) + index  # so that two copies of one text are not read in the same order
-        if documents.streaming:
+        if isinstance(documents, PreparedDomain):
+            sources.append(MapSource(documents.store(tokenizer_key), documents, config, pad_id=pad_id, seed=own_seed))
+        elif documents.streaming:
             stream = cast(StreamingDocuments, documents)
             sources.append(StreamSource(stream, encoder, config, pad_id=pad_id, seed=own_seed))
         else:
@@ -106,9 +114,22 @@ def build_eval_data(
     key = tokenizer_fingerprint(tokenizer)
     domains = [
         eval_domain(documents, encoder, config, num_tokens=tokens_per_domain, pad_id=pad_id, key=key, root=root)
-        for documents in open_documents(config, root)
+        for documents in open_domains(config, root)
     ]
     return [domain for domain in domains if domain is not None]
+
+
+def open_domains(config: DataConfig, root: Path) -> list[Documents]:
+    """Open every domain, of text and of prepared folders.
+
+    Raises:
+        ConfigError: See `open_documents` and `open_prepared`; or two domains have one name.
+    """
+    domains = open_documents(config, root)
+    prepared = [source for source in sources_of(config) if isinstance(source, Prepared)]
+    domains += [domain for source in prepared for domain in open_prepared(source, config)]
+    check_names(domains)
+    return domains
 
 
 def _training_text(domains: list[Documents], num_bytes: int) -> Iterator[str]:

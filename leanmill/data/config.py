@@ -98,18 +98,31 @@ class HfDataset(Config):
         return self.model_copy(update={**changes, **split, "streaming": False})
 
 
+class Prepared(Config):
+    """A folder that `leanmill data prepare` wrote: tokens, held-out text and the tokenizer."""
+
+    type: Literal["prepared"] = "prepared"
+    path: str
+    """The folder; without `data.tokenizer.path` its tokenizer is the run's."""
+    weight: float = Field(default=1.0, gt=0)
+    """Multiplies the sampling weights of its domains."""
+
+
+Source = LocalCorpus | HfDataset | Prepared
+
+
 class Mixture(Config):
     """A weighted mixture of sources; a row comes whole from one source."""
 
     type: Literal["mixture"] = "mixture"
-    sources: list[Annotated[LocalCorpus | HfDataset, Field(discriminator="type")]] = Field(min_length=1)
+    sources: list[Annotated[Source, Field(discriminator="type")]] = Field(min_length=1)
     """The sources; `weight` of each is relative (a local corpus brings its domains' weights)."""
 
 
 class DataConfig(Config):
     """Everything between files and token rows."""
 
-    source: Annotated[LocalCorpus | HfDataset | Mixture, Field(discriminator="type")] = Field(
+    source: Annotated[LocalCorpus | HfDataset | Prepared | Mixture, Field(discriminator="type")] = Field(
         default_factory=LocalCorpus
     )
     """Where text comes from."""
@@ -168,6 +181,6 @@ class DataConfig(Config):
         return self
 
 
-def sources_of(config: DataConfig) -> list[LocalCorpus | HfDataset]:
+def sources_of(config: DataConfig) -> list[Source]:
     """Return the sources of a `data` section, in the order of the recipe."""
     return list(config.source.sources) if isinstance(config.source, Mixture) else [config.source]

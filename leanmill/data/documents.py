@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,15 +129,24 @@ def open_documents(config: DataConfig, root: Path) -> list[Documents]:
     for source in sources_of(config):
         if isinstance(source, HfDataset):
             domains.append(open_hf(source, config.task, root))
-        else:
+        elif isinstance(source, LocalCorpus):
             if config.task != "pretrain":
                 raise ConfigError(
                     f"data.task: {config.task} needs conversations, and local_corpus has none; give data.source: "
                     f"{{type: hf, path: FILE.jsonl}}"
                 )
             domains += [CorpusDocuments(source, d, root) for d, weight in source.domains.items() if weight > 0]
+    check_names(domains)
+    return domains
+
+
+def check_names(domains: Sequence[Documents]) -> None:
+    """Refuse two domains of one name.
+
+    Raises:
+        ConfigError: See above.
+    """
     names = [domain.name for domain in domains]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(f"data.source: two sources are named {repeated[0]!r}; give each its own `name`")
-    return domains

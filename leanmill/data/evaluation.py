@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from leanmill.data.config import DataConfig
 from leanmill.data.documents import DocumentReader, Documents
 from leanmill.data.encoding import BadDocument, Document, Encoder, Measured
 from leanmill.data.packing import NONE, RowPlan
+from leanmill.data.prepared import PreparedDomain
 from leanmill.data.sources import Row, keeps_documents_whole, make_packer, render_row
 from leanmill.data.tally import NO_ANSWER
 from leanmill.data.train_data import stack_rows
@@ -67,8 +69,9 @@ def eval_domain(
     Raises:
         ConfigError: The domain has no held-out text.
     """
-    held_out = documents.validation()
-    if held_out is None:
+    reader = None if isinstance(documents, PreparedDomain) else documents.validation()
+    stored = documents.held_out(key) if isinstance(documents, PreparedDomain) else None
+    if reader is None and stored is None:
         return None
     num_rows = max(1, num_tokens // config.sequence_length)
     packing = [config.task, config.sequence_length, config.document_mask, config.long_document_rule]
@@ -77,16 +80,14 @@ def eval_domain(
     def build(folder: Path) -> None:
         needed = num_rows * config.sequence_length * _OVERSAMPLING
         measured: list[Measured] = []
-        for document in held_out:
-            one = measure_row(encoder, document, held_out)
-            if one is None:
-                continue
+        for one in stored or _measured(encoder, reader):
             measured.append(one)
             needed -= len(one.encoded.ids)
             if needed <= 0:
                 break
         if not measured:
-            raise _nothing_held_out(documents, encoder, held_out)
+            assert reader is not None
+            raise nothing_held_out(documents, encoder, reader)
         _save(folder, *_rows(measured, config, name=documents.name, num_rows=num_rows, pad_id=pad_id))
 
     folder = cached_folder(root, "evaluation", full_key, build)
@@ -117,8 +118,15 @@ def measure_row(encoder: Encoder, document: Document, reader: DocumentReader) ->
     return None
 
 
-def _nothing_held_out(documents: Documents, encoder: Encoder, held_out: DocumentReader) -> ConfigError:
-    """Blame what is held out only where the training rows are any better."""
+def _measured(encoder: Encoder, reader: DocumentReader | None) -> Iterator[Measured]:
+    for document in reader or ():
+        one = measure_row(encoder, document, reader)  # type: ignore[arg-type]
+        if one is not None:
+            yield one
+
+
+def nothing_held_out(documents: Documents, encoder: Encoder, held_out: DocumentReader) -> ConfigError:
+    """Say why; blame what is held out only where the training rows are any better."""
     train = documents.train()
     if all(measure_row(encoder, document, train) is None for document in train):
         train.tally.locate(train.locate)

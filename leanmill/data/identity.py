@@ -11,7 +11,7 @@ from typing import Any
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.data.cache import fingerprint
-from leanmill.data.config import DataConfig, HfDataset
+from leanmill.data.config import DataConfig, HfDataset, Prepared
 
 
 HARMLESS: Mapping[type, frozenset[str]] = {
@@ -19,6 +19,7 @@ HARMLESS: Mapping[type, frozenset[str]] = {
     DataConfig: frozenset({"cache_dir", "tokenizer", "long_documents"}),
     # Files may move; what they hold is compared.
     HfDataset: frozenset({"path"}),
+    Prepared: frozenset({"path"}),
 }
 """Fields that may change between a checkpoint and its resume. Any other field, a new one too, may not."""
 

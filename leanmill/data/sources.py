@@ -19,7 +19,7 @@ from leanmill.data.packing import (
     SplitPacker,
     WholePacker,
 )
-from leanmill.data.store import TokenStore
+from leanmill.data.store import Tokens, TokenStore
 from leanmill.data.tally import FAR_ANSWER
 
 
@@ -72,7 +72,7 @@ class Source(Protocol):
         ...
 
 
-def render_row(plan: RowPlan, tokens: NDArray[Any], is_target: NDArray[np.bool_] | None, *, pad_id: int) -> Row:
+def render_row(plan: RowPlan, tokens: Tokens, is_target: Tokens | None, *, pad_id: int) -> Row:
     """Look the tokens of a plan up."""
     inputs = np.where(plan.inputs == NONE, pad_id, tokens[np.maximum(plan.inputs, 0)]).astype(np.int64)
     has_target = plan.targets != NONE
@@ -159,7 +159,7 @@ def keeps_documents_whole(config: DataConfig) -> bool:
 
 
 def make_packer(
-    offsets: NDArray[np.int64], is_target: NDArray[np.bool_] | None, config: DataConfig, *, name: str, seed: int
+    offsets: NDArray[np.int64], is_target: Tokens | None, config: DataConfig, *, name: str, seed: int
 ) -> tuple[Packer, int]:
     """Choose the packing that the recipe asks for; also count the conversations that truncation leaves no answer.
 
@@ -173,7 +173,7 @@ def make_packer(
     check_length(int(lengths.max()), config, name=f"document {int(lengths.argmax())} of {name!r}")
     lengths = np.minimum(lengths, length)
     if is_target is not None:
-        seen = np.concatenate([[0], np.cumsum(is_target, dtype=np.int64)])
+        seen = np.concatenate([[0], np.cumsum(np.asarray(is_target), dtype=np.int64)])
         kept = seen[starts + lengths] > seen[starts]
         starts, lengths = starts[kept], lengths[kept]
         if not len(starts):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,21 @@ _VERSION = 2
 """Raise when the same documents would give other tokens."""
 
 
+class Tokens(Protocol):
+    """A 1-D array, which may lie in several files."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> NDArray[Any]: ...
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """Tokens of all training documents of one domain."""
 
-    tokens: NDArray[Any]
+    tokens: Tokens
     """[N] uint16 or uint32, memory-mapped."""
-    is_target: NDArray[np.bool_] | None
+    is_target: Tokens | None
     """[N], memory-mapped; None where every token may be predicted."""
     offsets: NDArray[np.int64]
     """Boundaries of documents, or of the conversations of pairs, [D x pieces + 1]."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from leanmill.checkpoint.phases import MODEL
 from leanmill.core.registry import PASSES, known_techniques
-from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, sources_of
+from leanmill.data.config import DataConfig, LocalCorpus, Prepared, Source, sources_of
 from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import PhaseConfig, phase_names, source_of
@@ -102,7 +102,13 @@ def _data(data: DataConfig) -> list[str]:
         "preference": "pairs of answers, each pair in one row",
     }[data.task]
     mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
-    tokenizer = data.tokenizer.path or f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
+    is_prepared = any(isinstance(source, Prepared) for source in sources_of(data))
+    trained = (
+        "that of the prepared data"
+        if is_prepared
+        else f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
+    )
+    tokenizer = data.tokenizer.path or trained
     if data.tokenizer.trust_remote_code:
         tokenizer += ", running Python code that comes with it"
     return [
@@ -112,7 +118,9 @@ def _data(data: DataConfig) -> list[str]:
     ]
 
 
-def _source(source: LocalCorpus | HfDataset) -> str:
+def _source(source: Source) -> str:
+    if isinstance(source, Prepared):
+        return f"tokens prepared in {source.path}"
     if isinstance(source, LocalCorpus):
         weights = ", ".join(f"{name} x {weight:g}" for name, weight in source.domains.items())
         return f"text found on this machine ({weights})"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
-from leanmill.data.config import HfDataset, Mixture, sources_of
+from leanmill.data.config import HfDataset, Mixture, Prepared, sources_of
 from leanmill.recipe.root import Recipe
 
 
@@ -70,8 +70,10 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
             named[f"techniques.{index}.{key}"] = model
     is_mixture = isinstance(recipe.data.source, Mixture)
     for index, part in enumerate(sources_of(recipe.data)):
-        if isinstance(part, HfDataset):
-            key = f"data.source.sources.{index}" if is_mixture else "data.source"
+        key = f"data.source.sources.{index}" if is_mixture else "data.source"
+        if isinstance(part, Prepared):
+            named[f"{key}.path"] = part.path
+        elif isinstance(part, HfDataset):
             named |= {f"{key}.path": part.path, f"{key}.validation_path": part.validation_path}
     for key, path in named.items():
         if path is not None and (key in _ALWAYS_LOCAL or _looks_local(path)):

@@ -7,7 +7,7 @@ import pytest
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_train_data
 from leanmill.data.cache import fingerprint
-from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture
+from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture, Prepared
 from leanmill.data.identity import HARMLESS, data_identity
 from tests.data.samples import hf_config, write_texts
 
@@ -42,6 +42,7 @@ def cases():
         (DataConfig(source=HF), "data.", lambda c: c),
         (HF, "data.source.", lambda c: DataConfig(source=c)),
         (LocalCorpus(), "data.source.", lambda c: DataConfig(source=c)),
+        (Prepared(path="p"), "data.source.", lambda c: DataConfig(source=c)),
         (HF, "data.source.sources.0.", lambda c: DataConfig(source=mixture.model_copy(update={"sources": [c]}))),
     ):
         for name in type(owner).model_fields:
@@ -70,7 +71,7 @@ def test_any_changed_setting_is_refused_by_name_with_what_to_type(owner, name, k
 def test_harmless_fields_exist_and_are_few():
     for owner, names in HARMLESS.items():
         assert names <= set(owner.model_fields)
-    assert sum(map(len, HARMLESS.values())) == 4
+    assert sum(map(len, HARMLESS.values())) == 5
 
 
 def test_harmless_fields_may_change():
@@ -163,10 +164,11 @@ def test_a_hub_stream_does_not_resume_with_another_shuffle_buffer(monkeypatch, t
 
 
 def test_every_field_of_every_source_is_walked():
-    """A third kind of source must join the walk above."""
+    """A fourth kind of source must join the walk above."""
     kinds = typing.get_args(typing.get_args(DataConfig.model_fields["source"].annotation)[0])
     assert set(kinds or typing.get_args(DataConfig.model_fields["source"].annotation)) == {
         LocalCorpus,
         HfDataset,
+        Prepared,
         Mixture,
     }

@@ -1,0 +1,188 @@
+"""Reading what `leanmill data prepare` wrote: tokens in shards that every rank and run shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.paths import expand_user
+from leanmill.data.cache import fingerprint, read_json
+from leanmill.data.config import DataConfig, Prepared
+from leanmill.data.documents import DocumentReader
+from leanmill.data.encoding import Document, Encoded, Measured
+from leanmill.data.store import TokenStore
+from leanmill.data.tally import Tally
+
+
+MANIFEST, TOKENIZER, HELD_OUT = "manifest.json", "tokenizer", "held_out"
+VERSION = 1
+"""Raise when folders of before would be read wrongly."""
+
+
+class Shards:
+    """Arrays one behind the other, memory-mapped, as one [N]."""
+
+    def __init__(self, arrays: Sequence[NDArray[Any]]) -> None:
+        self._arrays = list(arrays)
+        self._ends = np.cumsum([len(array) for array in arrays], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        which = np.searchsorted(self._ends, index, side="right")
+        found = np.empty(index.shape, dtype=self._arrays[0].dtype)
+        for shard in np.unique(which).tolist():
+            here, first = which == shard, self._ends[shard] - len(self._arrays[shard])
+            found[here] = self._arrays[shard][index[here] - first]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        whole = np.concatenate(self._arrays)
+        return whole if dtype is None else whole.astype(dtype)
+
+
+class PreparedDomain:
+    """One domain of a prepared folder; it has no documents, only their tokens."""
+
+    streaming = False
+    column = "row"
+
+    def __init__(self, folder: Path, facts: dict[str, Any], weight: float, kind: dict[str, Any]) -> None:
+        self.name, self.weight = str(facts["name"]), weight
+        self._folder, self._facts, self._kind = folder / facts["folder"], facts, kind
+        self.key = fingerprint([facts["text"], kind, facts["shards"]])
+        self.note = f"prepared in {folder}"
+        self.warnings: list[str] = []
+
+    def train(self) -> DocumentReader:
+        """Return what names rows; the documents themselves are gone."""
+        return _Rows(self.name, str(self._folder))
+
+    def validation(self) -> None:
+        """Nothing; see `held_out`."""
+
+    def store(self, tokenizer_key: str) -> TokenStore:
+        """Return the training tokens.
+
+        Raises:
+            ConfigError: They are another tokenizer's, or a shard is missing or cut.
+        """
+        self._check(tokenizer_key)
+        has_targets, is_paired = self._kind["task"] != "pretrain", self._kind["num_pieces"] > 1
+        lengths = np.concatenate([self._loaded("lengths", shard) for shard in self._shards])
+        return TokenStore(
+            Shards([self._mapped("tokens", shard, np.dtype(self._kind["dtype"])) for shard in self._shards]),
+            Shards([self._mapped("targets", shard, np.dtype(np.bool_)) for shard in self._shards])
+            if has_targets
+            else None,
+            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
+            np.concatenate([self._loaded("rows", shard) for shard in self._shards]) if is_paired else None,
+            self._facts["text"],
+            Tally.from_state(self._facts["tally"]),
+        )
+
+    def held_out(self, tokenizer_key: str) -> Iterator[Measured] | None:
+        """Return the held-out documents as tokens; None where none were to be held out."""
+        self._check(tokenizer_key)
+        folder = self._folder / HELD_OUT
+        return _held_out(folder) if folder.is_dir() else None
+
+    def _check(self, tokenizer_key: str) -> None:
+        if tokenizer_key != self._kind["tokenizer"]:
+            raise ConfigError(
+                f"data.source.path: {self._folder.parent} was prepared with another tokenizer than the run has; remove "
+                f"data.tokenizer to take the folder's own, or prepare the data anew"
+            )
+
+    @property
+    def _shards(self) -> range:
+        return range(len(self._facts["shards"]))
+
+    def _mapped(self, name: str, shard: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        path, num_tokens = self._folder / shard_file(name, shard, "bin"), self._facts["shards"][shard]
+        if not path.is_file() or path.stat().st_size != num_tokens * dtype.itemsize:
+            raise _damaged(path)
+        return np.memmap(path, dtype=dtype, mode="r")
+
+    def _loaded(self, name: str, shard: int) -> NDArray[np.int64]:
+        path = self._folder / shard_file(name, shard, "npy")
+        if not path.is_file():
+            raise _damaged(path)
+        found: NDArray[np.int64] = np.load(path, allow_pickle=False)
+        return found
+
+
+class _Rows:
+    """Names of rows that are not there any more."""
+
+    def __init__(self, name: str, folder: str) -> None:
+        self.tally = Tally()
+        self._name, self._folder = name, folder
+
+    def locate(self, number: int) -> str:
+        """See `DocumentReader`."""
+        return f"row {number:,} of {self._name!r} (as {self._folder} was prepared from it)"
+
+    def __iter__(self) -> Iterator[Document]:
+        return self
+
+    def __next__(self) -> Document:
+        raise StopIteration
+
+
+def open_prepared(config: Prepared, data: DataConfig) -> list[PreparedDomain]:
+    """Open a prepared folder without reading its tokens.
+
+    Raises:
+        ConfigError: It is none, or was not finished, or was prepared for another task.
+    """
+    folder = expand_user(config.path)
+    if not (folder / MANIFEST).is_file():
+        raise ConfigError(
+            f"data.source.path: {config.path!r} holds no finished prepared data; run `leanmill data prepare RECIPE "
+            f"--out {config.path}` (it goes on where it was ended)"
+        )
+    manifest = read_json(folder / MANIFEST)
+    kind = manifest["kind"]
+    if manifest["version"] != VERSION:
+        raise ConfigError(f"data.source.path: {config.path!r} was prepared by another version; prepare the data anew")
+    wanted = {"task": data.task, "num_pieces": data.num_pieces}
+    if any(kind[key] != value for key, value in wanted.items()):
+        given = f"data.task={data.task}" + (" with mismatched answers" if data.mismatched_answers else "")
+        raise ConfigError(
+            f"data.source.path: {config.path!r} was prepared for task {kind['task']} ({kind['num_pieces']} to a "
+            f"document), and the recipe has {given}; change data.task, or prepare the data anew"
+        )
+    return [PreparedDomain(folder, facts, config.weight * facts["weight"], kind) for facts in manifest["domains"]]
+
+
+def shard_file(name: str, shard: int, ending: str) -> str:
+    """Return the name of a file of a shard."""
+    return f"{name}-{shard:05d}.{ending}"
+
+
+def _held_out(folder: Path) -> Iterator[Measured]:
+    lengths = np.load(folder / "lengths.npy", allow_pickle=False)
+    ids, num_bytes = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("tokens", "num_bytes"))
+    text = np.load(folder / "text.npy", allow_pickle=False)
+    path = folder / "targets.npy"
+    targets = np.load(path, allow_pickle=False) if path.is_file() else None
+    token, byte = 0, 0
+    for length in lengths.tolist():
+        part = slice(token, token + length)
+        size = int(num_bytes[part].sum())
+        is_target = None if targets is None else targets[part]
+        yield Measured(
+            Encoded(ids[part].astype(np.int64), is_target), num_bytes[part].astype(np.int64), text[byte : byte + size]
+        )
+        token, byte = token + length, byte + size
+
+
+def _damaged(path: Path) -> ConfigError:
+    return ConfigError(f"data.source.path: {path} is missing or cut; copy it anew, or prepare the data anew")
