@@ -111,6 +111,14 @@ def test_a_learned_mask_starts_from_a_pruned_copy(engine, dense_and_pruned):
     assert (logits.argmax(-1) == 2).all(), "the third way to keep two of four keeps the first and the last"
 
 
+def test_a_copy_that_is_not_pruned_is_refused(dense_and_pruned):
+    dense = dense_and_pruned[0]
+    with pytest.raises(
+        ConfigError, match=r"holds no zeros in .*_proj.weight, so it is no prior .* to mask_llm.exclude"
+    ):
+        _learned_mask({"type": "single"}, dense, dense, 1)
+
+
 def test_a_pruned_copy_of_another_model_is_refused(dense_and_pruned, tmp_path):
     with pytest.raises(ConfigError, match=r"holds .*and the model has it \[.*this very model"):
         _learned_mask({"type": "single"}, dense_and_pruned[0], save_teacher(tmp_path), 1)

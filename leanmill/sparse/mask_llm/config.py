@@ -129,4 +129,14 @@ class MaskLlm(TrainedTechniqueConfig, WeightTechniqueConfig):
         if self.prior_model is None or context.open_weights is None:
             return lambda site: None
         read = context.open_weights(self.prior_model)
-        return lambda site: lambda weight: read(site.weight_name, weight) != 0
+        return lambda site: partial(self._kept_in_copy, read, site.weight_name)
+
+    def _kept_in_copy(self, read: Callable[[str, Tensor], Tensor], name: str, weight: Tensor) -> Tensor:
+        kept = read(name, weight) != 0
+        if kept.all():
+            raise ConfigError(
+                f"mask_llm.prior_model={self.prior_model} holds no zeros in {name}, so it is no prior for its mask; "
+                f"give a copy that `leanmill compress` pruned, or add {name.removesuffix('.weight')!r} to "
+                f"mask_llm.exclude"
+            )
+        return kept
