@@ -73,6 +73,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Other models; a combination that names one trains it."""
 
+FROZEN_DTYPES = ("bf16", "int8", "int4", "nf4")
+"""How frozen weights are kept; a combination that names one sets `model.frozen_dtype`."""
+
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity": {"type": "nm_sparsity", "num_kept": 2, "group_size": 4, "gradient": "sr_ste", "decay": 1e-2},
     "ternary": {"type": "ternary"},
@@ -261,8 +264,8 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 """Variants and further tenants of a slot."""
 
-OF_PRUNED = {"static_mask", "perp"}
-"""What starts from zeros: trained on a pruned model, with biases."""
+OF_PRUNED = {"static_mask", "perp", "nf4"}
+"""What starts from zeros: trained on a pruned model, with biases. Codes of a stored model are made part by part."""
 _EXCLUDING = [{"lora", "lora_branch"}, {"nm_sparsity", "bdwp"}, {"ternary", "quest"}]
 """Pairs that want the same slot."""
 _PAIRS = [pair for pair in itertools.combinations(TECHNIQUES, 2) if set(pair) not in _EXCLUDING]
@@ -311,6 +314,9 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "experts of one and of eight bits": ("mixtral", "salient_signs", "nm_sparsity", "router_balance"),
     "experts of one bit": ("mixtral", "binary"),
     "experts with a scale a row": ("mixtral", "paretoq", "router_balance"),
+    "lsq over lora on bf16": ("bf16", "lora", "lsq_row"),
+    "branches on int4": ("int4", "lora_branch"),
+    "experts in int8": ("mixtral", "int8", "lora", "router_balance"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
     "fixed projections beside masks": ("peft_vera", "nm_sparsity", "ternary"),
     "a pool beside a teacher": ("peft_pool", "distill"),
@@ -357,6 +363,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "noise on a staged table": ("neftune", "nm_sparsity_tied", "lora"),
     "rotated": ("nm_sparsity", "quest", "lora", "distill"),
     "all": ("nm_sparsity", "ternary", "lora", "distill"),
+    "lora on nf4": ("nf4", "lora"),
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
     "chosen tokens": ("rho1", "distill", "lora", "quest"),

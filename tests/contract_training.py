@@ -22,6 +22,7 @@ from tests.contract_cases import (
     CHUNK_TOKENS,
     COMBINATIONS,
     EXTRA_TECHNIQUES,
+    FROZEN_DTYPES,
     MODEL,
     MODELS,
     NUM_ROWS,
@@ -67,14 +68,16 @@ def recipe_of(
     techniques = [
         {key: teacher if value == "TEACHER" else value for key, value in known[name].items()}
         for name in names
-        if name not in MODELS
+        if name not in MODELS and name not in FROZEN_DTYPES
     ]
     model = next((MODELS[name] for name in names if name in MODELS), MODEL)
+    source = {"path": f"{teacher}/pruned"} if OF_PRUNED & set(names) else {"config": model}
+    kept = next((name for name in names if name in FROZEN_DTYPES), "auto")
     tokens = NUM_ROWS * SEQUENCE_LENGTH
     return Recipe.model_validate(
         {
             "device": "cpu",
-            "model": {"path": f"{teacher}/pruned"} if OF_PRUNED & set(names) else {"config": model},
+            "model": source | {"frozen_dtype": kept},
             "data": {"sequence_length": SEQUENCE_LENGTH},
             "techniques": techniques,
             "engine": engine,

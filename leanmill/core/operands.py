@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from leanmill.core.expert_shards import part_here
-from leanmill.core.stage import InputStage, Stage
+from leanmill.core.stage import Decode, InputStage, Stage
 
 
 def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
@@ -86,15 +86,29 @@ class Operands:
     @property
     def has_product(self) -> bool:
         """Whether the matmul has a leaner way than through the staged weight (`Stage.product`)."""
-        first, *rest = self.stages or (None,)
+        first, *rest = self._after_decoding or (None,)
         if first is None or not first.has_product or len(self.inputs) > 0 or len(rest) > 1:
             return False
-        return len(rest) == 0 or rest[0].learned_grid() is not None
+        return len(rest) == 0 or (rest[0].learned_grid() is not None and self.tensors[0].is_floating_point())
 
     def product(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply by that way. It is not computed again in backward, so stages give their state as it is now."""
-        first, *rest = self.stages
-        return first.product(tokens, self.tensors[0], bias, rest[0].learned_grid() if rest else None)
+        first, *rest = self._after_decoding
+        grid = rest[0].learned_grid() if rest else None
+        return first.product(tokens, self.tensors[0], bias, grid, self._decode)
+
+    @property
+    def is_decoded_only(self) -> bool:
+        """Whether all that happens to either operand is that a frozen weight is decoded."""
+        return self._decode is not None and len(self.stages) + len(self.inputs) == 1
+
+    @property
+    def _after_decoding(self) -> tuple[Stage, ...]:
+        return self.stages if self._decode is None else self.stages[1:]
+
+    @property
+    def _decode(self) -> Decode | None:
+        return self.stages[0].decoder() if len(self.stages) > 0 else None
 
     def bound(self, tensors: Sequence[Tensor]) -> Bound:
         """Return the stages as functions of `tensors`, which stand for `self.tensors`."""

@@ -47,6 +47,11 @@ class Site(ABC):
         """The live parameter that the optimizer writes."""
 
     @property
+    def weight_at(self) -> tuple[nn.Module, str]:
+        """The module that holds the weight, and under which key."""
+        return self, "weight"  # type: ignore[return-value]
+
+    @property
     def weight_name(self) -> str:
         """Dotted name of the weight in the plain model."""
         return f"{self.site_name}.weight"
@@ -113,6 +118,11 @@ class Site(ABC):
     def is_staged(self) -> bool:
         """Whether anything happens to an operand here."""
         return bool(self.stages) or bool(self.inputs)
+
+    @property
+    def is_reshaped(self) -> bool:
+        """Whether a technique stages an operand here."""
+        return bool(self.inputs) or any(stage.slot is not Slot.COMPACT for stage in self.weight_stages())
 
     def stage_parameters(self) -> Iterator[nn.Parameter]:
         """What the stages of both operands brought."""
@@ -222,6 +232,9 @@ class EmbeddingSite(Site, nn.Embedding):
         if operands.is_plain:
             return self._lookup(input, operands.tensors[0])
 
+        if operands.is_decoded_only:  # of the rows looked up, not of all
+            return operands.stages[0](self._lookup(input, operands.tensors[0]))
+
         def lookup(ids: Tensor, *tensors: Tensor) -> Tensor:
             return self._lookup(ids, operands.bound(tensors).weight())
 
@@ -256,6 +269,10 @@ class ExpertSite(Site, nn.Module):
     @property
     def raw_weight(self) -> Tensor:
         return getattr(self.__dict__["_owner"], self.parameter_name)  # type: ignore[no-any-return]
+
+    @property
+    def weight_at(self) -> tuple[nn.Module, str]:
+        return self.__dict__["_owner"], self.parameter_name
 
     @property
     def weight_name(self) -> str:

@@ -76,7 +76,7 @@ class Sites:
             ConfigError: A pattern matches nothing, nothing is left, or only one of two tied
                 weights is taken.
         """
-        return [self._site(candidate) for candidate in self.find(targets, exclude)]
+        return [self.site_of(candidate) for candidate in self.find(targets, exclude)]
 
     def find(self, targets: Sequence[str] | None = None, exclude: Sequence[str] = ()) -> list[Candidate]:
         """Return the weights that `select` would convert, for what wraps layers and owns no matmul.
@@ -149,7 +149,7 @@ class Sites:
 
     def report(self) -> str:
         """One line: n of N weights carry stages or adapters beside them, by kind, and which are left plain."""
-        staged = {name for name, site in iter_sites(self.model) if site.is_staged}
+        staged = {name for name, site in iter_sites(self.model) if site.is_reshaped}
         branched = {clean_name(path) for path, _ in branched_layers(self.model)} & self.candidates.keys()
         parts = [f"converted {self._shares(staged)} weights"] if staged or not branched else []
         if branched:
@@ -199,7 +199,8 @@ class Sites:
                     f"neither; target both, exclude {inside}, or set model.config.tie_word_embeddings: false"
                 )
 
-    def _site(self, candidate: Candidate) -> Site:
+    def site_of(self, candidate: Candidate) -> Site:
+        """Return a weight as a site, converting it in place where it is none yet."""
         module = self.model.get_submodule(candidate.module_path)
         if candidate.kind == "expert":
             return attach_expert_site(module, candidate.parameter_name, candidate.name)

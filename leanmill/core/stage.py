@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import ClassVar
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from leanmill.core.facets import Codes, LearnedGrid, LowRank, Packing, PartStaging
 
+
+Decode = Callable[[Tensor, torch.dtype], Tensor]
+"""Given what a frozen weight is kept as, and a dtype: the weight."""
 
 AROUND = "around"
 """Under this name a module holds what techniques put around its call."""
@@ -21,13 +24,15 @@ class Slot(IntEnum):
 
     A delta before the mask is merged inside it; mask before quantiser keeps N:M exact (the other way
     round, ties break it); a rotation before both, so that what is masked and rounded is what the
-    matmul sees. Deltas are sums and commute, so several may share their slot; the others hold one.
+    matmul sees. Deltas are sums and commute, so several may share their slot; the others hold one. A frozen weight
+    that is kept in fewer bytes is decoded before all of them.
     """
 
-    DELTA = 0
-    ROTATE = 1
-    MASK = 2
-    QUANT = 3
+    COMPACT = 0
+    DELTA = 1
+    ROTATE = 2
+    MASK = 3
+    QUANT = 4
 
     @property
     def key(self) -> str:
@@ -201,7 +206,14 @@ class Stage(OperandStage):
         """The grid that this stage rounds to, where that is all it does; differentiable."""
         return None
 
-    def product(self, tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: LearnedGrid | None) -> Tensor:
+    def product(
+        self,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: LearnedGrid | None,
+        decode: Decode | None,
+    ) -> Tensor:
         """Multiply tokens with the staged weight in a leaner way than through that weight.
 
         Override it where there is one. It is used where this stage is the only one of a linear layer, or
@@ -209,14 +221,19 @@ class Stage(OperandStage):
 
         Args:
             tokens: [..., in], in the dtype of the matmul.
-            weight: [out, in], what arrives at this stage.
+            weight: [out, in], what arrives at this stage, or what a frozen weight is kept as.
             bias: [out] or None.
             grid: Of the stage that follows, if one does.
+            decode: Makes of that the [out, in] that arrives, in the dtype asked for; None where it is that.
 
         Returns:
             [..., out]. Nothing weight-sized but what it was given may be kept for backward.
         """
         raise NotImplementedError
+
+    def decoder(self) -> Decode | None:
+        """What this stage does, in any dtype, where it is to decode a frozen weight."""
+        return None
 
     @property
     def has_product(self) -> bool:

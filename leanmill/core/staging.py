@@ -195,6 +195,8 @@ def _reason_against(sites: Sequence[Site], in_parts: bool) -> str | None:
     stages, weight = sites[0].weight_stages(), sites[0].raw_weight
     if any(site.weight_stages() != stages for site in sites):
         return "sites that share it stage it each in their own way"
+    if stages and all(stage.decoder() is not None for stage in stages):
+        return "it is frozen and only decoded"
     for stage in stages:
         if not stage.once_a_step:
             return f"{stage.technique} stages at every use"

@@ -281,3 +281,5 @@ class InstalledTechniques:
     freeze_base: bool = False
     reset_branch: Callable[[nn.Module], None] | None = None
     fill_branches: Callable[[nn.Module], None] | None = None
+    frozen_weights: str = ""
+    """How frozen weights are kept, where not in fp32; for the log."""

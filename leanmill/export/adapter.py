@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.branches import branch_modules, branched_layers, has_factors, low_rank_branches, stored_names
+from leanmill.core.compact import coded_weights
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.quiet import ignore_warning
@@ -64,6 +65,7 @@ class AdapterFormat(Format):
         settle_activations(self.model, "trained")
         self.expected = sample_logits(self.model)
         self.needs_base = _needs_base(rebuilt)
+        self.in_bf16 = {clean_name(n) for n, p in self.model.named_parameters() if p.dtype == torch.bfloat16}
         path = rebuilt.recipe.model.path
         self.base_name = str((out_dir / "base").resolve()) if self.needs_base else str(path)
         self.left_out = left_out(beside_of(self.model))
@@ -90,7 +92,7 @@ class AdapterFormat(Format):
     def check(self, folder: Path) -> Checked:
         from peft import PeftModel
 
-        base = reload(folder / "base") if self.needs_base else _load_base(self.rebuilt)
+        base = reload(folder / "base") if self.needs_base else _load_base(self.rebuilt, self.in_bf16)
         # PEFT asks a model for a property by the name it had before.
         ignore_warning("`is_gradient_checkpointing` is deprecated", FutureWarning)
         reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
@@ -151,6 +153,7 @@ def _needs_base(rebuilt: Rebuilt) -> bool:
     is_trained = any(p.requires_grad and id(p) not in own for p in model.parameters())
     is_reshaped = any(reshaping_stages(site) for _, site in iter_sites(model))  # type: ignore[arg-type]
     is_changed = any(technique.changes_base() for technique in rebuilt.recipe.techniques)
+    is_changed |= next(coded_weights(model), None) is not None
     return rebuilt.recipe.model.path is None or is_trained or is_reshaped or is_changed
 
 
@@ -204,5 +207,11 @@ def _targets(model: nn.Module, names: set[str]) -> list[str]:
     return sorted(leaves if selected == names else names)
 
 
-def _load_base(rebuilt: Rebuilt) -> Any:
-    return load_weights(rebuilt.recipe.model, dtype=torch.float32).eval()
+@torch.no_grad()
+def _load_base(rebuilt: Rebuilt, in_bf16: set[str]) -> Any:
+    """Load the base in fp32, but the named weights as the run had them, in bf16."""
+    base = load_weights(rebuilt.recipe.model, dtype=torch.float32).eval()
+    for name, parameter in base.named_parameters():
+        if name in in_bf16:
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return base

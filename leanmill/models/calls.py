@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
-from leanmill.core.site import EmbeddingSite, LinearSite
+from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.core.sites import iter_sites
 
 
@@ -34,18 +34,7 @@ def check_sites_are_called(model: nn.Module) -> None:
     """
     staged = {name: site for name, site in iter_sites(model) if site.is_staged}
     watched = {name: site for name, site in staged.items() if isinstance(site, LinearSite | EmbeddingSite)}
-    if not watched:
-        return
-    called: set[int] = set()
-    was_training = model.training
-    try:
-        with _plain(model, called):
-            model.eval()(**_inputs())
-    except Exception:  # noqa: BLE001 (what a family does on meta is its own business)
-        return
-    finally:
-        model.train(was_training)
-    missed = [name for name, site in watched.items() if id(site) not in called]
+    missed = uncalled(model, watched)
     if missed:
         site = watched[missed[0]]
         technique = [*site.weight_stages(), *site.input_stages()][0].technique
@@ -54,6 +43,26 @@ def check_sites_are_called(model: nn.Module) -> None:
             f"uses its weight otherwise or not at all, so {technique} would do nothing there; add {missed[0]!r} to "
             f"{technique}.exclude"
         )
+
+
+@torch.no_grad()
+def uncalled(model: nn.Module, watched: Mapping[str, Site]) -> list[str]:
+    """Return the names of linear layers and embeddings that a causal LM on the meta device never calls.
+
+    None where it cannot run there.
+    """
+    if not watched:
+        return []
+    called: set[int] = set()
+    was_training = model.training
+    try:
+        with _plain(model, called):
+            model.eval()(**_inputs())
+    except Exception:  # noqa: BLE001 (what a family does on meta is its own business)
+        return []
+    finally:
+        model.train(was_training)
+    return [name for name, site in watched.items() if id(site) not in called]
 
 
 def _inputs() -> dict[str, Any]:

@@ -12,6 +12,9 @@ from leanmill.models.mixture.config import MixtureConfig
 from leanmill.models.mixture.translate import Mixture, translate
 
 
+FrozenDtype = Literal["auto", "fp32", "bf16", "int8", "int4", "nf4"]
+
+
 class ModelConfig(Config):
     """A Hugging Face causal LM: from a config (random weights) or from a checkpoint (exactly one)."""
 
@@ -30,6 +33,12 @@ class ModelConfig(Config):
     """Attention implementation; `auto` is flex_attention on CUDA when documents are packed, else sdpa."""
     max_context: int | None = Field(default=None, ge=1)
     """Longest context, tokens; None reads `max_position_embeddings`."""
+
+    frozen_dtype: FrozenDtype = "auto"
+    """How weights that a technique freezes (`lora`, say) are kept; the run computes with what that decodes to.
+
+    `auto` is bf16 where the run computes in bf16, fp32 else. `int8` has a scale a row; `int4` and `nf4` (QLoRA's) one
+    for 64 neighbours. Embedding and head are kept in bf16 at least."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 
 from leanmill.core.around import iter_arounds
 from leanmill.core.branches import branch_modules, is_branched, plain_modules, reset_branch
+from leanmill.core.compact import Compact, coded_weights
 from leanmill.core.copies import cpu_copy
 from leanmill.core.errors import RunError
 from leanmill.core.names import clean_name
 from leanmill.core.sites import iter_sites
-from leanmill.core.stage import TechniqueModule
+from leanmill.core.stage import Slot, TechniqueModule
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.parallel.tensors import assign, full
 
@@ -106,7 +107,8 @@ def initialise_stages(model: nn.Module) -> None:
         if not waiting:
             continue
         done |= waiting
-        weight = full(site.raw_weight.detach()).to("cpu", torch.float32)
+        weight = full(site.raw_weight.detach()).cpu()
+        weight = weight.float() if site.stage(Slot.COMPACT) is None else weight
         for stage in stages:
             own = {name: full(parameter.detach()).cpu() for name, parameter in stage.named_parameters()}
             twin: Any = cpu_copy(stage, own).eval()  # what is sampled in training starts from its likeliest value
@@ -134,12 +136,21 @@ def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
     """Read the checkpoint's weights into `model`; return the ids of the tensors it filled."""
     weights = StoredWeights(config)
     filled: set[int] = set()
+    coded = _coded(model)
     for name, owner, key in _base_tensors(model):
         tensor = _with_storage(owner, key, model)
         if id(tensor) not in filled:
-            weights.fill(name, tensor)
+            compact = coded.get((id(owner), key))
+            if compact is not None:
+                filled.add(id(_with_storage(compact, "scale", model)))
+            weights.fill(name, tensor, compact)
             filled.add(id(tensor))
     return frozenset(filled)
+
+
+def _coded(model: nn.Module) -> dict[tuple[int, str], Compact]:
+    """What decodes each parameter that holds codes, by its owner's id and its key."""
+    return {(id(owner), key): compact for owner, key, compact in coded_weights(model)}
 
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -167,6 +178,7 @@ class _Filler:
         self.root, self.model, self.seed = root, model, seed
         self.done = set(loaded)
         self.reset_branches = reset_branches
+        self.coded = _coded(model)
 
     @torch.no_grad()
     def fill(self) -> None:
@@ -211,7 +223,7 @@ class _Filler:
         targets = [(m, key) for m in members for key in (*m._parameters, *m._buffers) if _own(m, key) is not None]
         if all(id(_own(m, key)) in self.done for m, key in targets):
             return
-        full, copies = _full_copy(top, members)
+        full, copies = _full_copy(top, members, self.coded)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed accelerators too.
             torch.default_generator.manual_seed(_seed_of(self.seed, name))
@@ -224,7 +236,12 @@ class _Filler:
             assert value is not None
             if value.is_floating_point() and value.isnan().any():
                 raise RunError(f"{name}: nothing gives {key!r} a value; its module must initialise it")
-            assign(tensor, value)
+            compact = self.coded.get((id(module), key))
+            if compact is None:
+                assign(tensor, value)
+            else:
+                self.done.add(id(_with_storage(compact, "scale", self.root)))
+                compact.assign_encoded(tensor, value, assign)
             self.done.add(id(tensor))
 
     def _check(self) -> None:
@@ -251,16 +268,21 @@ def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
 
 
-def _full_copy(top: nn.Module, members: list[nn.Module]) -> tuple[nn.Module, dict[int, nn.Module]]:
+def _full_copy(
+    top: nn.Module, members: list[nn.Module], coded: dict[tuple[int, str], Compact]
+) -> tuple[nn.Module, dict[int, nn.Module]]:
     """Copy `top` shallowly, giving `members` below it full-size tensors of their own on the CPU.
 
     New tensors start as NaN (floats) or zero, to show later what nobody initialised; plain tensors
-    with a value start with it.
+    with a value start with it. In the place of codes is the weight that they are of.
     """
     copies = {id(module): _shallow(module) for module in members}
     for module in members:
         twin = copies[id(module)]
-        own = {key: None if p is None else nn.Parameter(_blank(p), False) for key, p in module._parameters.items()}
+        own = {
+            key: None if p is None else nn.Parameter(_blank(p, coded.get((id(module), key))), False)
+            for key, p in module._parameters.items()
+        }
         twin.__dict__["_parameters"] = own
         twin.__dict__["_buffers"] = {key: None if b is None else _blank(b) for key, b in module._buffers.items()}
         twin.__dict__["_modules"] = {
@@ -276,7 +298,9 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _blank(tensor: Tensor) -> Tensor:
+def _blank(tensor: Tensor, compact: Compact | None = None) -> Tensor:
+    if compact is not None:
+        return torch.full(compact.shape, float("nan"))
     if tensor.is_meta or isinstance(tensor, (DTensor, nn.Parameter)):
         fill = float("nan") if tensor.is_floating_point() else 0
         return torch.full(tensor.shape, fill, dtype=tensor.dtype, device="cpu")

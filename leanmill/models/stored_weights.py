@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from leanmill.core.compact import Compact
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.models.config import ModelConfig
 from leanmill.models.folder_weights import FolderWeights
@@ -18,7 +21,7 @@ from leanmill.parallel.collectives import (
     is_first_rank,
     same_on_all_ranks,
 )
-from leanmill.parallel.tensors import assign, write_part
+from leanmill.parallel.tensors import assign, local, write_part
 
 
 class StoredWeights:
@@ -39,12 +42,13 @@ class StoredWeights:
         self._folder: FolderWeights | None = None
         self._weights: dict[str, Tensor] = {}
 
-    def fill(self, name: str, tensor: Tensor) -> None:
+    def fill(self, name: str, tensor: Tensor, compact: Compact | None = None) -> None:
         """Write a weight into `tensor`, which may be sharded. A collective.
 
         Args:
             name: Dotted name in the plain model; each can be read once.
-            tensor: Of the weight's shape, any dtype.
+            tensor: Of the weight's shape, any dtype; or its codes.
+            compact: What decodes the codes, whose scales are written too.
 
         Raises:
             ConfigError: The checkpoint cannot be read, lacks weights, or has this one in another shape.
@@ -52,13 +56,29 @@ class StoredWeights:
         """
         self._open()
         folder = self._folder
+        like = tensor if compact is None else torch.empty(compact.shape, dtype=torch.float32, device="meta")
         if folder is None or not self._everyone_reads or not isinstance(tensor, DTensor):
-            assign(tensor, self.take(name, tensor))
+            value = self.take(name, like)
+            if compact is None:
+                assign(tensor, value)
+            else:
+                compact.assign_encoded(tensor, value, assign)
             return
         source = folder.sources.get(name)
-        if source is None or source.shape != tuple(tensor.shape):
-            raise ConfigError(self._unlike(name, tensor, None if source is None else list(source.shape)))
-        write_part(tensor, lambda part, offsets: folder.read_into(part, name, offsets))
+        if source is None or source.shape != tuple(like.shape):
+            raise ConfigError(self._unlike(name, like, None if source is None else list(source.shape)))
+
+        def read(part: Tensor, offsets: Sequence[int]) -> None:
+            if compact is None:
+                folder.read_into(part, name, offsets)
+                return
+            rows = torch.empty(*part.shape[:-1], compact.shape[-1])
+            folder.read_into(rows, name, offsets)
+            codes, scales = compact.encode(rows)
+            part.copy_(codes)
+            local(compact.scale).copy_(scales)
+
+        write_part(tensor, read)
 
     def take(self, name: str, like: Tensor) -> Tensor:
         """Return a weight, whole, on every rank. A collective.

@@ -46,14 +46,18 @@ def estimate(
         num_micro_batches: Backward passes of a step on one rank.
     """
     if isinstance(engine, FsdpEngine):
-        return _fsdp(engine, optimizer, weights, world_size, precision, num_micro_batches)
-    if isinstance(engine, DeepSpeedEngine) and engine.stage == 3:
-        return _zero3(engine, optimizer, weights, world_size, precision)
-    if isinstance(engine, DeepSpeedEngine) and engine.stage > 0:
-        return _zero12(engine, optimizer, weights, world_size, precision, num_micro_batches)
-    if isinstance(engine, SingleEngine | DdpEngine | DeepSpeedEngine):
-        return _replicated(engine, optimizer, weights, precision)
-    raise TypeError(f"the engine must be chosen first, got {engine.type!r}")
+        memory = _fsdp(engine, optimizer, weights, world_size, precision, num_micro_batches)
+    elif isinstance(engine, DeepSpeedEngine) and engine.stage == 3:
+        memory = _zero3(engine, optimizer, weights, world_size, precision)
+    elif isinstance(engine, DeepSpeedEngine) and engine.stage > 0:
+        memory = _zero12(engine, optimizer, weights, world_size, precision, num_micro_batches)
+    elif isinstance(engine, SingleEngine | DdpEngine | DeepSpeedEngine):
+        memory = _replicated(engine, optimizer, weights, precision)
+    else:
+        raise TypeError(f"the engine must be chosen first, got {engine.type!r}")
+    # One weight at a time, in forward and again in backward.
+    memory.add("transient", "decoded weights", max((w.decoded for w in weights), default=0))
+    return memory
 
 
 def is_staged_once(weight: Weight, engine: EngineConfig) -> bool:
@@ -115,9 +119,8 @@ def copy_itemsize(weight: Weight, precision: str) -> int:
 
 
 def _add_whole_weights(memory: Memory, weights: Sequence[Weight]) -> None:
-    memory.add("held", "weights", sum(w.num_bytes for w in weights if w.trainable))
-    memory.add("held", "frozen weights", sum(w.num_bytes for w in weights if not w.trainable and w.itemsize > 1))
-    memory.add("held", "masks", sum(w.num_bytes for w in weights if not w.trainable and w.itemsize == 1))
+    for w in weights:
+        memory.add("held", w.part, w.num_bytes)
 
 
 def _autocast_copies(weights: Sequence[Weight], precision: str) -> int:
@@ -145,8 +148,7 @@ def _fsdp(
     memory = Memory()
     state: Literal["held", "host"] = "host" if engine.cpu_offload else "held"
     for w in weights:
-        part = "weights" if w.trainable else "masks" if w.itemsize == 1 else "frozen weights"
-        memory.add(state, part, shard_numel(w, size) * w.itemsize)
+        memory.add(state, w.part, shard_numel(w, size) * w.itemsize)
     trained = [w for w in weights if w.trainable]
     memory.add(state, "gradients", sum(shard_numel(w, size) * w.itemsize for w in trained))
     memory.add(state, "optimizer state", optimizer_bytes(optimizer, (shard_numel(w, size) for w in trained)))
@@ -192,7 +194,7 @@ def _groups(
         group = groups.setdefault(w.block, _Group())
         sharers = w.sharers or size
         whole = shard_numel(w, size) * sharers
-        # bf16 gathers masks, and what is staged at use, as they are.
+        # bf16 gathers masks and codes, and what is staged at use, as they are.
         at_use = w.staged and not is_staged_once(w, engine)
         width = 2 if precision == "bf16" and w.itemsize > 1 and not at_use else w.itemsize
         group.gathered += whole * width
@@ -250,8 +252,7 @@ def _zero3(
     state: Literal["held", "host"] = "held" if engine.offload_optimizer is None else "host"
     for w in weights:
         share = math.ceil(w.numel / (w.sharers or world_size))
-        part = "weights" if w.trainable else "masks" if w.itemsize == 1 else "frozen weights"
-        memory.add(weights_at, part, share * w.itemsize)
+        memory.add(weights_at, w.part, share * w.itemsize)
         if w.trainable:
             memory.add(state, "master weights", 4 * share)
             memory.add(state, "gradients", 4 * share)

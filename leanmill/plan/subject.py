@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from leanmill.core.blocks import added_blocks, decoder_blocks
+from leanmill.core.compact import bytes_decoded
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, settings_by_name
-from leanmill.core.sites import staged_parameters
+from leanmill.core.sites import iter_sites, staged_parameters
 from leanmill.core.stage import is_added_tensor
 from leanmill.core.staging import staged_once
 from leanmill.core.technique import InstallContext, InstalledTechniques, token_shares
@@ -36,7 +38,7 @@ from leanmill.plan.weight import Memory, Weight
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import micro_batches_of_step
 from leanmill.trainer.frozen import frozen_flops_per_token, frozen_on_meta, frozen_paths
-from leanmill.trainer.prepare import install_techniques
+from leanmill.trainer.prepare import compact_weights, install_techniques
 from leanmill.trainer.turns import Turns
 
 
@@ -94,6 +96,7 @@ class Subject:
             frozen_config=lambda path: frozen_on_meta(recipe, path).config,
         )
         techniques = install_techniques(recipe.techniques, model, context)
+        compact_weights(recipe, model)
         return cls(
             num_parameters=num_total,
             num_active=num_active,
@@ -159,6 +162,7 @@ def _weights(model: nn.Module, techniques: InstalledTechniques, *, base_is_store
     experts = {id(p): number for _, module, number in expert_modules(model) for p in module.parameters()}
     whole, in_parts = (staged_once(model, in_parts=in_parts)[0] for in_parts in (False, True))
     once, once_in_parts = ({id(weight.raw) for weight in found} for found in (whole, in_parts))
+    decoded = {id(site.raw_weight): bytes_decoded(site) for _, site in iter_sites(model)}
     tables = {id(weight.raw) for weight in whole if is_table(weight)}
     named = list(state_parameters(model))
     settings = settings_by_name(techniques.param_rules, [clean_name(name) for name, _ in named])
@@ -175,6 +179,8 @@ def _weights(model: nn.Module, techniques: InstalledTechniques, *, base_is_store
             is_expert=id(parameter) in experts and parameter.shape[0] == experts[id(parameter)],
             is_pulled=settings.get(clean_name(name), PLAIN).pull is not None,
             is_saved=saves_all or parameter.requires_grad or is_added_tensor(name),
+            is_mask=parameter.dtype == torch.bool,
+            decoded=decoded.get(id(parameter), 0),
         )
 
 

@@ -30,6 +30,10 @@ class Weight:
     """Whether the optimizer keeps a pull on it beside its moments."""
     is_saved: bool = True
     """Whether checkpoints hold it."""
+    is_mask: bool = False
+    """Whether it is a mask, which engines gather as it is."""
+    decoded: int = 0
+    """Bytes of what a use of it decodes, where it is frozen and kept in fewer bytes."""
     sharers: int | None = None
     """Ranks that share what is counted of it, where those are not the ones that share other weights."""
 
@@ -37,6 +41,11 @@ class Weight:
     def numel(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+    @property
+    def part(self) -> str:
+        """Of what kind it is held."""
+        return "weights" if self.trainable else "masks" if self.is_mask else "frozen weights"
 
     @property
     def num_bytes(self) -> int:

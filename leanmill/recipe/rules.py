@@ -33,6 +33,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _batch(recipe)
     yield from _length(recipe)
     yield from _context(recipe)
+    yield from _frozen(recipe)
     yield from _data(recipe)
     yield from _losses(recipe)
     yield from _rates(recipe)
@@ -176,6 +177,15 @@ def _context(recipe: Sections) -> Iterator[str]:
         yield (
             f"data.sequence_length={recipe.data.sequence_length} is longer than the context of the model, "
             f"{source}={limit}; set data.sequence_length={limit} or raise {source}"
+        )
+
+
+def _frozen(recipe: Sections) -> Iterator[str]:
+    kind = recipe.model.frozen_dtype
+    if kind not in ("auto", "fp32", "bf16") and not recipe.techniques and not recipe.phases:
+        yield (
+            f"model.frozen_dtype={kind} keeps what does not train in fewer bits, and without techniques everything "
+            f"trains; remove it, or add e.g. {{type: lora}}"
         )
 
 

@@ -26,6 +26,7 @@ from leanmill.models.activation_checkpointing import apply_activation_checkpoint
 from leanmill.models.calls import check_sites_are_called
 from leanmill.models.compile import compile_blocks
 from leanmill.models.config import ModelConfig
+from leanmill.models.frozen import compact_frozen
 from leanmill.models.materialise import make_materialiser
 from leanmill.models.pretrained import load_frozen, local_folder, pretrained_config
 from leanmill.models.stored_weights import StoredWeights
@@ -79,6 +80,7 @@ def prepare(
     techniques, module = assemble(recipe, model, context)
     load_state(techniques.step_rules, rule_states or {})
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
+    conversion += f"; {techniques.frozen_weights}" if techniques.frozen_weights else ""
     if recipe.train.compile:
         compile_blocks(model)
     ever = {name: p.numel() for name, p in state_parameters(model) if p.requires_grad}
@@ -166,6 +168,7 @@ def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple
     """Give a model on the meta device its techniques, losses and recomputation: all that needs no engine."""
     techniques = install_techniques(listed_and_unasked(recipe, model), model, context)
     check_sites_are_called(model)
+    techniques.frozen_weights = compact_weights(recipe, model)
     module = TrainModule(
         model,
         techniques.loss_terms,
@@ -179,6 +182,12 @@ def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple
         keeps_received=recipe.layout.tokens_travel and not recipe.layout.expert_resend,
     )
     return techniques, module
+
+
+def compact_weights(recipe: Recipe, model: nn.Module) -> str:
+    """Keep what does not train as `model.frozen_dtype` says; return a line for the log, "" where nothing changes."""
+    # A run has settled its precision by now; before, nothing that `auto` keeps in bf16 could be refused.
+    return compact_frozen(model, recipe.model.frozen_dtype, "bf16" if recipe.train.precision == "bf16" else "fp32")
 
 
 def with_precision(recipe: Recipe, device_type: str) -> Recipe:

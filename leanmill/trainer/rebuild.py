@@ -25,7 +25,7 @@ from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import num_steps
-from leanmill.trainer.prepare import install_techniques, listed_and_unasked
+from leanmill.trainer.prepare import compact_weights, install_techniques, listed_and_unasked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     model = _build(recipe, stored, tokenizer_dir)
     context = InstallContext(load_frozen_model=_no_teacher, vocab_size=model.config.vocab_size, seed=recipe.seed)
     techniques = install_techniques(listed_and_unasked(recipe, model), model, context)
+    compact_weights(recipe, model)
     load_state(techniques.step_rules, state.get("rules", {}))
     if partial:
         make_materialiser(recipe.model, seed=recipe.seed, fill_branches=techniques.fill_branches)(model)

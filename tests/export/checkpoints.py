@@ -14,7 +14,7 @@ from leanmill.models.build import build_on_meta
 from leanmill.models.materialise import make_materialiser
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.recipe.root import Recipe
-from leanmill.trainer.prepare import install_techniques
+from leanmill.trainer.prepare import compact_weights, install_techniques
 from tests.models.families import tiny_config
 
 
@@ -31,11 +31,17 @@ class HeldModel:
         return {}
 
 
-def recipe_of(family: str, techniques: list[dict[str, Any]], path: Path | None = None, **changes: Any) -> Recipe:
-    model = {"path": str(path)} if path is not None else {"config": tiny_config(family, **changes)}
+def recipe_of(
+    family: str,
+    techniques: list[dict[str, Any]],
+    path: Path | None = None,
+    frozen_dtype: str = "auto",
+    **changes: Any,
+) -> Recipe:
+    model: dict[str, Any] = {"path": str(path)} if path is not None else {"config": tiny_config(family, **changes)}
     return Recipe.model_validate(
         {
-            "model": model,
+            "model": model | {"frozen_dtype": frozen_dtype},
             "techniques": techniques,
             "train": {"steps": 4},
             "data": {"sequence_length": 32},
@@ -54,6 +60,7 @@ def trained_model(recipe: Recipe) -> Any:
 
     context = InstallContext(load_frozen_model=no_teacher, vocab_size=97, seed=recipe.seed)
     techniques = install_techniques(recipe.techniques, model, context)
+    compact_weights(recipe, model)
     make_materialiser(recipe.model, seed=recipe.seed, fill_branches=techniques.fill_branches)(model)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -197,10 +197,39 @@ def test_numbers_of_a_dense_run_written_out():
 def test_frozen_base_costs_no_gradients_or_state():
     full = plan(_recipe("single"))
     lora = plan(_recipe("single", techniques=[{"type": "lora", "rank": 4}]))
-    assert lora.memory.held["frozen weights"] == full.memory.held["weights"]
+    norms = 7 * 128
+    assert lora.memory.held["frozen weights"] == (full.memory.held["weights"] + 4 * norms) // 2
+    exact = plan(_recipe("single", model=lora_model("fp32"), techniques=[{"type": "lora", "rank": 4}]))
+    assert exact.memory.held["frozen weights"] == full.memory.held["weights"]
     assert lora.memory.held["gradients"] == 4 * lora.num_trainable < full.memory.held["gradients"] / 10
     assert lora.num_technique == lora.num_trainable
     assert lora.flops_per_token == full.flops_per_token
+
+
+def lora_model(frozen_dtype):
+    return {**_recipe().model.model_dump(exclude_unset=True), "frozen_dtype": frozen_dtype}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("fsdp", "nf4"),
+        *(pytest.param(name, "int8", marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero3")),
+        pytest.param("fsdp", "bf16", marks=pytest.mark.slow),
+    ],
+)
+def test_held_memory_of_compact_frozen_weights(name, kind):
+    recipe = _recipe(ENGINES[name], model=lora_model(kind), techniques=[{"type": "lora", "rank": 4}])
+    measured = run_ranks(_held_after_backward, 2, recipe)
+    assert plan(recipe, 2).held_bytes == pytest.approx(max(measured), rel=0.1)
+
+
+def test_compact_frozen_weights_by_formula():
+    result = plan(_recipe("single", model=lora_model("nf4"), techniques=[{"type": "lora", "rank": 4}]))
+    rows = {128: [128, 64, 64, 128, 344, 344], 344: [128]}
+    layers = 3 * sum(out * (-(-num_in // 2) + 4 * -(-num_in // 64)) for num_in, outs in rows.items() for out in outs)
+    assert result.memory.held["frozen weights"] == layers + 2 * 2 * 4099 * 128 + 4 * 7 * 128
+    assert result.memory.transient["decoded weights"] == 4 * 344 * 128
 
 
 def test_offload_moves_state_to_the_host():

@@ -28,6 +28,8 @@ TECHNIQUES = {
     # Half-way in full precision, the rest of the schedule after the resume.
     "bitnet": [{"type": "ternary", "activation_bits": 8, "warmup_steps": 3}],
     "lsq_plus": [{"type": "lsq", "activation_bits": 4, "activation_offset": True, "warmup_steps": 3}],
+    # Over a base in codes.
+    "lora": [{"type": "lora", "rank": 2}],
     "both": [{"type": "mask_llm"}, {"type": "lsq", "activation_bits": 8}],
 }
 
@@ -48,11 +50,12 @@ SCHEDULE = {"type": "linear", "drop_at": 0.5, "weight_decay_until": 0.75}
 
 def recipe(home, techniques, run_dir):
     model = str(home / "model")
+    frozen_dtype = "nf4" if techniques[0]["type"] == "lora" else "auto"
     techniques = [{key: model if value == "MODEL" else value for key, value in raw.items()} for raw in techniques]
     return Recipe(
         run_dir=str(run_dir),
         device="cpu",
-        model={"path": model},
+        model={"path": model, "frozen_dtype": frozen_dtype},
         data={
             "source": {"type": "hf", "path": str(home / "a.jsonl"), "validation_fraction": 0.3},
             "tokenizer": {"vocab_size": 300},

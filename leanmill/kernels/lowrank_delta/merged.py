@@ -45,18 +45,30 @@ class Gradients:
 
 
 class Merged:
-    """W + s B A as blocks of rows, W [..., out, in] with any leading dims flattened to one."""
+    """W + s B A as blocks of rows, W [..., out, in] with any leading dims flattened to one.
+
+    The sum is rounded to W's dtype, unless `is_exact`.
+    """
 
     def __init__(
-        self, weight: Tensor, a: Tensor, b: Tensor, core: Tensor | None, scaling: float, quantiser: Quantiser | None
+        self,
+        weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        core: Tensor | None,
+        scaling: float,
+        quantiser: Quantiser | None,
+        *,
+        is_exact: bool,
     ) -> None:
         self.weight = _stacked(weight)
         self.dtype = compute_dtype(weight, a, b, core)
+        self.merged_dtype = self.dtype if is_exact else weight.dtype
         left = b.to(self.dtype) if core is None else b.to(self.dtype) @ core.to(self.dtype)
         self.a, self.left, self.scaling = _stacked(a.to(self.dtype)), _stacked(left), scaling
         self.quantiser = quantiser
         # Sums over blocks of a scale in half precision would lose what single blocks add.
-        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        exact = torch.promote_types(self.merged_dtype, torch.float32)
         self.scale = None if quantiser is None else _stacked(quantiser.scale.to(exact))
         self.offset = None if quantiser is None or quantiser.offset is None else _stacked(quantiser.offset.to(exact))
         self.factor = 1.0
@@ -75,10 +87,10 @@ class Merged:
                 yield matrix, slice(first, min(first + step, num_rows))
 
     def merged(self, matrix: int, rows: slice) -> Tensor:
-        """The merged rows in the weight's dtype, before the grid."""
+        """The merged rows, before the grid."""
         base = self.weight[matrix, rows].to(self.dtype)
         product = torch.addmm(base, self.left[matrix, rows], self.a[matrix], alpha=self.scaling)
-        return product.to(self.weight.dtype)
+        return product.to(self.merged_dtype)
 
     def staged(self, merged: Tensor, matrix: int, rows: slice) -> Tensor:
         """The merged rows after the grid."""

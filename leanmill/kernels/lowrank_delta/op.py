@@ -65,7 +65,7 @@ def lowrank_delta(
         merged = naive.lowrank_delta(weight, a, b, scaling, core)
         options: dict[str, Any] = {"num_bits": num_bits, "grid": grid, "gradient": gradient, "grad_scale": grad_scale}
         return merged if scale is None else fake_quant(merged, scale, offset, **options)
-    settings = (scaling, num_bits, grid, gradient == "straight_through", grad_scale)
+    settings = (scaling, num_bits, grid, gradient == "straight_through", grad_scale, False)
     return merged_weight(weight, a, b, core, scale, offset, *settings)
 
 
@@ -84,6 +84,7 @@ def lowrank_delta_linear(
     grid: Kind = "signed",
     gradient: Gradient = "lsq",
     grad_scale: float | None = None,
+    is_exact: bool = False,
 ) -> Tensor:
     """Return x W'^T + bias with W' = `lowrank_delta` of the other arguments, never holding W' or its gradient.
 
@@ -106,6 +107,8 @@ def lowrank_delta_linear(
         grid: As in `fake_quant`.
         gradient: As in `fake_quant`.
         grad_scale: As in `fake_quant`.
+        is_exact: Keep the sum in the widest dtype given, in which it meets the grid, instead of rounding it to the
+            weight's: for frozen weights that are stored in bf16 and merged in fp32.
 
     Returns:
         [..., out] in the dtype of `x`.
@@ -123,9 +126,10 @@ def lowrank_delta_linear(
     same_device(weight, x=x, bias=bias)
     if is_dtensor(weight):
         options: dict[str, Any] = {"num_bits": num_bits, "grid": grid, "gradient": gradient, "grad_scale": grad_scale}
-        staged = lowrank_delta(weight, a, b, scaling, core, scale=scale, offset=offset, **options)
+        whole = weight.float() if is_exact else weight
+        staged = lowrank_delta(whole, a, b, scaling, core, scale=scale, offset=offset, **options)
         return F.linear(x, staged.to(x.dtype), bias)
-    settings = (scaling, num_bits, grid, gradient == "straight_through", grad_scale)
+    settings = (scaling, num_bits, grid, gradient == "straight_through", grad_scale, is_exact)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     out = linear(weight, a, b, core, scale, offset, rows, *settings)
     out = out.view(*x.shape[:-1], weight.shape[0])

@@ -16,14 +16,14 @@ from leanmill.kernels.lowrank_delta.merged import Gradients, Merged, Quantiser
 def _merged(tensors: Sequence[Tensor | None], settings: Sequence[Any]) -> Merged:
     """From an operator's flat arguments."""
     weight, a, b, core, scale, offset = tensors
-    scaling, num_bits, grid, straight_through, grad_scale = settings
+    scaling, num_bits, grid, straight_through, grad_scale, is_exact = settings
     assert weight is not None
     assert a is not None
     assert b is not None
     quantiser = None
     if scale is not None:
         quantiser = Quantiser(scale, offset, make_grid(num_bits, grid), straight_through, grad_scale)
-    return Merged(weight, a, b, core, scaling, quantiser)
+    return Merged(weight, a, b, core, scaling, quantiser, is_exact=is_exact)
 
 
 @torch.library.custom_op("leanmill::lowrank_delta", mutates_args=())
@@ -39,10 +39,13 @@ def merged_weight(
     grid: str,
     straight_through: bool,
     grad_scale: float | None,
+    is_exact: bool,
 ) -> Tensor:
     """Return what `op.lowrank_delta` does."""
     with naive.as_given(weight):
-        merged = _merged((weight, a, b, core, scale, offset), (scaling, num_bits, grid, straight_through, grad_scale))
+        merged = _merged(
+            (weight, a, b, core, scale, offset), (scaling, num_bits, grid, straight_through, grad_scale, is_exact)
+        )
     out = weight.new_empty(weight.shape)
     stack = out.view(merged.weight.shape)
     with naive.as_given(weight):
@@ -70,10 +73,13 @@ def linear(
     grid: str,
     straight_through: bool,
     grad_scale: float | None,
+    is_exact: bool,
 ) -> Tensor:
     """Return what `op.lowrank_delta_linear` does for flat tokens, without the bias."""
     with naive.as_given(weight):
-        merged = _merged((weight, a, b, core, scale, offset), (scaling, num_bits, grid, straight_through, grad_scale))
+        merged = _merged(
+            (weight, a, b, core, scale, offset), (scaling, num_bits, grid, straight_through, grad_scale, is_exact)
+        )
     out = None
     with naive.as_given(weight):
         for matrix, rows in merged.blocks():
@@ -111,11 +117,12 @@ def contract(
     grid: str,
     straight_through: bool,
     grad_scale: float | None,
+    is_exact: bool,
     needs_weight: bool,
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of weight, a, b, core, scale, offset and x; empty ones for what there is not."""
-    settings = (scaling, num_bits, grid, straight_through, grad_scale)
+    settings = (scaling, num_bits, grid, straight_through, grad_scale, is_exact)
     # Without a grid the values of the weight do not matter; the gradient stands in for its shape.
     with naive.as_given(grad):
         merged = _merged((grad if weight is None else weight, a, b, core, scale, offset), settings)
@@ -222,7 +229,7 @@ def _save_for_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_of_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = contract(grad, *ctx.saved_tensors, None, *ctx.settings, ctx.needs_input_grad[0], False)
-    return *_wanted(ctx, found[:6]), *[None] * 5
+    return *_wanted(ctx, found[:6]), *[None] * 6
 
 
 def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -233,7 +240,7 @@ def _save_for_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_of_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     found = contract(grad.contiguous(), *ctx.saved_tensors, *ctx.settings, needs[0], needs[6])
-    return *_wanted(ctx, found), *[None] * 5
+    return *_wanted(ctx, found), *[None] * 6
 
 
 def _wanted(ctx: Any, found: Sequence[Tensor]) -> list[Tensor | None]:

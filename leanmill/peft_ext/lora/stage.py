@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from leanmill.core.facets import LearnedGrid, LowRank
 from leanmill.core.operands import recomputed
 from leanmill.core.product import linear
-from leanmill.core.stage import Slot, Stage
+from leanmill.core.stage import Decode, Slot, Stage
 from leanmill.kernels.lowrank_delta.op import lowrank_delta, lowrank_delta_linear
 
 
@@ -54,16 +54,26 @@ class LoraStage(Stage):
         # In fp32 whatever autocast says: the weight that is exported is the one that was trained.
         return lowrank_delta(weight, self.lora_A, self.lora_B, self.scaling)
 
-    def product(self, tokens: Tensor, weight: Tensor, bias: Tensor | None, grid: LearnedGrid | None) -> Tensor:
+    def product(
+        self,
+        tokens: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: LearnedGrid | None,
+        decode: Decode | None,
+    ) -> Tensor:
         if grid is None:
             # Two thin matmuls instead of a merged weight, and no weight-sized gradient to contract.
-            base = recomputed(lambda rows, w, b: linear(rows, w, None, b), tokens, weight, bias)
+            def on_base(rows: Tensor, kept: Tensor, b: Tensor | None) -> Tensor:
+                return linear(rows, kept if decode is None else decode(kept, rows.dtype), None, b)
+
+            base = recomputed(on_base, tokens, weight, bias)
             factors = self.lora_A.to(tokens.dtype), self.lora_B.to(tokens.dtype)
             return base + self.scaling * F.linear(F.linear(tokens, factors[0]), factors[1])
         return lowrank_delta_linear(
             tokens, weight, self.lora_A, self.lora_B, self.scaling,
             bias=None if bias is None else bias.to(tokens.dtype),
-            scale=grid.scale, num_bits=grid.num_bits, grid=grid.kind,
+            scale=grid.scale, num_bits=grid.num_bits, grid=grid.kind, is_exact=decode is not None,
         )  # fmt: skip
 
     def low_rank(self) -> LowRank:

@@ -170,7 +170,7 @@ def test_backward_makes_nothing_of_the_weights_size(monkeypatch):
 
     tensors = [None if t[n] is None else t[n].detach() for n in ("weight", "a", "b", "core", "scale", "offset")]
     function = contract._init_fn
-    rest = (0.5, 3, "signed", False, None, False, True)
+    rest = (0.5, 3, "signed", False, None, False, False, True)
     with Largest(tensors[0]) as linear, torch.no_grad():
         monkeypatch.setattr(cpu, "large_empty", noted)
         function(upstream, *tensors, x.detach(), *rest)
@@ -248,7 +248,7 @@ def test_under_compile_and_opcheck():
     for one, other in zip(eager, compiled, strict=True):
         torch.testing.assert_close(one, other)
     tensors = [t[name] for name in ("weight", "a", "b", "core", "scale", "offset")]
-    options = (0.7, 3, "signed", False, None)
+    options = (0.7, 3, "signed", False, None, False)
     torch.library.opcheck(torch.ops.leanmill.lowrank_delta.default, (*tensors, *options))
     torch.library.opcheck(torch.ops.leanmill.lowrank_delta_linear.default, (*tensors, x, *options))
     no_grid = [*tensors[:4], None, None]

@@ -1,0 +1,108 @@
+"""Keeping the weights that do not train in fewer bytes, once it is known which those are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import torch
+from torch import nn
+
+from leanmill.core.compact import Compact, Kind
+from leanmill.core.errors import ConfigError
+from leanmill.core.site import LinearSite, Site
+from leanmill.core.sites import Candidate, Sites
+from leanmill.core.stage import Slot
+from leanmill.models.calls import uncalled
+from leanmill.models.config import FrozenDtype
+
+
+def compact_frozen(model: nn.Module, frozen_dtype: FrozenDtype, precision: Literal["fp32", "bf16"]) -> str:
+    """Turn the frozen weights of a model on the meta device into ones of fewer bytes; return a line for the log.
+
+    Linear and expert weights become what is asked for; embedding and head bf16, since fewer bits harm most there
+    (so do QLoRA and torchao). What trains stays as it is, and so do norms, biases and routers, which are small.
+
+    Args:
+        model: A causal LM, all techniques installed and what trains decided.
+        frozen_dtype: Of the recipe; `auto` is bf16 where the run computes in bf16, and leaves alone what cannot be.
+        precision: The run's.
+
+    Raises:
+        ConfigError: Nothing is frozen; a mask or a quantiser stands on a weight that would be rounded to 8 or
+            4 bits before it; or a frozen weight is used in a way that nothing can be put before.
+    """
+    kind = precision if frozen_dtype == "auto" else frozen_dtype
+    if kind == "fp32":
+        return ""
+    sites = Sites(model)
+    groups: dict[int, list[Candidate]] = {}
+    for candidate in sites.candidates.values():
+        weight = _weight(model, candidate)
+        if not weight.requires_grad and weight.is_floating_point():
+            groups.setdefault(id(weight), []).append(candidate)
+    if not groups and frozen_dtype not in ("auto", "bf16"):
+        raise ConfigError(
+            f"model.frozen_dtype={frozen_dtype}, but every linear, expert and embedding weight trains, so there is "
+            f"nothing to keep in fewer bits; remove it, or add a technique that freezes, such as lora"
+        )
+    counts: Counter[str] = Counter()
+    for group in groups.values():
+        is_layer = all(one.kind in ("linear", "expert") for one in group)
+        as_kind: Kind = kind if is_layer else "bf16"
+        if _compact(sites, group, as_kind, precision, is_asked=frozen_dtype != "auto"):
+            counts[as_kind] += 1
+    shown = ", ".join(f"{number} in {name}" for name, number in counts.items())
+    return f"frozen weights: {shown}" if shown else ""
+
+
+def _compact(
+    sites: Sites, group: list[Candidate], kind: Kind, precision: Literal["fp32", "bf16"], *, is_asked: bool
+) -> bool:
+    """Keep one parameter, which the weights of `group` share, as `kind`; return whether that was done."""
+    model, weight = sites.model, _weight(sites.model, group[0])
+    owners = [model.get_submodule(one.module_path) for one in group]
+    is_staged = any(isinstance(owner, Site) and owner.is_staged for owner in owners)
+    if all(one.kind in ("linear", "head") for one in group) and kind == precision and not is_staged:
+        for one, owner in zip(group, owners, strict=True):
+            owner._parameters[one.parameter_name] = nn.Parameter(weight.detach().to(torch.bfloat16), False)
+        return True
+    try:
+        found = [sites.site_of(one) for one in group]
+        _check(model, found, kind)
+    except ConfigError:
+        if is_asked:
+            raise
+        return False
+    reads_rows = any(one.kind == "embedding" for one in group)
+    is_reshaped = any(site.is_reshaped for site in found)
+    dtype = torch.float32 if precision == "fp32" or is_reshaped or reads_rows else torch.bfloat16
+    compact = Compact(weight.shape, kind, dtype, weight.device)
+    kept = nn.Parameter(compact.empty(weight.device), requires_grad=False)
+    for site in found:
+        site.put(compact)
+        owner, key = site.weight_at
+        owner._parameters[key] = kept
+    return True
+
+
+def _weight(model: nn.Module, candidate: Candidate) -> nn.Parameter:
+    return getattr(model.get_submodule(candidate.module_path), candidate.parameter_name)  # type: ignore[no-any-return]
+
+
+def _check(model: nn.Module, sites: list[Site], kind: Kind) -> None:
+    for site in sites:
+        for slot in (Slot.MASK, Slot.QUANT):
+            stage = site.stage(slot)
+            if stage is not None and kind != "bf16":
+                raise ConfigError(
+                    f"model.frozen_dtype={kind} would round {site.site_name}, and {stage.technique} needs its values "
+                    f"as they are; set model.frozen_dtype=bf16"
+                )
+    plain = {site.site_name: site for site in sites if isinstance(site, LinearSite) and not site.is_staged}
+    missed = uncalled(model, plain)
+    if missed:
+        raise ConfigError(
+            f"{type(model).__name__} multiplies with the weight of {missed[0]} without calling it, so it cannot be "
+            f"kept in another form; set model.frozen_dtype=auto, or fp32"
+        )
