@@ -169,7 +169,8 @@ def _results_in_bf16(engine_name, teacher):
 
 
 def _untrained(combination, teacher):
-    engine, loop = train(recipe_of(BF16_COMBINATIONS[combination], {"type": "single"}, teacher, 1), ONE, num_steps=0)
+    names = BF16_COMBINATIONS[combination]
+    engine, loop = train(recipe_of(names, {"type": "single"}, teacher, 1, "bf16"), ONE, num_steps=0)
     for rule in loop.step_rules:  # as an export does: what is scheduled is in no checkpoint
         rule.begin_step(StepContext(step=NUM_STEPS - 1, num_steps=NUM_STEPS, num_micro_batches=2))
     return engine

@@ -80,7 +80,7 @@ def test_every_variant_of_a_claim_is_a_recipe(monkeypatch):
         for variant in claim.variants.values():
             given = [f"techniques={json.dumps(variant.techniques)}", *variant.overrides]
             assert load_recipe(FOLDER / "claims" / claim.base, given).train.steps == 450
-            assert all(parse_pass(item) for item in variant.passes or ())
+            assert all(parse_pass(item) for item in [*(variant.passes or ()), *(variant.afterwards or ())])
 
 
 def test_a_claims_section_has_its_losses_and_verdicts(figures):

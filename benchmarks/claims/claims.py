@@ -21,6 +21,9 @@ class Variant:
     continues: bool = False
     """Whether it trains again, the whole recipe, from the model that was trained dense and went through `passes`."""
 
+    afterwards: list[dict[str, Any]] | None = None
+    """For `leanmill compress`, on what `continues` has trained."""
+
     @property
     def starts_trained(self) -> bool:
         """Whether it begins with the model that was trained dense."""
@@ -121,6 +124,20 @@ def _adapted(**technique: Any) -> Variant:
 
 _LORA = _adapted(type="lora", rank=_LORA_RANK, alpha=_LORA_RANK)
 """327,680 parameters in the recipe's 28 linear layers."""
+
+
+def _adapted_in_bits(bits: int) -> dict[str, Variant]:
+    """A model of Python goes on with C++, as adapters, and is in a few bits at the end."""
+    lora = {"type": "lora", "rank": 8, "alpha": 16}
+    shared = {"weight_bits": bits, "granularity": "group", "group_size": 64}
+    grid = {"type": "lsq", **shared, "weight_start": "l4q", "lr_factor": 0.02}
+    overrides = [*_TO_CPP, "optimizer.lr=2.0e-3", "optimizer.weight_decay=0.0"]
+    gptq = {"type": "gptq", "weight_bits": bits, "group_size": 64}
+    return {
+        "L4Q": Variant(techniques=[lora, grid], overrides=overrides, continues=True),
+        "LoRA, then GPTQ": Variant(techniques=[lora], overrides=overrides, continues=True, afterwards=[gptq]),
+    }
+
 
 CLAIMS: dict[str, Claim] = {
     "low_bit_w4a4": Claim(
@@ -226,6 +243,16 @@ CLAIMS: dict[str, Claim] = {
         },
         base="moe.yaml",
         also=_ROUTING,
+    ),
+    "l4q_3_bits": Claim(
+        says="adapters inside of the quantiser end lower than adapters whose sum is rounded afterwards, at 3 bits",
+        source="Jeon et al. 2024, arXiv:2402.04902",
+        variants=_adapted_in_bits(3),
+    ),
+    "l4q_2_bits": Claim(
+        says="the same at 2 bits",
+        source="Jeon et al. 2024, arXiv:2402.04902",
+        variants=_adapted_in_bits(2),
     ),
     "moe_upcycled": Claim(
         says="a trained model whose MLPs become experts goes on to a lower loss than itself, at equal tokens",

@@ -20,6 +20,8 @@ from typing import Any
 import yaml
 from claims import CLAIMS, Variant
 
+from leanmill.recipe.io import load_recipe
+
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "perf"))
@@ -108,37 +110,50 @@ def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequenc
     base = FOLDER / claim.base
     if not given.starts_trained:
         return _train(run_dir, base, given, seed, overrides)
-    model = _exported(folder, base, seed)
+    model = _exported(_dense(folder, base, seed))
     if given.passes:
         compressed = run_dir.with_name(f"{run_dir.name}-model")
         if not compressed.exists():
-            _compress(model, base, given, seed, compressed)
+            _compress(model, base, given.passes, (), seed, compressed)
         model = compressed
     start = [f"model={{path: {model}}}", f"data.tokenizer.path={model}"]
-    if given.continues:
-        dense = str(_exported(folder, base, seed))
-        techniques = json.loads(json.dumps(given.techniques).replace("{dense}", dense))
-        return _train(run_dir, base, replace(given, techniques=techniques), seed, [*start, *overrides])
+    if not given.continues:
+        return _evaluate(run_dir, base, seed, start)
+    dense = str(_exported(_dense(folder, base, seed)))
+    techniques = json.loads(json.dumps(given.techniques).replace("{dense}", dense))
+    trained = _train(run_dir, base, replace(given, techniques=techniques), seed, [*start, *overrides])
+    if given.afterwards is None:
+        return trained
+    compressed = run_dir.with_name(f"{run_dir.name}-model")
+    if not compressed.exists():
+        exported = _exported(run_dir)
+        _compress(exported, base, given.afterwards, given.overrides, seed, compressed)
+    start = [f"model={{path: {compressed}}}", f"data.tokenizer.path={compressed}"]
+    return _evaluate(run_dir.with_name(f"{run_dir.name}-compressed"), base, seed, [*start, *given.overrides])
+
+
+def _evaluate(run_dir: Path, base: Path, seed: int, overrides: Sequence[str]) -> dict[str, float]:
     # Nothing moves at this rate: the run is there for its evaluation.
-    return _train(run_dir, base, Variant(), seed, [*start, "train.steps=1", "optimizer.lr=1.0e-12"])
+    return _train(run_dir, base, Variant(), seed, [*overrides, "train.steps=1", "optimizer.lr=1.0e-12"])
 
 
 def _dense(folder: Path, base: Path, seed: int) -> Path:
     return folder / f"dense-{base.stem}-{seed}"
 
 
-def _exported(folder: Path, base: Path, seed: int) -> Path:
-    dense = _dense(folder, base, seed)
-    exported = dense / "exported"
+def _exported(run_dir: Path) -> Path:
+    exported = run_dir / "exported"
     if not exported.exists():
-        _leanmill("export", "--checkpoint", str(dense), "--to", "hf", "--out", str(exported))
+        _leanmill("export", "--checkpoint", str(run_dir), "--to", "hf", "--out", str(exported))
     return exported
 
 
-def _compress(model: Path, base: Path, variant: Variant, seed: int, out: Path) -> None:
-    recipe = yaml.safe_load(base.read_text(encoding="utf-8"))
-    data = recipe["data"] | {"tokenizer": {"path": str(model)}}
-    passes = {"seed": seed, "model": {"path": str(model)}, "data": data, "passes": variant.passes}
+def _compress(
+    model: Path, base: Path, given: list[dict[str, Any]], overrides: Sequence[str], seed: int, out: Path
+) -> None:
+    data = load_recipe(base, [one for one in overrides if one.startswith("data.")]).data.model_dump(mode="json")
+    data |= {"tokenizer": {"path": str(model)}}
+    passes = {"seed": seed, "model": {"path": str(model)}, "data": data, "passes": given}
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(passes), encoding="utf-8")
     _leanmill("compress", str(path), "--out", str(out))

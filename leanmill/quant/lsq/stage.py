@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanmill.kernels.fake_quant.grid import Kind
+from leanmill.kernels.fake_quant.grid import Kind, make_grid
 from leanmill.kernels.fake_quant.op import initial_scale
 from leanmill.quant.grids import UniformGrid
 from leanmill.quant.scales import Granularity
@@ -15,7 +15,7 @@ from leanmill.quant.sharing import Sharing
 from leanmill.quant.stages import LearnedScale
 
 
-Start = Literal["lsq", "lsq_plus"]
+Start = Literal["lsq", "lsq_plus", "l4q"]
 
 
 class LsqStage(LearnedScale):
@@ -50,8 +50,23 @@ class LsqStage(LearnedScale):
     def start(self, weight: Tensor) -> Tensor:
         if self.starts_as == "lsq_plus":
             return three_sigma_start(weight, self.grid.num_bits, self.sharing)
+        if self.starts_as == "l4q":
+            return unclipped_start(weight, self.grid, self.sharing)
         shape = tuple(self.scale.shape)
         return initial_scale(weight, shape, num_bits=self.grid.num_bits, grid=self.grid.kind)
+
+
+def unclipped_start(weight: Tensor, grid: UniformGrid, sharing: Sharing) -> Tensor:
+    """Return max(|min w / Qn|, |max w / Qp|) of what shares a step (Jeon et al. 2024, eq. 15).
+
+    Args:
+        weight: [..., out, in].
+        grid: Qn and Qp, its outermost codes.
+        sharing: What shares a step.
+    """
+    codes = make_grid(grid.num_bits, grid.kind)
+    below, above = (sharing.largest(side.clamp(min=0)) for side in (-weight, weight))
+    return torch.maximum(below / abs(codes.low + codes.shift), above / (codes.high + codes.shift))
 
 
 def three_sigma_start(weight: Tensor, num_bits: int, sharing: Sharing) -> Tensor:
