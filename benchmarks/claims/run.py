@@ -124,7 +124,7 @@ def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequenc
     trained = _train(run_dir, base, replace(given, techniques=techniques), seed, [*start, *overrides])
     if given.afterwards is None:
         return trained
-    compressed = run_dir.with_name(f"{run_dir.name}-model")
+    compressed = run_dir.with_name(f"{run_dir.name}-afterwards")
     if not compressed.exists():
         exported = _exported(run_dir)
         _compress(exported, base, given.afterwards, given.overrides, seed, compressed)
