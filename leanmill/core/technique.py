@@ -187,6 +187,10 @@ class TechniqueConfig(Config):
         """Whether its start writes weights of the base, so that they are no longer those of `model.path`."""
         return False
 
+    def reads_base(self) -> bool:
+        """Whether its branches read or write weights of the layers they wrap, rather than only call them."""
+        return False
+
     def token_shares(self, num_layers: int) -> Mapping[int, float]:
         """Return what share of a row's tokens decoder blocks run for in training, by index; all where none is given.
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from leanmill.core.branches import BASE
 from leanmill.core.compact import Compact, Kind
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import LinearSite, Site
@@ -17,7 +18,13 @@ from leanmill.models.calls import uncalled
 from leanmill.models.config import FrozenDtype
 
 
-def compact_frozen(model: nn.Module, frozen_dtype: FrozenDtype, precision: Literal["fp32", "bf16"]) -> str:
+def compact_frozen(
+    model: nn.Module,
+    frozen_dtype: FrozenDtype,
+    precision: Literal["fp32", "bf16"],
+    *,
+    bases_are_read: bool = False,
+) -> str:
     """Turn the frozen weights of a model on the meta device into ones of fewer bytes; return a line for the log.
 
     Linear and expert weights become what is asked for; embedding and head bf16, since fewer bits harm most there
@@ -27,10 +34,12 @@ def compact_frozen(model: nn.Module, frozen_dtype: FrozenDtype, precision: Liter
         model: A causal LM, all techniques installed and what trains decided.
         frozen_dtype: Of the recipe; `auto` is bf16 where the run computes in bf16, and leaves alone what cannot be.
         precision: The run's.
+        bases_are_read: Whether branches read or write weights of the layers they wrap.
 
     Raises:
-        ConfigError: Nothing is frozen; a mask or a quantiser stands on a weight that would be rounded to 8 or
-            4 bits before it; or a frozen weight is used in a way that nothing can be put before.
+        ConfigError: Nothing is frozen; a branch reads the weight it is beside; a mask or a quantiser stands on a
+            weight that would be rounded to 8 or 4 bits before it; or a frozen weight is used in a way that nothing
+            can be put before.
     """
     kind = precision if frozen_dtype == "auto" else frozen_dtype
     if kind == "fp32":
@@ -39,6 +48,13 @@ def compact_frozen(model: nn.Module, frozen_dtype: FrozenDtype, precision: Liter
     groups: dict[int, list[Candidate]] = {}
     for candidate in sites.candidates.values():
         weight = _weight(model, candidate)
+        if bases_are_read and BASE in candidate.module_path.split("."):
+            if frozen_dtype != "auto":
+                raise ConfigError(
+                    f"model.frozen_dtype={frozen_dtype} would keep {candidate.name} in another form, and the adapter "
+                    f"around it may read its weight as it is; set model.frozen_dtype=auto, or use {{type: lora}}"
+                )
+            continue
         if not weight.requires_grad and weight.is_floating_point():
             groups.setdefault(id(weight), []).append(candidate)
     if not groups and frozen_dtype not in ("auto", "bf16"):

@@ -187,7 +187,12 @@ def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple
 def compact_weights(recipe: Recipe, model: nn.Module) -> str:
     """Keep what does not train as `model.frozen_dtype` says; return a line for the log, "" where nothing changes."""
     # A run has settled its precision by now; before, nothing that `auto` keeps in bf16 could be refused.
-    return compact_frozen(model, recipe.model.frozen_dtype, "bf16" if recipe.train.precision == "bf16" else "fp32")
+    return compact_frozen(
+        model,
+        recipe.model.frozen_dtype,
+        "bf16" if recipe.train.precision == "bf16" else "fp32",
+        bases_are_read=any(technique.reads_base() for technique in recipe.techniques),
+    )
 
 
 def with_precision(recipe: Recipe, device_type: str) -> Recipe:

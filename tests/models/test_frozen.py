@@ -41,6 +41,16 @@ def test_auto_is_bf16_where_the_run_computes_in_it():
         assert dtype == (torch.bfloat16 if is_matrix else torch.float32), name
 
 
+def test_what_an_adapter_may_read_stays_as_it_is():
+    model = meta({"type": "peft", "method": "lora", "options": {"r": 2}})
+    with pytest.raises(ConfigError, match=r"may read its weight as it is; set model.frozen_dtype=auto"):
+        compact_frozen(model, "nf4", "bf16", bases_are_read=True)
+    compact_frozen(model, "auto", "bf16", bases_are_read=True)
+    bases = {name: dtype for name, dtype in dtypes(model).items() if "base_layer" in name}
+    assert set(bases.values()) == {torch.float32}
+    assert dtypes(model)["model.embed_tokens.weight"] == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
 def test_embedding_and_head_are_kept_in_bf16(kind):
     model = meta(LORA, family="mixtral")

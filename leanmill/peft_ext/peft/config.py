@@ -90,6 +90,10 @@ class Peft(TrainedTechniqueConfig):
         """Starts that move a part of each weight into the adapter do."""
         return str(self.options.get("init_lora_weights", "")).startswith(CHANGES_BASE)
 
+    def reads_base(self) -> bool:
+        """PEFT's methods may: starts, norms and rotations of weights do."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Arrange for PEFT to wrap the selected layers.
 
