@@ -258,6 +258,11 @@ PASSES: dict[str, Entry] = {
         "surgery: fewer channels, heads, neurons and layers, by what flows through them",
         "Muralidharan et al. 2024, arXiv:2407.14679; Michel et al. 2019, arXiv:1905.10650",
     ),
+    "flap": Entry(
+        "leanmill.sparse.flap.config:Flap",
+        "surgery: fewer heads and neurons, those that fluctuate least, biases in their place",
+        "An et al. 2023, arXiv:2312.11983",
+    ),
     "drop_blocks": Entry(
         "leanmill.sparse.drop_blocks.config:DropBlocks",
         "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.passes import Surgeon, SurgeryConfig
+from leanmill.sparse.structured.targets import Target
 
 
-Target = Annotated[float, Field(gt=0, lt=1, strict=True)] | Annotated[int, Field(ge=1, strict=True)] | None
 _TARGETS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 
 

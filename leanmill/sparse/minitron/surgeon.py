@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.passes import CalibratedModel, LookingSurgeon, StoredBlock
 from leanmill.sparse.structured.anatomy import Sizes, check_hidden, check_layers, is_mixture, sizes_of
-from leanmill.sparse.structured.cut import Cutter, Kept, highest, smaller_config
+from leanmill.sparse.structured.cut import Cutter, Kept, heads_in_groups, highest, smaller_config
 from leanmill.sparse.structured.importance import (
     HEADS,
     NEURONS,
@@ -23,6 +23,7 @@ from leanmill.sparse.structured.importance import (
     influence,
     losses_without,
 )
+from leanmill.sparse.structured.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class MinitronSurgeon(LookingSurgeon):
 
     def config(self, before: Any) -> Any:
         old = sizes_of("minitron", before, mixtures=True)
-        new = self._new_sizes(old)
+        new = Targets(technique="minitron", asked=self.targets, multiple_of=self.multiple_of).sizes(old)
         if new.hidden < old.hidden:
             check_hidden("minitron", before)
         if new.layers < old.layers:
@@ -81,43 +82,6 @@ class MinitronSurgeon(LookingSurgeon):
         if self.scales_norms:
             after.rms_norm_eps = self.plan.before.rms_norm_eps * self.plan.old.hidden / self.plan.new.hidden
         return after
-
-    def _new_sizes(self, old: Sizes) -> Sizes:
-        hidden = self._target("hidden_size", old.hidden, self.multiple_of)
-        neurons = self._target("intermediate_size", old.neurons, self.multiple_of)
-        layers = self._target("num_hidden_layers", old.layers, 1)
-        heads, groups = self._heads(old)
-        new = replace(old, hidden=hidden, neurons=neurons, heads=heads, groups=groups, layers=layers)
-        if new == old:
-            raise ConfigError("minitron: the model has these sizes already; ask for less than there is")
-        return new
-
-    def _heads(self, old: Sizes) -> tuple[int, int]:
-        shared = old.heads // old.groups
-        groups = self._target("num_key_value_heads", old.groups, 1)
-        # Where no two query heads share a key-value head, either number is the other.
-        if self.targets["num_key_value_heads"] is None and shared == 1:
-            groups = self._target("num_attention_heads", old.heads, 1)
-        if self.targets["num_attention_heads"] is None:
-            return groups * shared, groups
-        heads = self._target("num_attention_heads", old.heads, groups)
-        if heads % groups or heads > groups * shared:
-            fitting = ", ".join(str(groups * number) for number in range(1, shared + 1))
-            raise ConfigError(
-                f"minitron: num_attention_heads={heads} from {groups} key-value heads with {shared} query heads each; "
-                f"type one of {fitting}, or another num_key_value_heads"
-            )
-        return heads, groups
-
-    def _target(self, name: str, there: int, multiple_of: int) -> int:
-        asked = self.targets[name]
-        if asked is None:
-            return there
-        if isinstance(asked, float):
-            return min(there, max(1, round(asked * there / multiple_of)) * multiple_of)
-        if asked > there:
-            raise ConfigError(f"minitron: {name}={asked}, and the model has {there}; type at most {there}")
-        return asked
 
     def look(self, model: CalibratedModel) -> Any:
         old, new = self.plan.old, self.plan.new
@@ -196,22 +160,3 @@ class MinitronSurgeon(LookingSurgeon):
         cut = "; ".join(f"{old} {word} cut to {new}" for old, new, word in sizes if new < old)
         gone = sorted(set(range(self.plan.old.layers)) - set(self.cutter.kept.layers))
         return f"{cut} (without layers {', '.join(map(str, gone))})" if gone else cut
-
-
-def heads_in_groups(scores: Tensor, old_groups: int, num_heads: int, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Return the query heads and the key-value heads that stay, ascending.
-
-    A key-value head counts for the root of the summed squares of its query heads; of each that stays, as many of the
-    highest query heads do.
-
-    Args:
-        scores: Of query heads, [heads]; neighbours share a key-value head.
-        old_groups: Key-value heads there are.
-        num_heads: Query heads that stay.
-        num_groups: Key-value heads that stay; divides `num_heads`.
-    """
-    by_group = scores.view(old_groups, -1)
-    groups = highest(by_group.square().sum(1), num_groups)
-    shared = by_group.shape[1]
-    heads = [group * shared + highest(by_group[group], num_heads // num_groups) for group in groups]
-    return torch.cat(heads), groups

@@ -111,3 +111,22 @@ def smaller_config(technique: str, before: Any, sizes: Sizes, layers: Sequence[i
 def highest(scores: Tensor, number: int) -> Tensor:
     """Return the indices of the highest scores [n], ascending; of equal ones the first."""
     return scores.argsort(descending=True, stable=True)[:number].sort().values
+
+
+def heads_in_groups(scores: Tensor, old_groups: int, num_heads: int, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Return the query heads and the key-value heads that stay, ascending.
+
+    A key-value head counts for the root of the summed squares of its query heads; of each that stays, as many of the
+    highest query heads do.
+
+    Args:
+        scores: Of query heads, [heads]; neighbours share a key-value head.
+        old_groups: Key-value heads there are.
+        num_heads: Query heads that stay.
+        num_groups: Key-value heads that stay; divides `num_heads`.
+    """
+    by_group = scores.view(old_groups, -1)
+    groups = highest(by_group.square().sum(1), num_groups)
+    shared = by_group.shape[1]
+    heads = [group * shared + highest(by_group[group], num_heads // num_groups) for group in groups]
+    return torch.cat(heads), groups

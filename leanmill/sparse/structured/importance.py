@@ -68,6 +68,45 @@ class Activations:
         self.sums[key] = self.sums[key] + found if key in self.sums else found
 
 
+class Moments:
+    """Means and variances over all tokens of what enters some modules of a block."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        """[3, features] fp64: how many tokens, sum of x, sum of x^2."""
+
+    @contextmanager
+    def watch(self, block: SeenBlock, inputs: Collection[str]) -> Iterator[None]:
+        """Look at the inputs of some modules while a block runs."""
+        with ExitStack() as stack:
+            for name in inputs:
+                hook = self._hook(f"{block.index}.{name}")
+                stack.callback(block.module.get_submodule(name).register_forward_pre_hook(hook).remove)
+            yield
+
+    def mean_and_variance(self, model: CalibratedModel, layer: int, name: str) -> tuple[Tensor, Tensor]:
+        """Return both [features], fp64, over all ranks; a collective, which uses the sums up.
+
+        Raises:
+            RunError: Not finite.
+        """
+        number, first, second = model.total(self.sums.pop(f"{layer}.{name}"))
+        if not bool(torch.isfinite(second).all()):
+            raise RunError(
+                f"what enters {name} of layer {layer} is not finite on the calibration rows; look at the data"
+            )
+        mean = first / number
+        return mean, (second / number - mean.square()).clamp(min=0)
+
+    def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).double().cpu()
+            found = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
+            self.sums[key] = self.sums[key] + found if key in self.sums else found
+
+        return see
+
+
 def influence(before: Tensor, after: Tensor) -> Tensor:
     """Return the sum over tokens of 1 - cos(input, output) of a block [B, S, H], fp64 ()."""
     return (1 - F.cosine_similarity(before.float(), after.float(), dim=-1)).double().sum()

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from leanmill.core.errors import ConfigError
 from leanmill.core.registry import parse_pass
 from leanmill.data.build import build_train_data
-from leanmill.sparse.minitron.surgeon import heads_in_groups
+from leanmill.sparse.structured.cut import heads_in_groups
 from leanmill.trainer.passes.foresight import after_passes
 from leanmill.trainer.passes.run import compress
 from tests.distributed import run_ranks

@@ -1,0 +1,1 @@
+"""Heads and neurons that fluctuate little go, and biases take their place."""
