@@ -102,7 +102,7 @@ class NMSparsity(TechniqueConfig):
     decay_warmup: float = Field(default=0.0, ge=0, le=1)
     """Share of the run over which `decay` grows from 0, linearly; 0.25 in AST."""
     dense_at_end: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the run, to its end, that trains dense, as the model then is in the end (Hu et al. 2024: 1/6)."""
+    """Share of the run, to its end, that trains dense, as the model then is in the end (Hu et al. 2024)."""
     log_flips: bool = False
     """Log `flip_rate`, the share of mask bits that a step changes (Hu et al. 2024), of the steps that are logged; while
     weights are dense, of the mask that they would have."""
