@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -157,6 +157,8 @@ def parse_level(raw: Any) -> LayerPassConfig:
 class SearchConfig(PassConfig):
     """Base of passes that choose a level for each unit."""
 
+    says_how_long: ClassVar[frozenset[str]] = frozenset()
+    """Fields that say for how long a search goes on, and nothing of how: what it remembers serves any of them."""
     levels: list[Annotated[SerializeAsAny[PassConfig], BeforeValidator(parse_level)]] = Field(min_length=2)
     """What a unit may become, in any order: `dense`, `drop`, and layer passes such as `{type: gptq, weight_bits: 3}`;
     no two of one size."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,7 @@ class EvoPress(SearchConfig):
     which in the authors' code may be one; where no new offspring is left, a generation has fewer.
     """
 
+    says_how_long: ClassVar[frozenset[str]] = frozenset({"generations"})
     type: Literal["evopress"] = "evopress"
     """Name of the pass."""
     generations: int = Field(default=100, ge=1)

@@ -56,17 +56,19 @@ class Evolution:
         )
 
     def run(self, space: Space, judge: Judge) -> State:
-        kept = judge.recall()
-        if kept is None:
-            parent, done, losses = self._first(space, judge), 0, list[float]()
-        else:
-            parent, done, losses = tuple(kept["parent"]), int(kept["generation"]), list(kept["losses"])
-            log.info("the search goes on after generation %d", done)
-        for generation in range(done, self.generations):
+        kept = judge.recall() or {"parents": [], "losses": []}
+        # A search that went on for longer than is asked for now has passed what is asked for.
+        parents: list[State] = [tuple(parent) for parent in kept["parents"][: self.generations]]
+        losses: list[float] = kept["losses"][: self.generations]
+        if parents:
+            log.info("the search goes on after generation %d", len(parents))
+        parent = parents[-1] if parents else self._first(space, judge)
+        for generation in range(len(parents), self.generations):
             parent, loss = self._next(parent, space, judge, generation)
+            parents.append(parent)
             losses.append(loss)
             log.info("generation %d of %d: loss %.5f", generation + 1, self.generations, loss)
-            judge.remember({"parent": list(parent), "generation": generation + 1, "losses": losses})
+            judge.remember({"parents": [list(one) for one in parents], "losses": losses})
         return parent
 
     def _first(self, space: Space, judge: Judge) -> State:

@@ -102,7 +102,8 @@ def search_levels(
     store = LevelStore(work_dir / f"levels-{key_of(settings)}", config.sorted_levels)
     store.build(stream, [layer for unit in units for layer in unit.layers], writes=ranks.rank == 0)
     whole = load_frozen(str(model.path), dtype=stream.dtype).to(stream.device)
-    memory = work_dir / f"search-{key_of(settings | config.model_dump(mode='json', exclude={'work_dir'}))}.json"
+    how = config.model_dump(mode="json", exclude={"work_dir", *config.says_how_long})
+    memory = work_dir / f"search-{key_of(settings | how)}.json"
     judge = ModelJudge(whole, stream.source, units, store, block_of, batches, ranks=ranks, memory=memory)
     space = space_of(config, units)
     state = config.search(recipe.seed).run(space, judge)

@@ -95,6 +95,12 @@ def test_a_search_that_was_cut_off_ends_as_one_that_was_not():
     again.memory = judge.memory
     assert evolution(generations=9).run(SPACE, again) == whole
     assert len(again.asked) == 3 * 5
+    assert evolution(generations=12).run(SPACE, again) == evolution(generations=12).run(SPACE, FormulaJudge(loss))
+    assert len(again.asked) == 3 * 8
+    shorter = FormulaJudge(loss)
+    shorter.memory = again.memory
+    assert evolution(generations=4).run(SPACE, shorter) == evolution(generations=4).run(SPACE, FormulaJudge(loss))
+    assert not shorter.asked
 
 
 def test_what_is_no_number_never_wins():
