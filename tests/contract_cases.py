@@ -156,6 +156,8 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     # Everything of BitNet, after a step in full precision and one half-way.
     "bitnet": {"type": "ternary", "activation_bits": 8, "input_norm": True, "warmup_steps": 2},
     "binary": {"type": "binary"},
+    "dual_binary": {"type": "dual_binary", "granularity": "group", "group_size": 8},
+    "dual_tensor": {"type": "dual_binary", "granularity": "tensor", "warmup_steps": 1},
     # Two bases in the first step, then one.
     "two_bases": {"type": "binary", "num_bases": 2, "bases_until": 1},
     "salient_signs": {"type": "binary", "granularity": "row", "center": False, "salient": 0.1},
@@ -307,7 +309,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "nested, all at once": ("matformer_sum", "nm_sparsity", "lora"),
     "lora taking turns": ("lisa", "lora", "distill"),
     "elastic_signs": ("elastic_signs",),
-    **{name: (name,) for name in ("best_fp4", "falling_bits", "widths_in_turn", "two_bases", "wave")},
+    **{name: (name,) for name in ("best_fp4", "falling_bits", "widths_in_turn", "two_bases", "wave", "dual_tensor")},
     "experts in floating point": ("mixtral", "fp_quant_scaled", "nm_sparsity"),
     "salient_signs": ("salient_signs",),
     "signs of kept weights": ("nm_sparsity", "binary", "lora", "distill"),
@@ -330,6 +332,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "ternary_int8",
             "int_quant",
             "fp_quant",
+            "dual_binary",
             "lsq_row",
             "rho1",
             "mask_llm",

@@ -104,6 +104,12 @@ def has_eight_levels_a_row(run: Trained) -> None:
         assert all(row.unique().numel() <= 8 for row in weight), name
 
 
+def has_four_levels_a_group(run: Trained) -> None:
+    """Two bits a weight; 8 weights share their levels."""
+    for name, (_, weight) in run.sites.items():
+        assert all(group.unique().numel() <= 4 for group in weight.reshape(-1, 8)), name
+
+
 def has_eight_magnitudes_a_block(run: Trained) -> None:
     """Four bits a weight, one of them the sign; 16 weights share a scale."""
     for name, (_, weight) in run.sites.items():
@@ -144,6 +150,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "bitnet": (is_ternary,),
     "binary": (is_one_magnitude,),
     "paretoq": (is_ternary_by_row,),
+    "dual_binary": (has_four_levels_a_group,),
     "fp_quant": (has_eight_magnitudes_a_block,),
     "lsq_row": (has_eight_levels_a_row,),
     "matformer": (trains_the_first_half_of_neurons,),

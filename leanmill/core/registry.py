@@ -48,6 +48,11 @@ TECHNIQUES: dict[str, Entry] = {
         "weights in {-s, s}: signs and the mean magnitude (BitNet, XNOR-Net), several bases, PB-LLM, BiPer",
         "Wang et al. 2023, arXiv:2310.11453; Rastegari et al. 2016, arXiv:1603.05279",
     ),
+    "dual_binary": Entry(
+        "leanmill.quant.dual_binary.config:DualBinary",
+        "weights of 2 bits as two binaries with a trained scale each (DB-LLM)",
+        "Chen et al. 2024, arXiv:2402.11960",
+    ),
     "int_quant": Entry(
         "leanmill.quant.int_quant.config:IntQuant",
         "integer weights and activations of 2 to 8 bits, absmax or MSE scale, straight-through",

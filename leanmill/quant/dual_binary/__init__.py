@@ -1,0 +1,1 @@
+"""Two binaries with a trained scale each."""
