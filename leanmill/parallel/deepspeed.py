@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
@@ -24,6 +25,7 @@ from leanmill.parallel.deepspeed_experts import LocalExperts, marker
 from leanmill.parallel.deepspeed_start import start_deepspeed
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, share
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
+from leanmill.parallel.frozen import shard_frozen
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.optimizer_state import pulled
@@ -216,7 +218,12 @@ class DeepSpeedEngine(Engine):
                 self._zero.set_counter(parameter, key, state[f"{name}/{key}"])
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        return freeze(model, self.precision).to(self.device)
+        """Shard it where the trained model's weights are; DeepSpeed itself would want an engine of its own for that."""
+        freeze(model, self.precision)
+        if self.config.stage < 3 or self.data_size == 1:
+            return model.to(self.device)
+        mesh = self._mesh if self.device.type == "cpu" else init_device_mesh(self.device.type, (self.data_size,))
+        return shard_frozen(model, mesh, self.device)
 
     def close(self) -> None:
         engine = self.__dict__.pop("_engine", None)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
 from leanmill.core.blocks import added_blocks, decoder_blocks, shared_between
 from leanmill.core.errors import ConfigError
@@ -21,6 +21,7 @@ from leanmill.parallel.config import LayoutConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.expert_parallel import spread_experts
 from leanmill.parallel.expert_sharding import ExpertSharding
+from leanmill.parallel.frozen import move_plain_tensors, shard_frozen
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks, ensure_process_group
 from leanmill.parallel.layout import Layout, resolve_layout
@@ -113,7 +114,7 @@ class FsdpEngine(TorchEngine):
         if self.config.cpu_offload and self.device.type != "cpu":
             _give_storage(module, torch.device("cpu"))
         preparation.materialise(module)
-        _move_plain_tensors(module, self.device)
+        move_plain_tensors(module, self.device)
         self.module = module
         self._make_optimizer(preparation)
 
@@ -190,15 +191,7 @@ class FsdpEngine(TorchEngine):
                     group._init_mp_dtypes()
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        """Shard the blocks only: a loss may use the head's weight outside the model's forward.
-
-        Embedding, final norm and head stay whole on every rank.
-        """
-        freeze(model, self.precision)
-        for block in decoder_blocks(model):
-            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
-        _move_plain_tensors(model, self.device)
-        return model
+        return shard_frozen(freeze(model, self.precision), self.mesh, self.device)
 
 
 def _lift_shared(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -279,15 +272,3 @@ def _give_storage(module: nn.Module, device: torch.device) -> None:
                 storage = torch.empty_like(parameter, device=device)
                 made[id(parameter)] = nn.Parameter(storage, parameter.requires_grad)
             owner._parameters[key] = made[id(parameter)]
-
-
-@torch.no_grad()
-def _move_plain_tensors(module: nn.Module, device: torch.device) -> None:
-    """Move what is not sharded; sharded parameters are where their policy wants them."""
-    for owner in module.modules():
-        for parameter in owner._parameters.values():
-            if parameter is not None and not isinstance(parameter, DTensor):
-                parameter.data = parameter.data.to(device)
-        for key, buffer in owner._buffers.items():
-            if buffer is not None and not isinstance(buffer, DTensor):
-                owner._buffers[key] = buffer.to(device)

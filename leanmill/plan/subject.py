@@ -205,12 +205,15 @@ def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
 
 
 def _teacher_bytes(sizes: tuple[int, int], case: Case) -> float:
-    """Bytes of the teachers on one rank; whole but for FSDP, which shards its blocks."""
+    """Bytes of the teachers on one rank; whole, but under FSDP and ZeRO-3, which shard their blocks."""
     whole, blocks = sizes
     size = 2 if case.recipe.train.precision == "bf16" else 4
-    if not isinstance(case.engine, FsdpEngine):
-        return float(size * whole)
-    return size * (whole - blocks + blocks / (case.engine.shard_size or case.world_size))
+    if isinstance(case.engine, FsdpEngine):
+        sharers = case.engine.shard_size or case.world_size
+    else:
+        is_sharded = isinstance(case.engine, DeepSpeedEngine) and case.engine.stage == 3
+        sharers = case.world_size if is_sharded else 1
+    return size * (whole - blocks + blocks / sharers)
 
 
 def _no_loading(path: str) -> nn.Module:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.core.tiny import tiny
 from tests.distributed import run_ranks
 from tests.parallel.zero_cases import (
     MAX_NORM,
@@ -194,3 +195,20 @@ def test_one_process_and_learning_rate(stage: int) -> None:
             engine.close()
 
     run_ranks(ranks, 1)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_frozen_model_is_sharded_where_weights_are(stage: int) -> None:
+    """It computes what it does whole; the head, which a loss uses by itself, is whole on every rank."""
+    ids = torch.arange(10).view(2, 5)
+
+    def ranks() -> tuple[Tensor, dict[str, str]]:
+        frozen = make_engine(stage).prepare_frozen(tiny())
+        with torch.no_grad():
+            logits = frozen(ids, use_cache=False).logits
+        return logits, {name: type(p).__name__ for name, p in frozen.named_parameters()}
+
+    for logits, kinds in run_ranks(ranks, WORLD):
+        torch.testing.assert_close(logits, tiny()(ids, use_cache=False).logits.detach())
+        assert kinds["model.layers.0.mlp.up_proj.weight"] == ("DTensor" if stage == 3 else "Parameter")
+        assert kinds["lm_head.weight"] == "Parameter"
