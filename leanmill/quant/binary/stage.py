@@ -73,10 +73,10 @@ class BinaryStage(SwitchedBits, QuantStage):
         """Yield what is summed for every basis, are sent the sums of what shares an s, and return the bases' sum."""
         is_kept = weight != 0
         rest = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        total = torch.zeros_like(rest)
-        for _ in range(self.num_bases):
-            signs = torch.where(is_kept, self._signs(rest, (yield _terms(rest, is_kept))), 0.0)
-            total, rest = total + signs, rest - signs
+        total = self._signs(rest, (yield _terms(rest, is_kept))).masked_fill_(~is_kept, 0.0)
+        for _ in range(self.num_bases - 1):
+            left = rest - total
+            total = total + self._signs(left, (yield _terms(left, is_kept))).masked_fill_(~is_kept, 0.0)
         # Rounded once, so that the levels are the same number everywhere in the weight's dtype.
         return total.to(weight.dtype)
 
