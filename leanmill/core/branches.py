@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ def branch_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     yield f"{below}.{key}", tensor, key not in module._non_persistent_buffers_set
+
+
+def parameters_beside_buffers(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of adapters that compute with floating-point buffers, which nobody rounds for a forward."""
+    for _, layer in branched_layers(model):
+        own = [layer, *branch_modules(layer)]
+        buffers = [buffer for module in own for buffer in module._buffers.values() if buffer is not None]
+        if any(buffer.is_floating_point() for buffer in buffers):
+            yield from (p for module in own for p in module._parameters.values() if p is not None)
 
 
 def copy_untracked(source: nn.Module, target: nn.Module) -> None:
@@ -96,6 +105,16 @@ def stored_names(path: str, *, is_embedding: bool) -> tuple[str, str]:
     """Return what PEFT's files call the factors A and B of the layer at `path`; an embedding's are transposed."""
     a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     return f"base_model.model.{path}.{a}", f"base_model.model.{path}.{b}"
+
+
+def wrapped_parameter(model: nn.Module, name: str, wrapped: Collection[str]) -> str:
+    """Return where PEFT's files have the adapter of a module's own parameter, such as stacked experts.
+
+    PEFT wraps the module once for each of its `wrapped` parameters, in the order they are registered.
+    """
+    module_path, _, leaf = name.rpartition(".")
+    own = [key for key in model.get_submodule(module_path)._parameters if f"{module_path}.{key}" in wrapped]
+    return ".".join([module_path, *[BASE] * (len(own) - 1 - own.index(leaf))])
 
 
 def base_of(layer: Any) -> nn.Module:

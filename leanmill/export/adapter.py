@@ -10,12 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.branches import branch_modules, branched_layers, has_factors, low_rank_branches, stored_names
+from leanmill.core.branches import (
+    branch_modules,
+    branched_layers,
+    has_factors,
+    low_rank_branches,
+    stored_names,
+    wrapped_parameter,
+)
 from leanmill.core.compact import coded_weights
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.quiet import ignore_warning
-from leanmill.core.site import EmbeddingSite, LinearSite, Site
+from leanmill.core.site import EmbeddingSite, ExpertSite, Site
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, Stage
 from leanmill.export.activations import settle_activations
@@ -33,15 +40,17 @@ class _Factors:
     """One adapter: the weight it adds to gains `scaling` x `b` x `a`."""
 
     a: Tensor
-    """[rank, in]"""
+    """[rank, in]; of stacked experts [num_experts x rank, in], one expert after the other."""
     b: Tensor
-    """[out, rank]"""
+    """[out, rank]; of stacked experts [out, rank x num_experts], the ranks' experts side by side."""
     scaling: float
     is_embedding: bool
+    num_experts: int | None = None
+    """Of stacked experts."""
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // (self.num_experts or 1)
 
 
 class AdapterFormat(Format):
@@ -126,10 +135,6 @@ def _from_stages(name: str, site: Site, stages: Sequence[Stage]) -> _Factors:
     others = [stage.technique for stage in stages if stage.low_rank() is None]
     if others:
         raise ConfigError(f"{name}: {others[0]!r} is no low-rank adapter, so PEFT cannot hold it; export --to hf")
-    if not isinstance(site, (LinearSite, EmbeddingSite)):
-        raise ConfigError(
-            f"{name}: PEFT's adapter files have no form for stacked experts; export --to hf, which merges it"
-        )
     after = reshaping_stages(site)  # type: ignore[arg-type]
     if after:
         raise ConfigError(
@@ -138,8 +143,10 @@ def _from_stages(name: str, site: Site, stages: Sequence[Stage]) -> _Factors:
         )
     deltas = [delta for stage in stages if (delta := stage.low_rank()) is not None]
     scaling = deltas[0].scaling
-    a = torch.cat([delta.a for delta in deltas])
-    b = torch.cat([delta.b * (delta.scaling / scaling) for delta in deltas], dim=1)
+    a = torch.cat([delta.a for delta in deltas], dim=-2)
+    b = torch.cat([delta.b * (delta.scaling / scaling) for delta in deltas], dim=-1)
+    if isinstance(site, ExpertSite):
+        return _Factors(a.flatten(0, 1), b.permute(1, 2, 0).flatten(1), scaling, False, num_experts=len(a))
     if isinstance(site, EmbeddingSite):  # PEFT keeps the transpose of a table
         return _Factors(b.T.contiguous(), a.T.contiguous(), scaling, True)
     return _Factors(a, b, scaling, False)
@@ -178,7 +185,8 @@ def _write(folder: Path, adapters: dict[str, _Factors], model: nn.Module, base: 
         lora_alpha=_number(alpha),
         rank_pattern=ranks,
         alpha_pattern={name: _number(value) for name, value in alphas.items() if value != alpha},
-        target_modules=_targets(model, set(adapters)),
+        target_modules=_targets(model, {name for name, f in adapters.items() if f.num_experts is None}),
+        target_parameters=[name for name, f in adapters.items() if f.num_experts is not None] or None,
         base_model_name_or_path=base,
         revision=revision,
         task_type="CAUSAL_LM",
@@ -187,7 +195,8 @@ def _write(folder: Path, adapters: dict[str, _Factors], model: nn.Module, base: 
     config.save_pretrained(str(folder))
     tensors: dict[str, Tensor] = {}
     for name, factors in adapters.items():
-        a, b = stored_names(name, is_embedding=factors.is_embedding)
+        path = name if factors.num_experts is None else wrapped_parameter(model, name, adapters)
+        a, b = stored_names(path, is_embedding=factors.is_embedding)
         tensors[a], tensors[b] = factors.a.contiguous(), factors.b.contiguous()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 

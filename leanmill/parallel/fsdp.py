@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 
 from leanmill.core.blocks import added_blocks, decoder_blocks, shared_between
+from leanmill.core.branches import parameters_beside_buffers
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import EmbeddingSite
 from leanmill.core.sites import iter_sites, staged_parameters
@@ -206,9 +207,14 @@ def _lift_shared(module: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Para
 
 
 def _staged_at_use(module: nn.Module, once: Sequence[StagedOnce]) -> set[int]:
-    """Ids of the parameters that stages read in forward: all staged ones but those of `once`."""
+    """Ids of the parameters that are gathered in fp32.
+
+    Those that stages read in forward, all staged ones but those of `once`, and those that adapters multiply with
+    buffers, which keep their fp32.
+    """
     elsewhere = {id(p) for weight in once for p in (weight.raw, *weight.own)}
-    return {id(parameter) for parameter in staged_parameters(module)} - elsewhere
+    read = {id(parameter) for parameter in staged_parameters(module)} - elsewhere
+    return read | {id(parameter) for parameter in parameters_beside_buffers(module)}
 
 
 def _split_off_staged(module: nn.Module, once: Sequence[StagedOnce], policy: MixedPrecisionPolicy) -> None:

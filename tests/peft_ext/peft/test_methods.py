@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.core.branches import branch_tensors, branched_layers
 from leanmill.core.errors import ConfigError
 from leanmill.core.sites import Sites
@@ -20,8 +22,9 @@ from leanmill.export.folding import detach_adapters, fold
 from leanmill.export.wrapped import take_wrapped, write_wrapped
 from leanmill.models.pretrained import load_frozen
 from leanmill.peft_ext.peft.methods import METHODS, REFUSED
+from leanmill.trainer.beginning import saved_part
 from tests.core.tiny import loss_of
-from tests.export.checkpoints import recipe_of, save, trained_model
+from tests.export.checkpoints import HeldModel, recipe_of, save, trained_model
 from tests.export.test_hf import logits
 from tests.peft_ext.peft.cases import raw_of
 
@@ -54,7 +57,18 @@ def after_two_steps(raw: dict[str, Any], base: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "lora"])
+UNLIKE_EACH_OTHER = ("core_lora", "hra", "lily", "ln_tuning", "mos", "shira", "trainable_tokens", "vera")
+"""A mechanism each: a start from the weight, a weight that is read, no merged form, norms, pools, places, a table."""
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name in UNLIKE_EACH_OTHER else pytest.mark.slow)
+        for name in METHODS
+        if name != "lora"
+    ],
+)
 def test_a_method_trains_reloads_and_merges(method: str, base: Path, tmp_path: Path):
     model = after_two_steps(raw_of(method), base)
     expected, plain = logits(model), load_frozen(str(base))
@@ -77,7 +91,7 @@ def test_a_method_trains_reloads_and_merges(method: str, base: Path, tmp_path: P
 @pytest.mark.parametrize(
     "raw",
     [
-        raw_of("vblora"),
+        pytest.param(raw_of("vblora"), marks=pytest.mark.slow),
         pytest.param(raw_of("lora", r=4, use_dora=True), marks=pytest.mark.slow),
         raw_of("lora", r=4, init_lora_weights="pissa"),
         pytest.param(raw_of("lora", r=4, rank_pattern={"down_proj": 2}), marks=pytest.mark.slow),
@@ -96,6 +110,25 @@ def test_a_checkpoint_is_exported(raw: dict[str, Any], base: Path, tmp_path: Pat
     assert written["peft_type"] == raw["method"].upper()
 
 
+def test_a_checkpoint_holds_the_adapter_alone_and_knows_its_base(base: Path, tmp_path: Path):
+    raw = raw_of("psoft")
+    recipe, model = recipe_of("qwen3", [raw], path=base), after_two_steps(raw, base)
+    trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    prepared: Any = SimpleNamespace(techniques=SimpleNamespace(freeze_base=True), trained=trained)
+    part = saved_part(recipe, model, prepared)
+    assert part["names"] == {path for path, _, _ in branch_tensors(model)}
+    assert any("cache" in name for name in part["names"]), "what came of the weight at the start"
+    manager = CheckpointManager(tmp_path / "run", recipe.checkpoint)
+    manager.save(3, HeldModel(model), {"step": 3}, recipe.model_dump(mode="json"), **part)  # type: ignore[arg-type]
+    checkpoint = manager.latest()
+    assert checkpoint is not None
+    out = export_model(checkpoint, tmp_path / "out", to="adapter").path
+    reloaded = PeftModel.from_pretrained(load_frozen(str(base)), str(out)).eval()
+    torch.testing.assert_close(logits(reloaded), logits(model), rtol=1e-4, atol=1e-5)
+    moved = recipe_of("qwen3", [raw_of("lora", r=4, init_lora_weights="pissa")], path=base)
+    assert saved_part(moved, model, prepared) == {}, "a start that moves a part of the base saves all"
+
+
 def test_pissa_starts_as_the_base_and_takes_its_largest_part(base: Path):
     raw = raw_of("lora", r=4, lora_alpha=4, init_lora_weights="pissa", targets=["q_proj"])
     recipe = recipe_of("qwen3", [raw], path=base)
@@ -111,6 +144,7 @@ def test_pissa_starts_as_the_base_and_takes_its_largest_part(base: Path):
     assert (logits(model) - logits(plain)).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_what_does_not_depend_on_the_weight_is_marked_so(base: Path):
     """Starts of the others are asked of a model with zeros for weights, so a dependence would go unnoticed."""
     from leanmill.peft_ext.peft.inject import _Wrapping
