@@ -113,7 +113,7 @@ def test_bad_overrides(load, override, message):
         ("engine={type: fsdp, shards_size: 3}", ["unknown key engine.shards_size", "did you mean 'shard_size'?"]),
         ("engine={type: fdsp}", ["engine.type='fdsp'", "known types: auto, single, ddp, fsdp", "did you mean 'fsdp'"]),
         ("optimizer={type: sgd}", ["optimizer.type='sgd'", "adamw, lion, adamw8bit"]),
-        ("data.source={path: x}", ["data.source needs a `type`", "local_corpus, hf, mixture"]),
+        ("data.source={path: x}", ["data.source needs a `type`", "local_corpus, hf, prepared, mixture"]),
         ("data.source={type: hf}", ["data.source.path is missing", "Hub name, file, folder or glob"]),
         ("train.precision=fp16", ["train.precision='fp16'", "'fp32' or 'bf16'"]),
         ("train.steps=many", ["train.steps='many' is not allowed", "a valid integer"]),
