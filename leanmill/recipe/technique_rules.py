@@ -1,0 +1,103 @@
+"""What must hold between techniques, optimizer and engine, by what techniques say of themselves. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from leanmill.core.parameters import PLAIN
+
+
+if TYPE_CHECKING:
+    from leanmill.recipe.sections import Sections
+
+
+def technique_problems(recipe: Sections) -> Iterator[str]:
+    """Yield what techniques cannot do under this optimizer and engine, or beside each other."""
+    yield from _losses(recipe)
+    yield from _rates(recipe)
+    yield from _views(recipe)
+    yield from _turns(recipe)
+    yield from _branches(recipe)
+    yield from _modules_left_out(recipe)
+
+
+def _losses(recipe: Sections) -> Iterator[str]:
+    if recipe.train.cross_entropy_weight == 0 and not recipe.techniques:
+        yield "train.cross_entropy_weight=0 without techniques leaves no loss; set it to 1, or add e.g. {type: distill}"
+
+
+def _rates(recipe: Sections) -> Iterator[str]:
+    # A step multiplies weights by 1 - lr * weight_decay.
+    for technique in recipe.techniques:
+        said, optimizer = technique.own_settings(), recipe.optimizer
+        lr = optimizer.lr * (said.lr_factor or 1.0)
+        decay = optimizer.weight_decay if said.weight_decay is None else said.weight_decay
+        if said != PLAIN and lr * decay >= 1:
+            kind: str = technique.type  # type: ignore[attr-defined]
+            yield (
+                f"{kind}: optimizer.lr={optimizer.lr:g} x lr_factor={said.lr_factor or 1.0:g} x weight_decay={decay:g} "
+                f"is at least 1, so every step would wipe its parameters out; set {kind}.weight_decay below {1 / lr:g}"
+            )
+
+
+def _views(recipe: Sections) -> Iterator[str]:
+    names = [config.type for config in recipe.techniques if config.reads_optimizer_state()]  # type: ignore[attr-defined]
+    if not names:
+        return
+    if recipe.optimizer.type == "adamw8bit":
+        yield (
+            f"{names[0]} writes optimizer state element by element, and optimizer.type=adamw8bit keeps it in rounded "
+            f"blocks; set optimizer.type=adamw or lion"
+        )
+    for config in recipe.techniques:
+        remedy = config.reads_second_moments()
+        if remedy is not None and recipe.optimizer.type == "lion":
+            yield (
+                f"{config.type} needs second moments of gradients, and optimizer.type=lion keeps none; set "  # type: ignore[attr-defined]
+                f"optimizer.type=adamw, or {remedy}"
+            )
+    offloads = ("offload_optimizer", "offload_parameters") if recipe.engine.type == "deepspeed" else ()
+    for field in offloads:
+        offload = getattr(recipe.engine, field)
+        if offload is not None and offload.device == "nvme":
+            yield (
+                f"{names[0]} reads weights and optimizer state in every step, and engine.{field}.device=nvme keeps "
+                f"them on disk; set engine.{field}.device=cpu"
+            )
+
+
+def _turns(recipe: Sections) -> Iterator[str]:
+    named = [(config.type, config) for config in recipe.techniques]  # type: ignore[attr-defined]
+    for turning in [name for name, config in named if config.changes_what_trains()]:
+        if recipe.engine.type == "deepspeed":
+            yield (
+                f"{turning} trains other parameters in some steps than in others, and DeepSpeed cuts those that train "
+                f"into flat partitions once; type engine=fsdp or engine=ddp"
+            )
+        for name in [name for name, config in named if config.reads_optimizer_state()]:
+            yield (
+                f"{name} moves weights by their gradients, which {turning} lets rest in some steps; remove one of the "
+                f"two from `techniques`"
+            )
+
+
+def _branches(recipe: Sections) -> Iterator[str]:
+    names = [config.type for config in recipe.techniques if config.adds_branches()]  # type: ignore[attr-defined]
+    if len(names) > 1:
+        yield (
+            f"{' and '.join(names)} both wrap layers with output branches, and PEFT would let the second replace the "
+            f"first; keep one of them, or use `type: lora` with where: weight for the other"
+        )
+
+
+def _modules_left_out(recipe: Sections) -> Iterator[str]:
+    if recipe.engine.type != "deepspeed" or recipe.engine.stage != 3:
+        return
+    for config in recipe.techniques:
+        remedy = config.leaves_modules_out()
+        if remedy is not None:
+            yield (
+                f"{config.type} leaves modules out of a step, and engine.stage=3 would give their weights the gradient "  # type: ignore[attr-defined]
+                f"of the step before; set {remedy}, or engine.stage=2 or engine=fsdp"
+            )
