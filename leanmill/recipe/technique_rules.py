@@ -20,6 +20,7 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
     yield from _turns(recipe)
     yield from _branches(recipe)
     yield from _modules_left_out(recipe)
+    yield from _references(recipe)
 
 
 def _losses(recipe: Sections) -> Iterator[str]:
@@ -101,3 +102,13 @@ def _modules_left_out(recipe: Sections) -> Iterator[str]:
                 f"{config.type} leaves modules out of a step, and engine.stage=3 would give their weights the gradient "  # type: ignore[attr-defined]
                 f"of the step before; set {remedy}, or engine.stage=2 or engine=fsdp"
             )
+
+
+def _references(recipe: Sections) -> Iterator[str]:
+    named = [(config.type, config) for config in recipe.techniques]  # type: ignore[attr-defined]
+    moving = [name for name, config in named if config.changes_base()]
+    for name in [name for name, config in named if config.num_compared() and not config.frozen_models() and moving]:
+        yield (
+            f"{name}.reference is not given, so the reference is the model without its adapters, and {moving[0]} moves "
+            f"a part of the model into them at its start; set {name}.reference to the folder that training starts from"
+        )
