@@ -9,6 +9,7 @@ from typing import Any
 from leanmill.core.errors import ConfigError
 from leanmill.core.redact import redact_tree
 from leanmill.core.secrets import shown
+from leanmill.recipe.earlier import as_meant, going_on
 from leanmill.recipe.io import validate_recipe
 from leanmill.recipe.root import Recipe
 
@@ -48,9 +49,11 @@ def changes(saved: Mapping[str, Any], recipe: Recipe) -> list[Change]:
     """Return what differs between the recipe in a checkpoint and this one.
 
     Args:
-        saved: The checkpoint's `recipe.json`; keys that did not exist yet count at their defaults.
+        saved: The checkpoint's `recipe.json`; keys that did not exist yet count at what was done
+            then (`leanmill.recipe.earlier`), or at their defaults.
         recipe: The recipe that resumes, resolved the same way.
     """
+    saved, recipe = as_meant(saved), going_on(saved, recipe)
     try:
         before = validate_recipe(dict(saved), source="recipe.json").model_dump(mode="json")
     except ConfigError:  # of a version with other keys: compared as it stands

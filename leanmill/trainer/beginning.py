@@ -20,6 +20,7 @@ from leanmill.models.pretrained import local_folder
 from leanmill.parallel.engine import Engine
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.recipe.changes import Change, changes, check_accepted
+from leanmill.recipe.earlier import going_on
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import Prepared
 
@@ -50,6 +51,8 @@ class Beginning:
     """That checkpoint's `train_state`."""
     changes: Sequence[Change] = ()
     """Accepted ones of the recipe since."""
+    recipe: Recipe
+    """That the run goes on with: what it leaves open is as the checkpoint has it."""
 
     @classmethod
     def find(cls, recipe: Recipe, manager: CheckpointManager, data: TrainData, start: Start | None) -> Beginning:
@@ -63,12 +66,21 @@ class Beginning:
         """
         path = manager.find(recipe.checkpoint.resume)
         if path is None:
-            return cls(manager=manager, data=data, start=start)
-        changed = changes(read_document(path, "recipe.json"), recipe)
+            return cls(manager=manager, data=data, start=start, recipe=recipe)
+        saved = read_document(path, "recipe.json")
+        changed = changes(saved, recipe)
         check_accepted(changed, recipe.checkpoint.accept_changes, str(path))
         state = manager.train_state(path)
         data.identity.check(state["data"]["identity"])
-        return cls(manager=manager, data=data, start=start, path=path, state=state, changes=changed)
+        return cls(
+            manager=manager,
+            data=data,
+            start=start,
+            path=path,
+            state=state,
+            changes=changed,
+            recipe=going_on(saved, recipe),
+        )
 
     @property
     def rule_states(self) -> dict[str, Any]:

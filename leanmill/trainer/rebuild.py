@@ -23,6 +23,7 @@ from leanmill.models.materialise import draw, make_materialiser
 from leanmill.models.pretrained import local_folder
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.tensors import assign
+from leanmill.recipe.earlier import as_meant
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import num_steps
 from leanmill.trainer.prepare import compact_weights, install_techniques, listed_and_unasked
@@ -91,7 +92,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
 
 
 def _recipe_of(checkpoint_dir: Path) -> Recipe:
-    recipe = Recipe.model_validate(read_document(checkpoint_dir, "recipe.json"))
+    recipe = Recipe.model_validate(as_meant(read_document(checkpoint_dir, "recipe.json")))
     if recipe.model.path is None:
         return recipe
     path = where_it_is_now(recipe.model.path, checkpoint_dir)

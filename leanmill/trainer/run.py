@@ -127,6 +127,7 @@ class _Run:
         num_micro_batches = micro_batches_of_step(recipe, self.engine.data_size)
         self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
         self.beginning = Beginning.find(recipe, self.manager, self.data, self.start)
+        self.recipe = recipe = self.beginning.recipe
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         further = sum(technique.further_tokens() for technique in recipe.techniques)
         flops = flops_per_token(model, recipe.data.sequence_length, shares, further_tokens=further)

@@ -8,6 +8,7 @@ import pytest
 
 from leanmill.core.errors import ConfigError
 from leanmill.recipe.changes import FREE, UNSAID, changes, check_accepted
+from leanmill.recipe.earlier import as_meant, going_on
 from leanmill.recipe.io import apply_override, validate_recipe
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import num_steps
@@ -135,3 +136,18 @@ def test_what_is_left_of_a_length_in_tokens(step, tokens, expected):
 
 def test_a_length_in_steps_stays():
     assert num_steps(recipe_of("train.total_tokens=null", "train.steps=7"), step=3, tokens=12) == 7
+
+
+def test_a_checkpoint_from_before_frozen_dtype_goes_on_in_fp32():
+    recipe = recipe_of()
+    before = saved(recipe)
+    del before["model"]["frozen_dtype"]
+    assert as_meant(before)["model"]["frozen_dtype"] == "fp32"
+    assert changes(before, recipe) == []
+    resumed = going_on(before, recipe)
+    assert resumed.model.frozen_dtype == "fp32"
+    assert changes(saved(resumed), recipe) == []  # and the resume after that
+    asked = recipe_of("model.frozen_dtype=bf16")
+    assert going_on(before, asked) == asked
+    assert [str(change) for change in changes(before, asked)] == ["model.frozen_dtype 'fp32' -> 'bf16'"]
+    assert going_on(saved(recipe), recipe).model.frozen_dtype == "auto"

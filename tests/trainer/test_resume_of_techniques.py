@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from leanmill.checkpoint.reading import read_full_state
+from leanmill.checkpoint.reading import read_document, read_full_state
 from leanmill.core.errors import ConfigError
 from leanmill.export import export_model
 from leanmill.recipe.root import Recipe
@@ -70,6 +70,19 @@ def recipe(home, techniques, run_dir):
         checkpoint={"every_steps": 2},
         log={"every_steps": 1, "tensorboard": False, "report": False},
     )
+
+
+def test_a_frozen_base_in_fp32_stays_so_where_the_recipe_leaves_it_open(home, tmp_path):
+    def of(frozen_dtype, steps, name):
+        given = recipe(home, [{"type": "lora", "rank": 2}], tmp_path / name).model_dump()
+        given["model"]["frozen_dtype"] = frozen_dtype
+        given["train"] |= {"precision": "bf16", "steps": steps}
+        return Recipe.model_validate(given)
+
+    run(of("fp32", 2, "run"))
+    run(of("auto", 4, "run"))
+    last = tmp_path / "run/checkpoints/step-00000004"
+    assert read_document(last, "recipe.json")["model"]["frozen_dtype"] == "fp32"
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
