@@ -15,8 +15,12 @@ def run(args: argparse.Namespace) -> NoReturn:
     """Become torchrun, which starts the ranks of `args.recipe` on this machine.
 
     Raises:
-        ConfigError: Several machines without a place to meet.
+        ConfigError: The recipe is wrong, or several machines have no place to meet.
     """
+    from leanmill.recipe.io import load_recipe
+
+    # What every rank would refuse is said once, without torchrun's traceback around it.
+    load_recipe(args.recipe, args.overrides)
     num_ranks = args.ranks or _num_gpus() or 1
     command = torchrun(args.recipe, args.overrides, num_ranks, args.nodes, args.rendezvous, debug=args.debug)
     # Threads of one rank: its share of the cores; torchrun would take one and print a banner.

@@ -9,9 +9,11 @@ from leanmill.cli.main import main
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """Command and environment that the process would become."""
+def started(monkeypatch, tmp_path):
+    """Command and environment that the process would become, in a folder with a recipe."""
     found = {}
+    (tmp_path / "r.yaml").write_text("model: {path: m}\ntrain: {steps: 1}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
 
     def execv(path, command):
         found.update(path=path, command=command, environment=dict(os.environ))
@@ -47,4 +49,10 @@ def test_without_gpus_there_is_one_rank(started, monkeypatch):
 def test_several_machines_need_a_place_to_meet(started, capsys):
     assert main(["launch", "r.yaml", "--ranks", "1", "--nodes", "2"]) == 2
     assert "give --rendezvous HOST:PORT" in capsys.readouterr().err
+    assert not started
+
+
+def test_a_wrong_recipe_starts_nothing(started, capsys):
+    assert main(["launch", "r.yaml", "train.stepz=3", "--ranks", "2"]) == 2
+    assert "stepz" in capsys.readouterr().err
     assert not started
