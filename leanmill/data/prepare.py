@@ -24,7 +24,7 @@ from leanmill.data.build import build_tokenizer
 from leanmill.data.cache import cache_root, fingerprint, read_json, write_json
 from leanmill.data.config import DataConfig, HfDataset, Prepared, sources_of
 from leanmill.data.documents import DocumentReader, Documents, open_documents
-from leanmill.data.encoding import Document, Encoded, Encoder, document_digest, num_chars
+from leanmill.data.encoding import Document, Encoded, Encoder, batches, document_digest
 from leanmill.data.evaluation import measure_row, nothing_held_out
 from leanmill.data.prepared import HELD_OUT, MANIFEST, TOKENIZER, VERSION, shard_file
 from leanmill.data.store import encode_rows
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-_PLAN = "plan.json"
-_BATCH_CHARS = 500_000
+_PLAN, _LOCK = "plan.json", ".lock"
 MOST_HELD_OUT_TOKENS = 1 << 22
 """Held-out documents are kept up to this many tokens a domain."""
 
@@ -76,8 +75,7 @@ def prepare_data(
     kind = _kind(config, tokenizer)
     plan = {"kind": kind, "shard_tokens": shard_tokens, "domains": [[d.name, d.key] for d in domains]}
     with _own(out, plan):
-        if not (out / TOKENIZER).is_dir():
-            tokenizer.save_pretrained(out / TOKENIZER)
+        _keep_tokenizer(tokenizer, out / TOKENIZER)
         found = [
             _Domain(documents, encoder, out / f"domain-{index}", kind, shard_tokens, tell).prepare()
             for index, documents in enumerate(domains)
@@ -113,10 +111,10 @@ def _kind(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, A
 def _own(out: Path, plan: dict[str, Any]) -> Iterator[None]:
     """Hold the folder for one preparation of this plan."""
     path = out / _PLAN
-    if out.exists() and not path.is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not path.is_file() and (not out.is_dir() or _is_used(out)):
         raise ConfigError(f"{out} is there already and holds no prepared data; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as lock:
+    with (out / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -129,6 +127,22 @@ def _own(out: Path, plan: dict[str, Any]) -> Iterator[None]:
             )
         _write_json(path, plan)
         yield
+
+
+def _is_used(out: Path) -> bool:
+    """Whether a folder without a plan holds more than a preparation does that was ended before it wrote one."""
+    return any(path.name not in (_LOCK, f"{_PLAN}.part") for path in out.iterdir())
+
+
+def _keep_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer, whole or not at all."""
+    if folder.is_dir():
+        return
+    temporary = folder.with_suffix(".part")
+    tokenizer.save_pretrained(temporary)
+    for path in temporary.iterdir():
+        _sync(path)
+    os.replace(temporary, folder)
 
 
 @dataclass(frozen=True)
@@ -227,18 +241,19 @@ class _Domain:
                     f"the text of {self._documents.name!r} is not what {self._folder.parent} was begun with; name a "
                     f"new folder to prepare it anew"
                 )
-        documents, rows, size = list[Document](), list[int](), 0
-        for document in reader:
-            text.update(document_digest(document))
-            num_read += 1
-            documents.append(document)
-            rows.append(reader.tally.num_rows)
-            size += num_chars(document)
-            if size >= _BATCH_CHARS:
-                yield _Batch(documents, rows, num_read, text.hexdigest())
-                documents, rows, size = [], [], 0
-        if documents:
-            yield _Batch(documents, rows, num_read, text.hexdigest())
+        rows = list[int]()
+
+        def hashed() -> Iterator[Document]:
+            for document in reader:
+                text.update(document_digest(document))
+                rows.append(reader.tally.num_rows)
+                yield document
+
+        # Grouped as elsewhere: with which other answer a pair goes depends on its group.
+        for documents in batches(hashed()):
+            num_read += len(documents)
+            yield _Batch(documents, rows.copy(), num_read, text.hexdigest())
+            rows.clear()
 
     def _kept(self, batch: _Batch, encoded: list[Encoded]) -> tuple[list[Encoded], list[int]]:
         kept, rows = [], []

@@ -25,7 +25,7 @@ ROWS = {
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr("leanmill.data.prepare._BATCH_CHARS", 700)
+    monkeypatch.setattr("leanmill.data.encoding._BATCH_CHARS", 700)
 
 
 def text_config(tmp_path, task, tokenizer, **changes):
@@ -48,9 +48,10 @@ def files_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize("task", [*ROWS, "mismatched"])
 def test_rows_and_held_out_text_are_those_of_the_text(task, tmp_path, tokenizer):
-    config = text_config(tmp_path, task, tokenizer)
+    changes = {"mismatched_answers": True} if task == "mismatched" else {}
+    config = text_config(tmp_path, "preference" if changes else task, tokenizer, **changes)
     found = prepare(config, tmp_path / "prepared")
     assert found.num_shards > 1
     other = prepared_config(config, tmp_path / "prepared")
@@ -95,6 +96,29 @@ def test_an_ended_preparation_goes_on_and_comes_to_the_same(tmp_path, tokenizer)
     assert prepare(config, again).num_kept == 2
     assert files_of(again) == files_of(tmp_path / "whole")
     assert prepare(config, again).num_kept == whole.num_shards  # nothing is left to do
+
+
+@pytest.mark.parametrize("begun", [".lock", "plan.json.part", "tokenizer.part"])
+def test_a_preparation_killed_in_its_first_moments_goes_on(begun, tmp_path, tokenizer, monkeypatch):
+    config, out = text_config(tmp_path, "pretrain", tokenizer), tmp_path / "prepared"
+    if begun == "tokenizer.part":  # a kill in the middle of writing it
+
+        def torn(self, folder):
+            folder.mkdir()
+            (folder / "tokenizer_config.json").write_text("{")
+            raise Ended
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(build_tokenizer(config)), "save_pretrained", torn)
+            with pytest.raises(Ended):
+                prepare(config, out)
+    else:
+        out.mkdir()
+        (out / begun).touch()
+    prepare(config, out)
+    prepare(config, tmp_path / "whole")
+    wanted = files_of(tmp_path / "whole")
+    assert {path: got for path, got in files_of(out).items() if path in wanted} == wanted
 
 
 def test_text_that_changed_in_between_is_refused(tmp_path, tokenizer):
