@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.names import clean_name
 from leanmill.core.rules import StepContext
 from leanmill.core.technique import InstallContext
+from leanmill.core.vocabulary import check_vocabulary
 from leanmill.parallel.collectives import sum_over_ranks
 
 
@@ -100,7 +102,12 @@ class PairLoss(BatchRule):
         check_reference(self.name, self._model, self._path is not None)
 
     def change_batches(self, batches: Sequence[Batch], context: StepContext, score: Score) -> Sequence[Batch]:
-        """Put what the reference thinks beside each micro-batch, and count pairs over all ranks."""
+        """Put what the reference thinks beside each micro-batch, and count pairs over all ranks.
+
+        Raises:
+            ConfigError: The reference's vocabulary is not the student's.
+            RunError: The step has no pair.
+        """
         self._counted = None
         counts = torch.stack([self._counts(batch) for batch in batches]).sum(0)
         num_tokens, num_pairs, num_chosen = sum_over_ranks(counts)
@@ -162,5 +169,7 @@ class PairLoss(BatchRule):
         if self._path is None:
             return score(batch, adapters=False)
         if self._reference is None:
-            self._reference = self._context.load_frozen_model(self._path)
+            reference: Any = self._context.load_frozen_model(self._path)
+            check_vocabulary(self._context, self._path, reference.config.vocab_size, role="reference")
+            self._reference = reference
         return score(batch, self._reference)

@@ -142,6 +142,14 @@ def test_what_cannot_be_a_reference_is_refused():
         install(tiny(), {"type": "dpo", "label_smoothing": 0.1, "reference": "it"})
 
 
+def test_a_reference_with_another_vocabulary_is_refused():
+    reference = tiny(seed=5)
+    reference.config.vocab_size += 8
+    found = install(tiny(), {"type": "dpo", "reference": "it"}, teacher=reference)
+    with pytest.raises(ConfigError, match="reference it has a vocabulary of"):
+        found.step_rules[0].change_batches([rows(2)], STEP, lambda *_, **__: pytest.fail("scored"))
+
+
 def test_a_step_without_a_pair_is_refused():
     found = install(tiny(), {"type": "dpo", "reference": "it"}, teacher=tiny(seed=5))
     batch = rows(2)

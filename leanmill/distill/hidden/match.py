@@ -15,9 +15,9 @@ from leanmill.core.operands import recomputed
 from leanmill.core.sites import Sites
 from leanmill.core.taps import FrozenTaps, hidden_of
 from leanmill.core.technique import InstallContext
+from leanmill.core.vocabulary import check_vocabulary
 from leanmill.distill.hidden.distance import Kind, distance
 from leanmill.distill.layers import Layers, pairs_of
-from leanmill.distill.vocabulary import check_vocabulary
 
 
 class HiddenMatch(Around):

@@ -13,10 +13,10 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.head import head_extras
 from leanmill.core.paths import expand_user
 from leanmill.core.technique import InstallContext
+from leanmill.core.vocabulary import check_vocabulary
 from leanmill.distill.logits.cache import TopKCache, open_cache
 from leanmill.distill.logits.cached import CachedTeacher
 from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, cached_divergence, divergence
-from leanmill.distill.vocabulary import check_vocabulary
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
 from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, TopK, linear_kl_and_cross_entropy
 

@@ -19,9 +19,9 @@ from leanmill.core.rules import StepRule
 from leanmill.core.sites import Sites
 from leanmill.core.taps import FrozenTaps, projection_of
 from leanmill.core.technique import InstallContext
+from leanmill.core.vocabulary import check_vocabulary
 from leanmill.distill.layers import Layers, pairs_of
 from leanmill.distill.relations.relation import documents_of, relation_divergence
-from leanmill.distill.vocabulary import check_vocabulary
 
 
 Relation = Literal["queries", "keys", "values"]

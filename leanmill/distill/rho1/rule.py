@@ -13,7 +13,7 @@ from leanmill.core.errors import RunError
 from leanmill.core.rules import StepContext
 from leanmill.core.selection import distinct_keys, kth_largest
 from leanmill.core.technique import InstallContext
-from leanmill.distill.vocabulary import check_vocabulary
+from leanmill.core.vocabulary import check_vocabulary
 from leanmill.parallel.collectives import sum_over_ranks
 
 
