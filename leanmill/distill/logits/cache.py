@@ -124,7 +124,7 @@ class TopKCache:
 def open_cache(folder: Path, wanted: Mapping[str, Any], *, writes: bool) -> TopKCache:
     """Open the cache in a folder, after comparing what it holds with what is wanted.
 
-    Every rank calls this. Where several make a new one at once, all write the same manifest.
+    Every rank calls this. Where several make a new one at once, the first decides what it holds.
 
     Args:
         folder: Where it is, or is to be.
@@ -170,7 +170,12 @@ def _make(manifest: Path, contents: Contents) -> None:
         with os.fdopen(handle, "w") as file:
             json.dump({"version": _VERSION, **asdict(contents)}, file, indent=2)
         os.chmod(partial, 0o644)
-        os.replace(partial, manifest)
+        try:
+            os.link(partial, manifest)  # unlike a rename it leaves what another run was first to write
+        except FileExistsError:
+            pass
+        finally:
+            os.unlink(partial)
     except OSError as error:
         raise _cannot_write(manifest.parent, error) from error
 

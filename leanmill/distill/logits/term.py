@@ -182,13 +182,13 @@ def cached_teacher(term: DistillTerm, context: InstallContext, path: str) -> Cac
             "top_k": term.top_k,
             "temperature": term.temperature,
             "sequence_length": sequence_length,
+            "vocab_size": context.vocab_size,
         }
         if term.teacher_path is None:
             return open_cache(folder, wanted, writes=False)
         digest = context.fingerprint_of_model
         wanted["teacher"] = term.teacher_path
         wanted["teacher_weights"] = None if digest is None else digest(term.teacher_path)
-        wanted["vocab_size"] = context.vocab_size
         return open_cache(folder, wanted, writes=True)
 
     term.cached = CachedTeacher(folder, opened, None if term.teacher_path is None else term.top_k_of)

@@ -92,6 +92,25 @@ def test_logits_of_anything_else_are_refused(tmp_path, changed, message):
     assert "\n" not in str(error.value)
 
 
+def test_of_two_runs_that_make_it_at_once_the_second_is_refused(tmp_path, monkeypatch):
+    open_cache(tmp_path, CONTENTS, writes=True)
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # what it saw before the first had written
+    with pytest.raises(ConfigError, match="data d, and this run has e"):
+        open_cache(tmp_path, CONTENTS | {"data": "e"}, writes=True)
+    open_cache(tmp_path, CONTENTS, writes=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_student_with_fewer_tokens_is_refused_without_a_teacher_too(tmp_path):
+    _, rule = installed(tmp_path, tiny(seed=9))
+    changed(rule, batch_of(0))
+    offered = context(data_fingerprint="d", vocab_size=VOCAB_SIZE - 1)
+    settings = {"top_k": 6, "temperature": 1.5, "cache_dir": str(tmp_path), "divergence": "js"}
+    reader = Distill(**settings).install(None, offered).step_rules[0]
+    with pytest.raises(ConfigError, match=f"vocab_size {VOCAB_SIZE}, and this run has {VOCAB_SIZE - 1}"):
+        changed(reader, batch_of(0))
+
+
 def test_a_folder_without_logits_and_one_of_another_version(tmp_path):
     with pytest.raises(ConfigError, match=r"no manifest.json.*distill.teacher"):
         open_cache(tmp_path, CONTENTS, writes=False)
