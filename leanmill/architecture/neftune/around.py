@@ -43,7 +43,7 @@ class NoisyEmbeddings(Around):
         self._batch = batch
 
     def forward(self, call: Call, /, *args: object, **kwargs: object) -> Tensor:
-        """Return the embeddings [B, S, d] with noise, added in fp32, in their dtype."""
+        """Return the embeddings [B, S, d] with noise, drawn in fp32 and rounded to their dtype."""
         found: Tensor = call(*args, **kwargs)
         return found + self._drawn(found).to(found.dtype) if self.training else found
 
