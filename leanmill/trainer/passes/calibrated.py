@@ -75,9 +75,7 @@ class Calibrated:
         return sum_over_ranks(tensor)
 
     def _stream(self) -> BlockStream:
-        stream = BlockStream(self.source, self.config, self.rows, device=self.device, dtype=self.dtype)
-        stream.model.eval()
-        return stream
+        return BlockStream(self.source, self.config, self.rows, device=self.device, dtype=self.dtype)
 
     def _measured(self, skipped: Sequence[frozenset[Part]], measure: Measure) -> list[float]:
         stream = self._stream()

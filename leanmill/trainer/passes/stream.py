@@ -60,7 +60,7 @@ class BlockStream:
     ) -> None:
         self.source, self.config, self.rows = source, config, batches
         self.device, self.dtype = device, dtype
-        self.model = build_on_meta(config, packed=False)
+        self.model = build_on_meta(config, packed=False).eval()
         self._blocks = decoder_blocks(self.model)
         names = {id(module): name for name, module in self.model.named_modules()}
         self._prefixes = [f"{names[id(block)]}." for block in self._blocks]

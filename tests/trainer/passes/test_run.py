@@ -102,6 +102,18 @@ def inputs_of(model, rows):
     return {name: torch.cat([x.flatten(0, -2) for x in xs]) for name, xs in seen.items()}
 
 
+def test_calibration_rows_pass_without_dropout(text, tokenizer, tmp_path):
+    found = []
+    for share in (0.0, 0.5):
+        folder = tmp_path / f"in-{share}"
+        save_model(folder, attention_dropout=share)
+        tokenizer.save_pretrained(folder)
+        compress(recipe(folder, text, tmp_path, WANDA), tmp_path / f"out-{share}")
+        found.append(AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{share}").state_dict())
+    for name, weight in found[0].items():
+        assert torch.equal(found[1][name], weight), name
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_wanda_equals_the_formula_block_after_block(family, text, tokenizer, tmp_path):
     """Masks come from inputs that pruned earlier blocks made, as in the paper's code."""
