@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.levels import LevelSearch, SearchConfig
 
 
@@ -24,6 +25,14 @@ class LayerBudgets(SearchConfig):
     """What adds up."""
     tokens: int = Field(default=16384, ge=1)
     """Of calibration text that `output` is measured on."""
+
+    @model_validator(mode="after")
+    def _uses_all(self) -> Self:
+        if self.error == "layer" and self.tokens != 16384:
+            raise ConfigError(
+                "layer_budgets: tokens is for error: output, errors of layers are of all calibration rows; remove it"
+            )
+        return self
 
     @property
     def most_tokens(self) -> int:

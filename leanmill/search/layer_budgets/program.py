@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from leanmill.core.errors import RunError
 from leanmill.core.levels import Judge, Space, State
 
 
@@ -50,7 +51,7 @@ def least_error(space: Space, errors: Sequence[Sequence[float]]) -> State:
         errors: Of each unit at each level; what is no number is never taken.
 
     Raises:
-        ValueError: Nothing meets the budget.
+        RunError: Nothing meets the budget with errors that are numbers.
     """
     floor = [costs[0] for costs in space.costs]
     room = space.budget - sum(floor)
@@ -75,7 +76,9 @@ def least_error(space: Space, errors: Sequence[Sequence[float]]) -> State:
         least = best
         chosen.append((which, costs))
     if room < 0 or not np.isfinite(least[size]):
-        raise ValueError("no levels meet the budget with errors that are numbers")
+        raise RunError(
+            "layer_budgets: no levels meet the budget with errors that are numbers; look at model and calibration data"
+        )
     left, state = size, []
     for which, costs in reversed(chosen):
         level = int(which[left])

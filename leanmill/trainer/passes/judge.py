@@ -18,7 +18,7 @@ from leanmill.core.levels import Dense, Drop
 from leanmill.parallel.collectives import barrier, sum_over_ranks
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.passes.folder import SourceFolder
-from leanmill.trainer.passes.levels import LevelStore, Unit
+from leanmill.trainer.passes.levels import LevelStore, Unit, whole_file
 
 
 class ModelJudge:
@@ -83,9 +83,8 @@ class ModelJudge:
     def remember(self, found: dict[str, Any]) -> None:
         """See `Judge`."""
         if self.ranks.rank == 0:
-            temporary = self.memory.with_suffix(".tmp")
-            temporary.write_text(json.dumps(found), encoding="utf-8")
-            temporary.replace(self.memory)
+            with whole_file(self.memory) as path:
+                path.write_text(json.dumps(found), encoding="utf-8")
         barrier()
 
     @torch.no_grad()

@@ -6,7 +6,9 @@ import copy
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +39,17 @@ class Unit:
     layers: tuple[str, ...]
     numel: int
     """Weights of them all."""
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path of this process's own that becomes `path` at the end: another search may write or read it too."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def units_of(config: SearchConfig, shapes: Shapes, prefixes: Sequence[str]) -> list[Unit]:
@@ -142,10 +155,10 @@ class LevelStore:
         for level, found in enumerate(weights):
             if found:
                 stored = {name: value.to(dtypes[f"{name}.weight"]).contiguous() for name, value in found.items()}
-                write_tensors(self._file(level, block.index), stored)
-        temporary = self._document(block.index).with_suffix(".tmp")
-        temporary.write_text(json.dumps(errors), encoding="utf-8")
-        temporary.replace(self._document(block.index))
+                with whole_file(self._file(level, block.index)) as path:
+                    write_tensors(path, stored)
+        with whole_file(self._document(block.index)) as path:
+            path.write_text(json.dumps(errors), encoding="utf-8")
 
     def _solve_together(
         self, watch: Watch, stream: BlockStream, weights: list[dict[str, Tensor]], errors: dict[str, list[float]]

@@ -16,7 +16,7 @@ from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.core.errors import ConfigError
 from leanmill.core.levels import Dense, Drop, SearchConfig, Space, State, described
 from leanmill.models.config import ModelConfig
-from leanmill.models.pretrained import load_frozen
+from leanmill.models.pretrained import load_weights
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.compress import CompressRecipe
@@ -60,7 +60,8 @@ class Searched:
 def space_of(config: SearchConfig, units: Sequence[Unit]) -> Space:
     """Return what a search chooses from, in bits."""
     costs = tuple(tuple(round(unit.numel * bits) for bits in config.sorted_bits) for unit in units)
-    return Space(costs, round(sum(unit.numel for unit in units) * config.budget_bits))
+    # Rounded as the costs are, so that a level of just the budget meets it.
+    return Space(costs, sum(round(unit.numel * config.budget_bits) for unit in units))
 
 
 def search_levels(
@@ -101,14 +102,15 @@ def search_levels(
     settings = _settings(config, recipe, stream)
     store = LevelStore(work_dir / f"levels-{key_of(settings)}", config.sorted_levels)
     store.build(stream, [layer for unit in units for layer in unit.layers], writes=ranks.rank == 0)
-    whole = load_frozen(str(model.path), dtype=stream.dtype).to(stream.device)
+    whole = load_weights(model, dtype=stream.dtype).to(stream.device).eval().requires_grad_(False)
     how = config.model_dump(mode="json", exclude={"work_dir", *config.says_how_long})
     memory = work_dir / f"search-{key_of(settings | how)}.json"
     judge = ModelJudge(whole, stream.source, units, store, block_of, batches, ranks=ranks, memory=memory)
     space = space_of(config, units)
     state = config.search(recipe.seed).run(space, judge)
     assert space.cost(state) <= space.budget
-    loss = judge.losses([state], num_tokens=config.most_tokens, draw=f"{recipe.seed} end")[0]
+    num_tokens = recipe.calibration.num_rows * recipe.data.sequence_length
+    loss = judge.losses([state], num_tokens=num_tokens, draw=f"{recipe.seed} end")[0]
     errors = judge.layer_errors()
     if writer is not None:
         _write(stream, units, state, store, writer)

@@ -3,7 +3,9 @@ import random
 
 import pytest
 
+from leanmill.core.errors import RunError
 from leanmill.core.levels import Space
+from leanmill.core.registry import parse_pass
 from leanmill.search.layer_budgets import program
 from leanmill.search.layer_budgets.program import Program, least_error
 from tests.search.judges import FormulaJudge, states_within
@@ -40,9 +42,9 @@ def test_large_costs_are_rounded_up_so_that_the_budget_holds(monkeypatch):
 def test_errors_that_are_no_number_are_never_taken():
     space = Space(((1, 2), (1, 2)), 3)
     assert least_error(space, [[math.nan, 0.5], [0.1, 0.0]]) == (1, 0)
-    with pytest.raises(ValueError, match="no levels"):
+    with pytest.raises(RunError, match="no levels"):
         least_error(space, [[math.nan, 0.5], [math.inf, 0.0]])
-    with pytest.raises(ValueError, match="no levels"):
+    with pytest.raises(RunError, match="no levels"):
         least_error(Space(((2, 3), (2, 3)), 3), [[0.0, 0.0]] * 2)
 
 
@@ -58,3 +60,9 @@ def test_errors_at_the_output_are_of_one_unit_alone():
     assert candidates[:4] == [[0, None, None], [1, None, None], [2, None, None], [None, 0, None]]
     errors = [[w * (2 - level) for level in range(3)] for w in weights]
     assert total(found, errors) == min(total(state, errors) for state in states_within(space))
+
+
+def test_tokens_of_errors_that_take_none_are_refused():
+    levels = ["dense", {"type": "wanda", "sparsity": 0.5}]
+    with pytest.raises(ValueError, match="tokens is for error: output"):
+        parse_pass({"type": "layer_budgets", "levels": levels, "sparsity": 0.3, "error": "layer", "tokens": 64})

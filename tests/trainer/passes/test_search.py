@@ -8,10 +8,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.levels import Drop
+from leanmill.core.registry import parse_pass
 from leanmill.parallel.launch import Ranks
+from leanmill.trainer.passes.levels import Unit, whole_file
 from leanmill.trainer.passes.run import calibration_rows, compress
+from leanmill.trainer.passes.search import space_of
 from tests.distributed import run_ranks
 from tests.trainer.passes.test_run import recipe, save_model, text, tokenizer  # noqa: F401
 
@@ -157,6 +160,8 @@ def test_layer_errors_are_those_of_the_layers_outputs(given, tmp_path):
         ({"levels": ["dense", {"type": "gptq", "tokens": "attention"}]}, "counts tokens by attention"),
         ({"levels": ["dense", {"type": "wanda", "sparsity": 0.5, "targets": ["mlp.*"]}]}, "set them beside levels"),
         ({"levels": ["dense", "wandaa"]}, "did you mean wanda"),
+        ({"levels": [{"type": "dense", "sparsity": 0.5}, "drop"], "unit": "part"}, "sparsity"),
+        ({"levels": [{"type": "dense", "exclude": ["v_proj"]}, "drop"], "unit": "part"}, "set them beside levels"),
         ({"selection": [{"survivors": 2, "tokens": 10}]}, "one becomes the next parent"),
         ({"selection": [{"survivors": 1, "tokens": 10}, {"survivors": 1, "tokens": 5}]}, "more tokens than"),
     ],
@@ -164,6 +169,55 @@ def test_layer_errors_are_those_of_the_layers_outputs(given, tmp_path):
 def test_requests_that_make_no_search(changes, message, text, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=message):
         recipe("unused", text, tmp_path, EVOPRESS | changes)
+
+
+def test_a_level_of_just_the_budget_meets_it():
+    """Bits are whole, and what they are rounded by must not leave the smallest level over the budget."""
+    levels = [{"type": "sparsegpt", "sparsity": share} for share in (0.35, 0.2)]
+    config = parse_pass(EVOPRESS | {"levels": levels, "sparsity": 0.35})
+    units = [Unit(f"layer{number}", (f"layer{number}",), 64 * 49) for number in range(9)]
+    space = space_of(config, units)
+    assert space.budget == space.cost([0] * 9)
+
+
+def test_the_judge_computes_attention_as_the_recipe_says(given, tmp_path, monkeypatch):
+    _, recipe_of = given
+    seen = []
+
+    def judge(model, *args, **kwargs):
+        seen.append(model)
+        raise RunError("seen")
+
+    monkeypatch.setattr("leanmill.trainer.passes.search.ModelJudge", judge)
+    config = recipe_of(EVOPRESS)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "eager"})})
+    with pytest.raises(RunError, match="seen"):
+        compress(config, tmp_path / "out")
+    (model,) = seen
+    assert model.config._attn_implementation == "eager"
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_two_searches_may_write_the_same_levels(tmp_path):
+    """Neither sees half of a file, and what the other wrote meanwhile does no harm."""
+    path = tmp_path / "block.json"
+    with whole_file(path) as ours:
+        ours.write_text("ours")
+        path.with_suffix(".tmp").write_text("theirs")
+        path.with_suffix(".tmp").replace(path)
+        assert path.read_text() == "theirs"
+    assert path.read_text() == "ours"
+
+    def fail():
+        with whole_file(path) as ours:
+            ours.write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert [file.name for file in tmp_path.iterdir()] == ["block.json"]
+    assert path.read_text() == "ours"
 
 
 def test_requests_that_do_not_fit_the_model(given, tmp_path):
