@@ -135,11 +135,12 @@ def parse_level(raw: Any) -> LayerPassConfig:
         ConfigError: It is none, or takes a choice of layers, which belongs to the search.
     """
     name = raw.get("type") if isinstance(raw, dict) else raw
-    if name in ("dense", "drop"):
-        return Dense() if name == "dense" else Drop()
     if isinstance(raw, str):
         raw = {"type": raw}
-    config = parse_pass(raw)
+    if name in ("dense", "drop"):
+        config: PassConfig = (Dense if name == "dense" else Drop).model_validate(raw)
+    else:
+        config = parse_pass(raw)
     if not isinstance(config, LayerPassConfig) or config.bits_per_weight is None:
         raise ConfigError(
             f"levels: {name!r} is no level of a layer; give dense, drop, or a pass over linear layers whose bits are "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.passes import LayerPassConfig, LayerSolver
 
 
@@ -40,6 +41,12 @@ class Gptq(LayerPassConfig):
     row (RSQ, Sung et al. 2025, arXiv:2503.01820); the block's attention is then `eager`, and it runs once more."""
     least_token_weight: float = Field(default=0.01, ge=0, lt=1)
     """Of the token of a row that gets least; inputs are multiplied by it."""
+
+    @model_validator(mode="after")
+    def _uses_all(self) -> Self:
+        if self.tokens == "equal" and self.least_token_weight != 0.01:
+            raise ConfigError("gptq: least_token_weight is for tokens: attention; remove it, or type tokens: attention")
+        return self
 
     @property
     def reads_attention(self) -> bool:

@@ -53,6 +53,19 @@ class Minitron(SurgeryConfig):
             raise ConfigError(f"minitron: nothing is asked for; give at least one of {', '.join(_TARGETS)}")
         if self.norms == "all_channels" and self.hidden_size is None:
             raise ConfigError("minitron: norms: all_channels is about channels that go; give hidden_size, or remove it")
+        if self.depth_importance == "loss" and self.num_hidden_layers is None:
+            raise ConfigError(
+                "minitron: depth_importance is about layers that go; give num_hidden_layers, or remove it"
+            )
+        if (
+            self.head_importance == "gradients"
+            and self.num_attention_heads is None
+            and self.num_key_value_heads is None
+        ):
+            raise ConfigError(
+                "minitron: head_importance is about heads that go; give num_attention_heads or num_key_value_heads, or "
+                "remove it"
+            )
         return self
 
     @property

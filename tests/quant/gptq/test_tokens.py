@@ -1,5 +1,6 @@
 """GPTQ on inputs that count by the attention their tokens get (RSQ)."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -46,3 +47,8 @@ def test_the_written_weights_are_those_of_weighted_inputs(text, tokenizer, tmp_p
         )
         other = parse_pass(options).solver().prepare(plain)(model.get_submodule(name).weight.detach().clone()).weight
         assert torch.isclose(other, want, rtol=1e-3, atol=1e-3).float().mean() < 0.95
+
+
+def test_the_least_weight_of_tokens_that_count_alike_is_refused():
+    with pytest.raises(ValueError, match="type tokens: attention"):
+        parse_pass({"type": "gptq", "least_token_weight": 0.05})

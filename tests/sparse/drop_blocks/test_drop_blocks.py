@@ -125,3 +125,8 @@ def test_requests_that_do_not_fit(options, message):
     config = ModelConfig(config={"model_type": "llama", **SIZES})
     with pytest.raises(ValueError, match=message):
         after_passes(config, [parse_pass({"type": "drop_blocks", **options})], seed=0)
+
+
+def test_a_pass_that_is_written_out_is_read_again():
+    config = parse_pass({"type": "drop_blocks", "dropped": 1})
+    assert parse_pass(config.model_dump(mode="json")) == config

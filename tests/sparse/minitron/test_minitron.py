@@ -250,6 +250,8 @@ def test_of_equal_heads_the_first_stay():
         ({"hidden_size": 64}, {}, "at most 48"),
         ({"num_attention_heads": 4}, {}, "type one of 3, 6"),
         ({"num_hidden_layers": 2, "norms": "all_channels"}, {}, "give hidden_size"),
+        ({"hidden_size": 24, "depth_importance": "loss"}, {}, "give num_hidden_layers"),
+        ({"hidden_size": 24, "head_importance": "gradients"}, {}, "give num_attention_heads"),
         ({"hidden_size": 0.5}, {"family": "gemma2"}, "multiplies embeddings"),
         ({"hidden_size": 44}, {}, "not a multiple of the number of attention heads"),
         ({"hidden_size": 24}, {"family": "phi3"}, "none of them; give a model"),
