@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +38,22 @@ def read_items(config: Completions) -> list[Item]:
     if not path.is_file():
         raise ConfigError(f"tasks: completions.path={config.path!r} does not exist; give a file of JSON Lines")
     items: list[Item] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Other ends of lines than this one may stand in the texts themselves.
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip() and (config.limit is None or len(items) < config.limit):
             items.append(_item(config, line, f"{config.path} line {number}"))
     if not items:
         raise ConfigError(f"tasks: completions.path={config.path!r} holds no item; give one a line")
     return items
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"tasks: completions.path={str(path)!r} is not UTF-8 ({error.reason} at byte {error.start}); write it so"
+        ) from None
 
 
 def _item(config: Completions, line: str, where: str) -> Item:

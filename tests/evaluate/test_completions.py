@@ -57,6 +57,16 @@ def test_the_last_token_allowed_decides(tmp_path):
         assert ask(config, read_items(config), asked(model))[0].value == right
 
 
+def test_texts_may_hold_other_ends_of_lines(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"prompt": "a\u2028b", "answer": "c"}\r\n\n{"prompt": "d", "answer": "e"}', encoding="utf-8")
+    items = read_items(Completions(type="completions", path=str(path)))
+    assert [item.prompt for item in items] == ["a\u2028b", "d"]
+    path.write_bytes(b'{"prompt": "caf\xe9", "answer": "c"}')
+    with pytest.raises(ConfigError, match="is not UTF-8 .* at byte 15"):
+        read_items(Completions(type="completions", path=str(path)))
+
+
 def test_bad_files_and_prompts_that_do_not_fit(tmp_path):
     for items, message in [
         ([{"prompt": "a"}], "line 1 is no item"),
