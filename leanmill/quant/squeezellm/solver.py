@@ -46,13 +46,13 @@ def weighted_levels(values: Tensor, mass: Tensor, num_levels: int, iterations: i
     shares = torch.arange(1, num_levels, dtype=torch.float64) / num_levels
     ends = torch.searchsorted(running[0], shares * running[0, :, -1:], right=False)
     levels = values.gather(1, _first_of(ends, values.shape[1]))
-    levels = _centres(running, ends, levels)
+    levels = _centres(values, running, ends, levels)
     for _ in range(iterations):
         moved = torch.searchsorted(values, (levels[:, 1:] + levels[:, :-1]) / 2, right=True)
         if torch.equal(moved, ends):
             break
         ends = moved
-        levels = _centres(running, ends, levels)
+        levels = _centres(values, running, ends, levels)
     return levels.to(torch.float32)
 
 
@@ -61,12 +61,16 @@ def _first_of(ends: Tensor, num_values: int) -> Tensor:
     return torch.nn.functional.pad(ends, (1, 0)).clamp(max=num_values - 1)
 
 
-def _centres(running: Tensor, ends: Tensor, before: Tensor) -> Tensor:
+def _centres(values: Tensor, running: Tensor, ends: Tensor, before: Tensor) -> Tensor:
     """Weighted means of spans that end before `ends` [R, k - 1]; of a span without mass the centre it had."""
-    num_values = running.shape[-1] - 1
+    num_values = values.shape[-1]
     bounds = torch.nn.functional.pad(torch.nn.functional.pad(ends, (1, 0)), (0, 1), value=num_values)
     mass, moment = (part.gather(1, bounds).diff(dim=1) for part in running)
-    centres = torch.where(mass > 0, moment / mass.clamp(min=torch.finfo(torch.float64).tiny), before)
+    centres = moment / mass.clamp(min=torch.finfo(torch.float64).tiny)
+    # The difference of sums that are much larger than it is mostly rounding.
+    first, last = _first_of(ends, num_values), (bounds[:, 1:] - 1).clamp(min=0)
+    centres = centres.clamp(values.gather(1, first), values.gather(1, last))
+    centres = torch.where(mass > 0, centres, before)
     return centres.sort(dim=1).values
 
 

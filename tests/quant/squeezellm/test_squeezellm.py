@@ -47,6 +47,13 @@ def test_levels_are_those_of_weighted_k_means(num_levels):
     assert error(got).sum() < 0.7 * error(even).sum()
 
 
+def test_levels_of_weights_that_hardly_count_stay_among_them():
+    """Sums of what counts a quadrillion times as much leave only rounding of them."""
+    values, mass = torch.tensor([[3.3, 5.0]], dtype=torch.float64), torch.tensor([[1.0, 3e-16]], dtype=torch.float64)
+    levels = weighted_levels(values, mass, 2, 5)
+    assert levels[0].tolist() == pytest.approx([3.3, 5.0])
+
+
 def test_rows_that_say_nothing():
     values, mass = draw(3, 10)
     values[0], mass[1] = 0.0, 0.0
