@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> NoReturn:
     Raises:
         ConfigError: The recipe is wrong, or several machines have no place to meet.
     """
+    from leanmill.parallel.launch import num_cores
     from leanmill.recipe.io import load_recipe
 
     # What every rank would refuse is said once, without torchrun's traceback around it.
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> NoReturn:
     num_ranks = args.ranks or _num_gpus() or 1
     command = torchrun(args.recipe, args.overrides, num_ranks, args.nodes, args.rendezvous, debug=args.debug)
     # Threads of one rank: its share of the cores; torchrun would take one and print a banner.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
     sys.stdout.flush()
     os.execv(sys.executable, command)
 

@@ -20,7 +20,7 @@ def started(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr("leanmill.parallel.launch.num_cores", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return found
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.errors import RunError
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.views import Views
 from leanmill.parallel.collectives import sum_over_ranks
@@ -26,6 +27,9 @@ class GradientStart(StepRule):
     Args:
         model: Walked anew every time.
         step_size: eta of the step -eta sign(gradient) that is decomposed.
+
+    A gradient that is not finite ends the run with RunError, `train.non_finite: skip` or not: adapters of zeros would
+    never move.
     """
 
     name = "lora_sb"
@@ -43,6 +47,11 @@ class GradientStart(StepRule):
         for layer in self._layers():
             gradient = sum_over_ranks(layer.collected())
             layer.collect(False)
+            if not torch.isfinite(gradient).all():
+                raise RunError(
+                    "non-finite gradient in the first step, which lora_sb starts its adapters from; look at the data "
+                    "and at model.path, or use variant: lora_xs"
+                )
             start = layer.start_of_gradient(gradient, self.step_size)
             _write(context.views, dict(zip(layer.parameters_in_order(), start, strict=True)))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import leanmill.peft_ext  # noqa: F401 (registers)
+from leanmill.core.errors import RunError
+from leanmill.peft_ext.peft.gradient_start import GradientStart
 from leanmill.peft_ext.tuners.core_lora import CoreLoraConfig, CoreLoraLayer
 
 
@@ -138,3 +141,13 @@ def test_nystroem_starts_from_rows_and_columns(variant: str):
 def test_what_is_refused(options: dict, expected: str):
     with pytest.raises(ValueError, match=expected):
         CoreLoraLayer(nn.Linear(IN, OUT), "default", CoreLoraConfig(**options))
+
+
+def test_a_gradient_that_is_not_finite_starts_nothing():
+    layer = layer_of("lora_sb")
+    model, context = nn.Sequential(layer), SimpleNamespace(step=0, views=object())
+    rule = GradientStart(model, 0.1)
+    rule.begin_step(context)
+    model(torch.full((2, IN), float("nan"))).sum().backward()
+    with pytest.raises(RunError, match="non-finite gradient in the first step"):
+        rule.before_optimizer(context)
