@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ TEMPLATES: dict[str, Template] = {
 }
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 _IS_PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
-"""Text that YAML takes for itself."""
+"""Text that needs no quotes in YAML, unless it is a word such as `no`."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,14 +51,13 @@ def run(args: argparse.Namespace) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; name a new folder")
     (folder / "data").mkdir(parents=True)
-    text = _shipped(f"{args.template}.yaml")
-    for marker, value in (("NAME", folder.resolve().name), ("MODEL", _seen_from(args.model))):
-        text = text.replace(marker, value if _IS_PLAIN.fullmatch(value) else json.dumps(value))
+    values = {"NAME": _in_yaml(folder.resolve().name), "MODEL": _in_yaml(_seen_from(args.model))}
+    text = re.sub(r"\b(?:NAME|MODEL)\b", lambda found: values[found[0]], _shipped(f"{args.template}.yaml"))
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     if template.example is not None:
         (folder / "data" / template.example).write_text(_shipped(template.example), encoding="utf-8")
     print(f"wrote {folder / 'recipe.yaml'}: {template.summary}")
-    print(f"next: cd {folder}")
+    print(f"next: cd {shlex.quote(str(folder))}")
     if template.command.startswith("leanmill launch"):
         print("      leanmill check recipe.yaml     # what it will do, in words")
     print(f"      {template.command}")
@@ -68,6 +68,12 @@ def _shipped(name: str) -> str:
     from importlib.resources import files
 
     return (files("leanmill.cli") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _in_yaml(text: str) -> str:
+    import yaml
+
+    return text if _IS_PLAIN.fullmatch(text) and yaml.safe_load(text) == text else json.dumps(text)
 
 
 def _seen_from(model: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from leanmill.core.errors import ConfigError
@@ -61,9 +62,9 @@ def _serve(run_dirs: list[Path], args: argparse.Namespace) -> int:
         )
     except OSError as error:
         raise ConfigError(f"--port {args.port} is taken; give another, or 0 for a free one") from error
-    if not is_held(run_dirs[0]):
-        print("no process trains this run: the page shows what it left and does not refresh itself")
-    print(f"report: http://{served.server_address[0]!s}:{served.server_port}/ (Ctrl-C ends it)", flush=True)
-    with served:
+    with served, suppress(KeyboardInterrupt):
+        if not is_held(run_dirs[0]):
+            print("no process trains this run: the page shows what it left and does not refresh itself")
+        print(f"report: http://{served.server_address[0]!s}:{served.server_port}/ (Ctrl-C ends it)", flush=True)
         served.serve_forever()
     return 0

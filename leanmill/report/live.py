@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,8 +48,9 @@ def server(run_dir: Path, *, port: int, refresh_seconds: int, is_training: Calla
             self.send_header("Cache-Control", "no-store")
             if run.status == "running":
                 self.send_header("Refresh", str(refresh_seconds))
-            self.end_headers()
-            self.wfile.write(page)
+            with suppress(ConnectionError):  # a reader that has left
+                self.end_headers()
+                self.wfile.write(page)
 
         def log_message(self, *_: Any) -> None:
             """Requests of a page that loads itself are no news."""

@@ -1,6 +1,7 @@
 """`leanmill init`: every template is a recipe as it stands, and nothing that is there is overwritten."""
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -36,6 +37,15 @@ def test_a_local_model_is_found_from_the_new_folder(tmp_path, monkeypatch):
     assert written["model"]["path"] == written["data"]["tokenizer"]["path"] == str(tmp_path / "a model")
     rows = (tmp_path / "my sft" / written["data"]["source"]["path"]).read_text().splitlines()
     assert all(json.loads(row)["messages"][-1]["role"] == "assistant" for row in rows)
+
+
+@pytest.mark.parametrize("folder", ["yes", "null", "1e5", "a MODEL: NAME"])
+def test_any_name_of_a_folder_is_text(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", folder, "--template", "sparse", "--model", "my/NAME"]) == 0
+    recipe = load_recipe(tmp_path / folder / "recipe.yaml")
+    assert (recipe.name, recipe.model.path) == (folder, "my/NAME")
+    assert f"next: cd {shlex.quote(folder)}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,11 @@ def _last_score(run: RunData, field: str) -> str:
 
 
 def _best_loss(run: RunData) -> str:
-    found = [(score["loss"], record["step"]) for record in run.evals if (score := record["domains"].get("all"))]
+    found = [
+        (loss, record["step"])
+        for record in run.evals
+        if (loss := record["domains"].get("all", {}).get("loss")) is not None  # one that was not finite is null
+    ]
     return f"{min(found)[0]:.4f} at step {min(found)[1]:,}" if found else "—"
 
 

@@ -44,6 +44,18 @@ def page(tmp_path):
     return write_comparison([one, two], tmp_path / "comparison.html")
 
 
+def test_a_run_that_diverged_is_compared_too(tmp_path):
+    one, two = (write_run(tmp_path / name, name=name, lr=1e-3, losses=[3.0, 2.0]) for name in ("kept", "lost"))
+    records = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "eval" and record["step"] == 2:
+            record["domains"]["all"] |= {"loss": None, "perplexity": None, "bits_per_byte": None}
+    (two / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = write_comparison([one, two], tmp_path / "comparison.html").read_text()
+    assert "<td>2.0000</td><td>—</td>" in text
+    assert "<td>2.0000 at step 2</td><td>3.0000 at step 1</td>" in text
+
+
 def values_of(text):
     return json.loads(text.split('id="values">')[1].split("</script>")[0])
 
