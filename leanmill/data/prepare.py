@@ -192,7 +192,8 @@ class _Domain:
         self._hold_out()
         name, weight = self._documents.name, self._documents.weight
         facts = {"name": name, "weight": weight, "folder": self._folder.name, "shards": sizes}
-        return {**facts, "text": digest, "tally": tally.state()}, len(done)
+        held_out = _digest(self._folder / HELD_OUT)
+        return {**facts, "text": digest, "held_out": held_out, "tally": tally.state()}, len(done)
 
     def _done(self) -> list[dict[str, Any]]:
         """The facts of the shards that are whole, up to the first that is not."""
@@ -323,6 +324,16 @@ def _write_json(path: Path, value: Any) -> None:
     write_json(temporary, value)
     _sync(temporary)
     os.replace(temporary, path)
+
+
+def _digest(folder: Path) -> str | None:
+    """Hash of the files of a folder; None of one that is not there."""
+    if not folder.is_dir():
+        return None
+    found = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.iterdir()):
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _sync(path: Path) -> None:

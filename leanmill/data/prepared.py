@@ -56,7 +56,7 @@ class PreparedDomain:
     def __init__(self, folder: Path, facts: dict[str, Any], weight: float, kind: dict[str, Any]) -> None:
         self.name, self.weight = str(facts["name"]), weight
         self._folder, self._facts, self._kind = folder / facts["folder"], facts, kind
-        self.key = fingerprint([facts["text"], kind, facts["shards"]])
+        self.key = fingerprint([facts["text"], facts.get("held_out"), kind, facts["shards"]])
         self.note = f"prepared in {folder}"
         self.warnings: list[str] = []
 

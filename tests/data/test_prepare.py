@@ -72,6 +72,18 @@ def test_rows_and_held_out_text_are_those_of_the_text(task, tmp_path, tokenizer)
         assert theirs.warnings(0) == ours.warnings(0)
 
 
+def test_other_held_out_text_beside_the_same_training_text_is_not_mistaken_for_it(tmp_path, tokenizer):
+    found = []
+    for name, first in (("one", 0), ("two", 20)):
+        held_out = write_jsonl(tmp_path / f"{name}.jsonl", ROWS["pretrain"][first : first + 20])
+        config = text_config(tmp_path, "pretrain", tokenizer)
+        source = config.source.model_copy(update={"validation_path": str(held_out), "validation_fraction": 0.0})
+        prepare(config.model_copy(update={"source": source}), tmp_path / name)
+        other = prepared_config(config, tmp_path / name)
+        found.append(build_eval_data(other, build_tokenizer(other), tokens_per_domain=128)[0].rows["input_ids"])
+    assert not torch.equal(*found)
+
+
 class Ended(Exception):
     pass
 
