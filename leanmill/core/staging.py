@@ -176,7 +176,8 @@ def staged_once(
         reason_against: What speaks against one that stages allow, if anything.
 
     Returns:
-        The weights, and for each other staged site the reason, by its name.
+        The weights, and for each other staged site the reason, by its name. Frozen weights that are only decoded,
+        a layer at a time, are neither: kept decoded they would take the memory that their form saves.
     """
     by_weight: dict[int, list[Site]] = defaultdict(list)
     for _, site in iter_sites(model):
@@ -184,6 +185,8 @@ def staged_once(
     found: list[StagedOnce] = []
     reasons: dict[str, str] = {}
     for sites in by_weight.values():
+        if _is_only_decoded(sites):
+            continue
         reason = _reason_against(sites, in_parts) or (reason_against(StagedOnce(sites)) if sites[0].stages else None)
         if reason is None and sites[0].stages:
             found.append(StagedOnce(sites))
@@ -191,12 +194,15 @@ def staged_once(
     return found, reasons
 
 
+def _is_only_decoded(sites: Sequence[Site]) -> bool:
+    stages = [stage for site in sites for stage in site.weight_stages()]
+    return bool(stages) and all(stage.decoder() is not None for stage in stages)
+
+
 def _reason_against(sites: Sequence[Site], in_parts: bool) -> str | None:
     stages, weight = sites[0].weight_stages(), sites[0].raw_weight
     if any(site.weight_stages() != stages for site in sites):
         return "sites that share it stage it each in their own way"
-    if stages and all(stage.decoder() is not None for stage in stages):
-        return "it is frozen and only decoded"
     for stage in stages:
         if not stage.once_a_step:
             return f"{stage.technique} stages at every use"

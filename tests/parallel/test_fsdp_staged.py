@@ -52,7 +52,8 @@ def recipe(
     engine: dict[str, Any], world_size: int, *, lora: bool, vocab_size: int = 61, **train_options: Any
 ) -> Recipe:
     raw = recipe_of((), {"type": "single"}, "", world_size, "bf16").model_dump()
-    raw["model"]["config"] = MODEL | {"vocab_size": vocab_size}
+    # Weights are gathered in bf16 where nothing stages them; a frozen base that is in bf16 already would hide it.
+    raw["model"] |= {"config": MODEL | {"vocab_size": vocab_size}, "frozen_dtype": "fp32"}
     raw["data"]["tokenizer"]["vocab_size"] = max(vocab_size, 260)
     raw["techniques"] = [MASKS, LORA] if lora else [MASKS]
     raw["engine"], raw["train"] = {"staging": "per_use", **engine}, raw["train"] | train_options
