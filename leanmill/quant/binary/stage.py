@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Any, ClassVar
 
 import torch
@@ -50,35 +49,27 @@ class BinaryStage(SwitchedBits, QuantStage):
     def switch_to(self, num_bits: int) -> None:
         self.num_bases = num_bits
 
+    # A loop each: a compiled block cannot take what a generator returns.
+
     def rounded(self, weight: Tensor) -> Tensor:
-        asking = self._bases(weight.detach())
-        terms = next(asking)
-        while True:
-            try:
-                terms = asking.send(torch.stack([self.sharing.total(term) for term in terms]))
-            except StopIteration as end:
-                return lend(weight, end.value)
+        exact, total = _exact(weight), None
+        for _ in range(self.num_bases):
+            terms = _terms(_left(exact, total), exact != 0)
+            total = self._with_basis(exact, total, torch.stack([self.sharing.total(term) for term in terms]))
+        return _lent(weight, total)
 
     def rounded_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
-        asking = self._bases(part.detach())
-        terms = next(asking)
-        while True:
+        exact, total = _exact(part), None
+        for _ in range(self.num_bases):
+            terms = _terms(_left(exact, total), exact != 0)
             sums = yield Statistic(torch.stack([term.sum() for term in terms]))
-            try:
-                terms = asking.send(sums.reshape(len(terms), 1))
-            except StopIteration as end:
-                return lend(part, end.value)
+            total = self._with_basis(exact, total, sums.reshape(len(terms), 1))
+        return _lent(part, total)
 
-    def _bases(self, weight: Tensor) -> Generator[tuple[Tensor, ...], Tensor, Tensor]:
-        """Yield what is summed for every basis, are sent the sums of what shares an s, and return the bases' sum."""
-        is_kept = weight != 0
-        rest = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        total = self._signs(rest, (yield _terms(rest, is_kept))).masked_fill_(~is_kept, 0.0)
-        for _ in range(self.num_bases - 1):
-            left = rest - total
-            total = total + self._signs(left, (yield _terms(left, is_kept))).masked_fill_(~is_kept, 0.0)
-        # Rounded once, so that the levels are the same number everywhere in the weight's dtype.
-        return total.to(weight.dtype)
+    def _with_basis(self, exact: Tensor, total: Tensor | None, sums: Tensor) -> Tensor:
+        """Add a basis to those there are, `total`, by the sums of what they left over."""
+        signs = self._signs(_left(exact, total), sums).masked_fill_(exact == 0, 0.0)
+        return signs if total is None else total + signs
 
     def _signs(self, rest: Tensor, sums: Tensor) -> Tensor:
         """Signs of what is left, by the sums of what shares an s [3, ...], see `_terms`."""
@@ -235,6 +226,20 @@ class _Wave(torch.autograd.Function):
         weight, level = ctx.saved_tensors
         slope = level * ctx.frequency * (weight.to(level.dtype) * ctx.frequency).cos()
         return (grad.to(level.dtype) * slope).to(grad.dtype), None, None, None
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _left(exact: Tensor, total: Tensor | None) -> Tensor:
+    return exact if total is None else exact - total
+
+
+def _lent(weight: Tensor, total: Tensor | None) -> Tensor:
+    assert total is not None
+    # Rounded once, so that the levels are the same number everywhere in the weight's dtype.
+    return lend(weight, total.to(weight.dtype))
 
 
 def _terms(rest: Tensor, is_kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:

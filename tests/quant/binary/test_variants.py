@@ -111,6 +111,21 @@ def test_signs_of_a_wave_have_its_gradient(strength, dtype):
     torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=4 * eps, atol=4 * eps)
 
 
+def test_compiled_signs_are_the_same():
+    weight, upstream = torch.randn(4, 8), torch.randn(4, 8)
+    plain, salient = Sharing("tensor"), SalientStage(weight, 0.2, Sharing("row"), center=False)
+    salient.reset_parameters()
+    salient.initialise(weight)
+    for stage in (BinaryStage(plain, center=True), BinaryStage(plain, center=True, num_bases=2), salient):
+        leaves = [weight.clone().requires_grad_() for _ in range(2)]
+        compiled = torch.compile(stage, fullgraph=True, backend="eager")
+        out = [run(leaf) for run, leaf in zip((stage, compiled), leaves, strict=True)]
+        assert torch.equal(*out)
+        for one in out:
+            one.backward(upstream)
+        assert torch.equal(*(leaf.grad for leaf in leaves))
+
+
 def test_further_bases_go_in_the_course_of_a_run():
     model = tiny()
     raw = {"type": "binary", "granularity": "row", "num_bases": 2, "bases_until": 0.5}
