@@ -80,15 +80,17 @@ def test_schedules_that_do_not_fit():
         config = parse_technique({"type": "int_quant", "bits_schedule": schedule, **raw})
         return " ".join(config.problems_in_a_run_of(num_steps))
 
-    assert not problems((8, 0.3), (4, 0.6))
-    assert not problems((8, 3), (4, 0.6)), "steps and shares may be mixed"
-    assert "ascending" in problems((8, 0.6), (4, 3))
+    assert not problems((8, 0.3), (4, 0.6), weight_bits=2)
+    assert not problems((8, 3), (5, 0.6)), "steps and shares may be mixed"
+    assert "ascending" in problems((8, 0.6), (5, 3))
     assert "no step would train" in problems((8, 10))
     assert "12 steps" not in problems((8, 9), num_steps=12)
     assert "never trained" in problems(switch_bits=[8, 6, 4, 2], num_steps=3)
     for raw, match in [
         ({"bits_schedule": [{"bits": 8, "until": 1.5}]}, "until: 2 for steps"),
         ({"bits_schedule": [{"bits": 16, "until": 0.5}]}, "less than or equal to 8"),
+        ({"bits_schedule": [{"bits": 4, "until": 0.5}]}, "all above 4"),
+        ({"bits_schedule": [{"bits": 6, "until": 0.2}, {"bits": 8, "until": 0.5}]}, "do not fall"),
         ({"switch_bits": [4]}, "two or more different"),
         ({"switch_bits": [8, 16], "weight_bits": 8}, "from 2 to 8"),
         ({"switch_bits": [8, 6], "weight_bits": 4}, "set weight_bits: 6"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -59,6 +60,17 @@ class IntQuant(LayerBits, Warmup, SharedScales):
                     f"int_quant.{key} with switch_bits: widths that take turns are the same in all layers and steps; "
                     f"remove one of them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _bits_fall(self) -> IntQuant:
+        least = min((self.weight_bits, *self.bits_per_layer.values()))
+        bits = [phase.bits for phase in self.bits_schedule]
+        if bits and any(after >= before for before, after in itertools.pairwise((*bits, least))):
+            raise ConfigError(
+                f"int_quant.bits_schedule: phases of {', '.join(map(str, bits))} bits and then {least} do not fall "
+                f"from each to the next; type ever fewer bits, all above {least}, or remove the phase that is not"
+            )
         return self
 
     def problems_in_a_run_of(self, num_steps: int) -> Iterator[str]:
