@@ -92,45 +92,56 @@ def search_levels(
         RunError: A layer cannot be solved, or the disk refuses.
     """
     _check_text(config, recipe)
-    shapes = {
-        name: (layer.out_features, layer.in_features)
-        for index in range(len(stream))
-        for name, layer in stream.linears(index).items()
-    }
-    block_of = {name: index for index in range(len(stream)) for name in stream.linears(index)}
-    units = units_of(config, shapes, stream.prefixes)
-    settings = _settings(config, recipe, stream)
-    store = LevelStore(work_dir / f"levels-{key_of(settings)}", config.sorted_levels)
-    store.build(stream, [layer for unit in units for layer in unit.layers], writes=ranks.rank == 0)
-    whole = load_weights(model, dtype=stream.dtype).to(stream.device).eval().requires_grad_(False)
-    how = config.model_dump(mode="json", exclude={"work_dir", *config.says_how_long})
-    memory = work_dir / f"search-{key_of(settings | how)}.json"
-    judge = ModelJudge(whole, stream.source, units, store, block_of, batches, ranks=ranks, memory=memory)
+    units = units_of(config, stream.shapes, stream.prefixes)
+    judge = _judge(config, recipe, model, stream, batches, units, ranks=ranks, work_dir=work_dir)
     space = space_of(config, units)
     state = config.search(recipe.seed).run(space, judge)
     assert space.cost(state) <= space.budget
     num_tokens = recipe.calibration.num_rows * recipe.data.sequence_length
     loss = judge.losses([state], num_tokens=num_tokens, draw=f"{recipe.seed} end")[0]
-    errors = judge.layer_errors()
     if writer is not None:
-        _write(stream, units, state, store, writer)
+        _write(stream, units, state, judge.store, writer)
         (writer.path / LEVELS).write_text(_map(config, units, state, space, loss), encoding="utf-8")
     barrier()
-    technique = str(config.type)  # type: ignore[attr-defined]
+    average = space.cost(state) / sum(unit.numel for unit in units)
+    text = f"{average:.3f} bits a weight on average, KL from dense {loss:.5f} nats a token; levels stay in {work_dir}"
+    return _searched(str(config.type), units, state, judge, text)  # type: ignore[attr-defined]
+
+
+def _judge(
+    config: SearchConfig,
+    recipe: CompressRecipe,
+    model: ModelConfig,
+    stream: BlockStream,
+    batches: Sequence[Mapping[str, Tensor]],
+    units: Sequence[Unit],
+    *,
+    ranks: Ranks,
+    work_dir: Path,
+) -> ModelJudge:
+    """Make the levels that are not there yet, and load the model that is judged with them."""
+    settings = _settings(config, recipe, stream)
+    store = LevelStore(work_dir / f"levels-{key_of(settings)}", config.sorted_levels)
+    store.build(stream, [layer for unit in units for layer in unit.layers], writes=ranks.rank == 0)
+    whole = load_weights(model, dtype=stream.dtype).to(stream.device).eval().requires_grad_(False)
+    block_of = {name: index for index in range(len(stream)) for name in stream.linears(index)}
+    how = config.model_dump(mode="json", exclude={"work_dir", *config.says_how_long})
+    memory = work_dir / f"search-{key_of(settings | how)}.json"
+    return ModelJudge(whole, stream.source, units, store, block_of, batches, ranks=ranks, memory=memory)
+
+
+def _searched(technique: str, units: Sequence[Unit], state: State, judge: ModelJudge, text: str) -> Searched:
+    levels, errors = judge.store.levels, judge.layer_errors()
     reports = [
-        UnitReport(
-            name=unit.name, technique=technique, level=described(store.levels[level]), error=errors[index][level]
-        )
+        UnitReport(name=unit.name, technique=technique, level=described(levels[level]), error=errors[index][level])
         for index, (unit, level) in enumerate(zip(units, state, strict=True))
     ]
-    average = space.cost(state) / sum(unit.numel for unit in units)
     changed = frozenset(
         layer
         for unit, level in zip(units, state, strict=True)
-        if not isinstance(store.levels[level], Dense)
+        if not isinstance(levels[level], Dense)
         for layer in unit.layers
     )
-    text = f"{average:.3f} bits a weight on average, KL from dense {loss:.5f} nats a token; levels stay in {work_dir}"
     return Searched(reports=[*reports, ModelReport(technique=technique, text=text)], layers=changed)
 
 
