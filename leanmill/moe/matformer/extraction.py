@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.passes import StoredBlock, Surgeon
+from leanmill.core.surgery import StoredBlock, Surgeon
 
 
 _ROWS = tuple(f"mlp.{part}_proj.{kind}" for part in ("gate", "up") for kind in ("weight", "bias"))

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import Surgeon, SurgeryConfig
+from leanmill.core.surgery import Surgeon, SurgeryConfig
 
 
 class Upcycle(SurgeryConfig):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.noise import derive_seed
-from leanmill.core.passes import ExpertGradients, GradientSurgeon, StoredBlock
 from leanmill.core.stored_experts import PROJECTIONS, STORED_EXPERTS, StoredExperts
+from leanmill.core.surgery import ExpertGradients, GradientSurgeon, StoredBlock
 
 
 Copies = Literal["equal", "gradient", "saliency"]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.noise import derive_seed
-from leanmill.core.passes import StoredBlock, Surgeon
 from leanmill.core.stored_experts import PROJECTIONS, STORED_EXPERTS
+from leanmill.core.surgery import StoredBlock, Surgeon
 from leanmill.moe.upcycle.families import Sizes, mixture_of
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import Measure, Surgeon, SurgeryConfig
+from leanmill.core.surgery import Measure, Surgeon, SurgeryConfig
 
 
 class DropBlocks(SurgeryConfig):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.passes import CalibratedModel, LookingSurgeon, Measure, Part, StoredBlock
+from leanmill.core.surgery import CalibratedModel, LookingSurgeon, Measure, Part, StoredBlock
 from leanmill.sparse.structured.anatomy import Sizes, check_layers, is_output, sizes_of
 from leanmill.sparse.structured.cut import highest, smaller_config
 from leanmill.sparse.structured.importance import influence

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import CalibratedModel, LookingSurgeon, StoredBlock
+from leanmill.core.surgery import CalibratedModel, LookingSurgeon, StoredBlock
 from leanmill.sparse.structured.anatomy import Sizes, sizes_of
 from leanmill.sparse.structured.cut import Cutter, Kept, heads_in_groups, highest, rows_of_heads, smaller_config
 from leanmill.sparse.structured.importance import HEADS, NEURONS, Moments

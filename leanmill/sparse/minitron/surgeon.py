@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
-from leanmill.core.passes import CalibratedModel, LookingSurgeon, StoredBlock
+from leanmill.core.surgery import CalibratedModel, LookingSurgeon, StoredBlock
 from leanmill.sparse.structured.anatomy import Sizes, check_hidden, check_layers, is_mixture, sizes_of
 from leanmill.sparse.structured.cut import Cutter, Kept, heads_in_groups, highest, smaller_config
 from leanmill.sparse.structured.importance import (

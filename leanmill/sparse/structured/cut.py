@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import StoredBlock
+from leanmill.core.surgery import StoredBlock
 from leanmill.sparse.structured.anatomy import Axis, Sizes, axes_of
 
 

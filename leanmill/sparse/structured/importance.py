@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
-from leanmill.core.passes import CalibratedModel, Part, SeenBlock
+from leanmill.core.surgery import CalibratedModel, Part, SeenBlock
 
 
 HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"

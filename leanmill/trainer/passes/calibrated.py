@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import Measure, Part, SeenBlock
 from leanmill.core.places import find_modules
+from leanmill.core.surgery import Measure, Part, SeenBlock
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import load_weights
 from leanmill.parallel.collectives import sum_over_ranks

@@ -11,8 +11,9 @@ from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.levels import SearchConfig
-from leanmill.core.passes import ExpertPassConfig, LinearPassConfig, PassConfig, SurgeryConfig
+from leanmill.core.passes import ExpertPassConfig, LinearPassConfig, PassConfig
 from leanmill.core.sites import matches
+from leanmill.core.surgery import SurgeryConfig
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.mapping import mapping_of

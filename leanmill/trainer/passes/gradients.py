@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.experts import is_stacked_experts, stacked_parameters
-from leanmill.core.passes import ExpertGradients
+from leanmill.core.surgery import ExpertGradients
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import load_weights
 from leanmill.parallel.collectives import sum_over_ranks

@@ -15,13 +15,8 @@ from torch import Tensor
 from leanmill.core.errors import ConfigError
 from leanmill.core.folders import new_folder
 from leanmill.core.levels import SearchConfig
-from leanmill.core.passes import (
-    ExpertPassConfig,
-    LayerPassConfig,
-    PassConfig,
-    SensitivePassConfig,
-    SurgeryConfig,
-)
+from leanmill.core.passes import ExpertPassConfig, LayerPassConfig, PassConfig, SensitivePassConfig
+from leanmill.core.surgery import SurgeryConfig
 from leanmill.data.build import build_tokenizer, build_train_data
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import local_folder, pretrained_config

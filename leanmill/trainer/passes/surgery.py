@@ -9,7 +9,7 @@ from typing import cast
 from torch import Tensor
 
 from leanmill.core.blocks import decoder_blocks
-from leanmill.core.passes import (
+from leanmill.core.surgery import (
     CalibratedModel,
     ExpertGradients,
     GradientSurgeon,
