@@ -105,6 +105,14 @@ def _by_type(recipe: Recipe) -> list[Any]:
 
 def _handover_problems(source: Recipe, recipe: Recipe, keep: list[Any], *, carries_state: bool) -> Iterator[str]:
     """Yield what does not fit between a phase and the training it comes from."""
+    compared = any(config.num_compared() for config in source.techniques)
+    for config in recipe.techniques:
+        if carries_state and not compared and config.num_compared() and not config.frozen_models():
+            name: str = config.type  # type: ignore[attr-defined]
+            yield (
+                f"carry: state brings adapters that were trained before, and {name}.reference is not given, so the "
+                f"reference would be the model without them; type carry: weights, or set {name}.reference"
+            )
     if "optimizer" in keep and not carries_state:
         yield "keep: [optimizer] needs the weights its moments belong to, and techniques differ; type carry: state"
     if "optimizer" in keep and source.optimizer.type != recipe.optimizer.type:

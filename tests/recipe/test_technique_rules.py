@@ -24,3 +24,19 @@ def test_a_start_that_moves_the_base_leaves_no_reference_without_adapters():
         recipe("pissa")
     assert recipe(start=True)
     assert recipe("olora", reference="some/model")
+
+
+def test_adapters_of_an_earlier_phase_are_no_part_of_the_reference():
+    def recipe(carry, first, **dpo):
+        lora = {"type": "lora"}
+        sft = {"techniques": [lora], "data": {"task": "sft"}, "train": {"cross_entropy_weight": 1}}
+        pairs = {"techniques": [{"type": "dpo", **dpo}, lora]}
+        phases = [{"name": "first", "overrides": sft if first == "sft" else {"techniques": [{"type": "dpo"}, lora]}}]
+        phases.append({"name": "second", "carry": carry, "overrides": pairs})
+        return Recipe.model_validate(PAIRS | {"techniques": pairs["techniques"], "phases": phases})
+
+    with pytest.raises(ValueError, match=r"phases\.1 \(second\): carry: state .* type carry: weights"):
+        recipe("state", "sft")
+    assert recipe("auto", "sft")  # folded into the weights, so the reference has them
+    assert recipe("state", "sft", reference="some/model")
+    assert recipe("state", "dpo")  # the same training, going on
