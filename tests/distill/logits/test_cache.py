@@ -92,6 +92,13 @@ def test_logits_of_anything_else_are_refused(tmp_path, changed, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_teacher_may_move_as_long_as_its_weights_are_known(tmp_path):
+    open_cache(tmp_path, CONTENTS, writes=True)
+    open_cache(tmp_path, CONTENTS | {"teacher": "/models/teacher"}, writes=True)
+    with pytest.raises(ConfigError, match="teacher some/teacher, and this run has another/teacher"):
+        open_cache(tmp_path, CONTENTS | {"teacher": "another/teacher", "teacher_weights": None}, writes=True)
+
+
 def test_of_two_runs_that_make_it_at_once_the_second_is_refused(tmp_path, monkeypatch):
     open_cache(tmp_path, CONTENTS, writes=True)
     monkeypatch.setattr(Path, "exists", lambda path: False)  # what it saw before the first had written
