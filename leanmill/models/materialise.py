@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from leanmill.core.around import iter_arounds
 from leanmill.core.branches import branch_modules, is_branched, plain_modules, reset_branch
@@ -24,6 +23,7 @@ from leanmill.core.errors import RunError
 from leanmill.core.names import clean_name
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, TechniqueModule
+from leanmill.models.full_copies import full_copy, own_tensor, with_storage
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.parallel.tensors import assign, full
 
@@ -138,11 +138,11 @@ def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
     filled: set[int] = set()
     coded = _coded(model)
     for name, owner, key in _base_tensors(model):
-        tensor = _with_storage(owner, key, model)
+        tensor = with_storage(owner, key, model)
         if id(tensor) not in filled:
             compact = coded.get((id(owner), key))
             if compact is not None:
-                filled.add(id(_with_storage(compact, "scale", model)))
+                filled.add(id(with_storage(compact, "scale", model)))
             weights.fill(name, tensor, compact)
             filled.add(id(tensor))
     return frozenset(filled)
@@ -207,8 +207,8 @@ class _Filler:
         """For tensors whose values come later."""
         for module in members:
             for key in (*module._parameters, *module._buffers):
-                if _own(module, key) is not None:
-                    self.done.add(id(_with_storage(module, key, self.root)))
+                if own_tensor(module, key) is not None:
+                    self.done.add(id(with_storage(module, key, self.root)))
 
     def _initialisers(self) -> dict[int, Callable[[Any], None]]:
         """By module id: transformers initialises a module through the innermost model that holds it."""
@@ -220,19 +220,19 @@ class _Filler:
 
     def _draw(self, name: str, members: list[nn.Module], top: nn.Module, reset: Callable[[Any], None]) -> None:
         """Fill the own tensors of `members` by running `reset` on a full-size CPU copy of `top`."""
-        targets = [(m, key) for m in members for key in (*m._parameters, *m._buffers) if _own(m, key) is not None]
-        if all(id(_own(m, key)) in self.done for m, key in targets):
+        targets = [(m, key) for m in members for key in (*m._parameters, *m._buffers) if own_tensor(m, key) is not None]
+        if all(id(own_tensor(m, key)) in self.done for m, key in targets):
             return
-        full, copies = _full_copy(top, members, self.coded)
+        full, copies = full_copy(top, members, self.coded)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would reseed accelerators too.
             torch.default_generator.manual_seed(_seed_of(self.seed, name))
             reset(full)
         for module, key in targets:
-            if id(_own(module, key)) in self.done:
+            if id(own_tensor(module, key)) in self.done:
                 continue
-            value = _own(copies[id(module)], key)
-            tensor = _with_storage(module, key, self.root)
+            value = own_tensor(copies[id(module)], key)
+            tensor = with_storage(module, key, self.root)
             assert value is not None
             if value.is_floating_point() and value.isnan().any():
                 raise RunError(f"{name}: nothing gives {key!r} a value; its module must initialise it")
@@ -240,7 +240,7 @@ class _Filler:
             if compact is None:
                 assign(tensor, value)
             else:
-                self.done.add(id(_with_storage(compact, "scale", self.root)))
+                self.done.add(id(with_storage(compact, "scale", self.root)))
                 compact.assign_encoded(tensor, value, assign)
             self.done.add(id(tensor))
 
@@ -260,69 +260,5 @@ def _no_initialiser(module: nn.Module) -> None:
     """For modules outside the causal LM: leaves the blanks that `_draw` reports."""
 
 
-def _own(module: nn.Module, key: str) -> Tensor | None:
-    return module._parameters[key] if key in module._parameters else module._buffers[key]
-
-
 def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
-
-
-def _full_copy(
-    top: nn.Module, members: list[nn.Module], coded: dict[tuple[int, str], Compact]
-) -> tuple[nn.Module, dict[int, nn.Module]]:
-    """Copy `top` shallowly, giving `members` below it full-size tensors of their own on the CPU.
-
-    New tensors start as NaN (floats) or zero, to show later what nobody initialised; plain tensors
-    with a value start with it. In the place of codes is the weight that they are of.
-    """
-    copies = {id(module): _shallow(module) for module in members}
-    for module in members:
-        twin = copies[id(module)]
-        own = {
-            key: None if p is None else nn.Parameter(_blank(p, coded.get((id(module), key))), False)
-            for key, p in module._parameters.items()
-        }
-        twin.__dict__["_parameters"] = own
-        twin.__dict__["_buffers"] = {key: None if b is None else _blank(b) for key, b in module._buffers.items()}
-        twin.__dict__["_modules"] = {
-            key: None if child is None else copies.get(id(child), child) for key, child in module._modules.items()
-        }
-    return copies[id(top)], copies
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """`copy.copy`, also of what FSDP2 has sharded: its classes build an unsharded module when asked for a new one."""
-    twin: nn.Module = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    return twin
-
-
-def _blank(tensor: Tensor, compact: Compact | None = None) -> Tensor:
-    if compact is not None:
-        return torch.full(compact.shape, float("nan"))
-    if tensor.is_meta or isinstance(tensor, (DTensor, nn.Parameter)):
-        fill = float("nan") if tensor.is_floating_point() else 0
-        return torch.full(tensor.shape, fill, dtype=tensor.dtype, device="cpu")
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _with_storage(owner: nn.Module, key: str, root: nn.Module) -> Tensor:
-    """Return the tensor `owner.key`, replaced by one with storage everywhere it occurs if on meta."""
-    tensor = _own(owner, key)
-    assert tensor is not None
-    if not tensor.is_meta:
-        return tensor
-    if isinstance(tensor, DTensor):
-        new: Tensor = torch.empty_like(tensor, device=tensor.device_mesh.device_type)
-    else:
-        new = torch.empty_like(tensor, device="cpu")
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, tensor.requires_grad)
-        for module in root.modules():  # tied parameters stay one object
-            for name, parameter in module._parameters.items():
-                if parameter is tensor:
-                    module._parameters[name] = new  # type: ignore[assignment]
-    else:
-        owner._buffers[key] = new
-    return new
