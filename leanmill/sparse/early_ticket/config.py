@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -40,11 +41,17 @@ class EarlyTicket(UnitsConfig):
         return True
 
     def problems_in_a_run_of(self, num_steps: int) -> Iterator[str]:
-        if self.compare_every_steps * self.num_masks > self.latest * num_steps:
+        most = int(self.latest * num_steps) // self.num_masks
+        if self.compare_every_steps > most:
+            remedy = (
+                f"set early_ticket.compare_every_steps to at most {most}"
+                if most
+                else f"set train.steps to {math.ceil(self.num_masks / self.latest)} or more, or lower "
+                f"early_ticket.num_masks"
+            )
             yield (
                 f"early_ticket compares {self.num_masks} masks of {self.compare_every_steps} steps, and draws at the "
-                f"latest at {self.latest:g} of {num_steps} steps, before there are as many; set "
-                f"early_ticket.compare_every_steps to at most {max(1, int(self.latest * num_steps) // self.num_masks)}"
+                f"latest at {self.latest:g} of {num_steps} steps, before there are as many; {remedy}"
             )
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:

@@ -146,3 +146,7 @@ def test_what_does_not_fit_is_refused():
     }
     with pytest.raises(pydantic.ValidationError, match="set early_ticket.compare_every_steps to at most 10"):
         Recipe.model_validate(recipe)
+    with pytest.raises(
+        pydantic.ValidationError, match="set train.steps to 10 or more, or lower early_ticket.num_masks"
+    ):
+        Recipe.model_validate(recipe | {"train": {"steps": 8}})
