@@ -32,8 +32,7 @@ class Evolution:
         num_starts: Random candidates for the first parent.
         start_tokens: What those are judged on.
         seed: Of all that is drawn; each generation draws by a hash of it and its number, so that one that was cut off
-        is
-            repeated as it was.
+            is repeated as it was.
     """
 
     def __init__(
