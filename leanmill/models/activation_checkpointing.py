@@ -59,13 +59,21 @@ def apply_activation_checkpointing(
         options["context_fn"] = _selective_contexts
     elif keeps_received:
         options["context_fn"] = _received_contexts
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)  # type: ignore[operator]
+    _enable(model, options)
     # The switch also makes embeddings require gradients, for reentrant checkpoints. Ours are not,
     # and a frozen embedding should cost no backward.
     model.disable_input_require_grads()  # type: ignore[operator]
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "_gradient_checkpointing_func")]
     for layer in layers:
         layer._gradient_checkpointing_func = _where_gradients_flow(layer._gradient_checkpointing_func)
+
+
+def _enable(model: Any, options: dict[str, Any]) -> None:
+    """Call transformers' switch by the name that the installed version has; it was renamed between 5.17 and 5.23."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _where_gradients_flow(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -188,3 +188,17 @@ def test_compiled_blocks_below_all_that_trains(mode: str) -> None:
     assert found[0].keys() == found[1].keys()
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["activation", "gradient"])
+def test_the_switch_goes_by_the_name_that_transformers_has(prefix):
+    class Model(nn.Module):
+        supports_gradient_checkpointing = True
+
+        def disable_input_require_grads(self):
+            pass
+
+    given = {}
+    setattr(Model, f"{prefix}_checkpointing_enable", lambda self, **options: given.update(options))
+    apply_activation_checkpointing(Model(), "full")
+    assert given == {f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}}
