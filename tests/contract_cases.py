@@ -423,8 +423,8 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 
-SHARDING_LESS = {"ddp", "zero1", "zero2"}
-"""Engines that ask less of a technique than FSDP2 and ZeRO-3: with the fast tests they train `ON_EVERY_ENGINE` only."""
+WITH_REPRESENTATIVES = {"ddp", "zero1", "zero2", "zero3"}
+"""Engines that train `ON_EVERY_ENGINE` only with the fast tests; FSDP2 trains all."""
 ON_EVERY_ENGINE = {
     "none",
     *TECHNIQUES,
@@ -461,7 +461,7 @@ def is_refused(engine: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 def is_fast(engine_name: str, combination: str) -> bool:
     """Whether this cell of `COMBINATIONS` or `BF16_COMBINATIONS` is of `make test`; the others are slow tests."""
-    return engine_name not in SHARDING_LESS or combination in ON_EVERY_ENGINE
+    return engine_name not in WITH_REPRESENTATIVES or combination in ON_EVERY_ENGINE
 
 
 def cells(combinations: dict[str, tuple[str, ...]], *, fast: bool = True) -> list[tuple[str, str]]:

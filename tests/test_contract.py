@@ -14,8 +14,8 @@ from tests.contract_cases import (
     COMBINATIONS,
     ENGINES,
     NUM_STEPS,
-    SHARDING_LESS,
     SLOW_COMBINATIONS,
+    WITH_REPRESENTATIVES,
     cells,
     is_refused,
     of_engine,
@@ -215,7 +215,7 @@ def test_two_ranks_equal_one_process_in_bf16(engine_name, combination, single_in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine_name", sorted(SHARDING_LESS))
+@pytest.mark.parametrize("engine_name", sorted(WITH_REPRESENTATIVES))
 def test_the_rest_in_bf16(engine_name, single_in_bf16, teacher):
     rest = of_engine(engine_name, BF16_COMBINATIONS, fast=False)
     results = run_ranks(_two_ranks_in_bf16, 2, ENGINES[engine_name], teacher, rest, timeout_seconds=280)[0]
