@@ -77,13 +77,14 @@ def test_two_ranks_equal_one_process(engine_name, combination, single, teacher):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine_name", ENGINES)
 def test_two_ranks_equal_one_process_for_the_rest(engine_name, teacher):
     engine = ENGINES[engine_name]
     rare = {key: names for key, names in SLOW_COMBINATIONS.items() if not is_refused(engine, names)}
     rest = of_engine(engine_name, COMBINATIONS, fast=False) | rare
     single = train_combinations({"type": "single"}, teacher, ONE, rest)
-    got = run_ranks(_on_two_ranks, 2, engine, teacher, rest, timeout_seconds=280)[0]
+    got = run_ranks(_on_two_ranks, 2, engine, teacher, rest, timeout_seconds=1000)[0]
     for combination, expected in single.items():
         for name, value in expected.items():
             torch.testing.assert_close(
@@ -215,10 +216,11 @@ def test_two_ranks_equal_one_process_in_bf16(engine_name, combination, single_in
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("engine_name", sorted(WITH_REPRESENTATIVES))
 def test_the_rest_in_bf16(engine_name, single_in_bf16, teacher):
     rest = of_engine(engine_name, BF16_COMBINATIONS, fast=False)
-    results = run_ranks(_two_ranks_in_bf16, 2, ENGINES[engine_name], teacher, rest, timeout_seconds=280)[0]
+    results = run_ranks(_two_ranks_in_bf16, 2, ENGINES[engine_name], teacher, rest, timeout_seconds=1000)[0]
     assert results.keys() == rest.keys()
     for combination, got in results.items():
         _equal_exported(combination, got, teacher)
