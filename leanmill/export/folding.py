@@ -30,7 +30,7 @@ def folded_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fold(model: Any) -> None:
-    """Merge adapters and stages into plain weights, in place.
+    """Merge adapters and stages into plain weights, in place; frozen ones in bf16 become fp32, so that sums are exact.
 
     Raises:
         ConfigError: An adapter's output is added to a masked or quantised weight, so that no single
@@ -39,9 +39,10 @@ def fold(model: Any) -> None:
     check_mergeable(model)
     for path, layer in list(branched_layers(model)):
         base = base_of(layer)
-        _replace(model, path, _merged(path, layer, base.fold() if isinstance(base, Site) else base))
+        _replace(model, path, _merged(path, layer, (base.fold() if isinstance(base, Site) else base).float()))
     fold_sites(model)
     forget_branches(model)
+    model.float()
 
 
 def _merged(path: str, layer: nn.Module, base: nn.Module) -> nn.Module:

@@ -222,3 +222,11 @@ def test_compiles_without_graph_breaks(recipe):
     for name, parameter in site.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_weight_in_bf16_meets_fp32_tokens_where_nothing_autocasts():
+    linear = nn.Linear(8, 4, bias=False).to(torch.bfloat16).requires_grad_(False)
+    site, tokens = LinearSite.adopt(linear, "layer"), torch.randn(3, 8)
+    assert torch.equal(site(tokens), nn.functional.linear(tokens, linear.weight.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert site(tokens).dtype == torch.bfloat16
