@@ -180,10 +180,10 @@ class LinearSite(Site, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear uses)
         """Apply the staged weight to the staged `input` [..., in]."""
         if not self.is_staged:
-            return self._plain(input, self.weight)
+            return F.linear(input, self.weight, self.bias)
         operands = self.operands()
         if operands.is_plain:
-            return self._plain(input, operands.tensors[0])
+            return F.linear(input, operands.tensors[0], self.bias)
         if operands.has_product:
             return operands.product(input.to(compute_dtype(input)), self.bias)
 
@@ -192,12 +192,6 @@ class LinearSite(Site, nn.Linear):
             return linear(bound.tokens(tokens), bound.weight(), bound.backward_weight(), bias)
 
         return recomputed(product, input, self.bias, *operands.tensors)
-
-    def _plain(self, tokens: Tensor, weight: Tensor) -> Tensor:
-        # A frozen weight in bf16 meets fp32 tokens where nothing autocasts: in an export, or a forward of one's own.
-        if weight.dtype != tokens.dtype and not torch.is_autocast_enabled(tokens.device.type):
-            weight = weight.to(tokens.dtype)
-        return F.linear(tokens, weight, self.bias)
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:

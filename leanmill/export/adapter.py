@@ -74,7 +74,6 @@ class AdapterFormat(Format):
         settle_activations(self.model, "trained")
         self.expected = sample_logits(self.model)
         self.needs_base = _needs_base(rebuilt)
-        self.in_bf16 = {clean_name(n) for n, p in self.model.named_parameters() if p.dtype == torch.bfloat16}
         path = rebuilt.recipe.model.path
         self.base_name = str((out_dir / "base").resolve()) if self.needs_base else str(path)
         self.left_out = left_out(beside_of(self.model))
@@ -101,7 +100,7 @@ class AdapterFormat(Format):
     def check(self, folder: Path) -> Checked:
         from peft import PeftModel
 
-        base = reload(folder / "base") if self.needs_base else _load_base(self.rebuilt, self.in_bf16)
+        base = reload(folder / "base") if self.needs_base else _load_base(self.rebuilt)
         # PEFT asks a model for a property by the name it had before.
         ignore_warning("`is_gradient_checkpointing` is deprecated", FutureWarning)
         reloaded = PeftModel.from_pretrained(base, str(folder)).eval()
@@ -217,10 +216,10 @@ def _targets(model: nn.Module, names: set[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _load_base(rebuilt: Rebuilt, in_bf16: set[str]) -> Any:
-    """Load the base in fp32, but the named weights as the run had them, in bf16."""
+def _load_base(rebuilt: Rebuilt) -> Any:
+    """Load the base in fp32, some weights with the values that they had in the run, in bf16."""
     base = load_weights(rebuilt.recipe.model, dtype=torch.float32).eval()
     for name, parameter in base.named_parameters():
-        if name in in_bf16:
+        if name in rebuilt.in_bf16:
             parameter.copy_(parameter.to(torch.bfloat16))
     return base

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
@@ -40,6 +41,8 @@ class Rebuilt:
     """Of the packages that trained it."""
     tokenizer_dir: Path | None
     """The run's tokenizer, where it is still beside the checkpoint."""
+    in_bf16: frozenset[str] = frozenset()
+    """Parameters that the run kept in bf16, by the plain model's names; here they have those values in fp32."""
     probes: Sequence[Probe] = ()
     """Of its techniques."""
 
@@ -87,6 +90,7 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         step=step,
         versions=read_document(checkpoint_dir, "versions.json"),
         tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+        in_bf16=_widened(model),
         probes=techniques.probes,
     )
 
@@ -146,6 +150,14 @@ def _load(model: nn.Module, stored: dict[str, Tensor], folder: Path, partial: bo
                 f"{tuple(live[name].shape)}; the checkpoint belongs to another model"
             )
         assign(live[name], value)
+
+
+def _widened(model: nn.Module) -> frozenset[str]:
+    """Turn bf16 parameters into fp32 ones of the same values, since nothing autocasts here; return their names."""
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
+    for parameter in found.values():
+        parameter.data = parameter.data.float()
+    return frozenset(clean_name(name) for name in found)
 
 
 def _replay_schedules(rules: list[StepRule], step: int, steps: int) -> None:

@@ -210,23 +210,15 @@ def test_compiles_without_graph_breaks(recipe):
     model = tiny()
     install(model, {**recipe, "targets": ["model.layers.0.mlp.up_proj"]})
     site = model.model.layers[0].mlp.up_proj
+    twin = copy.deepcopy(site)  # the first backward spends the decay of a step
     x = torch.randn(4, 32)
     expected = site(x)
     expected.sum().backward()
     gradients = {n: p.grad.clone() for n, p in site.named_parameters() if p.grad is not None}
-    site.zero_grad()
     torch._dynamo.reset()
-    got = torch.compile(site, fullgraph=True)(x)
+    got = torch.compile(twin, fullgraph=True)(x)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     got.sum().backward()
-    for name, parameter in site.named_parameters():
+    for name, parameter in twin.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-5)
-
-
-def test_a_frozen_weight_in_bf16_meets_fp32_tokens_where_nothing_autocasts():
-    linear = nn.Linear(8, 4, bias=False).to(torch.bfloat16).requires_grad_(False)
-    site, tokens = LinearSite.adopt(linear, "layer"), torch.randn(3, 8)
-    assert torch.equal(site(tokens), nn.functional.linear(tokens, linear.weight.float()))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert site(tokens).dtype == torch.bfloat16

@@ -36,6 +36,7 @@ def recipe_of(
     techniques: list[dict[str, Any]],
     path: Path | None = None,
     frozen_dtype: str = "auto",
+    precision: str = "auto",
     **changes: Any,
 ) -> Recipe:
     model: dict[str, Any] = {"path": str(path)} if path is not None else {"config": tiny_config(family, **changes)}
@@ -43,7 +44,7 @@ def recipe_of(
         {
             "model": model | {"frozen_dtype": frozen_dtype},
             "techniques": techniques,
-            "train": {"steps": 4},
+            "train": {"steps": 4, "precision": precision},
             "data": {"sequence_length": 32},
             "batch": {"tokens_per_step": 64, "tokens_per_micro_batch": 64},
             "checkpoint": {"asynchronous": False},

@@ -319,12 +319,13 @@ def test_a_norm_inside_of_some_layers_only_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["hf", "adapter"])
-def test_branches_over_a_frozen_base_in_bf16(to: str, tmp_path: Path) -> None:
-    base, _ = checkpoint_of(tmp_path / "first", "llama", [])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_branches_over_a_frozen_base_in_bf16(is_tied: bool, to: str, tmp_path: Path) -> None:
+    base, _ = checkpoint_of(tmp_path / "first", "llama", [], tie_word_embeddings=is_tied)
     base.save_pretrained(tmp_path / "base")
-    model, checkpoint = checkpoint_of(tmp_path / "run", "llama", [BRANCH], path=tmp_path / "base", frozen_dtype="bf16")
+    model, checkpoint = checkpoint_of(tmp_path / "run", "llama", [BRANCH], path=tmp_path / "base", precision="bf16")
     assert any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     report = export_model(checkpoint, tmp_path / "out", to=to)
     if to == "hf":
-        torch.testing.assert_close(logits(plain(report.path)), logits(model), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits(plain(report.path)), logits(model.float()), rtol=1e-4, atol=1e-5)
         assert {parameter.dtype for parameter in plain(report.path).parameters()} == {torch.float32}
