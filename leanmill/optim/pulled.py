@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from leanmill.optim.foreach import ForeachOptimizer
 
-class PulledAdamW(torch.optim.Optimizer):
+
+class PulledAdamW(ForeachOptimizer):
     """AdamW with a pull p that a step rule writes (`pull` of the state, like the parameter, starts at 0).
 
     With gradient g, moments m and v (`exp_avg` and `exp_avg_sq`) and their bias corrections c1 and c2::
@@ -47,26 +48,7 @@ class PulledAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "pull": None}
         super().__init__(params, defaults)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Write the parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
-        return loss
-
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
         states = [self._state_of(p, group) for p in params]
         gradients = [p.grad for p in params if p.grad is not None]
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -17,6 +19,44 @@ from peft.utils import (
     resolve_quantization_backend,
 )
 from torch import Tensor, nn
+
+
+@dataclass
+class AdditiveConfig(PeftConfig):
+    """What configurations of such tuners share; one names its `peft_type` itself.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    r: int = field(default=16, metadata={"help": "Rank of each layer's factors, or size of the core between them."})
+    alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "False starts from random values that are no identity, for tests."}
+    )
+    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to wrap."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to wrap."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules that train whole."})
+    bias: str = field(default="none", metadata={"help": "Biases do not train."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("target_modules", "exclude_modules"):
+            value = getattr(self, key)
+            setattr(self, key, set(value) if isinstance(value, list) else value)
+        self.check_least(r=1)
+        if self.bias != "none":
+            raise ValueError(f"bias must be 'none', got {self.bias!r}")
+
+    def check_least(self, **least: int) -> None:
+        """Refuse values of these names that are no integers of at least so much."""
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{key} must be an integer of at least {smallest}, got {value!r}")
 
 
 class AdditiveLayer(nn.Module, BaseTunerLayer):

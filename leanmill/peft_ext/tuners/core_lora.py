@@ -22,14 +22,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils import PeftType
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.peft_ext.tuners.additive import AdditiveLayer, AdditiveModel
+from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveLayer, AdditiveModel
 
 
 Variant = Literal["lora_xs", "lora_sb", "moslora", "nlora", "int_tune"]
@@ -40,45 +39,25 @@ XS_STD = 1e-5
 
 
 @dataclass
-class CoreLoraConfig(PeftConfig):
+class CoreLoraConfig(AdditiveConfig):
     """Configuration of adapters s B N A.
 
     Raises:
         ValueError: A value is out of range.
     """
 
-    r: int = field(default=16, metadata={"help": "Size of the core."})
-    alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling alpha / r."})
     variant: Variant = field(default="lora_xs", metadata={"help": "What the factors start from and what trains."})
     mixer: Literal["orthogonal", "kaiming"] = field(
         default="orthogonal", metadata={"help": "How the core of `moslora` starts."}
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
-    init_weights: bool = field(
-        default=True, metadata={"help": "False starts from random values that are no identity, for tests."}
-    )
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to wrap."})
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to wrap."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules that train whole."})
-    bias: str = field(default="none", metadata={"help": "Biases do not train."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CORE_LORA")
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
-        )
-        if not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r must be a positive integer, got {self.r!r}")
         if self.variant not in Variant.__args__:  # type: ignore[attr-defined]
             raise ValueError(f"variant must be one of {', '.join(Variant.__args__)}, got {self.variant!r}")  # type: ignore[attr-defined]
         if self.mixer not in ("orthogonal", "kaiming"):
             raise ValueError(f"mixer must be orthogonal or kaiming, got {self.mixer!r}")
-        if self.bias != "none":
-            raise ValueError(f"bias must be 'none', got {self.bias!r}")
 
 
 class CoreLoraLayer(AdditiveLayer):

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils import PeftType
@@ -27,43 +26,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.noise import derive_seed, uniform
-from leanmill.peft_ext.tuners.additive import AdditiveLayer, AdditiveModel
+from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveLayer, AdditiveModel
 
 
 @dataclass
-class MosConfig(PeftConfig):
+class MosConfig(AdditiveConfig):
     """Configuration of MoS adapters.
 
     Raises:
         ValueError: A value is out of range.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank of each layer's factors."})
     pool_rank: int = field(default=2, metadata={"help": "Trainable parameters are those of LoRA of this rank."})
     num_shards: int = field(default=4, metadata={"help": "Shards that a vector is cut into."})
     private_rank: int = field(default=1, metadata={"help": "Rows of a layer's factors that no other layer shares."})
-    alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling alpha / r."})
     seed: int = field(default=0, metadata={"help": "Of the places in the pools."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
-    init_weights: bool = field(
-        default=True, metadata={"help": "False starts from random values that are no identity, for tests."}
-    )
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to wrap."})
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to wrap."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules that train whole."})
-    bias: str = field(default="none", metadata={"help": "Biases do not train."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("MOS")
-        for key in ("target_modules", "exclude_modules"):
-            value = getattr(self, key)
-            setattr(self, key, set(value) if isinstance(value, list) else value)
-        for key, least in (("r", 1), ("pool_rank", 1), ("num_shards", 1), ("private_rank", 0)):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < least:
-                raise ValueError(f"{key} must be an integer of at least {least}, got {getattr(self, key)!r}")
+        self.check_least(pool_rank=1, num_shards=1, private_rank=0)
         if self.private_rank > min(self.r, self.pool_rank):
             raise ValueError(
                 f"private_rank={self.private_rank} is above r={self.r} or pool_rank={self.pool_rank}; use "
@@ -74,8 +56,6 @@ class MosConfig(PeftConfig):
                 f"private_rank={self.private_rank} leaves nothing of pool_rank={self.pool_rank} to share; use a "
                 f"smaller private_rank, or r={self.pool_rank}"
             )
-        if self.bias != "none":
-            raise ValueError(f"bias must be 'none', got {self.bias!r}")
 
 
 class MosLayer(AdditiveLayer):

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils import PeftType
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.noise import derive_seed, uniform
-from leanmill.peft_ext.tuners.additive import AdditiveLayer, AdditiveModel
+from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveLayer, AdditiveModel
 
 
 _AT_ONCE = 2**22
@@ -27,39 +26,20 @@ _AT_ONCE = 2**22
 
 
 @dataclass
-class NolaConfig(PeftConfig):
-    """Configuration of NOLA adapters.
+class NolaConfig(AdditiveConfig):
+    """Configuration of NOLA adapters; their `r` costs no parameters.
 
     Raises:
         ValueError: A value is out of range.
     """
 
-    r: int = field(default=16, metadata={"help": "Inner size of the product B A; costs no parameters."})
-    alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling alpha / r."})
     num_basis: int = field(default=1024, metadata={"help": "Random matrices that each factor is a sum of."})
     seed: int = field(default=0, metadata={"help": "Of the basis."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input."})
-    init_weights: bool = field(
-        default=True, metadata={"help": "False starts from random values that are no identity, for tests."}
-    )
-    target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to wrap."})
-    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to wrap."})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules that train whole."})
-    bias: str = field(default="none", metadata={"help": "Biases do not train."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("NOLA")
-        for key in ("target_modules", "exclude_modules"):
-            value = getattr(self, key)
-            setattr(self, key, set(value) if isinstance(value, list) else value)
-        for key in ("r", "num_basis"):
-            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
-                raise ValueError(f"{key} must be a positive integer, got {getattr(self, key)!r}")
-        if self.bias != "none":
-            raise ValueError(f"bias must be 'none', got {self.bias!r}")
+        self.check_least(num_basis=1)
 
 
 class NolaLayer(AdditiveLayer):

@@ -131,7 +131,7 @@ def test_nystroem_starts_from_rows_and_columns(variant: str):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"r": 0}, "positive integer"),
+        ({"r": 0}, "integer of at least 1"),
         ({"r": 6}, "above the shorter side of a layer of 7 x 5; use 5 or less"),
         ({"variant": "xs"}, "variant must be one of lora_xs"),
         ({"mixer": "zeros"}, "orthogonal or kaiming"),
