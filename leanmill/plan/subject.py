@@ -15,7 +15,6 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, settings_by_name
 from leanmill.core.sites import iter_sites, staged_parameters
-from leanmill.core.stage import is_added_tensor
 from leanmill.core.staging import staged_once
 from leanmill.core.technique import InstallContext, InstalledTechniques, token_shares
 from leanmill.models.build import build_on_meta
@@ -37,6 +36,7 @@ from leanmill.plan.transient import activation_bytes, logits_bytes
 from leanmill.plan.weight import Memory, Weight
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import micro_batches_of_step
+from leanmill.trainer.beginning import saved_names
 from leanmill.trainer.frozen import frozen_flops_per_token, frozen_on_meta, frozen_paths
 from leanmill.trainer.prepare import compact_weights, install_techniques
 from leanmill.trainer.turns import Turns
@@ -102,7 +102,7 @@ class Subject:
             num_active=num_active,
             num_held=num_held,
             flops_per_token=flops,
-            weights=list(_weights(model, techniques, base_is_stored=recipe.model.path is not None)),
+            weights=list(_weights(recipe, model, techniques)),
             teacher_sizes=_teacher_sizes(recipe),
             token_shares=shares,
             config=model.config,
@@ -151,9 +151,8 @@ class Subject:
         return largest + (sum(layers.values()) if is_kept else largest)
 
 
-def _weights(model: nn.Module, techniques: InstalledTechniques, *, base_is_stored: bool) -> Iterator[Weight]:
+def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) -> Iterator[Weight]:
     """Every parameter; of those that take turns, the set that takes the most memory counts as trained."""
-    saves_all = not (techniques.freeze_base and base_is_stored)
     schedule = techniques.trainable_schedule
     at_once = None if schedule is None else Turns(schedule, model).heaviest()
     blocks = [*decoder_blocks(model), *added_blocks(model)]
@@ -165,6 +164,8 @@ def _weights(model: nn.Module, techniques: InstalledTechniques, *, base_is_store
     decoded = {id(site.raw_weight): bytes_decoded(site) for _, site in iter_sites(model)}
     tables = {id(weight.raw) for weight in whole if is_table(weight)}
     named = list(state_parameters(model))
+    trained = [name for name, parameter in named if parameter.requires_grad]
+    saved = saved_names(recipe, model, trained, freezes_base=techniques.freeze_base)
     settings = settings_by_name(techniques.param_rules, [clean_name(name) for name, _ in named])
     for name, parameter in named:
         yield Weight(
@@ -178,7 +179,7 @@ def _weights(model: nn.Module, techniques: InstalledTechniques, *, base_is_store
             is_table=id(parameter) in tables,
             is_expert=id(parameter) in experts and parameter.shape[0] == experts[id(parameter)],
             is_pulled=settings.get(clean_name(name), PLAIN).pull is not None,
-            is_saved=saves_all or parameter.requires_grad or is_added_tensor(name),
+            is_saved=saved is None or name in saved,
             is_mask=parameter.dtype == torch.bool,
             decoded=decoded.get(id(parameter), 0),
         )

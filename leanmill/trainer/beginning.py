@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,19 @@ def saved_part(recipe: Recipe, model: nn.Module, prepared: Prepared) -> dict[str
 
     A frozen base that came from a checkpoint is not written again; its digest is.
     """
-    is_changed = any(technique.changes_base() for technique in recipe.techniques)
-    if not (prepared.techniques.freeze_base and recipe.model.path) or is_changed:
+    names = saved_names(recipe, model, prepared.trained, freezes_base=prepared.techniques.freeze_base)
+    if names is None:
         return {}
-    of_adapters = {state_name(path) for path, _, _ in branch_tensors(model)}
-    names = {name for name, _ in state_parameters(model) if name in prepared.trained or is_added_tensor(name)}
-    names |= {name for name, _ in state_buffers(model) if is_added_tensor(name)}
-    names |= {name for name, _ in (*state_parameters(model), *state_buffers(model)) if name in of_adapters}
+    assert recipe.model.path is not None
     return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}
+
+
+def saved_names(recipe: Recipe, model: nn.Module, trained: Collection[str], *, freezes_base: bool) -> set[str] | None:
+    """Return the parameters and buffers that a checkpoint holds, None for all; the model may be on the meta device."""
+    is_changed = any(technique.changes_base() for technique in recipe.techniques)
+    if not (freezes_base and recipe.model.path) or is_changed:
+        return None
+    of_adapters = {state_name(path) for path, _, _ in branch_tensors(model)}
+    parameters, buffers = ({name for name, _ in state(model)} for state in (state_parameters, state_buffers))
+    brought = {name for name in parameters | buffers if is_added_tensor(name) or name in of_adapters}
+    return brought | (parameters & set(trained))
