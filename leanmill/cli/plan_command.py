@@ -27,10 +27,13 @@ def run(args: argparse.Namespace) -> int:
 
     world_size = args.nodes * args.gpus_per_node
     memory_gib = args.rank_memory_gib or DEFAULT_RANK_MEMORY_GIB
-    from leanmill.phases.models import training_recipes
+    from leanmill.phases.models import models_to_come, training_recipes
 
     trained = training_recipes(recipe) or [recipe]
-    results = [plan(phase, world_size, args.gpus_per_node, rank_memory_gib=memory_gib) for phase in trained]
+    to_come = models_to_come(recipe)
+    results = [
+        plan(phase, world_size, args.gpus_per_node, rank_memory_gib=memory_gib, to_come=to_come) for phase in trained
+    ]
     times = [_duration(result, args) for result in results]
     if args.json:
         import json

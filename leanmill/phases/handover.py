@@ -71,6 +71,8 @@ class Handover:
     def training(self, index: int) -> tuple[Recipe, Start | None]:
         """Return the recipe that a phase trains with, its model found, and what it takes from a checkpoint."""
         recipe, phase = self._recipes[index], self.phases[index]
+        for read in self.recipe.phases_read_by(index):
+            self._folded(read, None)
         model = self._model(index)
         tokenizer = recipe.data.tokenizer
         if tokenizer.path is None and (own := self._tokenizer(index)) is not None:

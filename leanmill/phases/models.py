@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from leanmill.checkpoint.phases import MODEL
 from leanmill.models.config import ModelConfig
 from leanmill.recipe.on_this_machine import local_model
 from leanmill.recipe.phases import source_of
@@ -32,6 +33,16 @@ def model_after(recipe: Recipe, index: int) -> ModelConfig | None:
         return None
     vocab_size = recipe.data.tokenizer.vocab_size if recipe.data.tokenizer.path is None else None
     return after_passes(before, recipe.phases[index].passes, seed=recipe.seed, vocab_size=vocab_size)
+
+
+def models_to_come(recipe: Recipe) -> dict[str, ModelConfig]:
+    """Return the section that describes what each phase will leave, by its folder, where that is not there yet."""
+    found = {}
+    for index in range(len(recipe.phases)):
+        folder = recipe.folder_of_phase(index) / MODEL
+        if not folder.is_dir() and (model := model_after(recipe, index)) is not None:
+            found[str(folder)] = model
+    return found
 
 
 def training_recipes(recipe: Recipe) -> list[Recipe]:

@@ -6,12 +6,14 @@ device is touched.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from leanmill.core.errors import ConfigError
+from leanmill.models.config import ModelConfig
 from leanmill.plan.engines import candidates, engine_of, label
 from leanmill.plan.fit import Case, remedies
 from leanmill.plan.subject import Subject
@@ -95,6 +97,7 @@ def plan(
     gpus_per_node: int | None = None,
     *,
     rank_memory_gib: float = DEFAULT_RANK_MEMORY_GIB,
+    to_come: Mapping[str, ModelConfig] | None = None,
 ) -> Plan:
     """Predict a run.
 
@@ -103,6 +106,7 @@ def plan(
         world_size: Ranks of the run.
         gpus_per_node: Ranks of one machine; None puts all on one.
         rank_memory_gib: Memory of a rank, GiB: what `engine: auto` decides by and the peak is held against.
+        to_come: Models that earlier phases will leave, by folder; see `leanmill.phases.models.models_to_come`.
 
     Raises:
         ConfigError: The recipe cannot run on these ranks.
@@ -112,7 +116,7 @@ def plan(
     if world_size % per_node:
         raise ConfigError(f"{world_size} ranks do not fill machines of {per_node}; give --nodes and --gpus-per-node")
     num_micro_batches, num_steps = micro_batches_of_step(recipe, world_size), known_steps(recipe)
-    subject, available = Subject.of(recipe, world_size), int(rank_memory_gib * 2**30)
+    subject, available = Subject.of(recipe, world_size, to_come), int(rank_memory_gib * 2**30)
     engine, why = engine_of(recipe, world_size, per_node, 4 * subject.num_held, rank_memory_gib)
     asked = Case(recipe=recipe, engine=engine, world_size=world_size)
 

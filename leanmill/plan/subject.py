@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from leanmill.core.sites import iter_sites, staged_parameters
 from leanmill.core.staging import staged_once
 from leanmill.core.technique import InstallContext, InstalledTechniques, token_shares
 from leanmill.models.build import build_on_meta
+from leanmill.models.config import ModelConfig
 from leanmill.models.counting import num_active_parameters, num_parameters
 from leanmill.models.flops import flops_per_token
 from leanmill.parallel.config import (
@@ -63,12 +64,13 @@ class Subject:
     """The model's own."""
 
     @classmethod
-    def of(cls, recipe: Recipe, world_size: int) -> Subject:
+    def of(cls, recipe: Recipe, world_size: int, to_come: Mapping[str, ModelConfig] | None = None) -> Subject:
         """Build the model of a recipe and install its techniques, without memory.
 
         Args:
             recipe: The recipe.
             world_size: Ranks that may share experts.
+            to_come: See `frozen_on_meta`.
 
         Raises:
             ConfigError: A technique does not fit the model, or a frozen model is not there.
@@ -88,12 +90,12 @@ class Subject:
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         further = sum(technique.further_tokens() for technique in recipe.techniques)
         flops = flops_per_token(model, recipe.data.sequence_length, shares, further_tokens=further)
-        flops += frozen_flops_per_token(recipe)
+        flops += frozen_flops_per_token(recipe, to_come)
         context = InstallContext(
             load_frozen_model=_no_loading,
             vocab_size=model.config.vocab_size,
             seed=recipe.seed,
-            frozen_config=lambda path: frozen_on_meta(recipe, path).config,
+            frozen_config=lambda path: frozen_on_meta(recipe, path, to_come).config,
         )
         techniques = install_techniques(recipe.techniques, model, context)
         compact_weights(recipe, model)
@@ -103,7 +105,7 @@ class Subject:
             num_held=num_held,
             flops_per_token=flops,
             weights=list(_weights(recipe, model, techniques)),
-            teacher_sizes=_teacher_sizes(recipe),
+            teacher_sizes=_teacher_sizes(recipe, to_come),
             token_shares=shares,
             config=model.config,
         )
@@ -195,11 +197,11 @@ def _with_staging_settled(
     return engine.model_copy(update={"staging": "per_step" if fits(copies, memory_bytes) else "per_use"})
 
 
-def _teacher_sizes(recipe: Recipe) -> tuple[int, int]:
+def _teacher_sizes(recipe: Recipe, to_come: Mapping[str, ModelConfig] | None) -> tuple[int, int]:
     """Elements of the frozen models that techniques read, each once, and those of their blocks; 0 without any."""
     whole = in_blocks = 0
     for path in frozen_paths(recipe):
-        teacher = frozen_on_meta(recipe, path)
+        teacher = frozen_on_meta(recipe, path, to_come)
         whole += sum(p.numel() for p in teacher.parameters())
         in_blocks += sum(p.numel() for block in decoder_blocks(teacher) for p in block.parameters())
     return whole, in_blocks

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leanmill.core.near import near_names
-from leanmill.recipe.phases import BASE, phase_names, place_of, source_of, trained_before
+from leanmill.recipe.phases import BASE, OF_PHASE, phase_names, place_of, source_of, trained_before
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ _REFUSED = {
 def phase_problems(recipe: Sections) -> Iterator[str]:
     """Yield what is wrong with the phases themselves; what their overrides make of the recipe is looked at after it."""
     names = phase_names(recipe.phases)
+    named = [(i, *pair) for i, one in enumerate(recipe.techniques) for pair in one.frozen_models().items()]
+    for place, key, path in named if not recipe.phases else ():
+        if path.startswith(OF_PHASE):
+            yield f"techniques.{place}.{key}={path} names a phase, and the recipe has none; give a folder or a hub name"
     for index, phase in enumerate(recipe.phases):
         found = list(_problems(recipe, names, index))
         yield from (f"phases.{index} ({names[index]}): {line}" for line in found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
@@ -18,6 +18,8 @@ from leanmill.recipe.yaml_source import MAX_DEPTH
 
 BASE = "base"
 """In `start_from`: the model of the recipe itself."""
+OF_PHASE = "phase:"
+"""Where a technique names a model, before the name of an earlier phase: the model which that phase leaves."""
 
 
 def _nested(value: Any) -> Any:
@@ -55,6 +57,15 @@ def merged(base: Any, changes: Any) -> Any:
     if not isinstance(base, Mapping) or ("type" in changes and changes["type"] != base.get("type")):
         base = {}
     return {**base, **{key: merged(base.get(key), value) for key, value in changes.items()}}
+
+
+def with_models_of_phases(raw: Any, path_of: Callable[[str], str]) -> Any:
+    """Return settings of techniques with every `phase:name` in them replaced by `path_of(name)`."""
+    if isinstance(raw, str):
+        return path_of(raw.removeprefix(OF_PHASE)) if raw.startswith(OF_PHASE) else raw
+    if isinstance(raw, Mapping):
+        return {key: with_models_of_phases(value, path_of) for key, value in raw.items()}
+    return [with_models_of_phases(one, path_of) for one in raw] if isinstance(raw, list) else raw
 
 
 class PhaseConfig(Config):

@@ -8,11 +8,21 @@ from typing import Any
 
 from pydantic import ValidationError, field_validator, model_validator
 
-from leanmill.checkpoint.phases import phase_folder
+from leanmill.checkpoint.phases import MODEL, phase_folder
 from leanmill.core.errors import ConfigError
+from leanmill.core.near import near_names
 from leanmill.recipe.errors import describe
 from leanmill.recipe.phase_rules import phase_problems
-from leanmill.recipe.phases import carries_state, merged, phase_names, places_asked_for, source_of, trained_before
+from leanmill.recipe.phases import (
+    OF_PHASE,
+    carries_state,
+    merged,
+    phase_names,
+    places_asked_for,
+    source_of,
+    trained_before,
+    with_models_of_phases,
+)
 from leanmill.recipe.rules import LENGTHS, known_steps, problems
 from leanmill.recipe.sections import Sections
 
@@ -56,12 +66,42 @@ class Recipe(Sections):
             raw["train"] |= dict.fromkeys(LENGTHS)  # a phase of another length, in whatever unit
         folder = str(self.folder_of_phase(index)).replace("{", "{{").replace("}", "}}")
         raw = {**merged(raw, changes), "name": f"{self.name}-{name}", "run_dir": folder}
+
+        def path_of(earlier: str) -> str:
+            return str(self.folder_of_phase(self._earlier(earlier, index)) / MODEL)
+
+        raw["techniques"] = with_models_of_phases(raw["techniques"], path_of)
         try:
             return Recipe.model_validate(raw)
         except ValidationError as error:
             # `from None`: the chain would print inputs, and an input may be a credential.
             where = f"phases.{index} ({name})"
             raise ConfigError("\n".join(describe(error, Recipe, raw, where, {}))) from None
+
+    def phases_read_by(self, index: int) -> list[int]:
+        """Return the phases whose models the techniques of one name as `phase:name`, by their indices."""
+        found: list[int] = []
+        techniques = [config.model_dump(mode="json") for config in self.techniques]
+        raw = merged({"techniques": techniques}, self.phases[index].overrides or {})["techniques"]
+
+        def note(name: str) -> str:
+            found.append(self._earlier(name, index))
+            return name
+
+        with_models_of_phases(raw, note)
+        return list(dict.fromkeys(found))
+
+    def _earlier(self, name: str, index: int) -> int:
+        """Return the index of the phase `name`, which must come before another."""
+        names = phase_names(self.phases)
+        if name in names[:index]:
+            return names.index(name)
+        near = near_names(name, names[:index])
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:index]) or 'none'}"
+        raise ConfigError(
+            f"phases.{index} ({names[index]}): {OF_PHASE}{name} must name a phase before this one, whose model it "
+            f"is; {hint}"
+        )
 
     def training_phases(self) -> list[Recipe]:
         """Return the recipe of each phase that trains, in order."""

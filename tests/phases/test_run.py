@@ -250,14 +250,14 @@ def test_a_lottery_ticket_has_the_zeros_of_the_end_and_the_weights_of_the_beginn
 
 
 @pytest.mark.slow
-def test_distillation_stops_before_the_end(home, three, tmp_path):
+def test_distillation_stops_before_the_end(home, tmp_path):
     """As the page of distill has it: the state and the moments go on, the teacher and its loss do not."""
-    export_model(locate(three / "phases/01-dense").path, tmp_path / "teacher")
-    distil = [{"type": "distill", "teacher": str(tmp_path / "teacher")}]
+    distil = [{"type": "distill", "teacher": "phase:dense"}]
+    student = {"name": "distil", "start_from": "base", "overrides": {"train.steps": 2, "techniques": distil}}
     alone = {"name": "alone", "carry": "state", "overrides": {"train.steps": 2, "techniques": []}}
-    staged = ({"name": "distil", "overrides": {"train.steps": 2}}, alone | {"keep": ["optimizer", "data"]})
-    run(recipe(home, tmp_path / "run", *staged, techniques=distil))
-    first, second = (tmp_path / "run/phases" / name for name in ("01-distil", "02-alone"))
+    run(recipe(home, tmp_path / "run", DENSE, student, alone | {"keep": ["optimizer", "data"]}))
+    assert (tmp_path / "run/phases/01-dense/model/config.json").is_file()
+    first, second = (tmp_path / "run/phases" / name for name in ("02-distil", "03-alone"))
     assert all("distill" in record["losses"] for record in records(first, "step"))
     assert all("distill" not in record["losses"] for record in records(second, "step"))
     state = {name for name in weights(second, "optimizer") if "step" in name}

@@ -108,6 +108,22 @@ def test_the_checkpoint_itself_goes_on_where_techniques_are_the_same(techniques,
     assert found.carries_state(1, found.training_phases()) is expected
 
 
+def test_techniques_name_the_model_of_an_earlier_phase():
+    teacher = {"type": "distill", "teacher": "phase:dense"}
+    student = {"name": "student", "overrides": {"train.steps": 5, "techniques": [teacher]}}
+    found = recipe(DENSE, student, run_dir="some/{name}")
+    assert found.of_phase(1).techniques[0].teacher == "some/run/phases/01-dense/model"
+    assert (found.phases_read_by(0), found.phases_read_by(1)) == ([], [0])
+    later = refused(student, DENSE)
+    assert "phases.0 (student): phase:dense must name a phase before this one" in later
+    misspelt = teacher | {"teacher": "phase:dens"}
+    overrides = student["overrides"] | {"techniques": [misspelt]}
+    assert "did you mean 'dense'?" in refused(DENSE, {"overrides": overrides})
+    assert "techniques.0.teacher=phase:dense names a phase, and the recipe has none" in refused(
+        techniques=[teacher], train={"steps": 1}
+    )
+
+
 def test_round_trips(tmp_path):
     found = recipe(DENSE, {"name": "prune", "passes": [WANDA]})
     path = tmp_path / "recipe.yaml"

@@ -100,8 +100,6 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
             given = f"phases.{index}.overrides"
             overrides += [f"{given}.train.total_tokens=null", f"{given}.train.steps={NUM_STEPS}"]
             overrides.append(f"{given}.schedule.warmup_steps=1")
-            teachers = [i for i, raw in enumerate((phase.overrides or {}).get("techniques", [])) if "teacher" in raw]
-            overrides += [f"{given}.techniques.{i}.teacher={files / 'model'}" for i in teachers]
         overrides.append(f"phases.{index}.calibration.num_rows=8")
         if phase.rewind_to is not None:
             overrides.append(f"phases.{index}.rewind_to={phase.rewind_to.partition('@')[0]}@2")
