@@ -55,9 +55,9 @@ class InstallContext:
     """Rows of the student's embedding."""
     tokenizer_fingerprint: str | None = None
     """Digest of the student's tokenizer, where there is one."""
-    fingerprint_of_tokenizer: Callable[[str], str | None] | None = None
-    """Digest of the tokenizer in a folder or hub repository, comparable with the above; None where
-    there is none."""
+    other_tokens: Callable[[str], str | None] | None = None
+    """Compare the student's tokens with those of the tokenizer in a folder or hub repository, number by number:
+    "" where it has all of them, else what the first difference is; None where there is no tokenizer."""
     data_fingerprint: str | None = None
     """Digest of the data: equal ones give equal rows by number. None where nothing will train."""
     fingerprint_of_model: Callable[[str], str | None] | None = None

@@ -9,7 +9,8 @@ from leanmill.core.technique import InstallContext
 def check_vocabulary(context: InstallContext, path: str, size: int, *, role: str) -> None:
     """Compare a frozen model's vocabulary with the student's.
 
-    Sizes may differ by padding, which no token uses: then both must have the same tokenizer.
+    Where both have a tokenizer, every token of the student's must be the frozen model's of that number. Sizes may then
+    differ, by padding or by tokens that the frozen model has beyond; without tokenizers they must be equal.
 
     Args:
         context: Knows the student's vocabulary and tokenizer.
@@ -18,16 +19,17 @@ def check_vocabulary(context: InstallContext, path: str, size: int, *, role: str
         role: What the technique calls it.
 
     Raises:
-        ConfigError: The two are not known to agree.
+        ConfigError: The two do not agree, or sizes differ and they are not known to.
     """
-    if size != context.vocab_size and not _same_tokenizer(context, path):
+    difference = None if context.other_tokens is None else context.other_tokens(path)
+    if difference:
+        raise ConfigError(
+            f"{role} {path} has other tokens than the student: {difference}; set data.tokenizer.path: {path}, or "
+            f"choose a {role} with the student's tokenizer"
+        )
+    if size != context.vocab_size and difference is None:
         raise ConfigError(
             f"{role} {path} has a vocabulary of {size} and the student one of {context.vocab_size}, and "
             f"their tokenizers are not known to agree; set data.tokenizer.path: {path} and "
             f"model.config.vocab_size: {size}, or choose a {role} with the student's tokenizer"
         )
-
-
-def _same_tokenizer(context: InstallContext, path: str) -> bool:
-    mine, fingerprint_of = context.tokenizer_fingerprint, context.fingerprint_of_tokenizer
-    return mine is not None and fingerprint_of is not None and fingerprint_of(path) == mine

@@ -166,9 +166,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def fingerprint_of(path: str) -> str | None:
-    """Return `tokenizer_fingerprint` of the tokenizer in a folder or hub repository, None without one."""
+def other_tokens(tokenizer: PreTrainedTokenizerFast, path: str) -> str | None:
+    """Say which token of `tokenizer` is another one, or none, in the tokenizer of a folder or hub repository.
+
+    Returns:
+        The first difference by number; "" where it has all of them, and maybe more; None where there is no tokenizer.
+    """
     try:
-        return tokenizer_fingerprint(load_tokenizer(path))
+        theirs = {number: token for token, number in load_tokenizer(path).get_vocab().items()}
     except (ConfigError, RunError):
         return None
+    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):
+        if theirs.get(number) != token:
+            other = repr(theirs[number]) if number in theirs else "no token"
+            return f"number {number} is {token!r} in its tokenizer and {other} in that of {path}"
+    return ""

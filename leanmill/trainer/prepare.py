@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from leanmill.core.rules import load_state
 from leanmill.core.sites import Sites
 from leanmill.core.stage import TechniqueModule, added_parameters
 from leanmill.core.technique import Installation, InstallContext, InstalledTechniques, TechniqueConfig
-from leanmill.data.tokenizer import fingerprint_of
+from leanmill.data.tokenizer import other_tokens, tokenizer_fingerprint
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.calls import check_sites_are_called
 from leanmill.models.compile import compile_blocks
@@ -37,6 +37,10 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.train_module import TrainModule
 from leanmill.trainer.turns import Turns
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 log = logging.getLogger(__name__)
@@ -61,7 +65,7 @@ def prepare(
     engine: Engine,
     *,
     num_micro_batches: int,
-    tokenizer_fingerprint: str | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     data_fingerprint: str | None = None,
     rule_states: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Prepared:
@@ -72,11 +76,11 @@ def prepare(
         model: Causal LM on the meta device.
         engine: The engine, not yet prepared; afterwards it owns the module and the optimizer.
         num_micro_batches: Backward passes of a step on this rank.
-        tokenizer_fingerprint: Digest of the tokenizer, for techniques that compare vocabularies.
+        tokenizer: The run's, for techniques that compare vocabularies.
         data_fingerprint: Digest of the data, for techniques that keep something a row.
         rule_states: What step rules saved in the checkpoint that a resumed run goes on from.
     """
-    context, stored = _context(recipe, model, engine, tokenizer_fingerprint, data_fingerprint)
+    context, stored = _context(recipe, model, engine, tokenizer, data_fingerprint)
     techniques, module = assemble(recipe, model, context)
     load_state(techniques.step_rules, rule_states or {})
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"
@@ -117,7 +121,7 @@ def _context(
     recipe: Recipe,
     model: nn.Module,
     engine: Engine,
-    tokenizer_fingerprint: str | None,
+    tokenizer: PreTrainedTokenizerFast | None,
     data_fingerprint: str | None,
 ) -> tuple[InstallContext, Callable[[str], StoredWeights]]:
     """Return what techniques are offered, and where the weights of a stored model that they read are."""
@@ -133,8 +137,8 @@ def _context(
     offered = InstallContext(
         load_frozen_model=load_frozen_model,
         vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
-        tokenizer_fingerprint=tokenizer_fingerprint,
-        fingerprint_of_tokenizer=fingerprint_of,
+        tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        other_tokens=None if tokenizer is None else partial(other_tokens, tokenizer),
         data_fingerprint=data_fingerprint,
         fingerprint_of_model=_fingerprint_of_model,
         seed=recipe.seed,

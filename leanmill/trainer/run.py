@@ -18,7 +18,6 @@ from leanmill.core.technique import token_shares
 from leanmill.data.agreement import check_ranks_agree, on_every_rank
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.evaluation import EvalDomain
-from leanmill.data.tokenizer import tokenizer_fingerprint
 from leanmill.data.train_data import TrainData
 from leanmill.models.build import build_on_meta
 from leanmill.models.counting import num_parameters
@@ -138,7 +137,7 @@ class _Run:
             model,
             self.engine,
             num_micro_batches=num_micro_batches,
-            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            tokenizer=tokenizer,
             data_fingerprint=self.data.fingerprint,
             rule_states=self.beginning.rule_states,
         )

@@ -6,7 +6,7 @@ import pytest
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.data.config import TokenizerConfig
-from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer
+from leanmill.data.tokenizer import load_tokenizer, other_tokens, tokenizer_fingerprint, trained_tokenizer
 from tests.data.samples import sentences
 
 
@@ -61,6 +61,22 @@ def test_fingerprint_ignores_what_calls_leave_behind(tmp_path):
     assert tokenizer_fingerprint(tokenizer) == before
     tokenizer.chat_template = "{{ messages }}"
     assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_tokens_are_compared_by_their_numbers(tmp_path):
+    mine, other = train(tmp_path / "a"), train(tmp_path / "b", texts=["entirely different words here"] * 9)
+    mine.save_pretrained(tmp_path / "mine")
+    other.save_pretrained(tmp_path / "other")
+    assert len(mine) >= len(other)
+    said = other_tokens(mine, str(tmp_path / "other"))
+    number = next(n for n in range(320) if mine.convert_ids_to_tokens(n) != other.convert_ids_to_tokens(n))
+    assert said.startswith(f"number {number} is {mine.convert_ids_to_tokens(number)!r} in its tokenizer and ")
+    assert other_tokens(mine, str(tmp_path / "mine")) == ""
+    assert other_tokens(mine, str(tmp_path)) is None
+    mine.add_tokens(["<beyond>"])
+    assert "'<beyond>' in its tokenizer and no token in that" in other_tokens(mine, str(tmp_path / "mine"))
+    mine.save_pretrained(tmp_path / "more")
+    assert other_tokens(train(tmp_path / "a"), str(tmp_path / "more")) == ""
 
 
 def test_a_saved_tokenizer_loads_from_its_folder(tokenizer, tmp_path):

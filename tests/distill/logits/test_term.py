@@ -178,8 +178,7 @@ def test_documents_do_not_attend_to_each_other_in_the_teacher():
 
 def test_padding_rows_are_cut_when_the_tokenizers_agree():
     teacher = tiny(seed=9, vocab_size=VOCAB_SIZE + 3)
-    changes = {"tokenizer_fingerprint": "abc", "fingerprint_of_tokenizer": lambda path: "abc"}
-    term = term_of(Distill(teacher="t"), context(teacher, **changes))
+    term = term_of(Distill(teacher="t"), context(teacher, other_tokens=lambda path: ""))
     batch = batch_of(tokens())
     hidden = term.prepare(batch)["teacher_hidden"].flatten(0, 1)
     logits = torch.randn(len(hidden), VOCAB_SIZE)
@@ -188,12 +187,19 @@ def test_padding_rows_are_cut_when_the_tokenizers_agree():
     torch.testing.assert_close(got.double(), whole[batch["labels"].flatten() != -100].sum(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tokenizer_fingerprint": "a", "fingerprint_of_tokenizer": lambda path: "b"}])
+@pytest.mark.parametrize("changes", [{}, {"other_tokens": lambda path: None}])
 def test_other_vocabularies_are_refused_with_both_sizes(changes):
     term = term_of(Distill(teacher="big/one"), context(tiny(vocab_size=70), **changes))
     with pytest.raises(ConfigError, match=rf"big/one.* 70 .*{VOCAB_SIZE}.*data\.tokenizer\.path") as error:
         term.prepare(batch_of(tokens()))
     assert "\n" not in str(error.value)
+
+
+def test_other_tokens_under_the_same_numbers_are_refused_though_sizes_agree():
+    changes = {"other_tokens": lambda path: f"number 7 is 'a' in its tokenizer and 'b' in that of {path}"}
+    term = term_of(Distill(teacher="big/one"), context(tiny(), **changes))
+    with pytest.raises(ConfigError, match=r"big/one has other tokens .*number 7 .*data\.tokenizer\.path: big/one"):
+        term.prepare(batch_of(tokens()))
 
 
 def test_a_teacher_that_caps_its_logits_is_refused():
