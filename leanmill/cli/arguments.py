@@ -145,7 +145,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
         "--packing",
         default="none",
         help="how `--to hf` packs weights: none, bitnet, int2, int4, int8, ternary, binary, "
-        "compressed_tensors, gguf, gguf_tq2_0, 2_4",
+        "mxfp4, nvfp4, compressed_tensors, gguf, gguf_tq2_0, 2_4",
     )
     parser.add_argument(
         "--activations",

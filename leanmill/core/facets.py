@@ -47,6 +47,25 @@ class Codes:
     """The code, or the middle between two, that stands for zero."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FloatCodes:
+    """A staged weight [..., out, in] as small floats: what their codes stand for, times `scales`, times `outer`."""
+
+    values: Tensor
+    """uint8 codes of the weight's shape: sign, exponent, mantissa, from the top; see `kernels.packing.elements`."""
+    exponent_bits: int
+    mantissa_bits: int
+    scales: Tensor
+    """Shaped as those of `Codes`: float8_e8m0fnu where they are powers of two, float8_e4m3fn, or fp32."""
+    outer: Tensor | None = None
+    """fp32 [..., 1, 1]: of a whole matrix; None is 1."""
+
+    @property
+    def num_bits(self) -> int:
+        """Of a code: 4, 6 or 8."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+
 @dataclass(frozen=True)
 class Statistic:
     """What a stage that holds a part of a weight asks of the whole: its own share, to be combined with the others'."""

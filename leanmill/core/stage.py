@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from leanmill.core.facets import Codes, LearnedGrid, LowRank, Packing, PartStaging
+from leanmill.core.facets import Codes, FloatCodes, LearnedGrid, LowRank, Packing, PartStaging
 
 
 Decode = Callable[[Tensor, torch.dtype], Tensor]
@@ -192,6 +192,10 @@ class Stage(OperandStage):
 
     def codes(self, weight: Tensor) -> Codes | None:
         """Return the integers that `forward` makes of the weight that arrives here, where it makes some."""
+        return None
+
+    def float_codes(self, weight: Tensor) -> FloatCodes | None:
+        """Return the floats of 4, 6 or 8 bits that `forward` makes of the weight, where it makes some."""
         return None
 
     def trained_bits(self) -> tuple[int, ...]:

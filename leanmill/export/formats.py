@@ -40,6 +40,8 @@ PACKINGS: dict[str, str] = {
     "int8": "leanmill.export.packed:Int8Format",
     "ternary": "leanmill.export.packed:TernaryFormat",
     "binary": "leanmill.export.packed:BinaryFormat",
+    "mxfp4": "leanmill.export.packed:Mxfp4Format",
+    "nvfp4": "leanmill.export.packed:Nvfp4Format",
     "compressed_tensors": "leanmill.export.compressed_tensors:CompressedTensorsFormat",
     "gguf": "leanmill.export.gguf:GgufFormat",
     "gguf_tq2_0": "leanmill.export.gguf:Gguf2BitFormat",

@@ -216,7 +216,7 @@ class _Writer:
 def _ternary(model: nn.Module) -> Iterator[tuple[str, Codes]]:
     """Yield (name, ternary codes) of linear weights that share theirs with no table."""
     for name, _, codes in packable_linears(model):
-        ternary = recoded(codes, "ternary")
+        ternary = recoded(codes, "ternary") if isinstance(codes, Codes) else None
         if ternary is not None:
             yield name, ternary
 

@@ -1,6 +1,6 @@
-"""A model whose quantised weights stay packed: 1, 2, 4 or 8 bits, or five ternary codes a byte, in memory too.
+"""A model whose quantised weights stay packed: integers of 1, 2, 4 or 8 bits, ternary ones, floats of 4, 6 or 8 bits.
 
-A packed layer has `<name>.packed`, uint8 [out, bytes], and `<name>.scales`, fp32 [out, groups], in the place of
+A packed layer has `<name>.packed`, uint8 [out, bytes], and `<name>.scales`, [out, groups], in the place of
 `<name>.weight`; `packed_folder` says where. The loaded model computes with `leanmill.kernels.packed_matmul`.
 """
 
@@ -15,27 +15,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
-from leanmill.core.facets import Codes
+from leanmill.core.facets import Codes, FloatCodes
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.core.sites import Sites, iter_sites
 from leanmill.core.stage import Slot
 from leanmill.export.compare import TOLERANCE, sample_logits
+from leanmill.export.float_layers import FloatEmbedding, FloatLinear, form_of
 from leanmill.export.folded import FoldedFormat, prepare_config
 from leanmill.export.formats import Checked
 from leanmill.export.packed_folder import load, save
-from leanmill.export.packed_layers import PackedEmbedding, PackedLinear, PackedRows
-from leanmill.export.recode import recoded, why_not
+from leanmill.export.packed_layers import PackedEmbedding, PackedLinear
+from leanmill.export.recode import NAMES, recoded, why_not
+from leanmill.export.stored_layer import StoredLayer
 from leanmill.kernels.fake_quant.activations import quantise_activations
 from leanmill.kernels.packing.encoding import Encoding
 
 
 class PackedFormat(FoldedFormat):
-    """Weights made of integers stay packed, each in the smallest encoding that holds its codes; see `packed_folder`."""
+    """Weights made of integers or small floats stay packed, each as small as it gets; see `packed_folder`."""
 
     label: ClassVar[str] = "packed"
     packing: ClassVar[str] = "packed"
-    encoding: ClassVar[Encoding | None] = None
-    """The encoding of every weight; None is each weight's own."""
 
     @classmethod
     @torch.no_grad()
@@ -43,25 +43,27 @@ class PackedFormat(FoldedFormat):
         is_any = False
         for name, _, codes in packable(model):
             is_any = True
-            if cls.encoding is None:
-                break
-            reason = why_not(name, codes, cls.encoding)
+            reason = cls.why_not(name, codes)
             if reason is not None:
                 return reason
         return None if is_any else NOTHING_TO_PACK
 
+    @classmethod
+    def why_not(cls, name: str, codes: Codes | FloatCodes) -> str | None:
+        """Return why the weight `name` cannot be held so, and what to type; None where it can."""
+        return None
+
+    @classmethod
+    def held(cls, codes: Codes | FloatCodes) -> Codes | FloatCodes:
+        """Return `codes` as they are stored."""
+        return codes
+
     @torch.no_grad()
     def before_folding(self, model: Any) -> None:
         repeats = self.activations == "trained"
-        self.layers: dict[str, PackedRows] = {}
+        self.layers: dict[str, StoredLayer] = {}
         for name, site, own in packable(model):
-            codes = own if self.encoding is None else recoded(own, self.encoding)
-            assert codes is not None
-            if isinstance(site, EmbeddingSite):
-                self.layers[name] = PackedEmbedding.of(codes)
-            else:
-                int8 = repeats and _rounds_to_int8(site)
-                self.layers[name] = PackedLinear.of(codes, site.bias, int8_activations=int8)
+            self.layers[name] = _layer_of(site, self.held(own), int8=repeats and _rounds_to_int8(site))
         self.shared = _shared(model, self.layers)
 
     def write(self, folder: Path) -> None:
@@ -89,49 +91,96 @@ class PackedFormat(FoldedFormat):
         )
 
 
-class Int8Format(PackedFormat):
+class _IntegerFormat(PackedFormat):
+    encoding: ClassVar[Encoding]
+    """Of every weight."""
+
+    @classmethod
+    def why_not(cls, name: str, codes: Codes | FloatCodes) -> str | None:
+        if isinstance(codes, FloatCodes):
+            return (
+                f"{name} is made of floats ({form_of(codes)}), and {NAMES[cls.encoding]} takes integers; type --to "
+                f"packed"
+            )
+        return why_not(name, codes, cls.encoding)
+
+    @classmethod
+    def held(cls, codes: Codes | FloatCodes) -> Codes | FloatCodes:
+        assert isinstance(codes, Codes)
+        found = recoded(codes, cls.encoding)
+        assert found is not None
+        return found
+
+
+class Int8Format(_IntegerFormat):
     """`packed` with 8 bits a code for every weight."""
 
     label: ClassVar[str] = "packed int8"
-    encoding: ClassVar[Encoding | None] = 8
+    encoding: ClassVar[Encoding] = 8
 
 
-class Int4Format(PackedFormat):
+class Int4Format(_IntegerFormat):
     """`packed` with 4 bits a code for every weight."""
 
     label: ClassVar[str] = "packed int4"
-    encoding: ClassVar[Encoding | None] = 4
+    encoding: ClassVar[Encoding] = 4
 
 
-class Int2Format(PackedFormat):
+class Int2Format(_IntegerFormat):
     """`packed` with 2 bits a code for every weight."""
 
     label: ClassVar[str] = "packed int2"
-    encoding: ClassVar[Encoding | None] = 2
+    encoding: ClassVar[Encoding] = 2
 
 
-class TernaryFormat(PackedFormat):
+class TernaryFormat(_IntegerFormat):
     """`packed` with five codes a byte for every weight."""
 
     label: ClassVar[str] = "packed ternary"
-    encoding: ClassVar[Encoding | None] = "ternary"
+    encoding: ClassVar[Encoding] = "ternary"
 
 
-class BinaryFormat(PackedFormat):
+class BinaryFormat(_IntegerFormat):
     """`packed` with 1 bit a code for every weight."""
 
     label: ClassVar[str] = "packed binary"
-    encoding: ClassVar[Encoding | None] = 1
+    encoding: ClassVar[Encoding] = 1
+
+
+class _FloatFormat(PackedFormat):
+    form: ClassVar[str]
+    """Of every weight."""
+
+    @classmethod
+    def why_not(cls, name: str, codes: Codes | FloatCodes) -> str | None:
+        found = form_of(codes) if isinstance(codes, FloatCodes) else "integers"
+        if found == cls.form:
+            return None
+        return f"{name} is made of {found}, not of {cls.form}; type --to packed, which takes each weight as it is"
+
+
+class Mxfp4Format(_FloatFormat):
+    """`packed` where every weight is of OCP's MXFP4: 4.25 bits a weight."""
+
+    label: ClassVar[str] = "packed mxfp4"
+    form: ClassVar[str] = "mxfp4"
+
+
+class Nvfp4Format(_FloatFormat):
+    """`packed` where every weight is of NVFP4: 4.5 bits a weight."""
+
+    label: ClassVar[str] = "packed nvfp4"
+    form: ClassVar[str] = "nvfp4"
 
 
 NOTHING_TO_PACK = (
-    "no weight of this run is made of integers (ternary, binary, int_quant, lsq and paretoq without a rotation make "
-    "some), so there is nothing to pack; use --to hf"
+    "no weight of this run is made of integers or small floats (ternary, binary, int_quant, lsq, paretoq and fp_quant "
+    "of 4, 6 or 8 bits, without a rotation, make some), so there is nothing to pack; use --to hf"
 )
 
 
-def packable(model: nn.Module) -> Iterator[tuple[str, LinearSite | EmbeddingSite, Codes]]:
-    """Yield (name, site, codes) of each linear weight or table whose last stage makes integers."""
+def packable(model: nn.Module) -> Iterator[tuple[str, LinearSite | EmbeddingSite, Codes | FloatCodes]]:
+    """Yield (name, site, codes) of each linear weight or table whose last stage makes integers or small floats."""
     sites, by_name = Sites(model), dict(iter_sites(model))
     for name, site in by_name.items():
         # A head that is the table of inputs is packed only where the table becomes the same.
@@ -142,7 +191,7 @@ def packable(model: nn.Module) -> Iterator[tuple[str, LinearSite | EmbeddingSite
                 yield name, site, codes
 
 
-def packable_linears(model: nn.Module) -> Iterator[tuple[str, LinearSite, Codes]]:
+def packable_linears(model: nn.Module) -> Iterator[tuple[str, LinearSite, Codes | FloatCodes]]:
     """Yield those of `packable` that are linear layers and share their weight with nothing."""
     sites = Sites(model)
     for name, site, codes in packable(model):
@@ -150,7 +199,15 @@ def packable_linears(model: nn.Module) -> Iterator[tuple[str, LinearSite, Codes]
             yield name, site, codes
 
 
-def _shared(model: nn.Module, layers: Mapping[str, PackedRows]) -> dict[str, str]:
+def _layer_of(site: LinearSite | EmbeddingSite, codes: Codes | FloatCodes, *, int8: bool) -> StoredLayer:
+    if isinstance(codes, FloatCodes):
+        return FloatEmbedding.of(codes) if isinstance(site, EmbeddingSite) else FloatLinear.of(codes, site.bias)
+    if isinstance(site, EmbeddingSite):
+        return PackedEmbedding.of(codes)
+    return PackedLinear.of(codes, site.bias, int8_activations=int8)
+
+
+def _shared(model: nn.Module, layers: Mapping[str, StoredLayer]) -> dict[str, str]:
     """Return by name, for weights that are tied to an earlier one of `layers`, that one's name."""
     sites, by_name = Sites(model), dict(iter_sites(model))
     stored: set[str] = set()
@@ -168,23 +225,23 @@ def _is_staged_alike(site: Site, other: Site | None) -> bool:
     return other is not None and list(map(id, site.weight_stages())) == list(map(id, other.weight_stages()))
 
 
-def _rounds_to_int8(site: LinearSite) -> bool:
+def _rounds_to_int8(site: LinearSite | EmbeddingSite) -> bool:
     return any(PackedFormat.packing in stage.formats for stage in site.input_stages())
 
 
 @torch.no_grad()
-def _codes_of(site: LinearSite | EmbeddingSite) -> Codes | None:
+def _codes_of(site: LinearSite | EmbeddingSite) -> Codes | FloatCodes | None:
     stages = site.weight_stages()
     if not stages or site.stage(Slot.ROTATE) is not None:
         return None
     weight = site.raw_weight.detach()
     for stage in stages[:-1]:
         weight = stage(weight)
-    return stages[-1].codes(weight)
+    return stages[-1].codes(weight) or stages[-1].float_codes(weight)
 
 
 @torch.no_grad()
-def _check_layers(reloaded: Any, layers: dict[str, PackedRows], staged: dict[str, Tensor]) -> tuple[float, float]:
+def _check_layers(reloaded: Any, layers: dict[str, StoredLayer], staged: dict[str, Tensor]) -> tuple[float, float]:
     """Compare each packed layer of a reloaded folder with the trained one, on the inputs that it gets.
 
     Layer by layer, since where inputs are rounded two models that are equal up to the order of sums
@@ -203,14 +260,14 @@ def _check_layers(reloaded: Any, layers: dict[str, PackedRows], staged: dict[str
     """
     worst, limit = 0.0, 0.0
 
-    def compare(name: str, layer: PackedRows, given: Tensor, found: Tensor) -> None:
+    def compare(name: str, layer: StoredLayer, given: Tensor, found: Tensor) -> None:
         nonlocal worst, limit
         weight = staged[f"{name}.weight"].float()
-        if isinstance(layer, PackedLinear):
-            rounded = quantise_activations(given) if layer.int8_activations else given
-            expected = F.linear(rounded, weight, layer.bias)
-        else:
+        if isinstance(layer, (PackedEmbedding, FloatEmbedding)):
             expected = F.embedding(given, weight)
+        else:
+            rounds = isinstance(layer, PackedLinear) and layer.int8_activations
+            expected = F.linear(quantise_activations(given) if rounds else given, weight, layer.bias)
         difference = (found - expected).abs().max().item()
         allowed = TOLERANCE * max(1.0, expected.abs().max().item())
         if not difference <= allowed:
@@ -223,7 +280,7 @@ def _check_layers(reloaded: Any, layers: dict[str, PackedRows], staged: dict[str
     handles = []
     for name, written in layers.items():
         layer, weight = reloaded.get_submodule(name), staged[f"{name}.weight"].float()
-        is_same = torch.equal(layer.packed, written.packed) and torch.equal(layer.scales, written.scales)
+        is_same = all(torch.equal(getattr(layer, key), getattr(written, key)) for key in written.stored)
         if not is_same or (layer.weight_values() - weight).abs().max() > 1e-5 * weight.abs().max():
             raise RunError(f"{name} of the packed export is not the trained weight; nothing was written")
         handles.append(layer.register_forward_hook(lambda m, args, out, name=name: compare(name, m, args[0], out)))

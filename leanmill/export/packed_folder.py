@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leanmill.checkpoint.storage import write_tensors
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.export.float_layers import FloatEmbedding, FloatLinear
 from leanmill.export.packed_layers import PackedEmbedding, PackedLinear
 from leanmill.export.sparse_layer import SparseLinear
 from leanmill.export.stored_layer import StoredLayer
@@ -24,7 +25,9 @@ from leanmill.models.pretrained import quiet_transformers
 
 
 TENSORS, LAYERS = "packed.safetensors", "packed.json"
-KINDS: dict[str, type[StoredLayer]] = {kind.kind: kind for kind in (PackedLinear, PackedEmbedding, SparseLinear)}
+KINDS: dict[str, type[StoredLayer]] = {
+    kind.kind: kind for kind in (PackedLinear, PackedEmbedding, FloatLinear, FloatEmbedding, SparseLinear)
+}
 
 
 def save(model: Any, layers: Mapping[str, StoredLayer], shared: Mapping[str, str], folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ ScaleOfPart = Generator[Statistic, Tensor, Tensor]
 class ScaleRule(Protocol):
     """How the scale of a grid around zero follows from the weights that share it."""
 
+    stored_as: ClassVar[torch.dtype]
+    """What holds such scales as they are."""
+
     def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
         """Return the scales of a weight [..., out, in], at least fp32, in the shape that `sharing` says."""
         ...
@@ -35,6 +38,8 @@ class ScaleRule(Protocol):
 class AbsMax:
     """The largest magnitude is the outermost code."""
 
+    stored_as: ClassVar[torch.dtype] = torch.float32
+
     def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
         return _fitted(weight, grid, "absmax", sharing)
 
@@ -45,6 +50,8 @@ class AbsMax:
 @dataclass(frozen=True)
 class LeastSquares:
     """Of some shares of `AbsMax`'s scale the one with the least squared error, see `scales.SHARES`."""
+
+    stored_as: ClassVar[torch.dtype] = torch.float32
 
     def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
         return _fitted(weight, grid, "mse", sharing)

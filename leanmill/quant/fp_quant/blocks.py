@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from leanmill.core.facets import FloatCodes
 from leanmill.quant.floats import FloatGrid, below_as_power_of_two
 from leanmill.quant.grids import Grid
 from leanmill.quant.rules import ScaleOfPart, largest_of_parts
@@ -33,6 +34,7 @@ class PowersOfTwo:
     """
 
     shared_exponent: SharedExponent = "floor"
+    stored_as: ClassVar[torch.dtype] = torch.float8_e8m0fnu
 
     def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
         """Return the scales of values [..., out, in], at least fp32, in the shape that `sharing` says."""
@@ -71,6 +73,8 @@ class PowersOfTwo:
 class Unscaled:
     """No scale: a grid's own values; a scale rule."""
 
+    stored_as: ClassVar[torch.dtype] = torch.float32
+
     def scale(self, weight: Tensor, grid: Grid, sharing: Sharing) -> Tensor:
         """Return 1 in a shape that fits all."""
         return weight.new_ones(1, dtype=torch.promote_types(weight.dtype, torch.float32))
@@ -101,6 +105,22 @@ def two_level_scales(values: Tensor, whole: Tensor, grid: FloatGrid, block_size:
     """Return the scales of blocks [..., blocks], and what values are multiplied by."""
     blocks, outer = _levels(values, whole, grid, block_size)
     return outer * blocks, (1.0 / outer) / blocks
+
+
+@torch.no_grad()
+def two_level_codes(values: Tensor, whole: Tensor, grid: FloatGrid, block_size: int) -> FloatCodes | None:
+    """Return what `two_level` makes of a weight [..., out, in] as codes."""
+    blocks, outer = _levels(values, whole, grid, block_size)
+    elements = grid.elements(values, outer * blocks, (1.0 / outer) / blocks)
+    if elements is None:
+        return None
+    return FloatCodes(
+        values=elements,
+        exponent_bits=grid.exponent_bits,
+        mantissa_bits=grid.mantissa_bits,
+        scales=blocks.to(torch.float8_e4m3fn),
+        outer=outer.float(),
+    )
 
 
 def _levels(values: Tensor, whole: Tensor, grid: FloatGrid, block_size: int) -> tuple[Tensor, Tensor]:

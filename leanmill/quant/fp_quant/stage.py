@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from leanmill.core.facets import PartStaging, Statistic
+from leanmill.core.facets import FloatCodes, PartStaging, Statistic
 from leanmill.core.operands import lend
-from leanmill.quant.floats import FloatGrid
-from leanmill.quant.fp_quant.blocks import PowersOfTwo, SharedExponent, Unscaled, two_level
+from leanmill.quant.floats import FloatGrid, float_codes
+from leanmill.quant.fp_quant.blocks import PowersOfTwo, SharedExponent, Unscaled, two_level, two_level_codes
 from leanmill.quant.fp_quant.formats import FloatFormat
 from leanmill.quant.rules import AbsMax, LeastSquares, ScaleRule, largest_of_parts
 from leanmill.quant.scales import Granularity
@@ -56,6 +56,12 @@ class FloatWeights(ComputedScale):
     """Round a weight [..., out, in] to floating-point elements; the gradient passes unchanged. As `ComputedScale`."""
 
     technique: ClassVar[str] = "fp_quant"
+    grid: FloatGrid
+
+    def float_codes(self, weight: Tensor) -> FloatCodes | None:
+        if self.is_mixed:
+            return None
+        return float_codes(self.grid, weight, self._scale_of(weight), self.rule.stored_as)
 
 
 class BestWeights(QuantStage):
@@ -105,6 +111,14 @@ class BestWeights(QuantStage):
         errors = yield Statistic(errors)
         return lend(part, _chosen(tried, errors))
 
+    @torch.no_grad()
+    def float_codes(self, weight: Tensor) -> FloatCodes | None:
+        if self.is_mixed or weight.dim() != 2:  # experts may have different formats
+            return None
+        errors = [_squared_error(one, weight).item() for one in self._tried(weight)]
+        grid = self.grids[min(range(len(errors)), key=errors.__getitem__)]
+        return float_codes(grid, weight, self.rule.scale(weight, grid, self.sharing), self.rule.stored_as)
+
     def _tried(self, weight: Tensor) -> list[Tensor]:
         weight = weight.detach()
         return [grid.rounded(weight, self.rule.scale(weight, grid, self.sharing)) for grid in self.grids]
@@ -150,6 +164,12 @@ class TwoLevelWeights(QuantStage):
 
     def rounded_part(self, part: Tensor, shape: torch.Size) -> PartStaging:
         return two_level(part, (yield from largest_of_parts(part)), self.grid, self.block_size)
+
+    def float_codes(self, weight: Tensor) -> FloatCodes | None:
+        if self.is_mixed:
+            return None
+        whole = weight.detach().abs().amax((-2, -1), keepdim=True)
+        return two_level_codes(weight.detach(), whole, self.grid, self.block_size)
 
     def extra_repr(self) -> str:
         return f"{self.grid}, block_size={self.block_size}"
