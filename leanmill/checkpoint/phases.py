@@ -5,6 +5,7 @@
 | `phases/01-dense/` | the run folder of a phase that trains, with checkpoints, metrics and report |
 | `phases/02-prune/passed/` | what the passes of a phase wrote, a Hugging Face folder |
 | `phases/02-prune/solved/` | the same before its weights were rewound to an earlier phase's |
+| `phases/02-prune/drawn/` | weights drawn anew that it was given instead |
 | `phases/01-dense/model/` | the phase's model folded, once another phase starts from it |
 | `phases/01-dense/done.json` | the phase is finished, and how it was asked for |
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-PHASES, PASSED, SOLVED, MODEL, DONE = "phases", "passed", "solved", "model", "done.json"
+PHASES, PASSED, SOLVED, DRAWN, MODEL, DONE = "phases", "passed", "solved", "drawn", "model", "done.json"
 
 
 def phase_folder(run_dir: Path, index: int, name: str) -> Path:

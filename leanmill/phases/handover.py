@@ -8,15 +8,16 @@ from pathlib import Path
 from leanmill.checkpoint.finding import locate
 from leanmill.checkpoint.folders import step_folder
 from leanmill.checkpoint.group import SaveGroup
-from leanmill.checkpoint.phases import MODEL, PASSED, SOLVED
+from leanmill.checkpoint.phases import DRAWN, MODEL, PASSED, SOLVED
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import clear_unfinished
+from leanmill.core.noise import derive_seed
 from leanmill.export import export_model
 from leanmill.models.config import ModelConfig
-from leanmill.recipe.phases import place_of, places_asked_for, source_of, trained_before
+from leanmill.recipe.phases import FRESH, place_of, places_asked_for, source_of, trained_before
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.beginning import Start
-from leanmill.trainer.passes.rewind import rewind
+from leanmill.trainer.passes.rewind import draw, rewind
 
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Handover:
         place, out = self.phases[index].rewind_to, self.passed(index)
         if place is None:
             return
-        earlier = self._folded(*place_of(self.phases, place))
+        earlier = self._drawn(index) if place == FRESH else self._folded(*place_of(self.phases, place))
 
         def write() -> None:
             clear_unfinished(out)
@@ -133,6 +134,19 @@ class Handover:
         if found is None:
             raise RunError(f"the checkpoints of {folder} were deleted while they were looked at; start again")
         return found
+
+    def _drawn(self, index: int) -> Path:
+        """A model of what the passes of a phase left, with weights of no training, drawn now where it is not there."""
+        out, seed = self.folder(index) / DRAWN, derive_seed(self.recipe.seed, FRESH, index)
+        if self.group.broadcast("there" if out.is_dir() else ""):
+            return out
+
+        def write() -> None:
+            clear_unfinished(out)
+            draw(self.solved(index), out, seed=seed, trust_remote_code=self.recipe.model.trust_remote_code)
+
+        self.group.on_first_rank(write)
+        return out
 
     def _folded(self, index: int, step: int | None) -> Path:
         """The model that a phase left, written now where it is not there."""

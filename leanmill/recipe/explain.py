@@ -9,7 +9,7 @@ from leanmill.core.registry import PASSES, known_techniques
 from leanmill.data.config import DataConfig, LocalCorpus, Prepared, Source, sources_of
 from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.on_this_machine import not_looked_at
-from leanmill.recipe.phases import PhaseConfig, phase_names, source_of
+from leanmill.recipe.phases import FRESH, PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import known_steps, nearest_multiples
 
@@ -23,8 +23,9 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
     for index, name in enumerate(phase_names(recipe.phases)):
         lines += ["", f"phase {index + 1}, {name}: {_start(recipe, index)}"]
         lines += [f"  pass {line}" for line in _passes(recipe.phases[index])]
-        if recipe.phases[index].rewind_to:
-            lines += [f"  what is left takes the values it had in {recipe.phases[index].rewind_to}"]
+        if rewound := recipe.phases[index].rewind_to:
+            values = "values drawn anew" if rewound == FRESH else f"the values it had in {rewound}"
+            lines += [f"  what is left takes {values}"]
         if recipe.phases[index].trains:
             sections = _sections(recipe.of_phase(index), world_sizes)
             # What the first phase said goes for the later ones.

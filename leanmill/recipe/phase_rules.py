@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leanmill.core.near import near_names
-from leanmill.recipe.phases import BASE, OF_PHASE, phase_names, place_of, source_of, trained_before
+from leanmill.recipe.phases import BASE, FRESH, OF_PHASE, phase_names, place_of, source_of, trained_before
 
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def _rewind_problem(recipe: Sections, names: Sequence[str], index: int) -> str:
         return "rewind_to is for a phase with passes, whose zeros stay; add passes, or type start_from instead"
     if any(config.changes_architecture for config in phase.passes):
         return "rewind_to needs the tensors of the earlier model, and its passes make others; remove one of the two"
+    if phase.rewind_to == FRESH:
+        return ""
     problem = _start_problem(names, index, phase.rewind_to, key="rewind_to")
     if problem or phase.rewind_to == BASE:
         return problem or f"rewind_to must name a phase that trains; type e.g. rewind_to: {names[0]}@100"

@@ -20,6 +20,8 @@ BASE = "base"
 """In `start_from`: the model of the recipe itself."""
 OF_PHASE = "phase:"
 """Where a technique names a model, before the name of an earlier phase: the model which that phase leaves."""
+FRESH = "fresh"
+"""In `rewind_to`: weights drawn anew."""
 
 
 def _nested(value: Any) -> Any:
@@ -89,7 +91,8 @@ class PhaseConfig(Config):
     """Rows that the passes look at, of `data`."""
     rewind_to: str | None = None
     """After the passes, give all weights the values they had in an earlier phase, `name` or `name@step`, but for the
-    zeros of the layers that the passes took: a lottery ticket (Frankle and Carbin 2019, arXiv:1803.03635)."""
+    zeros of the layers that the passes took: a lottery ticket (Frankle and Carbin 2019, arXiv:1803.03635). `fresh`
+    draws them anew as the model's family does, from a seed of the phase: the paper's control."""
     overrides: Annotated[dict[str, Any] | None, BeforeValidator(_nested)] = None
     """What is otherwise than in the recipe while this phase trains: `{train.steps: 100, techniques: [...]}`, dotted
     or nested; a list replaces the whole list. A phase with passes trains only where this is given, `{}` too."""
@@ -100,10 +103,10 @@ class PhaseConfig(Config):
         bad = name is not None and (
             not name.strip() or not name.isprintable() or set(name) & set("/@{}") or name[0] == "."
         )
-        if bad or name == BASE or len((name or "").encode()) > 100:
+        if bad or name in (BASE, FRESH) or len((name or "").encode()) > 100:
             raise ConfigError(
-                f"name={shown('name', name)} must be a short folder name without /, @ and braces, other than {BASE!r}; "
-                f"type e.g. name: prune"
+                f"name={shown('name', name)} must be a short folder name without /, @ and braces, other than {BASE!r} "
+                f"and {FRESH!r}; type e.g. name: prune"
             )
         return name
 
@@ -169,4 +172,4 @@ def place_of(phases: Sequence[PhaseConfig], place: str) -> tuple[int, int | None
 def places_asked_for(phases: Sequence[PhaseConfig], index: int) -> list[tuple[int | None, int | None]]:
     """Return every phase that one takes weights from, and the step in it."""
     rewound = phases[index].rewind_to
-    return [source_of(phases, index), *([] if rewound is None else [place_of(phases, rewound)])]
+    return [source_of(phases, index), *([] if rewound in (None, FRESH) else [place_of(phases, rewound)])]

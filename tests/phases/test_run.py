@@ -232,16 +232,20 @@ def test_a_lottery_ticket_has_the_zeros_of_the_end_and_the_weights_of_the_beginn
         "rewind_to": "dense@1",
         "overrides": {"train.steps": 2, "techniques": [{"type": "static_mask"}]},
     }
-    run(recipe(home, tmp_path / "run", DENSE, {**ticket, "name": "ticket"}))
+    control = ticket | {"start_from": "dense", "rewind_to": "fresh", "overrides": None}
+    run(recipe(home, tmp_path / "run", DENSE, {**control, "name": "control"}, {**ticket, "start_from": "dense"}))
     phases = tmp_path / "run/phases"
     early, late = (read_full_state(phases / f"01-dense/checkpoints/step-0000000{step}", "model") for step in (1, 3))
-    begun = read_folder(phases / "02-ticket/passed")
+    begun, drawn = read_folder(phases / "03-magnitude/passed"), read_folder(phases / "02-control/model")
     for name, value in begun.items():
         if name.endswith("_proj.weight"):
             kept = value != 0
             assert kept.float().mean() == 0.5
             assert late[name][kept].abs().min() >= late[name][~kept].abs().max()
             assert torch.equal(value[kept], early[name][kept])
+            assert torch.equal(drawn[name] != 0, kept)
+            assert not torch.isclose(drawn[name], early[name])[kept].any()
+            assert 0.5 < drawn[name][kept].std() / early[name][kept].std() < 2
         else:
             assert torch.equal(value, early[name]), name
     trained = weights(tmp_path / "run")

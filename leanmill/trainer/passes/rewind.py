@@ -14,7 +14,31 @@ import torch
 
 from leanmill.core.errors import RunError
 from leanmill.core.folders import new_folder
+from leanmill.models.pretrained import quiet_transformers
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
+
+
+def draw(model: Path, out: Path, *, seed: int, trust_remote_code: bool = False) -> None:
+    """Write a model of the same configuration with weights that transformers draws, fp32.
+
+    Args:
+        model: A folder; its configuration is taken.
+        out: Folder to create.
+        seed: Of the weights.
+        trust_remote_code: As of the recipe's model.
+
+    Raises:
+        RunError: The disk refuses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import leanmill.models.pr_moe.register  # noqa: F401
+
+    with new_folder(out) as folder, quiet_transformers(), torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        drawn = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        drawn.save_pretrained(folder)
 
 
 def rewind(pruned: Path, earlier: Path, out: Path) -> None:
