@@ -65,7 +65,7 @@ TECHNIQUES: dict[str, Entry] = {
     ),
     "lsq": Entry(
         "leanmill.quant.lsq.config:Lsq",
-        "weights of 1 to 8 bits and activations of 2 to 8 with learned step sizes and offsets: LSQ, LSQ+",
+        "weights and activations of 1 to 8 bits with learned step sizes and offsets: LSQ, LSQ+",
         "Esser et al. 2020, arXiv:1902.08153; Bhalgat et al. 2020, arXiv:2004.09576",
     ),
     "paretoq": Entry(

@@ -21,8 +21,8 @@ class LsqActivations(QuantInput):
 
     Args:
         num_features: `in`, N of the gradient scale 1 / sqrt(N Qp).
-        num_bits: 2 to 8.
-        grid: `signed`, or `unsigned` for activations that are never negative.
+        num_bits: 1 to 8.
+        grid: `signed`, `unsigned` for activations that are never negative, or `midrise`, which leaves out zero.
         has_offset: Whether codes stand around a trained offset (LSQ+), and not around 0.
         has_warmup: See `WarmedUp`.
         device: Of the weight.
@@ -38,7 +38,7 @@ class LsqActivations(QuantInput):
         self,
         num_features: int,
         num_bits: int,
-        grid: Literal["signed", "unsigned"] = "signed",
+        grid: Literal["signed", "unsigned", "midrise"] = "signed",
         *,
         has_offset: bool = False,
         has_warmup: bool = False,

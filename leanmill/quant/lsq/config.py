@@ -35,11 +35,11 @@ class Lsq(TrainedTechniqueConfig, LayerBits, Warmup, SharedScales):
     """What shares a step: a whole weight as in the paper (each expert of a stacked one), an output row,
     or `group_size` neighbours of a row."""
 
-    activation_bits: int | None = Field(default=None, ge=2, le=8)
+    activation_bits: int | None = Field(default=None, ge=1, le=8)
     """Bits of the activations that enter a target, with one step for all of them; None leaves them alone. An
     embedding, which looks rows up, has none."""
-    activation_grid: Literal["signed", "unsigned"] = "signed"
-    """Codes of activations: `signed` as for weights, `unsigned` 0 to 2^b - 1 for inputs that are never
+    activation_grid: Literal["signed", "unsigned", "midrise"] = "signed"
+    """Codes of activations: `signed` and `midrise` as for weights, `unsigned` 0 to 2^b - 1 for inputs that are never
     negative, such as those behind a ReLU. Behind SiLU or GELU they are signed."""
 
     activation_offset: bool = False
@@ -61,12 +61,22 @@ class Lsq(TrainedTechniqueConfig, LayerBits, Warmup, SharedScales):
                 "lsq with activation_offset and no activation_bits has no activations to offset; set activation_bits "
                 "too, e.g. 4, or remove activation_offset"
             )
+        if self.activation_offset and self.activation_grid == "midrise":
+            raise ConfigError(
+                "lsq with activation_offset has codes around that offset, and activation_grid midrise has them around "
+                "0; remove one of the two"
+            )
         return self
 
     @model_validator(mode="after")
     def _one_bit_has_a_grid(self) -> Lsq:
         if self.weight_bits == 1 and self.grid != "midrise":
             raise ConfigError(f"lsq with weight_bits 1 and grid {self.grid} has no positive code; set grid: midrise")
+        if self.activation_bits == 1 and self.activation_grid == "signed":
+            raise ConfigError(
+                "lsq with activation_bits 1 and activation_grid signed has no positive code; set activation_grid: "
+                "midrise, or unsigned for inputs that are never negative"
+            )
         return self
 
     @property

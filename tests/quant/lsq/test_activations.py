@@ -52,6 +52,21 @@ def test_value_and_gradients_are_the_papers(num_bits, grid, low, high, shape, dt
     torch.testing.assert_close(stage.moved.grad.double(), to_step.sum().reshape(1), rtol=1e-5, atol=1e-6)
 
 
+def test_one_bit_has_a_level_on_either_side():
+    torch.manual_seed(0)
+    x, upstream = torch.randn(7, 12, requires_grad=True), torch.randn(7, 12)
+    stage = stage_of(12, 1, "midrise", step=0.8)
+    out = stage(x)
+    out.backward(upstream)
+    v = x.detach() / 0.8
+    assert torch.equal(out, 0.4 * v.sign())
+    inside = v.abs() < 1  # a step around either level
+    assert torch.equal(x.grad, upstream * inside)
+    to_step = (torch.where(inside, v.sign() / 2 - v, v.sign() / 2) * upstream).sum() / 12**0.5
+    torch.testing.assert_close(stage.moved.grad, to_step.reshape(1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(stage(torch.zeros(2, 12)), torch.zeros(2, 12))
+
+
 def test_without_a_start_all_is_nan():
     stage = LsqActivations(4, 4)
     assert stage(torch.ones(3, 4)).isnan().all()
@@ -155,5 +170,10 @@ def test_an_embedding_has_no_activations():
 
 
 def test_a_grid_without_bits_is_refused():
-    with pytest.raises(ValueError, match="set activation_bits too"):
-        parse_technique({"type": "lsq", "activation_grid": "unsigned"})
+    for wrong, message in (
+        ({"activation_grid": "unsigned"}, "set activation_bits too"),
+        ({"activation_bits": 1}, "set activation_grid: midrise"),
+        ({"activation_bits": 2, "activation_grid": "midrise", "activation_offset": True}, "remove one of the two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_technique({"type": "lsq", **wrong})
