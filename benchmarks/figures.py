@@ -262,6 +262,10 @@ def claim_section(name: str, result: dict[str, Any]) -> str:
         side = "below" if order["gap"] >= 0 else "above"
         lead = f"{order['better']} {side} {order['worse']} by {abs(order['gap']):.3f}"
         said.append(f"{lead}, which seeds differ in by {order['spread']:.3f}: **{order['verdict']}**")
+    for bound in found.get("bounds", []):
+        verdict = "holds" if bound["holds"] else "fails"
+        reached = f"{bound['variant']}: {bound['what']} {bound['most']:.3f} at most, allowed {bound['limit']:g}"
+        said.append(f"{reached}: **{verdict}**")
     why = ["", claim.remark] if claim.remark else []
     return "\n".join([*lines, "", "; ".join(said) + ".", *why, ""])
 

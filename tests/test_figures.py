@@ -74,13 +74,27 @@ def test_orders_of_claims_are_what_the_seeds_resolve(monkeypatch):
     )  # below, by what seeds differ in
 
 
+def test_a_rise_is_above_the_least_so_far(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER / "claims"))
+    run = load(FOLDER / "claims" / "run.py", monkeypatch)
+    falling = [5.0 - place / 20 for place in range(40)]
+    assert run.rise(falling) < 0
+    jump = [*falling[:20], 9.0, 9.0, 9.0, 9.0, *falling[20:]]
+    assert run.rise(jump) == pytest.approx(9.0 - sum(falling[16:20]) / 4)
+    assert run.rise([3.0, float("nan"), 2.0]) != run.rise([3.0, float("nan"), 2.0])
+    assert run.rise([3.0]) == 0
+
+
 def test_every_variant_of_a_claim_is_a_recipe(monkeypatch):
     claims = load(FOLDER / "claims" / "claims.py", monkeypatch)
     for claim in claims.CLAIMS.values():
         for variant in claim.variants.values():
-            given = [f"techniques={json.dumps(variant.techniques)}", *variant.overrides]
+            given = [f"techniques={json.dumps(variant.techniques)}", *variant.settings]
             assert load_recipe(FOLDER / "claims" / claim.base, given).train.steps == 450
-            assert all(parse_pass(item) for item in [*(variant.passes or ()), *(variant.afterwards or ())])
+            passes = [*(variant.passes or ()), *(variant.afterwards or ()), *(variant.beside or ())]
+            assert all(parse_pass(item) for item in passes)
+        assert {bound.variant for bound in claim.bounds} <= claim.variants.keys()
+        assert {bound.what for bound in claim.bounds} <= claim.also.keys()
 
 
 def test_a_claims_section_has_its_losses_and_verdicts(figures):
@@ -94,3 +108,6 @@ def test_a_claims_section_has_its_losses_and_verdicts(figures):
     assert "| variant | losses of seeds | mean | load |\n|---|---|---|---|" in text
     assert "| quest | 1.000, 2.000 | 1.500 | 5.500 |" in text
     assert "quest below lsq by 2.000, which seeds differ in by 0.500: **holds**" in text
+    bound = {"variant": "quest", "what": "load", "limit": 5.5, "most": 6.0, "holds": False}
+    text = figures.claim_section(name, {"figures": found | {"bounds": [bound]}, "conditions": under})
+    assert "quest: load 6.000 at most, allowed 5.5: **fails**" in text

@@ -13,7 +13,8 @@ class Variant:
     """One way to train, or to compress what was trained dense with the same seed."""
 
     techniques: list[dict[str, Any]] = field(default_factory=list)
-    """`{dense}` in them is the folder of the model that was trained dense with the same seed."""
+    """`{dense}` in them is the folder of the model that was trained dense with the same seed, `{beside}` that of what
+    `beside` made of it."""
     passes: list[dict[str, Any]] | None = None
     """For `leanmill compress`; None trains from the start of the recipe."""
     overrides: Sequence[str] = ()
@@ -23,11 +24,30 @@ class Variant:
 
     afterwards: list[dict[str, Any]] | None = None
     """For `leanmill compress`, on what `continues` has trained."""
+    beside: list[dict[str, Any]] | None = None
+    """For `leanmill compress`, on the model that was trained dense; the run does not begin with what comes of it."""
+    phases: Sequence[Mapping[str, Any]] = ()
+    """Of the recipe, each with a name; the last one is measured."""
 
     @property
     def starts_trained(self) -> bool:
         """Whether it begins with the model that was trained dense."""
         return self.passes is not None or self.continues
+
+    @property
+    def settings(self) -> list[str]:
+        """Every change of the recipe but the techniques."""
+        return [*self.overrides, *([f"phases={json.dumps(list(self.phases))}"] if self.phases else [])]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What a variant stays below in every seed."""
+
+    variant: str
+    what: str
+    """Of `Claim.also`."""
+    limit: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +60,9 @@ class Claim:
     base: str = "base.yaml"
     """The recipe that variants change."""
     also: Mapping[str, str] = field(default_factory=dict)
-    """What is read beside losses: its name, and the metric in the last records."""
+    """What is read beside losses: its name, and the metric in the last records, or `rise`: by how much the training
+    loss, averaged over tenths of the run, rises above its least before."""
+    bounds: Sequence[Bound] = ()
     remark: str = ""
     """What we know of why it came out as it did."""
 
@@ -54,11 +76,31 @@ def _low_bit(bits: int) -> dict[str, Variant]:
     }
 
 
+_2_4 = {"num_kept": 2, "group_size": 4}
+
+
 def _one_shot(name: str) -> Variant:
-    return Variant(passes=[{"type": name, "num_kept": 2, "group_size": 4}])
+    return Variant(passes=[{"type": name, **_2_4}])
+
+
+_OFTEN_LOGGED = ["log.every_steps=10"]
+_LSQ_1_BIT = {"weight_bits": 1, "grid": "midrise", "activation_bits": 1, "activation_grid": "midrise"}
+_RISE = "rise of the training loss"
 
 
 _RIGL = {"type": "rigl", "density": 0.1, "update_every_steps": 20}
+_MASK_LLM = {"type": "mask_llm", **_2_4, "prior": "pruned", "prior_model": "{beside}"}
+
+
+def _ticket(start: str) -> Variant:
+    """A mask found in two rounds of pruning with rewinding, the weights of `start` in it, trained once more."""
+
+    def pruned(name: str, sparsity: float, rewind_to: str) -> dict[str, Any]:
+        passes = [{"type": "magnitude", "sparsity": sparsity}]
+        overrides = {"techniques": [{"type": "static_mask"}]}
+        return {"name": name, "passes": passes, "rewind_to": rewind_to, "overrides": overrides}
+
+    return Variant(phases=[{"name": "dense"}, pruned("first", 0.6, "dense@22"), pruned("second", 0.84, start)])
 
 
 def _sparse(group_size: int) -> dict[str, Variant]:
@@ -154,6 +196,18 @@ CLAIMS: dict[str, Claim] = {
         source="Panferov et al. 2025, arXiv:2502.05003",
         variants=_low_bit(2),
     ),
+    "low_bit_w1a1": Claim(
+        says="QuEST trains with 1-bit weights and activations, its loss does not rise on the way, and ends below LSQ",
+        source="Panferov et al. 2025, arXiv:2502.05003",
+        variants={
+            "quest W1A1": Variant(
+                techniques=[{"type": "quest", "weight_bits": 1, "activation_bits": 1}], overrides=_OFTEN_LOGGED
+            ),
+            "lsq W1A1": Variant(techniques=[{"type": "lsq", **_LSQ_1_BIT}], overrides=_OFTEN_LOGGED),
+        },
+        also={_RISE: "rise"},
+        bounds=[Bound(variant="quest W1A1", what=_RISE, limit=0.1)],
+    ),
     "trilm_schedule": Claim(
         says="ternary weights end lower with a lower peak in the second half and no weight decay in the last third",
         source="Kaushal et al. 2024, arXiv:2407.12327",
@@ -168,6 +222,20 @@ CLAIMS: dict[str, Claim] = {
         source="Frantar and Alistarh 2023, arXiv:2301.00774; Sun et al. 2023, arXiv:2306.11695",
         variants={name: _one_shot(name) for name in ("sparsegpt", "wanda", "magnitude")},
     ),
+    "learned_mask_2_4": Claim(
+        says="weights as they are under a 2:4 mask that is learned (MaskLLM) lose less than SparseGPT's, which change",
+        source="Fang et al. 2024, arXiv:2409.17481",
+        variants={
+            # The paper's 5e-4 over 2,000 steps is as far as 2.2e-3 over 450.
+            "mask_llm": Variant(
+                techniques=[_MASK_LLM],
+                beside=[{"type": "sparsegpt", **_2_4}],
+                continues=True,
+                overrides=["optimizer.lr=2.2e-3", "schedule.warmup_steps=0"],
+            ),
+            "sparsegpt": _one_shot("sparsegpt"),
+        },
+    ),
     "evopress_70": Claim(
         says="pruned by SparseGPT to 70 % zeros over all layers, shares that EvoPress finds lose less than one for all",
         source="Sieberling et al. 2024, arXiv:2410.14649",
@@ -177,14 +245,26 @@ CLAIMS: dict[str, Claim] = {
         },
     ),
     "dynamic_sparsity_90": Claim(
-        says="at 90 % zeros, masks that move (RigL) end below the same masks at rest",
-        source="Evci et al. 2020, arXiv:1911.11134",
+        says="at 90 % zeros, masks that grow by gradients (RigL) end below masks that grow at random (SET), and those "
+        "below masks at rest",
+        source="Evci et al. 2020, arXiv:1911.11134; Mocanu et al. 2018, arXiv:1707.04780",
         variants={
             "rigl": Variant(techniques=[_RIGL]),
+            "set": Variant(techniques=[{**_RIGL, "method": "set"}]),
             "static": Variant(techniques=[{**_RIGL, "drop_fraction": 0.0}]),
         },
         remark="Both end below the dense model of the recipe (4.251 on average): so short a run does not favour many "
         "weights, and says little of what zeros cost.",
+    ),
+    "lottery_ticket": Claim(
+        says="under a mask of 84 % zeros found by iterative pruning, weights of an early step train to a lower loss "
+        "than those of the first step, and these than weights drawn anew",
+        source="Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671",
+        variants={
+            "rewound to step 22": _ticket("dense@22"),
+            "rewound to step 1": _ticket("dense@1"),
+            "drawn anew": _ticket("fresh"),
+        },
     ),
     "progressive_1_8": Claim(
         says="keeping 1 of 8 weights, masks that come step by step (Progressive Gradient Flow) end below SR-STE",

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from claims import CLAIMS, Variant
+from claims import CLAIMS, Bound, Variant
 
+from leanmill.checkpoint.phases import phase_folder
 from leanmill.recipe.io import load_recipe
 
 
@@ -82,7 +84,13 @@ def figures_of(name: str, measured: Mapping[Task, Mapping[str, float]]) -> dict[
 
     losses = by_variant("loss")
     also = {what: by_variant(metric) for what, metric in claim.also.items()}
-    return {"losses": losses, "orders": orders(losses), "also": also}
+    bounds = [_bounded(bound, also[bound.what][bound.variant]) for bound in claim.bounds]
+    return {"losses": losses, "orders": orders(losses), "also": also, "bounds": bounds}
+
+
+def _bounded(bound: Bound, reached: Sequence[float]) -> dict[str, Any]:
+    holds = all(value <= bound.limit for value in reached)  # what is no number does not
+    return {**asdict(bound), "most": max(reached), "holds": holds}
 
 
 def orders(losses: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
@@ -119,9 +127,14 @@ def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequenc
     start = [f"model={{path: {model}}}", f"data.tokenizer.path={model}"]
     if not given.continues:
         return _evaluate(run_dir, base, seed, start)
-    dense = str(_exported(_dense(folder, base, seed)))
-    techniques = json.loads(json.dumps(given.techniques).replace("{dense}", dense))
-    trained = _train(run_dir, base, replace(given, techniques=techniques), seed, [*start, *overrides])
+    dense = _exported(_dense(folder, base, seed))
+    techniques = json.dumps(given.techniques).replace("{dense}", str(dense))
+    if given.beside is not None:
+        beside = run_dir.with_name(f"{run_dir.name}-beside")
+        if not beside.exists():
+            _compress(dense, base, given.beside, (), seed, beside)
+        techniques = techniques.replace("{beside}", str(beside))
+    trained = _train(run_dir, base, replace(given, techniques=json.loads(techniques)), seed, [*start, *overrides])
     if given.afterwards is None:
         return trained
     compressed = run_dir.with_name(f"{run_dir.name}-afterwards")
@@ -161,15 +174,22 @@ def _compress(
 
 def _train(run_dir: Path, base: Path, variant: Variant, seed: int, overrides: Sequence[str]) -> dict[str, float]:
     """Train where that was not done before; return the last held-out loss, nats a token, and the last metrics."""
-    found = _measured(run_dir)
+    measured = _last_phase(run_dir, variant)
+    found = _measured(measured)
     if found is not None:
         return found
     given = [f"run_dir={run_dir}", f"seed={seed}", f"techniques={json.dumps(variant.techniques)}"]
-    _leanmill("train", str(base), *given, *variant.overrides, *overrides)
-    found = _measured(run_dir)
+    _leanmill("train", str(base), *given, *variant.settings, *overrides)
+    found = _measured(measured)
     assert found is not None
     print(f"{run_dir.name}: {found['loss']:.4f}", flush=True)
     return found
+
+
+def _last_phase(run_dir: Path, variant: Variant) -> Path:
+    """Return the folder of what is measured: a run's own, or that of its last phase."""
+    phases = variant.phases
+    return phase_folder(run_dir, len(phases) - 1, phases[-1]["name"]) if phases else run_dir
 
 
 def _measured(run_dir: Path) -> dict[str, float] | None:
@@ -180,7 +200,18 @@ def _measured(run_dir: Path) -> dict[str, float] | None:
     if not any(record["kind"] == "end" and record["status"] == "finished" for record in records):
         return None
     last = {record["kind"]: record for record in records}
-    return {**last["step"]["metrics"], **last["eval"]["metrics"], "loss": float(last["eval"]["domains"]["all"]["loss"])}
+    trained = [record["losses"]["cross_entropy"] for record in records if record["kind"] == "step"]
+    own = {"loss": float(last["eval"]["domains"]["all"]["loss"]), "rise": rise(trained)}
+    return {**last["step"]["metrics"], **last["eval"]["metrics"], **own}
+
+
+def rise(losses: Sequence[float]) -> float:
+    """Return by how much a loss rises above its least before, in means over tenths; NaN where it is once."""
+    size = max(1, len(losses) // 10)
+    means = [sum(part) / len(part) for first in range(0, len(losses), size) if (part := losses[first : first + size])]
+    if any(math.isnan(mean) for mean in means):
+        return math.nan
+    return max((after - min(means[:place]) for place, after in enumerate(means) if place), default=0.0)
 
 
 def num_steps(folder: Path, name: str) -> int:
@@ -189,6 +220,7 @@ def num_steps(folder: Path, name: str) -> int:
     variant = next(iter(claim.variants))
     trained = claim.variants[variant].passes is None or claim.variants[variant].continues
     run_dir = folder / f"{name}-{variant.replace(' ', '-')}-0" if trained else _dense(folder, FOLDER / claim.base, 0)
+    run_dir = _last_phase(run_dir, claim.variants[variant])
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return int([record for record in records if record["kind"] == "step"][-1]["step"])
 
