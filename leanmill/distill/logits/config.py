@@ -24,13 +24,22 @@ class Distill(TechniqueConfig):
     teacher: str | None = Field(default=None, min_length=1)
     """Folder or hub name of the teacher, a causal LM with the student's vocabulary. None if `cache_dir` has all."""
     divergence: Literal[
-        "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation", "mse", "cakld"
+        "forward_kl",
+        "reverse_kl",
+        "js",
+        "skew_forward_kl",
+        "skew_reverse_kl",
+        "total_variation",
+        "mse",
+        "cakld",
+        "deviation_aware",
     ] = "forward_kl"
     """`forward_kl`: KL(teacher || student). `reverse_kl`: KL(student || teacher). `js`: generalised
     Jensen-Shannon (Agarwal et al. 2023, arXiv:2306.13649). `skew_forward_kl`, `skew_reverse_kl`: from the teacher,
     or from the student, to a mixture of both (Ko et al. 2024, arXiv:2402.03898). `total_variation`: half the sum
     of absolute differences. `mse`: mean squared difference of logits (Ba and Caruana 2014, arXiv:1312.6184).
-    `cakld`: reverse and forward KL weighed by how sure the teacher is (Du et al. 2024, arXiv:2402.10631)."""
+    `cakld`: reverse and forward KL weighed by how sure the teacher is (Du et al. 2024, arXiv:2402.10631).
+    `deviation_aware`: forward KL, the more the less sure teacher and student are (DB-LLM, arXiv:2402.11960)."""
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `js`; not used by the others."""
     skew: float = Field(default=0.1, gt=0, lt=1)
@@ -39,6 +48,9 @@ class Distill(TechniqueConfig):
     confidence: Literal["measured"] | Annotated[float, Field(gt=0, lt=1)] = "measured"
     """Weight of the reverse KL in `cakld`; the forward KL has the rest. `measured` is the teacher's mean probability
     of the next token, over the tokens of the run's first step. Not used by the others."""
+    focus: float = Field(default=1.0, gt=0)
+    """Exponent of a token's cross-entropy between teacher and student, its weight in `deviation_aware`; not used by the
+    others."""
     top_k: int | None = Field(default=None, ge=1)
     """Compare the teacher's so many largest probabilities, and what they leave as one more; None compares all.
     What `cache_dir` keeps of a teacher."""
@@ -76,6 +88,8 @@ class Distill(TechniqueConfig):
         """The number that the divergence takes."""
         if self.divergence == "cakld":
             return 0.5 if self.confidence == "measured" else self.confidence
+        if self.divergence == "deviation_aware":
+            return self.focus
         return self.skew if self.divergence.startswith("skew") else self.beta
 
     @model_validator(mode="after")

@@ -11,7 +11,15 @@ from leanmill.kernels.linear_kl.op import TopK
 
 
 Kind = Literal[
-    "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation", "mse", "cakld"
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "mse",
+    "cakld",
+    "deviation_aware",
 ]
 KERNEL_KINDS: dict[Kind, naive.Kind] = {
     "forward_kl": "forward",
@@ -22,6 +30,7 @@ KERNEL_KINDS: dict[Kind, naive.Kind] = {
     "total_variation": "total_variation",
     "mse": "mse",
     "cakld": "blend",
+    "deviation_aware": "deviation",
 }
 """What the kernels call them."""
 
@@ -42,7 +51,8 @@ def divergence(
     beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (arXiv:2306.13649, eq. 1).
     `skew_forward_kl` is KL(p || beta p + (1 - beta) q), `skew_reverse_kl` KL(q || (1 - beta) p + beta q)
     (arXiv:2402.03898, eq. 2 and 6), `total_variation` sum |p - q| / 2, `cakld` beta KL(q || p) + (1 - beta) KL(p || q)
-    (arXiv:2402.10631, eq. 7). `mse` is the mean over the vocabulary of the squared difference of logits, without T.
+    (arXiv:2402.10631, eq. 7), `deviation_aware` (-sum p log q)^beta KL(p || q), the factor a constant. `mse` is the
+    mean over the vocabulary of the squared difference of logits, without T.
 
     Args:
         student_logits: [..., V], any float dtype.

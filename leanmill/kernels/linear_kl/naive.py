@@ -10,6 +10,7 @@ cache, the k tokens and all others together:
     skew_reverse     KL(q || m),  m = (1 - b) p + b q
     total_variation  sum |p - q| / 2
     blend            b KL(q || p) + (1 - b) KL(p || q)
+    deviation        H^b KL(p || q),  H = -sum p log q counting as a constant
 
 each times T^2. A bucket of no mass adds nothing to the sum that it weighs (0 log 0 = 0). And
 
@@ -28,10 +29,14 @@ import torch
 from torch import Tensor
 
 
-Kind = Literal["forward", "reverse", "js", "skew_forward", "skew_reverse", "total_variation", "blend", "mse"]
+Kind = Literal[
+    "forward", "reverse", "js", "skew_forward", "skew_reverse", "total_variation", "blend", "mse", "deviation"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order by which kernels number them."""
-HAS_BETA: frozenset[Kind] = frozenset({"js", "skew_forward", "skew_reverse", "blend"})
+HAS_BETA: frozenset[Kind] = frozenset({"js", "skew_forward", "skew_reverse", "blend", "deviation"})
+IN_TENSORS: frozenset[Kind] = frozenset({"deviation"})
+"""What has no code but `rows`."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ def between(log_p: Tensor, log_q: Tensor, form: Form) -> Tensor:
         return _kl(log_q, log_p)
     if form.kind == "blend":
         return form.beta * _kl(log_q, log_p) + (1 - form.beta) * _kl(log_p, log_q)
+    if form.kind == "deviation":
+        return deviation_weight(_kl(log_p.detach(), log_q.detach()), log_p.exp(), form.beta) * _kl(log_p, log_q)
     if form.kind == "total_variation":
         return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
     mixture = _mixture(log_p, log_q, form.teacher_share)
@@ -145,6 +152,11 @@ def between(log_p: Tensor, log_q: Tensor, form: Form) -> Tensor:
     if form.kind == "skew_reverse":
         return _kl(log_q, mixture)
     return form.beta * _kl(log_p, mixture) + (1 - form.beta) * _kl(log_q, mixture)
+
+
+def deviation_weight(divergence: Tensor, p: Tensor, exponent: float) -> Tensor:
+    """Return H^exponent of rows, H = -sum p log q = KL(p || q) + H(p): how far from sure teacher and student are."""
+    return (divergence + torch.special.entr(p.detach()).sum(-1)).clamp(min=0).pow(exponent)
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, teacher_share: float) -> Tensor:

@@ -95,7 +95,8 @@ def linear_kl(
     eq. 1; unlike there, its ends b = 0 and 1 are not redefined as the two KLs but refused). `skew_forward` is
     KL(p || b p + (1 - b) q) and `skew_reverse` KL(q || (1 - b) p + b q) (Ko et al. 2024, arXiv:2402.03898, eq. 2
     and 6), `blend` b KL(q || p) + (1 - b) KL(p || q), `total_variation` half the sum of |p - q|. `mse` is the mean
-    over the vocabulary of the squared difference of logits, whatever T. T^2
+    over the vocabulary of the squared difference of logits, whatever T. `deviation` is H^b KL(p || q), in which
+    H = -sum p log q counts as a constant; it has tensor code only. T^2
     follows Hinton et al. 2015 (arXiv:1503.02531). Gradients go to the student only, and are built
     in the forward pass as in `linear_cross_entropy`.
 
@@ -110,7 +111,7 @@ def linear_kl(
         teacher: In one of three forms. Vocabularies of different size are compared over the rows
             that both have.
         kind: Which divergence.
-        beta: b of `js`, `skew_forward`, `skew_reverse` and `blend`, in (0, 1).
+        beta: b of `js`, `skew_forward`, `skew_reverse` and `blend`, in (0, 1), and of `deviation`, above 0.
         temperature: T > 0.
         labels: [...] int64; tokens with `ignore_index` cost nothing. None counts all.
         ignore_index: See `labels`.
@@ -173,7 +174,7 @@ def linear_kl_and_cross_entropy(
 def _form(kind: Kind, beta: float, temperature: float, *weights: float) -> Form:
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is not known; use one of {', '.join(KINDS)}")
-    if not 0 < beta < 1:
+    if not (beta > 0 if kind == "deviation" else 0 < beta < 1):
         raise ValueError(f"beta={beta} must lie between 0 and 1; its ends are kind='forward' and kind='reverse'")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")

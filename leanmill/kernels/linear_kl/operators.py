@@ -13,7 +13,7 @@ from leanmill.kernels.linear_cross_entropy import chunks
 from leanmill.kernels.linear_cross_entropy.chunks import Results, Wanted
 from leanmill.kernels.linear_cross_entropy.operators import check_range
 from leanmill.kernels.linear_kl import cpu, rows
-from leanmill.kernels.linear_kl.naive import Form, top_k_of
+from leanmill.kernels.linear_kl.naive import IN_TENSORS, Form, top_k_of
 from leanmill.kernels.native.dtypes import SUFFIXES
 
 
@@ -162,7 +162,7 @@ def _run(
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     divergences = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    code = choose("linear_kl", hidden, c=cpu.library)
+    code = Code.TENSORS if form.kind in IN_TENSORS else choose("linear_kl", hidden, c=cpu.library)
     if form.cross_entropy_weight is not None and hidden.device.type == "cpu":
         check_range(labels, labels >= 0, weight.shape[0])
 

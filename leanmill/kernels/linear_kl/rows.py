@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leanmill.kernels.linear_cross_entropy import naive as cross_entropy
-from leanmill.kernels.linear_kl.naive import Form, log_softmax, with_tail
+from leanmill.kernels.linear_kl.naive import Form, deviation_weight, log_softmax, with_tail
 
 
 def divergence_(
@@ -82,6 +82,10 @@ def _value_and_slope(p: Tensor, q: Tensor, gap: Tensor, form: Form) -> tuple[Ten
     beta, kind = form.beta, form.kind
     if kind == "forward":
         return _sum(p, gap), -p
+    if kind == "deviation":
+        forward = _sum(p, gap)
+        weight = deviation_weight(forward, p, beta)
+        return weight * forward, -p * weight.unsqueeze(-1)
     if kind == "reverse":
         slope = _times(q, gap).neg_()
         return slope.sum(-1), slope

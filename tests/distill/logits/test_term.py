@@ -11,6 +11,7 @@ from tests.core.tiny import VOCAB_SIZE, context, term_of, tiny, tokens
 
 
 KINDS = ["forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation", "mse", "cakld"]
+KINDS += ["deviation_aware"]
 
 
 def by_hand(student, teacher, kind, temperature, beta):
@@ -27,6 +28,7 @@ def by_hand(student, teacher, kind, temperature, beta):
         "skew_reverse_kl": q * (q / flipped).log(),
         "total_variation": (p - q).abs() / 2,
         "cakld": beta * q * (q / p).log() + (1 - beta) * p * (p / q).log(),
+        "deviation_aware": (-(p * q.log()).sum(-1, True)).detach() ** beta * p * (p / q).log(),
     }
     return temperature**2 * losses[kind].sum(-1)
 
@@ -75,7 +77,9 @@ def test_in_the_head_values_and_gradients_are_those_of_whole_logits(kind, top_k,
     teacher = tiny(seed=9, hidden_size=24).to(dtype)
     hidden, labels = torch.randn(37, 24).to(dtype), torch.randint(VOCAB_SIZE, (37,))
     labels[::5] = -100
-    config = Distill(teacher="t", divergence=kind, skew=0.2, confidence=0.3, temperature=1.5, weight=0.4, top_k=top_k)
+    config = Distill(
+        teacher="t", divergence=kind, skew=0.2, confidence=0.3, temperature=1.5, weight=0.4, top_k=top_k, focus=1.3
+    )
     term = term_of(config, context(teacher))
     total, cross_entropy, divergence_ = term.with_cross_entropy(
         (*student, None), labels, {"teacher_hidden": hidden}, cross_entropy_weight=0.6, chunk_tokens=8
