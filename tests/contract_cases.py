@@ -40,6 +40,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "residual_expert": True,
     },
+    "pruned_llama": MODEL
+    | {
+        "model_type": "pruned_llama",
+        "head_dim": 8,
+        "num_hidden_layers": 3,
+        "num_attention_heads_by_layer": [4, 0, 2],
+        "num_key_value_heads_by_layer": [2, 0, 2],
+        "intermediate_size_by_layer": [24, 40, 0],
+        "qk_norm": True,
+        "residual_rotations": True,
+    },
     "ernie4_5_moe": MODEL
     | {
         "model_type": "ernie4_5_moe",
@@ -379,6 +390,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "multi_token": ("multi_token",),
     "latent attention": ("deepseek_v3", "multi_token", "router_balance", "nm_sparsity"),
     "pyramid of experts": ("pr_moe", "router_balance"),
+    "layers of their own sizes": ("pruned_llama", "lora"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
     "biased experts": ("deepseek_v3", "bias_balance", "balance_rows"),
     "experts, looked ahead": ("mixtral", "balance_ahead"),

@@ -56,6 +56,10 @@ class Gram:
         """Return the diagonal [n]."""
         return torch.cat([self.tiles[i, i].diagonal() for i in range(len(self.parts))])
 
+    def whole(self) -> Tensor:
+        """Return the matrix [n, n]."""
+        return self._rows(torch.arange(self.size))
+
     def energy(self, weight: Tensor) -> float:
         """Return the trace of W G W^T for `weight` [out, n]: ||W X||^2 where this is the gram matrix of X."""
         found = 0.0

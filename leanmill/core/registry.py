@@ -268,6 +268,11 @@ PASSES: dict[str, Entry] = {
         "surgery: fewer heads and neurons, those that fluctuate least, biases in their place",
         "An et al. 2023, arXiv:2312.11983",
     ),
+    "slicegpt": Entry(
+        "leanmill.sparse.slicegpt.config:SliceGpt",
+        "surgery: fewer channels, after a rotation of the residual stream to its principal components",
+        "Ashkboos et al. 2024, arXiv:2401.15024",
+    ),
     "drop_blocks": Entry(
         "leanmill.sparse.drop_blocks.config:DropBlocks",
         "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",

@@ -57,6 +57,15 @@ class Surgeon(Protocol):
         """Return what becomes of a tensor that lies in no block, by its full name."""
         return tensor
 
+    def rest(self, names: Sequence[str], read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the new model that lie in no block, by full name.
+
+        Args:
+            names: Of those of the old model that lie in no block.
+            read: Returns a stored tensor by its full name, on the CPU, in memory of its own.
+        """
+        return ((name, self.outside(name, read(name))) for name in names)
+
     def describe(self) -> str:
         """Return in one line what was made; called last."""
         ...
@@ -98,7 +107,10 @@ class SeenBlock:
     module: nn.Module
     """In eval mode, on the device, its parameters frozen; hooks on it see the run."""
     run: Callable[[], Iterator[tuple[Tensor, Tensor]]]
-    """Yields input and output [B, S, H] of each of this rank's batches, on the CPU. To be called once."""
+    """Yields input and output [B, S, H] of each of this rank's batches, on the CPU. To be called once, last: its
+    outputs become the next block's inputs."""
+    peek: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """Yields the same, and leaves the inputs as they are; any number of times."""
 
 
 class CalibratedModel(Protocol):

@@ -105,7 +105,7 @@ def open_model(folder: Path) -> Any:
 def _load_plain(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    import leanmill.models.pr_moe.register  # noqa: F401
+    import leanmill.models.own_families  # noqa: F401
 
     if not (folder / "config.json").is_file():
         raise ConfigError(

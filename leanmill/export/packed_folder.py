@@ -75,7 +75,7 @@ def load(folder: str | Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    import leanmill.models.pr_moe.register  # noqa: F401
+    import leanmill.models.own_families  # noqa: F401
 
     folder = Path(folder)
     if not (folder / LAYERS).is_file():

@@ -109,12 +109,13 @@ def _num_layers(model: nn.Module) -> int:
 
 
 def attention_flops_per_token(config: Any, sequence_length: int) -> float:
-    """Return `12 * L * H * Q * S`: scores and weighted sum, 2 matmuls x 2 FLOPs x 3 passes."""
+    """Return `12 * L * H * Q * S`: scores and weighted sum, 2 matmuls x 2 FLOPs x 3 passes; L * H may be a sum."""
     heads = config.num_attention_heads
+    all_heads = sum(getattr(config, "num_attention_heads_by_layer", None) or [heads] * config.num_hidden_layers)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     query_dim = getattr(config, "qk_head_dim", None) or head_dim
     value_dim = getattr(config, "v_head_dim", None) or head_dim
-    return 6.0 * config.num_hidden_layers * heads * (query_dim + value_dim) * sequence_length
+    return 6.0 * all_heads * (query_dim + value_dim) * sequence_length
 
 
 def _share_of_experts(model: nn.Module, module: nn.Module) -> float:

@@ -131,7 +131,7 @@ def check_num_parameters(model: Any) -> None:
 def _config_class(model_type: Any) -> Any:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    import leanmill.models.pr_moe.register  # noqa: F401
+    import leanmill.models.own_families  # noqa: F401
 
     known = model_type in CONFIG_MAPPING
     if known and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -131,7 +131,7 @@ def pretrained_config(config: ModelConfig) -> Any:
     """
     from transformers import AutoConfig
 
-    import leanmill.models.pr_moe.register  # noqa: F401
+    import leanmill.models.own_families  # noqa: F401
 
     path = str(config.path)
     folder = expand_user(path)

@@ -34,9 +34,9 @@ class Targets:
         heads, groups = self._heads(old)
         new = replace(
             old,
-            hidden=self._size("hidden_size", old.hidden, self.multiple_of),
-            neurons=self._size("intermediate_size", old.neurons, self.multiple_of),
-            layers=self._size("num_hidden_layers", old.layers, 1),
+            hidden=self.size("hidden_size", old.hidden, self.multiple_of),
+            neurons=self.size("intermediate_size", old.neurons, self.multiple_of),
+            layers=self.size("num_hidden_layers", old.layers, 1),
             heads=heads,
             groups=groups,
         )
@@ -46,13 +46,13 @@ class Targets:
 
     def _heads(self, old: Sizes) -> tuple[int, int]:
         shared = old.heads // old.groups
-        groups = self._size("num_key_value_heads", old.groups, 1)
+        groups = self.size("num_key_value_heads", old.groups, 1)
         # Where no two query heads share a key-value head, either number is the other.
         if self.asked.get("num_key_value_heads") is None and shared == 1:
-            groups = self._size("num_attention_heads", old.heads, 1)
+            groups = self.size("num_attention_heads", old.heads, 1)
         if self.asked.get("num_attention_heads") is None:
             return groups * shared, groups
-        heads = self._size("num_attention_heads", old.heads, groups)
+        heads = self.size("num_attention_heads", old.heads, groups)
         if heads % groups or heads > groups * shared:
             fitting = ", ".join(str(groups * number) for number in range(1, shared + 1))
             raise ConfigError(
@@ -61,7 +61,13 @@ class Targets:
             )
         return heads, groups
 
-    def _size(self, name: str, there: int, multiple_of: int) -> int:
+    def size(self, name: str, there: int, multiple_of: int | None = None) -> int:
+        """Return one size of the model to be, where `there` is what the model has.
+
+        Raises:
+            ConfigError: More than there is.
+        """
+        multiple_of = self.multiple_of if multiple_of is None else multiple_of
         asked = self.asked.get(name)
         if asked is None:
             return there

@@ -54,7 +54,12 @@ class Calibrated:
         stream = self._stream()
         for block in stream.blocks():
             # Not advanced: running the block has put its outputs in the place of its inputs.
-            yield SeenBlock(index=block.index, module=block.module, run=lambda block=block: _through(stream, block))  # type: ignore[misc]
+            yield SeenBlock(
+                index=block.index,
+                module=block.module,
+                run=lambda block=block: _through(stream, block),  # type: ignore[misc]
+                peek=lambda block=block: zip(stream.hidden, stream.run(block), strict=True),  # type: ignore[misc]
+            )
 
     def without(self, skipped: Sequence[frozenset[Part]], measure: Measure = "loss") -> list[float]:
         # Variants that begin to differ late share what comes before.

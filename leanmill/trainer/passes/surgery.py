@@ -81,7 +81,7 @@ def operate(
                 tensors = surgeon.block(stored_block(source, prefix, index))
                 _write(writer, ((f"{prefixes[place]}{name}", tensor) for name, tensor in tensors))
         others = sorted(name for name in source.keys if not name.startswith(tuple(prefixes)))
-        _write(writer, ((name, surgeon.outside(name, source.read([name])[name])) for name in others))
+        _write(writer, surgeon.rest(others, lambda name: source.read([name])[name]))
         writer.close(source, config=after)
     return ModelReport(technique=technique, text=surgeon.describe())
 

@@ -1,0 +1,1 @@
+"""Llama whose layers have sizes of their own: `import leanmill.models.pruned_llama.register` makes it known."""

@@ -1,0 +1,67 @@
+"""Configuration of the family `pruned_llama`. Imports nothing of Leanmill, so that it can travel with its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+@strict
+class PrunedLlamaConfig(LlamaConfig):
+    """Llama, Mistral, Qwen2 or Qwen3 whose layers differ in heads and neurons, or have no attention or no MLP.
+
+    `num_attention_heads` and `num_key_value_heads` become those of the layer with the most heads, `intermediate_size`
+    the largest.
+    """
+
+    model_type = "pruned_llama"
+    base_model_tp_plan = None  # type: ignore[assignment]  # heads need not divide
+    base_model_pp_plan = None  # type: ignore[assignment]
+
+    num_attention_heads_by_layer: list[int] | None = None
+    """Query heads of each layer, 0 where it has no attention; None is `num_attention_heads` in each."""
+    num_key_value_heads_by_layer: list[int] | None = None
+    """Key-value heads of each layer, which divide its query heads."""
+    intermediate_size_by_layer: list[int] | None = None
+    """Neurons of each layer's MLP, 0 where it has none; None is `intermediate_size` in each."""
+    qk_norm: bool = False
+    """Whether queries and keys of a head are normalised, as in Qwen3."""
+    residual_rotations: bool = False
+    """Whether attention and MLP are added to a residual stream that is multiplied by a matrix first, as in SliceGPT
+    (Ashkboos et al. 2024, arXiv:2401.15024)."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        heads = self._of_layers("num_attention_heads")
+        groups = self._of_layers("num_key_value_heads")
+        if self.num_key_value_heads_by_layer is None and self.num_attention_heads_by_layer is not None:
+            groups = list(heads)
+        neurons = self._of_layers("intermediate_size")
+        for layer, (of_queries, of_keys) in enumerate(zip(heads, groups, strict=True)):
+            if (of_queries == 0) != (of_keys == 0) or (of_keys and of_queries % of_keys):
+                raise ValueError(
+                    f"layer {layer} has {of_queries} query heads, which its {of_keys} key-value heads do not divide"
+                )
+            if not of_queries and not neurons[layer]:
+                raise ValueError(f"layer {layer} has neither attention nor neurons; leave the layer out")
+        if not any(heads):
+            raise ValueError("num_attention_heads_by_layer leaves no layer with attention")
+        self.num_attention_heads_by_layer, self.num_key_value_heads_by_layer = heads, groups
+        self.intermediate_size_by_layer = neurons
+        self.num_attention_heads, self.num_key_value_heads = max(zip(heads, groups, strict=True))
+        self.intermediate_size = max(neurons) or self.intermediate_size
+
+    def _of_layers(self, name: str) -> list[int]:
+        given: list[int] | None = getattr(self, f"{name}_by_layer")
+        if given is None:
+            return [getattr(self, name)] * self.num_hidden_layers
+        if len(given) != self.num_hidden_layers or min(given) < 0:
+            raise ValueError(
+                f"{name}_by_layer={given} is to be a size of at least 0 for {self.num_hidden_layers} layers"
+            )
+        return list(given)
+
+    def validate_architecture(self) -> None:
+        """Heads of size `head_dim` need not fill the hidden size."""

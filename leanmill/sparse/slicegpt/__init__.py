@@ -1,0 +1,1 @@
+"""SliceGPT: the residual stream rotated to its principal components, the least of which go."""
