@@ -273,6 +273,16 @@ PASSES: dict[str, Entry] = {
         "surgery: fewer channels, after a rotation of the residual stream to its principal components",
         "Ashkboos et al. 2024, arXiv:2401.15024",
     ),
+    "cfsp": Entry(
+        "leanmill.sparse.cfsp.config:Cfsp",
+        "surgery: fewer neurons, blocks that change their input less losing more",
+        "Wang et al. 2024, arXiv:2409.13199",
+    ),
+    "adapt_pruner": Entry(
+        "leanmill.sparse.adapt_pruner.config:AdaptPruner",
+        "surgery: a few heads and neurons less, by the loss, more in layers that do little; takes turns with training",
+        "Pan et al. 2025, arXiv:2502.03460",
+    ),
     "drop_blocks": Entry(
         "leanmill.sparse.drop_blocks.config:DropBlocks",
         "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",

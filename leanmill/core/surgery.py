@@ -148,7 +148,8 @@ class LookingSurgeon(Surgeon, Protocol):
         """Decide what to do by calibration rows; called after `config` and before `block`. A collective.
 
         Returns:
-            The transformers configuration of the new model, with the sizes that `config` gave.
+            The transformers configuration of the new model, with the sizes that `config` gave; how they are shared out
+            over layers may differ.
 
         Raises:
             RunError: The rows do not tell.

@@ -38,7 +38,7 @@ class Rotations:
     """Of what enters the block."""
     middle: Tensor
     """Of what enters its MLP."""
-    exit: Tensor
+    leaving: Tensor
     """Of what leaves it: the next one's `entry`."""
 
 
@@ -107,17 +107,17 @@ class SliceGptSurgeon(LookingSurgeon):
                 for before, _ in block.peek():
                     embedded.see(before)
                 entry = embedded.components(model, self.plan.kept)
-            between, leaving = self._signal(), self._signal()
+            between, outgoing = self._signal(), self._signal()
             with _sliced(block, entry, None), _inputs_of(block, NORMS[1:], between.see):
                 for _ in block.peek():
                     pass
             middle = between.components(model, self.plan.kept)
             with _sliced(block, entry, middle):
                 for _, after in block.run():
-                    leaving.see(after)
-            exit_ = leaving.components(model, self.plan.kept)
-            yield Rotations(entry, middle, exit_)
-            entry = exit_
+                    outgoing.see(after)
+            after_it = outgoing.components(model, self.plan.kept)
+            yield Rotations(entry, middle, after_it)
+            entry = after_it
 
     def _signal(self) -> Signal:
         return Signal(self.plan.old.hidden, self.plan.before.rms_norm_eps)
@@ -137,7 +137,7 @@ class SliceGptSurgeon(LookingSurgeon):
             yield name, found.to(tensor.dtype).contiguous()
         if self.per_block:
             yield "attention_rotation.weight", (turn.middle.t() @ turn.entry).to(dtype)
-            yield "mlp_rotation.weight", (turn.exit.t() @ turn.middle).to(dtype)
+            yield "mlp_rotation.weight", (turn.leaving.t() @ turn.middle).to(dtype)
 
     def _norm(self, weight: Tensor) -> Tensor:
         kept, old = self.plan.kept, self.plan.old.hidden
@@ -150,7 +150,7 @@ class SliceGptSurgeon(LookingSurgeon):
         yield norm, self._norm(gain)
         # The head takes over the last norm's weights, which the embeddings have not, so they are tied no more.
         weight = read(head) if head in names else table
-        yield head, ((weight.double() * gain.double()) @ self.rotations[-1].exit).to(weight.dtype)
+        yield head, ((weight.double() * gain.double()) @ self.rotations[-1].leaving).to(weight.dtype)
         yield from ((name, read(name)) for name in names if name not in (embeddings, head, norm))
 
     def describe(self) -> str:
@@ -196,7 +196,7 @@ def _turned(name: str, weight: Tensor, gains: Mapping[str, Tensor], turn: Rotati
     if layer in ("gate_proj", "up_proj") and name.endswith("weight"):
         return (weight * gains[NORMS[1]]) @ turn.middle
     if layer in ("o_proj", "down_proj"):
-        return (turn.middle if part == "self_attn" else turn.exit).t() @ weight
+        return (turn.middle if part == "self_attn" else turn.leaving).t() @ weight
     return weight
 
 

@@ -25,6 +25,7 @@ _LAYOUT: tuple[tuple[str, tuple[Axis | None, ...]], ...] = (
     (r"self_attn\.o_proj\.weight", ("hidden", "heads")),
     (r"self_attn\.o_proj\.bias", ("hidden",)),
     (r"self_attn\.[qk]_norm\.weight", (None,)),
+    (r"(attention|mlp)_rotation\.weight", ("hidden", "hidden")),
     (r"mlp\.(gate|up)_proj\.weight", ("neurons", "hidden")),
     (r"mlp\.(gate|up)_proj\.bias", ("neurons",)),
     (r"mlp\.down_proj\.weight", ("hidden", "neurons")),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
 from leanmill.core.surgery import CalibratedModel, Part, SeenBlock
+from leanmill.sparse.structured.anatomy import axes_of
 
 
 HEADS, NEURONS = "self_attn.o_proj", "mlp.down_proj"
@@ -151,3 +153,70 @@ def _with_factor(factors: dict[int, Tensor], layer: int, num_heads: int) -> Call
         return ((heads * factors[layer][:, None, :, None]).flatten(-2),)
 
     return hook
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartScores:
+    """Importance of the parts of one layer, fp32."""
+
+    groups: Tensor
+    """Of key-value heads with all their query heads [groups]."""
+    neurons: Tensor
+    """[neurons]."""
+
+
+def taylor_of_parts(model: CalibratedModel, groups: Sequence[int]) -> list[PartScores]:
+    """Return for the parts of each layer the sum over their weights of |w dL/dw|, L the mean loss of all rows.
+
+    Holds the whole model and gradients of its blocks. A collective.
+
+    Args:
+        model: The model.
+        groups: Key-value heads of each layer.
+
+    Raises:
+        RunError: A gradient is not finite.
+    """
+    whole: Any = model.whole()
+    blocks = [whole.get_submodule(f"model.layers.{layer}") for layer in range(len(groups))]
+    for block in blocks:
+        block.requires_grad_()
+    device = next(whole.parameters()).device
+    num_rows = 0
+    for batch in model.rows:
+        ids = batch["input_ids"].to(device)
+        logits = whole(input_ids=ids, position_ids=batch["position_ids"].to(device), use_cache=False).logits
+        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").backward()
+        num_rows += ids.numel() - len(ids)
+    all_rows = model.total(torch.tensor(float(num_rows)))
+    found = []
+    for block, number in zip(blocks, groups, strict=True):
+        saliences = {}
+        for name, parameter in sorted(block.named_parameters()):
+            gradient = model.total(parameter.grad.cpu()) / all_rows
+            saliences[name] = (parameter.detach().cpu() * gradient).abs()
+            if not torch.isfinite(saliences[name]).all():
+                raise RunError(f"the gradient of {name} is not finite on the calibration rows; look at model and data")
+            parameter.grad = None
+        found.append(scores_of_parts(saliences, number))
+    return found
+
+
+def scores_of_parts(saliences: Mapping[str, Tensor], groups: int) -> PartScores:
+    """Return how much each part of a layer counts: the sum over all weights that belong to it.
+
+    Args:
+        saliences: Of each weight and bias of a block, by name relative to it.
+        groups: Key-value heads of the layer.
+    """
+    sums: dict[str, list[Tensor]] = {"groups": [torch.zeros(groups)], "neurons": []}
+    for name, salience in saliences.items():
+        for dim, axis in enumerate(axes_of(name)):
+            if axis in ("heads", "groups", "neurons"):
+                one_dim = salience.float().movedim(dim, 0).flatten(1).sum(1)
+                key = "neurons" if axis == "neurons" else "groups"
+                sums[key].append(one_dim if key == "neurons" else one_dim.view(groups, -1).sum(1))
+    return PartScores(
+        groups=torch.stack(sums["groups"]).sum(0),
+        neurons=torch.stack(sums["neurons"]).sum(0) if sums["neurons"] else torch.zeros(0),
+    )

@@ -119,6 +119,6 @@ def test_bf16_stays_bf16(text, tokenizer, tmp_path):  # noqa: F811
 )
 def test_requests_that_do_not_fit(family, options, message):
     changes = {"sliding_window": 8} if family == "mistral" else {}
-    config = ModelConfig(config={"model_type": family, **SIZES, **changes})
+    config = ModelConfig(config={"model_type": family, **SIZES, **changes}, attention="eager")
     with pytest.raises(ValueError, match=message):
         after_passes(config, [parse_pass({"type": "slicegpt", **options})], seed=0)

@@ -1,0 +1,1 @@
+"""CFSP: neurons by coarse and fine activation information."""
