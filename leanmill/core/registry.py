@@ -283,6 +283,11 @@ PASSES: dict[str, Entry] = {
         "surgery: a few heads and neurons less, by the loss, more in layers that do little; takes turns with training",
         "Pan et al. 2025, arXiv:2502.03460",
     ),
+    "ziplm": Entry(
+        "leanmill.sparse.ziplm.config:ZipLm",
+        "surgery: fewer heads and neurons by second-order error, under a speedup by measured latencies",
+        "Kurtic et al. 2023, arXiv:2302.04089",
+    ),
     "drop_blocks": Entry(
         "leanmill.sparse.drop_blocks.config:DropBlocks",
         "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",

@@ -66,6 +66,13 @@ class Surgeon(Protocol):
         """
         return ((name, self.outside(name, read(name))) for name in names)
 
+    def further(self) -> Iterator[tuple[str, Any]]:
+        """Yield further models to write into folders within the new one's, as name and transformers configuration.
+
+        The other methods speak of each until the next one is asked for, and of the new model again afterwards.
+        """
+        return iter(())
+
     def describe(self) -> str:
         """Return in one line what was made; called last."""
         ...

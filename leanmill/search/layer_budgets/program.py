@@ -1,18 +1,9 @@
-"""The cheapest sum of errors under a budget, by dynamic programming."""
+"""Errors that add up, for the program that finds their least sum under a budget."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import numpy as np
-
-from leanmill.core.errors import RunError
+from leanmill.core.least_error import least_error
 from leanmill.core.levels import Judge, Space, State
-
-
-_BUCKETS = 20_000
-"""Of the budget, where its common divisor with all costs would give more: costs are rounded up to whole ones then."""
 
 
 class Program:
@@ -28,7 +19,7 @@ class Program:
 
     def run(self, space: Space, judge: Judge) -> State:
         if self.num_tokens is None:
-            return least_error(space, judge.layer_errors())
+            return least_error(space, judge.layer_errors(), technique="layer_budgets")
         units = len(space.costs)
         alone = [
             [level if index == unit else None for index in range(units)]
@@ -37,51 +28,4 @@ class Program:
         ]
         losses = judge.losses(alone, num_tokens=self.num_tokens, draw=f"{self.seed} budgets")
         errors = [losses[unit * space.num_levels : (unit + 1) * space.num_levels] for unit in range(units)]
-        return least_error(space, errors)
-
-
-def least_error(space: Space, errors: Sequence[Sequence[float]]) -> State:
-    """Return the levels within the budget whose errors have the least sum.
-
-    Exact where the budget has at most 20,000 steps of the costs' common divisor; else the budget is met with costs
-    that are rounded up to 1/20,000 of it.
-
-    Args:
-        space: Costs and budget.
-        errors: Of each unit at each level; what is no number is never taken.
-
-    Raises:
-        RunError: Nothing meets the budget with errors that are numbers.
-    """
-    floor = [costs[0] for costs in space.costs]
-    room = space.budget - sum(floor)
-    steps = [[cost - costs[0] for cost in costs] for costs in space.costs]
-    unit = math.gcd(*(cost for costs in steps for cost in costs)) or 1
-    if room // unit > _BUCKETS:
-        unit = -(-room // _BUCKETS)
-    size = room // unit
-    least = np.zeros(size + 1)
-    chosen = []
-    for costs, of_unit in zip(steps, errors, strict=True):
-        best = np.full(size + 1, np.inf)
-        which = np.full(size + 1, -1)
-        for level, (cost, error) in enumerate(zip(costs, of_unit, strict=True)):
-            shift = -(-cost // unit)
-            if shift > size or not math.isfinite(error):
-                continue
-            total = np.full(size + 1, np.inf)
-            total[shift:] = least[: size + 1 - shift] + error
-            better = total < best
-            best[better], which[better] = total[better], level
-        least = best
-        chosen.append((which, costs))
-    if room < 0 or not np.isfinite(least[size]):
-        raise RunError(
-            "layer_budgets: no levels meet the budget with errors that are numbers; look at model and calibration data"
-        )
-    left, state = size, []
-    for which, costs in reversed(chosen):
-        level = int(which[left])
-        state.append(level)
-        left -= -(-costs[level] // unit)
-    return tuple(reversed(state))
+        return least_error(space, errors, technique="layer_budgets")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
+from leanmill.core.gram import Gram
 from leanmill.core.surgery import CalibratedModel, Part, SeenBlock
 from leanmill.sparse.structured.anatomy import axes_of
 
@@ -105,6 +106,44 @@ class Moments:
             rows = inputs[0].detach().flatten(0, -2).double().cpu()
             found = torch.stack([torch.full_like(rows[0], len(rows)), rows.sum(0), rows.square().sum(0)])
             self.sums[key] = self.sums[key] + found if key in self.sums else found
+
+        return see
+
+
+class Grams:
+    """Sums of x x^T over all tokens of what enters some modules of a block."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Gram] = {}
+
+    @contextmanager
+    def watch(self, block: SeenBlock, inputs: Collection[str]) -> Iterator[None]:
+        """Look at the inputs of some modules while a block runs."""
+        with ExitStack() as stack:
+            for name in inputs:
+                hook = self._hook(f"{block.index}.{name}")
+                stack.callback(block.module.get_submodule(name).register_forward_pre_hook(hook).remove)
+            yield
+
+    def whole(self, model: CalibratedModel, layer: int, name: str) -> Tensor:
+        """Return the sum over all ranks [features, features] fp64; a collective, which uses it up.
+
+        Raises:
+            RunError: Not finite.
+        """
+        gram = self.sums.pop(f"{layer}.{name}")
+        gram.reduce(model.total)
+        found = gram.whole()
+        if not torch.isfinite(found).all():
+            raise RunError(
+                f"what enters {name} of layer {layer} is not finite on the calibration rows; look at the data"
+            )
+        return found
+
+    def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).double()
+            self.sums.setdefault(key, Gram(rows.shape[1], dtype=torch.float64)).add(rows)
 
         return see
 

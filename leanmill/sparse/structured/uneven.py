@@ -66,8 +66,11 @@ class UnevenSurgeon(LookingSurgeon):
         return config_with(self.technique, before, self.expected(), range(self.sizes.layers), own=True)
 
     def look(self, model: CalibratedModel) -> Any:
-        self.chosen = self.choose(model)
-        widths = self.chosen.widths
+        return self.take(self.choose(model))
+
+    def take(self, chosen: Chosen) -> Any:
+        """Make the model of what stays the one that is written; return its transformers configuration."""
+        self.chosen, widths = chosen, chosen.widths
         layers = [layer for layer in range(self.sizes.layers) if widths.heads[layer] or widths.neurons[layer]]
         self._cutter = Cutter(
             self.sizes,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.surgery import (
@@ -15,6 +15,7 @@ from leanmill.core.surgery import (
     GradientSurgeon,
     LookingSurgeon,
     StoredBlock,
+    Surgeon,
     SurgeryConfig,
 )
 from leanmill.models.build import build_on_meta
@@ -73,17 +74,24 @@ def operate(
     if config.looks:
         after = cast(LookingSurgeon, surgeon).look(calibrated)
     if writer is not None:
-        names = {id(module): name for name, module in built.named_modules()}
-        prefixes = [f"{names[id(block)]}." for block in decoder_blocks(built)]
-        for index, prefix in enumerate(prefixes):
-            place = surgeon.place(index)
-            if place is not None:
-                tensors = surgeon.block(stored_block(source, prefix, index))
-                _write(writer, ((f"{prefixes[place]}{name}", tensor) for name, tensor in tensors))
-        others = sorted(name for name in source.keys if not name.startswith(tuple(prefixes)))
-        _write(writer, surgeon.rest(others, lambda name: source.read([name])[name]))
-        writer.close(source, config=after)
+        for name, config_of_it in surgeon.further():
+            (writer.path / name).mkdir()
+            _write_model(surgeon, built, source, TargetFolder(writer.path / name), config_of_it)
+        _write_model(surgeon, built, source, writer, after)
     return ModelReport(technique=technique, text=surgeon.describe())
+
+
+def _write_model(surgeon: Surgeon, built: nn.Module, source: SourceFolder, writer: TargetFolder, config: Any) -> None:
+    names = {id(module): name for name, module in built.named_modules()}
+    prefixes = [f"{names[id(block)]}." for block in decoder_blocks(built)]
+    for index, prefix in enumerate(prefixes):
+        place = surgeon.place(index)
+        if place is not None:
+            tensors = surgeon.block(stored_block(source, prefix, index))
+            _write(writer, ((f"{prefixes[place]}{name}", tensor) for name, tensor in tensors))
+    others = sorted(name for name in source.keys if not name.startswith(tuple(prefixes)))
+    _write(writer, surgeon.rest(others, lambda name: source.read([name])[name]))
+    writer.close(source, config=config)
 
 
 def stored_block(source: SourceFolder, prefix: str, index: int) -> StoredBlock:

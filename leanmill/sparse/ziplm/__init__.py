@@ -1,0 +1,1 @@
+"""ZipLM: heads and neurons removed by second-order error and measured latency."""
