@@ -269,6 +269,16 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "peft_vera": {"type": "peft", "method": "vera", "r": 4},
     "peft_pool": {"type": "peft", "method": "vblora", "vector_length": 8, "num_vectors": 8, "targets": ["q_proj"]},
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
+    # Subspaces are found in the first step and in the third.
+    "galore": {"type": "galore", "rank": 4, "every_steps": 2, "scale": 0.5},
+    "natural_galore": {
+        "type": "galore",
+        "rank": 4,
+        "every_steps": 1,
+        "subspace": "sketch",
+        "natural": {"history": 2, "damping": 0.1},
+    },
+    "drawn_subspaces": {"type": "galore", "rank": 4, "every_steps": 2, "subspace": "random"},
     "static_mask": {"type": "static_mask"},
     "perp": {"type": "perp", "train": ["biases", "norms"]},
     # No sub-model has the other half of the neurons.
@@ -330,6 +340,8 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "lsq over lora on bf16": ("bf16", "lora", "lsq_row"),
     "branches on int4": ("int4", "lora_branch"),
     "experts in int8": ("mixtral", "int8", "lora", "router_balance"),
+    "natural gradients of experts": ("mixtral", "natural_galore", "nm_sparsity", "ternary", "router_balance"),
+    "subspaces taking turns": ("lisa", "galore", "distill"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
     "fixed projections beside masks": ("peft_vera", "nm_sparsity", "ternary"),
     "a pool beside a teacher": ("peft_pool", "distill"),
@@ -359,6 +371,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "pulled",
             "learned_threshold",
             "matformer",
+            "galore",
         )
     },
     "layer_skip": ("deeper", "layer_skip"),
@@ -424,6 +437,8 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "hidden_distill+ternary": ("hidden_distill", "ternary"),
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "neftune", "ternary"),
     "further tokens": ("multi_token", "nm_sparsity"),
+    # Another order of additions in bf16 turns singular vectors.
+    "drawn subspaces": ("drawn_subspaces", "nm_sparsity"),
 }
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -443,6 +458,7 @@ ON_EVERY_ENGINE = {
     "mask_llm",
     "rigl",
     "gradual_pruning",
+    "galore",
     "layer_skip",
     "hidden_distill",
     "experts",

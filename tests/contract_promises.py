@@ -124,6 +124,18 @@ def trains_the_first_half_of_neurons(run: Trained) -> None:
         assert not torch.equal(run.after[name][:24], run.before[name][:24] * ratio.median())
 
 
+def trains_in_orthonormal_subspaces(run: Trained) -> None:
+    """Vectors of a subspace are orthonormal, and what two of them trained is of twice their rank."""
+    for name, (_, weight) in run.sites.items():
+        basis = run.after[f"{name}.stages.delta.basis"]
+        basis = basis if basis.shape[-2] > basis.shape[-1] else basis.mT
+        assert torch.allclose(basis.mT @ basis, torch.eye(basis.shape[-1]), atol=1e-5), name
+        if len(run.names) == 1:
+            moved = torch.linalg.svdvals(weight - run.before[f"{name}.weight"])
+            assert moved[0] > 0, name
+            assert (moved[8:] <= 1e-4 * moved[0]).all(), name
+
+
 _OWN = ("lora_", ".stages.", ".around.")
 TRAINS: dict[str, tuple[str, ...]] = {
     "lora": _OWN,
@@ -153,6 +165,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "dual_binary": (has_four_levels_a_group,),
     "fp_quant": (has_eight_magnitudes_a_block,),
     "lsq_row": (has_eight_levels_a_row,),
+    "galore": (trains_in_orthonormal_subspaces,),
     "matformer": (trains_the_first_half_of_neurons,),
 }
 

@@ -133,6 +133,11 @@ TECHNIQUES: dict[str, Entry] = {
         "train a few layers at a time, drawn anew every few steps",
         "Pan et al. 2024, arXiv:2403.17919",
     ),
+    "galore": Entry(
+        "leanmill.peft_ext.galore.config:GaLore",
+        "train weights through the leading subspace of their gradients, found anew every so often; Natural GaLore",
+        "Zhao et al. 2024, arXiv:2403.03507; Das 2024, arXiv:2410.16029",
+    ),
     "distill": Entry(
         "leanmill.distill.logits.config:Distill",
         "match a frozen teacher's next-token distribution",

@@ -125,9 +125,17 @@ class Stage(OperandStage):
     forward and the last backward of a step. Its backward then runs once too, on the gradient of all
     micro-batches and ranks, and on that alone does the gradient of own parameters depend."""
 
+    writes_weight: ClassVar[bool] = False
+    """Whether a rule adds to the weight under this stage as training goes, so that it stays in fp32 though frozen."""
+
     def forward(self, weight: Tensor) -> Tensor:
         """Return the staged weight, same shape and dtype."""
         raise NotImplementedError
+
+    @property
+    def bytes_watched(self) -> int:
+        """Bytes that a rank holds in some steps to look at the weight's gradient, whole however it is sharded."""
+        return 0
 
     def on_part(self, part: Tensor, shape: torch.Size) -> PartStaging | None:
         """Stage a shard of a weight, for stages that run `once_a_step`.

@@ -144,6 +144,14 @@ class TechniqueConfig(Config):
         """Whether its step rules read or write optimizer state or masters by element, see `core.views`."""
         return False
 
+    def writes_masters(self) -> bool:
+        """Whether its step rules read or write what the optimizer writes, if not its state."""
+        return self.reads_optimizer_state()
+
+    def needs_whole_experts(self) -> bool:
+        """Whether every rank must hold all experts of a weight that it takes."""
+        return False
+
     def reads_second_moments(self) -> str | None:
         """Where it needs AdamW's second moments of gradients, return what to set so that it does not."""
         return None

@@ -12,7 +12,7 @@ from leanmill.core.branches import BASE
 from leanmill.core.compact import Compact, Kind
 from leanmill.core.errors import ConfigError
 from leanmill.core.site import LinearSite, Site
-from leanmill.core.sites import Candidate, Sites
+from leanmill.core.sites import Candidate, Sites, iter_sites
 from leanmill.core.stage import Slot
 from leanmill.models.calls import uncalled
 from leanmill.models.config import FrozenDtype
@@ -37,15 +37,16 @@ def compact_frozen(
         bases_are_read: Whether branches read or write weights of the layers they wrap.
 
     Raises:
-        ConfigError: Nothing is frozen; a branch reads the weight it is beside; a mask or a quantiser stands on a
-            weight that would be rounded to 8 or 4 bits before it; or a frozen weight is used in a way that nothing
-            can be put before.
+        ConfigError: Nothing is frozen; a technique adds to a frozen weight as training goes; a branch reads the weight
+            it is beside; a mask or a quantiser stands on a weight that would be rounded to 8 or 4 bits before it; or a
+            frozen weight is used in a way that nothing can be put before.
     """
     kind = precision if frozen_dtype == "auto" else frozen_dtype
     if kind == "fp32":
         return ""
     sites = Sites(model)
     groups: dict[int, list[Candidate]] = {}
+    written = _written(model)
     for candidate in sites.candidates.values():
         weight = _weight(model, candidate)
         if bases_are_read and BASE in candidate.module_path.split("."):
@@ -53,6 +54,13 @@ def compact_frozen(
                 raise ConfigError(
                     f"model.frozen_dtype={frozen_dtype} would keep {candidate.name} in another form, and the adapter "
                     f"around it may read its weight as it is; set model.frozen_dtype=auto, or use {{type: lora}}"
+                )
+            continue
+        if id(weight) in written:
+            if frozen_dtype != "auto":
+                raise ConfigError(
+                    f"model.frozen_dtype={frozen_dtype} would round {candidate.name}, to which {written[id(weight)]} "
+                    f"adds what it has trained; set model.frozen_dtype=auto"
                 )
             continue
         if not weight.requires_grad and weight.is_floating_point():
@@ -100,6 +108,12 @@ def _compact(
         owner, key = site.weight_at
         owner._parameters[key] = kept
     return True
+
+
+def _written(model: nn.Module) -> dict[int, str]:
+    """Which technique adds to a frozen weight as training goes, by the weight's id."""
+    staged = ((site, stage) for _, site in iter_sites(model) for stage in site.weight_stages())
+    return {id(site.raw_weight): stage.technique for site, stage in staged if stage.writes_weight}
 
 
 def _weight(model: nn.Module, candidate: Candidate) -> nn.Parameter:

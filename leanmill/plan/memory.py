@@ -57,6 +57,7 @@ def estimate(
         raise TypeError(f"the engine must be chosen first, got {engine.type!r}")
     # One weight at a time, in forward and again in backward.
     memory.add("transient", "decoded weights", max((w.decoded for w in weights), default=0))
+    memory.add("transient", "watched gradients", sum(w.watched for w in weights if w.trainable))
     return memory
 
 

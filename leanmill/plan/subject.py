@@ -164,6 +164,7 @@ def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) 
     whole, in_parts = (staged_once(model, in_parts=in_parts)[0] for in_parts in (False, True))
     once, once_in_parts = ({id(weight.raw) for weight in found} for found in (whole, in_parts))
     decoded = {id(site.raw_weight): bytes_decoded(site) for _, site in iter_sites(model)}
+    watched = _watched(model)
     tables = {id(weight.raw) for weight in whole if is_table(weight)}
     named = list(state_parameters(model))
     trained = [name for name, parameter in named if parameter.requires_grad]
@@ -184,7 +185,19 @@ def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) 
             is_saved=saved is None or name in saved,
             is_mask=parameter.dtype == torch.bool,
             decoded=decoded.get(id(parameter), 0),
+            watched=watched.get(id(parameter), 0),
         )
+
+
+def _watched(model: nn.Module) -> dict[int, int]:
+    """Bytes that stages hold to look at a weight's gradient, by the id of the parameter that they train by it."""
+    found = {}
+    for _, site in iter_sites(model):
+        for stage in site.weight_stages():
+            trained = next((p for p in stage.parameters() if p.requires_grad), None)
+            if trained is not None:
+                found[id(trained)] = stage.bytes_watched
+    return found
 
 
 def _with_staging_settled(

@@ -34,6 +34,8 @@ class Weight:
     """Whether it is a mask, which engines gather as it is."""
     decoded: int = 0
     """Bytes of what a use of it decodes, where it is frozen and kept in fewer bytes."""
+    watched: int = 0
+    """Bytes that a rank holds in some steps to look at the gradient of a weight that this one changes, all of it."""
     sharers: int | None = None
     """Ranks that share what is counted of it, where those are not the ones that share other weights."""
 

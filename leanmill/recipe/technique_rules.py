@@ -21,6 +21,7 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
     yield from _branches(recipe)
     yield from _modules_left_out(recipe)
     yield from _references(recipe)
+    yield from _experts(recipe)
 
 
 def _losses(recipe: Sections) -> Iterator[str]:
@@ -43,10 +44,9 @@ def _rates(recipe: Sections) -> Iterator[str]:
 
 
 def _views(recipe: Sections) -> Iterator[str]:
+    writing = [config.type for config in recipe.techniques if config.writes_masters()]  # type: ignore[attr-defined]
     names = [config.type for config in recipe.techniques if config.reads_optimizer_state()]  # type: ignore[attr-defined]
-    if not names:
-        return
-    if recipe.optimizer.type == "adamw8bit":
+    if names and recipe.optimizer.type == "adamw8bit":
         yield (
             f"{names[0]} writes optimizer state element by element, and optimizer.type=adamw8bit keeps it in rounded "
             f"blocks; set optimizer.type=adamw or lion"
@@ -61,9 +61,9 @@ def _views(recipe: Sections) -> Iterator[str]:
     offloads = ("offload_optimizer", "offload_parameters") if recipe.engine.type == "deepspeed" else ()
     for field in offloads:
         offload = getattr(recipe.engine, field)
-        if offload is not None and offload.device == "nvme":
+        if writing and offload is not None and offload.device == "nvme":
             yield (
-                f"{names[0]} reads weights and optimizer state in every step, and engine.{field}.device=nvme keeps "
+                f"{writing[0]} reads weights and optimizer state in every step, and engine.{field}.device=nvme keeps "
                 f"them on disk; set engine.{field}.device=cpu"
             )
 
@@ -112,3 +112,10 @@ def _references(recipe: Sections) -> Iterator[str]:
             f"{name}.reference is not given, so the reference is the model without its adapters, and {moving[0]} moves "
             f"a part of the model into them at its start; set {name}.reference to the folder that training starts from"
         )
+
+
+def _experts(recipe: Sections) -> Iterator[str]:
+    layout = recipe.layout
+    for name in [config.type for config in recipe.techniques if config.needs_whole_experts()]:  # type: ignore[attr-defined]
+        if layout.ep > 1 or layout.experts.type == "fully_sharded":
+            yield f"{name} needs all experts of a weight on every rank; set layout.ep=1 and layout.experts=spread"

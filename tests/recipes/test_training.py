@@ -109,6 +109,7 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     overrides += [f"techniques.{i}.num_layers=1" for i, technique in techniques if hasattr(technique, "num_layers")]
     grouped = [i for i, technique in techniques if getattr(technique, "group_size", None) and technique.type == "lsq"]
     overrides += [f"techniques.{i}.group_size=16" for i in grouped]
+    overrides += [f"techniques.{i}.rank=8" for i, technique in techniques if technique.type == "galore"]
     frozen = [f"{i}.{key}" for i, technique in techniques for key in technique.frozen_models()]
     return overrides + [f"techniques.{key}={files / 'model'}" for key in frozen]
 

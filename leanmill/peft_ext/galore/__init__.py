@@ -1,0 +1,1 @@
+"""Full fine-tuning whose optimizer works in a subspace of each weight's gradient."""
