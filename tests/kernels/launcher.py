@@ -17,14 +17,14 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 """Kernels load bf16 as fp32, so the interpreter, which cannot compute in bf16, covers it too."""
 
 
-def kernel_module(name: str) -> ModuleType:
-    """Return `leanmill.kernels.<name>.kernel`; Triton decides at decoration whether to interpret."""
+def kernel_module(name: str, file: str = "kernel") -> ModuleType:
+    """Return `leanmill.kernels.<name>.<file>`; Triton decides at decoration whether to interpret."""
     pytest.importorskip("triton")
     before = os.environ.get("TRITON_INTERPRET")
     if DEVICE.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     try:
-        return importlib.import_module(f"leanmill.kernels.{name}.kernel")
+        return importlib.import_module(f"leanmill.kernels.{name}.{file}")
     finally:
         if before is None:
             os.environ.pop("TRITON_INTERPRET", None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.kernels.dispatch import on_gpu
 from leanmill.kernels.grouped_gemm.problem import Gradients, Needed, Problem
 from leanmill.kernels.moe_permute.op import _combine, _spread, order_of_positions
 
@@ -104,5 +105,10 @@ def _ends(problem: Problem) -> Tensor:
 
 def _without_tail(problem: Problem, product: Tensor) -> Tensor:
     """Zeros in the rows of no expert, which torch's kernel leaves as they were."""
+    if on_gpu(product):
+        from leanmill.kernels.grouped_gemm.tail import zero_tail
+
+        zero_tail(product, problem.offsets)
+        return product
     row = torch.arange(product.shape[0], device=product.device)
     return product.masked_fill_((row >= problem.offsets[-1]).unsqueeze(-1), 0.0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from leanmill.kernels.linear_cross_entropy.naive import Form
+from tests.kernels.compiled import assert_compiles
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
-from tests.kernels.linear_cross_entropy.compiled import assert_compiles
 from tests.kernels.linear_cross_entropy.rows import assert_equals_definition
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from leanmill.kernels.topk_router import cpu, naive
 from leanmill.kernels.topk_router.op import Groups, _route, topk_router
 from leanmill.kernels.topk_router.settings import Settings
+from tests.kernels.compiled import assert_compiles
 from tests.kernels.launcher import DEVICE, DTYPES, kernel_module
-from tests.kernels.linear_cross_entropy.compiled import assert_compiles
 
 
 def by_hand(logits, top_k, *, score, normalise, bias, scaling):
