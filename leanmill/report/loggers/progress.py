@@ -40,8 +40,8 @@ class Progress(Observer):
 
     def on_start(self, info: RunInfo) -> None:
         self._info, self._peak, self._started = info, device_peak(info), time.monotonic()
-        for line in banner(info):
-            self._print(line)
+        for text in banner(info):
+            self._print_wrapped(text)
         if self._stream.isatty():
             from leanmill.report.loggers.bar import Bar
 
@@ -79,21 +79,23 @@ class Progress(Observer):
             self._print(f"report: {self._report.resolve()}")
 
     def _print_wrapped(self, text: str) -> None:
-        for line in _wrap(text):
-            self._print(line)
+        self._print(*_wrap(text))
 
-    def _print(self, line: str) -> None:
-        line = redact(line)
+    def _print(self, *lines: str) -> None:
+        """Print one line, or one with its continuations, which have no time of their own."""
+        shown = [redact(line) for line in lines]
         if self._bar is not None:
-            self._bar.print_line(line)
+            for line in shown:
+                self._bar.print_line(line)
             return
-        if not self._stream.isatty():  # a line that may be read days later
-            line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}"
-        print(line, file=self._stream, flush=True)  # noqa: T201 (this observer is where a run prints)
+        if not self._stream.isatty():  # lines that may be read days later
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
+            shown = [f"{' ' * len(stamp) if number else stamp}{line}" for number, line in enumerate(shown)]
+        print("\n".join(shown), file=self._stream, flush=True)  # noqa: T201 (this observer is where a run prints)
 
 
 def banner(info: RunInfo) -> list[str]:
-    """Lines shown before the first step, at most WIDTH columns."""
+    """Texts shown before the first step."""
     facts = run_facts(info)
     techniques = " + ".join(facts["techniques"]) or "no techniques"
     parameters = count(info.num_parameters)
@@ -102,14 +104,13 @@ def banner(info: RunInfo) -> list[str]:
     ranks = plural(info.world_size, "rank")
     start = f" from step {info.start_step:,}" if info.start_step else ""
     passes = f", {info.epochs:.3g} passes over the data" if info.epochs is not None else ""
-    lines = [
+    return [
         f"{facts['name']}: {facts['model']}, {parameters} parameters, {techniques}",
         f"{facts['engine']} on {ranks} of {facts['hardware']['device']}, {facts['precision']}",
         f"{plural(info.num_steps, 'step')} of {facts['tokens_per_step']:,} tokens{passes}{start}, "
         f"{info.flops_per_token:.3g} FLOPs a token",
         *info.notes,
     ]
-    return [wrapped for line in lines for wrapped in _wrap(line)]
 
 
 def _one_line(text: str) -> str:

@@ -23,8 +23,9 @@ def _told(run_dir: Path, stream: io.StringIO, **changes) -> str:
 
 
 def unstamped(text: str) -> str:
-    """Lines of a file without the time that each begins with."""
-    return "".join(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (.*\n)", line)[1] for line in text.splitlines(True))
+    """Lines of a file without the time that each begins with, or the space below it that continuations have."""
+    stamped = re.compile(r"(?:\d{4}-\d\d-\d\d \d\d:\d\d:\d\d | {20})(.*\n)")
+    return "".join(stamped.fullmatch(line)[1] for line in text.splitlines(True))
 
 
 def test_plain_lines_are_narrow_and_free_of_control_codes(tmp_path: Path) -> None:
@@ -35,6 +36,13 @@ def test_plain_lines_are_narrow_and_free_of_control_codes(tmp_path: Path) -> Non
     assert "eta" in text
     assert "tok/s" in text
     assert "mfu" in text
+
+
+def test_only_the_first_line_of_a_text_has_its_time(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    note = " ".join(f"word{number}" for number in range(60))
+    Progress(tmp_path, stream).on_start(fake_info(fake_recipe(tmp_path), tmp_path, notes=(note,)))
+    assert note in " ".join(stream.getvalue().split())
 
 
 def test_banner_shows_every_note(tmp_path: Path) -> None:
