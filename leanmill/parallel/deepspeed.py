@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -122,15 +123,19 @@ class DeepSpeedEngine(Engine):
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index + 1 == len(micro_batches))
-            losses: Losses = self._engine(batch)
+            losses = self._run(batch)
             self._engine.backward(losses["total"] * scale, scale_wrt_gas=False)
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         self._zero.has_gradients = True
         return sums
 
+    def _run(self, batch: Batch, **options: Any) -> Losses:
+        with _casts_of_their_own() if self.config.stage == 3 else nullcontext():
+            return self._engine(batch, **options)
+
     def _look(self, batch: Batch) -> None:
-        self._engine(batch)
+        self._run(batch)
 
     @torch.no_grad()
     def clip(self, max_norm: float | None) -> Tensor:
@@ -163,7 +168,7 @@ class DeepSpeedEngine(Engine):
     def evaluate(self, batch: Batch, *, wanted: Wanted = "losses") -> Losses:
         self.module.eval()
         try:
-            losses: Losses = self._engine(batch) if wanted == "losses" else self._engine(batch, wanted=wanted)
+            losses = self._run(batch) if wanted == "losses" else self._run(batch, wanted=wanted)
         finally:
             self.module.train()
         return {name: value.detach() for name, value in losses.items()}
@@ -252,3 +257,19 @@ class DeepSpeedEngine(Engine):
             return self._experts.hand_out(parameter, value)
         replicated = self.config.stage == 0 or (self.config.stage < 3 and not parameter.requires_grad)
         return value.detach() if replicated else share(value, self._mesh)
+
+
+@contextmanager
+def _casts_of_their_own() -> Iterator[None]:
+    """Let autocast cast a weight anew at each use.
+
+    It keeps its casts until the end of the forward otherwise: of a model whose weights are gathered in turn that is
+    the whole model in bf16, and a weight used twice, as DoRA uses its own, meets in backward the cast of a gathering
+    whose weight was let go in between.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
