@@ -257,6 +257,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "update_every_steps": 1,
         "pattern": "column",
         "criterion": "fisher",
+        "growth": "geometric",
     },
     "second_lora": {
         "type": "lora",

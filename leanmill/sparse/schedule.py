@@ -95,16 +95,20 @@ class WarmedUp:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CubicSparsity:
-    """Zhu and Gupta 2017, arXiv:1710.01878, eq. 1: s = s_f + (s_i - s_f) (1 - x)^3, x the progress.
+class GrowingSparsity:
+    """A share of pruned weights that grows from s_i to s_f with the progress x.
 
-    It is asked for every so many steps from the first on, and at the end, so that s_f is reached whatever the two.
+    `cubic`: s = s_f + (s_i - s_f) (1 - x)^3 (Zhu and Gupta 2017, arXiv:1710.01878, eq. 1). `geometric`: what is left
+    falls by the same factor from one time to the next, 1 - s = (1 - s_i)^(1 - x) (1 - s_f)^x (Misra et al. 2022,
+    arXiv:2204.01640). It is asked for every so many steps from the first on, and at the end, so that s_f is reached
+    whatever the two.
     """
 
     initial: float
     final: float
     interval: Interval
     every_steps: int
+    growth: Literal["cubic", "geometric"] = "cubic"
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether masks are to have another sparsity after `step`."""
@@ -114,7 +118,11 @@ class CubicSparsity:
     def sparsity(self, step: int, num_steps: int) -> float:
         """Return the share of weights that are pruned from then on."""
         progress = self.interval.progress(step, num_steps)
-        return 0.0 if progress is None else self.final + (self.initial - self.final) * (1 - progress) ** 3
+        if progress is None:
+            return 0.0
+        if self.growth == "geometric":
+            return 1 - (1 - self.initial) ** (1 - progress) * (1 - self.final) ** progress
+        return self.final + (self.initial - self.final) * (1 - progress) ** 3
 
 
 @dataclass(frozen=True, kw_only=True)

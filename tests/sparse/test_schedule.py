@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from leanmill.sparse.schedule import Interval, MaskDecay, Masking, StructureDecay, geometric, stepwise
+from leanmill.sparse.schedule import GrowingSparsity, Interval, MaskDecay, Masking, StructureDecay, geometric, stepwise
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,19 @@ def test_the_last_step_has_the_plain_mask_however_short_the_run(num_steps):
         StructureDecay(stages=stepwise(1, 4), interval=interval),
     ):
         assert schedule.at(num_steps - 1, num_steps) == Masking(1, 4, 0.0)
+
+
+def test_geometric_growth_leaves_the_same_share_each_time_as_anytime_progressive_pruning_does():
+    # Its code prunes at the start of each of 8 parts of the data, down to 0.8^level, levels from 1 to 4.5.
+    levels = [1 + 3.5 * part / 7 for part in range(8)]
+    num_steps, every = 400, 50
+    schedule = GrowingSparsity(
+        initial=1 - 0.8,
+        final=1 - 0.8**4.5,
+        interval=Interval(begin=0.0, end=7 / 8),
+        every_steps=every,
+        growth="geometric",
+    )
+    due = [step for step in range(num_steps) if schedule.is_due(step, num_steps)]
+    assert due == [every * part for part in range(8)]
+    assert [schedule.sparsity(step, num_steps) for step in due] == pytest.approx([1 - 0.8**level for level in levels])

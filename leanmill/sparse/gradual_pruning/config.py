@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class GradualPruning(UnitsConfig):
     """Prune more and more while training (GMP: Zhu and Gupta 2017, arXiv:1710.01878).
 
-    The share of pruned weights grows as s_f + (s_i - s_f) (1 - x)^3, x from 0 to 1 between `begin` and `end`. What is
-    pruned stays so, and the masks rest after `end`.
+    The share of pruned weights grows between `begin` and `end`. What is pruned stays so, and masks rest after `end`.
     """
 
     type: Literal["gradual_pruning"] = "gradual_pruning"
@@ -34,6 +33,10 @@ class GradualPruning(UnitsConfig):
     """Share of the run after which `sparsity` is reached; what is left recovers."""
     update_every_steps: int = Field(default=100, ge=1)
     """Optimizer steps between updates; the last one comes at `end`."""
+    growth: Literal["cubic", "geometric"] = "cubic"
+    """How the share grows, x from 0 to 1 between `begin` and `end`: `cubic` as s_f + (s_i - s_f) (1 - x)^3, fast at
+    first; `geometric` so that every update leaves the same share of what the one before left, 1 - s = (1 - s_i)^(1 - x)
+    (1 - s_f)^x, as Anytime Progressive Pruning does (Misra et al. 2022, arXiv:2204.01640)."""
     criterion: Literal["magnitude", "gradient", "fisher", "movement"] = "magnitude"
     """What is pruned first: the smallest |w|, |w g| of the step's gradient g, |w| sqrt(F) with the diagonal F of
     the Fisher matrix as AdamW's second moments have it, which orders weights as w^2 F does, or the sum of -w g over
@@ -70,18 +73,19 @@ class GradualPruning(UnitsConfig):
         from leanmill.core.parameters import ParamRule, ParamSettings
         from leanmill.sparse.gradual_pruning.rule import PruneGradually
         from leanmill.sparse.gradual_pruning.stage import GradualMask
-        from leanmill.sparse.schedule import CubicSparsity, Interval
+        from leanmill.sparse.schedule import GrowingSparsity, Interval
         from leanmill.sparse.scores import CRITERIA
 
         selected, unit = sites.select(self.targets, self.exclude), self.unit()
         for site in selected:
             self.check_target(site.site_name, tuple(site.raw_weight.shape), self.sparsity)
         sites.put(selected, lambda site: GradualMask(site.raw_weight.shape, device=site.raw_weight.device))
-        schedule = CubicSparsity(
+        schedule = GrowingSparsity(
             initial=self.initial_sparsity,
             final=self.sparsity,
             interval=Interval(begin=self.begin, end=self.end),
             every_steps=self.update_every_steps,
+            growth=self.growth,
         )
         criterion = CRITERIA[self.criterion]
         rule = PruneGradually(sites.model, schedule, criterion, unit, self.scope)

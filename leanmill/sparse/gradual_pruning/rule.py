@@ -13,7 +13,7 @@ from leanmill.core.site import Site
 from leanmill.core.views import View
 from leanmill.sparse.gradual_pruning.stage import GradualMask
 from leanmill.sparse.held import HeldMask, HeldMaskRule, write_mask
-from leanmill.sparse.schedule import CubicSparsity
+from leanmill.sparse.schedule import GrowingSparsity
 from leanmill.sparse.scores import Criterion
 from leanmill.sparse.units import Scope, Scored, Unit, choose
 
@@ -36,7 +36,7 @@ class PruneGradually(HeldMaskRule):
     stage_type: ClassVar[type[HeldMask]] = GradualMask
 
     def __init__(
-        self, model: nn.Module, schedule: CubicSparsity, criterion: Criterion, unit: Unit, scope: Scope
+        self, model: nn.Module, schedule: GrowingSparsity, criterion: Criterion, unit: Unit, scope: Scope
     ) -> None:
         super().__init__(model)
         self.schedule, self.criterion, self.unit, self.scope = schedule, criterion, unit, scope

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.blocks import decoder_blocks
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.stored_experts import STORED_EXPERTS
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
@@ -131,9 +132,18 @@ class BlockStream:
             yield (out[0] if isinstance(out, tuple) else out).cpu()
 
     def weight(self, name: str) -> Tensor:
-        """Return the weight of a layer as it is stored, fp32 on the CPU, in memory of its own."""
+        """Return the weight of a layer as it is stored, fp32 on the CPU, in memory of its own.
+
+        Raises:
+            RunError: Some of it is no number. Selections by rank would leave just that out, and say nothing.
+        """
         key = f"{name}.weight"
-        return self.source.read([key])[key].float()
+        weight = self.source.read([key])[key].float()
+        if weight.numel() and not all(map(math.isfinite, map(float, weight.aminmax()))):
+            raise RunError(
+                f"{key} in {self.source.path} holds what is not finite; give a checkpoint from before the run diverged"
+            )
+        return weight
 
     def drop(self, layer: nn.Linear) -> None:
         """Give back the memory of a layer's weight, until `put`."""

@@ -18,7 +18,7 @@ from leanmill.parallel.views import NativeViews
 from leanmill.recipe.root import Recipe
 from leanmill.sparse.gradual_pruning.rule import PruneGradually
 from leanmill.sparse.gradual_pruning.stage import GradualMask
-from leanmill.sparse.schedule import CubicSparsity, Interval
+from leanmill.sparse.schedule import GrowingSparsity, Interval
 from leanmill.sparse.scores import CRITERIA
 from leanmill.sparse.units import Unit
 from tests.core.tiny import context, tiny
@@ -47,7 +47,9 @@ class Setting:
         self.optimizer = PulledAdamW([kept], lr=0.05, weight_decay=0.1, betas=(0.9, 0.95))
         self.movement = [torch.zeros_like(site.weight) for site in self.sites]
         allocate_state(self.optimizer)
-        schedule = CubicSparsity(initial=INITIAL, final=FINAL, interval=Interval(begin=0.1, end=0.7), every_steps=EVERY)
+        schedule = GrowingSparsity(
+            initial=INITIAL, final=FINAL, interval=Interval(begin=0.1, end=0.7), every_steps=EVERY
+        )
         self.rule = PruneGradually(self.model, schedule, CRITERIA[criterion], UNITS[unit], scope)
 
     @property

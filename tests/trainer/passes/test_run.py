@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.cli.main import main
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.recipe.compress import CompressRecipe
 from leanmill.trainer.passes.run import compress
 from tests.distributed import run_ranks
@@ -219,6 +219,18 @@ def test_requests_that_do_not_fit(text, tokenizer, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             recipe(tmp_path / "in", text, tmp_path, raw)
+
+
+def test_weights_that_are_no_numbers_are_refused(text, tokenizer, tmp_path):
+    model = save_model(tmp_path / "in")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    model.save_pretrained(tmp_path / "in")
+    tokenizer.save_pretrained(tmp_path / "in")
+    prune = {"type": "magnitude", "sparsity": 0.5, "targets": ["up_proj"]}
+    with pytest.raises(RunError, match=r"layers\.1\.mlp\.up_proj\.weight in .* not finite; give a checkpoint"):
+        compress(recipe(tmp_path / "in", text, tmp_path, prune), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line(text, tokenizer, tmp_path, capsys):
