@@ -116,6 +116,13 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "dense_at_end": 0.1,
     },
     "distill_reverse": TECHNIQUES["distill"] | {"divergence": "reverse_kl", "weight": 0.25},
+    "sinkhorn_of_two": TECHNIQUES["distill"]
+    | {
+        "teacher": ["TEACHER", "TEACHER/pruned"],
+        "teacher_weights": [2.0, 1.0],
+        "divergence": "sinkhorn",
+        "batch_tokens": 8,
+    },
     "ternary_int8": {"type": "ternary", "activation_bits": 8},
     # At temperatures like the paper's last, scores of tiny logits would all be ties but for rounding.
     "mask_llm": {"type": "mask_llm", "temperature": [4.0, 1.0], "scale": [100.0, 200.0]},
@@ -410,6 +417,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "experts, looked ahead": ("mixtral", "balance_ahead"),
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
+    "batches of tokens": ("nm_sparsity", "sinkhorn_of_two", "distill_reverse"),
 }
 CHUNK_TOKENS = 24
 
@@ -428,6 +436,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "rigl_at_rest": ("rigl_at_rest",),
     "progressive": ("progressive",),
     "distill": ("distill",),
+    "batches of tokens": ("sinkhorn_of_two",),
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
     "turns": ("lisa", "nm_sparsity"),

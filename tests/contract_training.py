@@ -60,13 +60,19 @@ class FixedRows:
         }
 
 
+def _with_teacher(value: Any, teacher: str) -> Any:
+    if isinstance(value, list):
+        return [_with_teacher(one, teacher) for one in value]
+    return value.replace("TEACHER", teacher) if isinstance(value, str) else value
+
+
 def recipe_of(
     names: tuple[str, ...], engine: dict[str, Any], teacher: str, world_size: int, precision: str = "fp32"
 ) -> Recipe:
     """Two micro-batches a rank, whatever the number of ranks."""
     known = TECHNIQUES | EXTRA_TECHNIQUES
     techniques = [
-        {key: teacher if value == "TEACHER" else value for key, value in known[name].items()}
+        {key: _with_teacher(value, teacher) for key, value in known[name].items()}
         for name in names
         if name not in MODELS and name not in FROZEN_DTYPES
     ]

@@ -39,6 +39,14 @@ class LossTerm(Protocol):
 
 
 @runtime_checkable
+class GroupLossTerm(LossTerm, Protocol):
+    """A term that compares tokens with each other: each chunk holds whole groups of neighbouring positions of a row."""
+
+    group_tokens: int
+    """Positions of a group; divides the tokens of a row."""
+
+
+@runtime_checkable
 class TokenLossTerm(Protocol):
     """A term that is a function of the cross-entropy of every token of a micro-batch, such as one of whole answers.
 

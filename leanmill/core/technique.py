@@ -179,6 +179,10 @@ class TechniqueConfig(Config):
         """Yield what does not fit a run of so many steps, such as a schedule that ends after it, and what to type."""
         return ()
 
+    def problems_with_rows_of(self, num_tokens: int) -> Iterable[str]:
+        """Yield what does not fit rows of so many tokens (`data.sequence_length`), and what to type."""
+        return ()
+
     def adds_branches(self) -> bool:
         """Whether it wraps layers with output branches, which one technique of a run may do."""
         return False

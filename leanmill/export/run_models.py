@@ -11,6 +11,7 @@ from leanmill.core.paths import expand_user
 from leanmill.data.cache import cached_folder
 from leanmill.export import export_model
 from leanmill.export.formats import Activations
+from leanmill.recipe.phases import merged, nested
 from leanmill.recipe.root import Recipe
 
 
@@ -40,7 +41,8 @@ def with_models_of_runs(recipe: Recipe) -> Recipe:
     for index, technique in enumerate(recipe.techniques):
         for key, path in {**technique.frozen_models(), **technique.read_models()}.items():
             if is_run(expand_user(path)):
-                techniques[index][key] = str(_model_of(path, "trained"))
+                folder = str(_model_of(path, "trained"))
+                techniques[index] = merged(techniques[index], nested({key: folder}))
                 raw["techniques"] = techniques
     return Recipe.model_validate({**recipe.model_dump(mode="json"), **raw}) if raw else recipe
 

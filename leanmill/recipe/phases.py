@@ -24,7 +24,7 @@ FRESH = "fresh"
 """In `rewind_to`: weights drawn anew."""
 
 
-def _nested(value: Any) -> Any:
+def nested(value: Any) -> Any:
     """Turn dotted keys of `overrides` into sections; what is written later wins."""
     if not isinstance(value, Mapping):
         return value
@@ -33,7 +33,7 @@ def _nested(value: Any) -> Any:
         *sections, leaf = str(key).split(".")
         if len(sections) >= MAX_DEPTH:
             raise ConfigError(f"overrides: a key has {len(sections) + 1} levels; a recipe needs about six")
-        inner = {leaf: _nested(item)}
+        inner = {leaf: nested(item)}
         for section in reversed(sections):
             inner = {section: inner}
         found = merged(found, inner)
@@ -93,7 +93,7 @@ class PhaseConfig(Config):
     """After the passes, give all weights the values they had in an earlier phase, `name` or `name@step`, but for the
     zeros of the layers that the passes took: a lottery ticket (Frankle and Carbin 2019, arXiv:1803.03635). `fresh`
     draws them anew as the model's family does, from a seed of the phase: the paper's control."""
-    overrides: Annotated[dict[str, Any] | None, BeforeValidator(_nested)] = None
+    overrides: Annotated[dict[str, Any] | None, BeforeValidator(nested)] = None
     """What is otherwise than in the recipe while this phase trains: `{train.steps: 100, techniques: [...]}`, dotted
     or nested; a list replaces the whole list. A phase with passes trains only where this is given, `{}` too."""
 

@@ -22,6 +22,8 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
     yield from _modules_left_out(recipe)
     yield from _references(recipe)
     yield from _experts(recipe)
+    for technique in recipe.techniques:
+        yield from technique.problems_with_rows_of(recipe.data.sequence_length)
 
 
 def _losses(recipe: Sections) -> Iterator[str]:

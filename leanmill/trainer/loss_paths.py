@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,7 +18,7 @@ from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.head_loss import HeadLoss, is_plain_head
-from leanmill.core.losses import AnyLossTerm, HeadLossTerm, LossTerm, TokenLossTerm
+from leanmill.core.losses import AnyLossTerm, GroupLossTerm, HeadLossTerm, LossTerm, TokenLossTerm
 from leanmill.core.operands import recomputed
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
@@ -139,7 +140,7 @@ class FromLogits:
 
     def _parts(self, job: Job, compute: _OfLogits) -> list[Tensor]:
         """Return what `compute` makes of logits [n, V], labels [n] and extras, of all tokens or chunk by chunk."""
-        chunk = self.chunk_size(job.labels.numel())
+        chunk = _whole_groups(self.chunk_size(job.labels.numel()), job.terms)
         if chunk >= job.labels.numel():
             logits = self._model(**model_inputs(job.batch)).logits
             return [compute(logits.flatten(0, 1), job.labels, list(job.extras))]
@@ -177,6 +178,12 @@ class FromLogits:
 
             parts.append(recomputed(of_chunk, hidden[part]))
         return parts
+
+
+def _whole_groups(chunk_tokens: int, terms: Sequence[AnyLossTerm]) -> int:
+    """Return a number of tokens near `chunk_tokens` that holds whole groups of every term that has some."""
+    group = math.lcm(*(term.group_tokens for term in terms if isinstance(term, GroupLossTerm)))
+    return max(1, chunk_tokens // group) * group
 
 
 def _fused_chunk(chunk_tokens: ChunkTokens) -> int | None:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from leanmill.core.batches import Batch, BatchRule, Score
 from leanmill.core.rules import StepContext
+from leanmill.distill.logits.teachers import Teachers
 from leanmill.parallel.collectives import sum_over_ranks
 
 
@@ -17,11 +17,7 @@ class Weighed(Protocol):
     """A loss term that the teacher's confidence goes to."""
 
     beta: float
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The frozen teacher."""
-        ...
+    teachers: Teachers | None
 
 
 class ConfidenceRule(BatchRule):
@@ -51,7 +47,8 @@ class ConfidenceRule(BatchRule):
 
     def _sums(self, batch: Batch, score: Score) -> torch.Tensor:
         has_label = batch["labels"] != -100
-        of_labels = torch.where(has_label, score(batch, self._term.teacher).double().neg().exp(), 0.0)
+        assert self._term.teachers is not None, "checked when the recipe was parsed"
+        of_labels = torch.where(has_label, self._term.teachers.probability_of_labels(batch, score), 0.0)
         return torch.stack([of_labels.sum(), has_label.sum().double()])
 
     def _set(self, confidence: float) -> None:

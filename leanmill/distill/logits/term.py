@@ -6,27 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
-from leanmill.core.head import head_extras
 from leanmill.core.paths import expand_user
 from leanmill.core.technique import InstallContext
-from leanmill.core.vocabulary import check_vocabulary
 from leanmill.distill.logits.cache import TopKCache, open_cache
 from leanmill.distill.logits.cached import CachedTeacher
 from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, cached_divergence, divergence
-from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
-from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, TopK, linear_kl_and_cross_entropy
+from leanmill.distill.logits.teachers import Teachers
+from leanmill.kernels.linear_kl.op import TopK, linear_kl_and_cross_entropy
 
 
 class DistillTerm:
     """T^2 x divergence between teacher and student, summed over tokens with a label.
 
     Args:
-        context: Loads the teacher, and knows the student's vocabulary.
-        teacher: Folder or hub name; None where all that it knows is `cached`.
+        teachers: The teacher, or several; None where all that it knows is `cached`.
         kind: See `divergence`.
         beta: See `divergence`; may be changed between steps.
         temperature: T.
@@ -38,61 +35,31 @@ class DistillTerm:
 
     def __init__(
         self,
-        context: InstallContext,
+        teachers: Teachers | None,
         *,
-        teacher: str | None,
         kind: Kind = "forward_kl",
         beta: float = 0.5,
         temperature: float = 1.0,
         top_k: int | None = None,
         weight: float = 1.0,
     ) -> None:
-        self.teacher_path, self.kind, self.beta, self.weight = teacher, kind, beta, weight
+        self.teachers, self.kind, self.beta, self.weight = teachers, kind, beta, weight
         self.temperature, self.top_k = temperature, top_k
         self.cached: CachedTeacher | None = None
         """Where its probabilities come from instead."""
-        self._context, self._taps = context, None if teacher is None else context.taps(teacher)
-        self._is_checked = False
-
-    @property
-    def teacher(self) -> nn.Module:
-        """The frozen teacher, loaded when first asked for.
-
-        Raises:
-            ConfigError: Its vocabulary is not the student's.
-        """
-        assert self._taps is not None
-        teacher: nn.Module = self._taps.model
-        if not self._is_checked:
-            self._check(teacher)
-            self._is_checked = True
-        return teacher
 
     def prepare(self, batch: Batch) -> Mapping[str, Tensor]:
         """Return the teacher's last hidden states [B, S, hidden of the teacher], or its cached probabilities."""
-        return {"teacher_hidden": self._last_of(batch)} if self.cached is None else self.cached.extras(batch)
+        if self.cached is not None:
+            return self.cached.extras(batch)
+        self._check_top_k()
+        return self._known.hidden_of(batch)
 
-    def _last_of(self, batch: Batch) -> Tensor:
-        assert self.teacher is not None  # checked before it runs
-        assert self._taps is not None
-        return self._taps.read(batch).last
-
-    @torch.no_grad()
     def top_k_of(self, batch: Batch) -> TopK:
         """Return the teacher's largest probabilities [B, S, k] of a micro-batch; a collective where it is sharded."""
         assert self.top_k is not None
-        hidden = self._last_of(batch)
-        head: Any = self.teacher.get_output_embeddings()  # type: ignore[operator]
-        shared = min(self.teacher.config.vocab_size, self._context.vocab_size)  # type: ignore[union-attr, type-var]
-        flat = hidden.flatten(0, 1)
-        parts = flat.split(rows_a_chunk(flat, head.weight, None, logits_alive=2))
-        found = [TopK.of(head(part)[:, :shared], self.top_k, self.temperature) for part in parts]
-        shape = hidden.shape[:2]
-        return TopK(
-            torch.cat([one.indices for one in found]).unflatten(0, shape),
-            torch.cat([one.log_probs for one in found]).unflatten(0, shape),
-            torch.cat([one.log_tail for one in found if one.log_tail is not None]).unflatten(0, shape),
-        )
+        self._check_top_k()
+        return self._known.top_k_of(batch, self.top_k)
 
     def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """See `LossTerm`; the teacher's logits [N, V] live as long as this call."""
@@ -101,8 +68,7 @@ class DistillTerm:
                 logits, _top_k(extras), kind=self.kind, temperature=self.temperature, beta=self.beta
             )
             return torch.where(labels != -100, per_token, 0.0).sum()
-        with torch.no_grad():
-            teacher_logits = self.teacher.get_output_embeddings()(extras["teacher_hidden"])  # type: ignore[operator]
+        teacher_logits = self._known.logits(extras)
         vocab_size = min(logits.shape[-1], teacher_logits.shape[-1])
         per_token = divergence(
             logits[..., :vocab_size],
@@ -129,7 +95,7 @@ class DistillTerm:
             head[1],
             labels,
             head[2],
-            teacher=self._teacher_head(extras["teacher_hidden"]) if self.cached is None else _top_k(extras),
+            teacher=_top_k(extras) if self.cached is not None else self._known.head(extras, self.top_k),
             divergence_weight=self.weight,
             cross_entropy_weight=cross_entropy_weight,
             kind=KERNEL_KINDS[self.kind],
@@ -139,29 +105,16 @@ class DistillTerm:
         )
         return found.total, found.cross_entropy, found.divergence
 
-    def _teacher_head(self, hidden: Tensor) -> TeacherHead | TeacherLogits:
-        head: Any = self.teacher.get_output_embeddings()  # type: ignore[operator]
-        if type(head) is not nn.Linear:
-            return TeacherLogits(lambda part: head(hidden[part]), self.top_k)
-        device_type = hidden.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else head.weight.dtype
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return TeacherHead(hidden.to(dtype), head.weight.to(dtype), bias, self.top_k)
+    @property
+    def _known(self) -> Teachers:
+        assert self.teachers is not None
+        return self.teachers
 
-    def _check(self, teacher: Any) -> None:
-        extras = head_extras(teacher.config)
-        if extras:
+    def _check_top_k(self) -> None:
+        if self.top_k is not None and self.top_k > self._known.vocabulary:
             raise ConfigError(
-                f"teacher {self.teacher_path} changes its logits after the head ({', '.join(extras)}), which "
-                f"distill does not cover; choose a teacher of another family"
-            )
-        assert self.teacher_path is not None
-        check_vocabulary(self._context, self.teacher_path, teacher.config.vocab_size, role="teacher")
-        shared = min(teacher.config.vocab_size, self._context.vocab_size)
-        if self.top_k is not None and self.top_k > shared:
-            raise ConfigError(
-                f"distill.top_k {self.top_k} is more than the {shared} tokens that teacher and student share; set "
-                f"less, or remove top_k to compare all"
+                f"distill.top_k {self.top_k} is more than the {self._known.vocabulary} tokens that teacher and student "
+                f"share; set less, or remove top_k to compare all"
             )
 
 
@@ -184,15 +137,24 @@ def cached_teacher(term: DistillTerm, context: InstallContext, path: str) -> Cac
             "sequence_length": sequence_length,
             "vocab_size": context.vocab_size,
         }
-        if term.teacher_path is None:
+        if term.teachers is None:
             return open_cache(folder, wanted, writes=False)
-        digest = context.fingerprint_of_model
-        wanted["teacher"] = term.teacher_path
-        wanted["teacher_weights"] = None if digest is None else digest(term.teacher_path)
+        wanted["teacher"] = term.teachers.name
+        wanted["teacher_weights"] = _weights_of(term.teachers, context)
         return open_cache(folder, wanted, writes=True)
 
-    term.cached = CachedTeacher(folder, opened, None if term.teacher_path is None else term.top_k_of)
+    term.cached = CachedTeacher(folder, opened, None if term.teachers is None else term.top_k_of)
     return term.cached
+
+
+def _weights_of(teachers: Teachers, context: InstallContext) -> str | None:
+    """Digest of the weights of all teachers and their shares; None where one has none."""
+    digest = context.fingerprint_of_model
+    found = [None if digest is None else digest(member.path) for member in teachers.members]
+    if None in found or len(found) == 1:
+        return found[0] if len(found) == 1 else None
+    pairs = zip(teachers.weights, found, strict=True)
+    return " + ".join(f"{weight:.6g} x {one}" for weight, one in pairs)
 
 
 def _top_k(extras: Mapping[str, Tensor]) -> TopK:
