@@ -84,6 +84,12 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Other models; a combination that names one trains it."""
 
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {key: value for key, value in MODEL.items() if key not in ("model_type", "num_key_value_heads")}
+    | {"model_type": "bert", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+}
+"""Encoders, which learn from tokens that are hidden from them."""
+
 FROZEN_DTYPES = ("bf16", "int8", "int4", "nf4")
 """How frozen weights are kept; a combination that names one sets `model.frozen_dtype`."""
 
@@ -355,6 +361,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "a pool beside a teacher": ("peft_pool", "distill"),
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "masked tokens": ("bert", "nm_sparsity", "ternary", "lora"),
     "none": (),
     **{
         name: (name,)
@@ -480,6 +487,7 @@ ON_EVERY_ENGINE = {
     "two_loras",
     "mask_lora",
     "lsq_activations",
+    "masked tokens",
     "two teachers, head in chunks",
     "all",
     # In bf16.

@@ -21,6 +21,7 @@ from tests.contract_cases import (
     BF16_COMBINATIONS,
     CHUNK_TOKENS,
     COMBINATIONS,
+    ENCODERS,
     EXTRA_TECHNIQUES,
     FROZEN_DTYPES,
     MODEL,
@@ -74,17 +75,20 @@ def recipe_of(
     techniques = [
         {key: _with_teacher(value, teacher) for key, value in known[name].items()}
         for name in names
-        if name not in MODELS and name not in FROZEN_DTYPES
+        if name in known
     ]
     model = next((MODELS[name] for name in names if name in MODELS), MODEL)
-    source = {"path": f"{teacher}/pruned"} if OF_PRUNED & set(names) else {"config": model}
+    source: dict[str, Any] = {"path": f"{teacher}/pruned"} if OF_PRUNED & set(names) else {"config": model}
+    data = {"sequence_length": SEQUENCE_LENGTH}
+    for encoder in (ENCODERS[name] for name in names if name in ENCODERS):
+        source, data = {"task": "masked_lm", "config": encoder}, {**data, "task": "masked"}
     kept = next((name for name in names if name in FROZEN_DTYPES), "auto")
     tokens = NUM_ROWS * SEQUENCE_LENGTH
     return Recipe.model_validate(
         {
             "device": "cpu",
             "model": source | {"frozen_dtype": kept},
-            "data": {"sequence_length": SEQUENCE_LENGTH},
+            "data": data,
             "techniques": techniques,
             "engine": engine,
             # A large eps keeps Adam from turning rounding noise in near-zero gradients into full steps.

@@ -82,7 +82,8 @@ def _show_rows(recipe: Recipe, num_rows: int) -> None:
     for line in data.warnings(0):
         print(f"WARNING: {line}")
     print(f"predicted tokens are {'green, others dim' if console.is_terminal else 'between « and »'}")
-    for number, row in enumerate(preview_rows(data.next_rows(num_rows), tokenizer)):
+    rows = preview_rows(data.next_rows(num_rows), tokenizer, is_masked=recipe.data.task == "masked")
+    for number, row in enumerate(rows):
         _show(console, number, number // rows_per_step + 1, row)
 
 

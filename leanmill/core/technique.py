@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from leanmill.core.sites import Sites
     from leanmill.core.taps import FrozenTaps
 
+
+ModelTask = Literal["causal_lm", "masked_lm"]
+"""What a model is for, see `model.task`."""
+ALL_TASKS: frozenset[ModelTask] = frozenset(get_args(ModelTask))
 
 _Shared = TypeVar("_Shared")
 
@@ -131,6 +135,10 @@ class TechniqueConfig(Config):
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put stages on the sites of a model whose weights may still be on the meta device."""
         raise NotImplementedError
+
+    def model_tasks(self) -> frozenset[ModelTask]:
+        """Return what models it trains are for (`model.task`): here causal LMs, whose parts and losses it is about."""
+        return frozenset({"causal_lm"})
 
     def frozen_models(self) -> Mapping[str, str]:
         """Return the models that a run keeps beside its own: key of this configuration -> folder or hub name."""
@@ -272,6 +280,10 @@ class WeightTechniqueConfig(TechniqueConfig):
     """Patterns of weights to take; None takes every linear and expert weight except the head."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of weights to leave out again."""
+
+    def model_tasks(self) -> frozenset[ModelTask]:
+        """Return all: weights are weights."""
+        return ALL_TASKS
 
 
 @runtime_checkable

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from leanmill.core.paths import expand_user
 from leanmill.data.cache import cache_root, fingerprint
-from leanmill.data.config import DataConfig, Prepared, sources_of
+from leanmill.data.config import ENCODER_TASKS, DataConfig, Prepared, sources_of
 from leanmill.data.documents import Documents, StreamingDocuments, check_names, open_documents
 from leanmill.data.encoding import Document, Encoder, num_chars
 from leanmill.data.evaluation import EvalDomain, eval_domain
 from leanmill.data.identity import data_identity
+from leanmill.data.masking import masking_of
 from leanmill.data.pairs import Pair
 from leanmill.data.prepared import TOKENIZER, PreparedDomain, open_prepared
 from leanmill.data.sources import MapSource, Source, keeps_documents_whole
@@ -44,10 +46,15 @@ def build_tokenizer(config: DataConfig, *, seed: int = 0) -> PreTrainedTokenizer
 
 def _own_tokenizer(config: DataConfig) -> PreTrainedTokenizerFast:
     prepared = [source.path for source in sources_of(config) if isinstance(source, Prepared)]
+    for_encoder = config.task in ENCODER_TASKS
     if config.tokenizer.path is None and prepared:
-        return load_tokenizer(str(expand_user(prepared[0]) / TOKENIZER))
+        return load_tokenizer(str(expand_user(prepared[0]) / TOKENIZER), for_encoder=for_encoder)
     if config.tokenizer.path is not None:
-        return load_tokenizer(config.tokenizer.path, trust_remote_code=config.tokenizer.trust_remote_code)
+        return load_tokenizer(
+            config.tokenizer.path,
+            trust_remote_code=config.tokenizer.trust_remote_code,
+            for_encoder=for_encoder,
+        )
     root = cache_root(config.cache_dir)
     domains = open_documents(config, root)
     key = fingerprint([[domain.key, domain.weight] for domain in domains])
@@ -56,6 +63,7 @@ def _own_tokenizer(config: DataConfig) -> PreTrainedTokenizerFast:
         text_key=key,
         texts=lambda: _training_text(domains, config.tokenizer.num_training_bytes),
         root=root,
+        for_encoder=for_encoder,
     )
 
 
@@ -93,6 +101,7 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
         seed=seed,
         identity=identity,
         pads_rows=keeps_documents_whole(config),
+        masking=masking_of(config, tokenizer, seed=seed),
     )
 
 
@@ -111,9 +120,11 @@ def build_eval_data(
     """
     root = cache_root(config.cache_dir)
     encoder, pad_id = Encoder(tokenizer, config.task, num_pieces=config.num_pieces), _pad_id(tokenizer)
-    key = tokenizer_fingerprint(tokenizer)
+    eval_domain_of = partial(
+        eval_domain, key=tokenizer_fingerprint(tokenizer), root=root, masking=masking_of(config, tokenizer, seed=0)
+    )
     domains = [
-        eval_domain(documents, encoder, config, num_tokens=tokens_per_domain, pad_id=pad_id, key=key, root=root)
+        eval_domain_of(documents, encoder, config, num_tokens=tokens_per_domain, pad_id=pad_id)
         for documents in open_domains(config, root)
     ]
     return [domain for domain in domains if domain is not None]

@@ -9,7 +9,9 @@ from pydantic import Field, model_validator
 from leanmill.core.config import Config
 
 
-Task = Literal["pretrain", "sft", "preference"]
+Task = Literal["pretrain", "sft", "preference", "masked"]
+ENCODER_TASKS: frozenset[Task] = frozenset({"masked"})
+"""Those whose text is framed as encoders know it, `[CLS] text [SEP]`."""
 
 
 class TokenizerConfig(Config):
@@ -119,6 +121,29 @@ class Mixture(Config):
     """The sources; `weight` of each is relative (a local corpus brings its domains' weights)."""
 
 
+class MaskingConfig(Config):
+    """Which tokens are hidden from an encoder (Devlin et al. 2018, arXiv:1810.04805), drawn anew in every pass.
+
+    What a token becomes depends on `seed`, the number of its row and its place in it alone.
+    """
+
+    share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of tokens to predict; special tokens and padding never are."""
+    as_mask: float = Field(default=0.8, ge=0, le=1)
+    """Of those, the share that the mask token takes the place of."""
+    as_random: float = Field(default=0.1, ge=0, le=1)
+    """Of those, the share that a random token takes the place of; the rest stay as they are."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.as_mask + self.as_random > 1:
+            raise ValueError(
+                f"as_mask={self.as_mask:g} and as_random={self.as_random:g} are more than 1 together; give shares of "
+                f"the tokens to predict, e.g. 0.8 and 0.1"
+            )
+        return self
+
+
 class DataConfig(Config):
     """Everything between files and token rows."""
 
@@ -131,7 +156,10 @@ class DataConfig(Config):
     task: Task = "pretrain"
     """`pretrain` packs documents and predicts every token; `sft` applies the chat template and
     predicts the answers only; `preference` reads pairs of answers (`prompt`, `chosen`, `rejected`) for techniques that
-    compare them, and keeps a pair in one row."""
+    compare them, and keeps a pair in one row. `masked` packs documents and hides tokens, for encoders (`model.task:
+    masked_lm`)."""
+    masking: MaskingConfig = Field(default_factory=MaskingConfig)
+    """Which tokens `masked` hides."""
     mismatched_answers: bool = False
     """With each pair also the chosen answer of another pair to its prompt, which `kto` measures its zero with."""
     sequence_length: int = Field(default=1024, ge=2)
@@ -141,15 +169,20 @@ class DataConfig(Config):
     long_documents: Literal["split", "truncate", "error"] | None = None
     """What happens to a document longer than a row. `split` joins documents and cuts them at row ends, so
     nothing is padded; with `truncate` and `error` every document stays whole in one row. None is
-    `split` for `pretrain` and `error` for `sft`, which never cuts a conversation from its answers."""
+    `split` for `pretrain` and `masked`, and `error` for `sft`, which never cuts a conversation from its answers."""
     cache_dir: str | None = None
     """Where tokenised data and trained tokenizers are cached; None is `~/.cache/leanmill`, or a
     temporary folder where that cannot be written."""
 
     @property
+    def is_plain_text(self) -> bool:
+        """Whether documents are texts, rather than conversations."""
+        return self.task in ("pretrain", "masked")
+
+    @property
     def long_document_rule(self) -> Literal["split", "truncate", "error"]:
         """`long_documents`, with None resolved."""
-        return self.long_documents or ("split" if self.task == "pretrain" else "error")
+        return self.long_documents or ("split" if self.is_plain_text else "error")
 
     @property
     def num_pieces(self) -> int:

@@ -130,7 +130,7 @@ def open_documents(config: DataConfig, root: Path) -> list[Documents]:
         if isinstance(source, HfDataset):
             domains.append(open_hf(source, config.task, root))
         elif isinstance(source, LocalCorpus):
-            if config.task != "pretrain":
+            if not config.is_plain_text:
                 raise ConfigError(
                     f"data.task: {config.task} needs conversations, and local_corpus has none; give data.source: "
                     f"{{type: hf, path: FILE.jsonl}}"

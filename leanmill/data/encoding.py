@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.chat import ChatRenderer, Span
-from leanmill.data.config import Task
+from leanmill.data.config import ENCODER_TASKS, Task
 from leanmill.data.conversations import Turns
 from leanmill.data.pairs import Pair
 
@@ -78,11 +78,13 @@ class Encoder:
         self._backend.no_padding()
         self._backend.no_truncation()
         # Text that mentions <|endoftext|> must not end a document, so in plain text it is only text.
-        self._backend.encode_special_tokens = task == "pretrain"
+        is_text = task not in ("sft", "preference")
+        self._backend.encode_special_tokens = is_text
         self._special = np.asarray(sorted(tokenizer.all_special_ids), dtype=np.int64)
-        self._eos = int(tokenizer.eos_token_id)
-        self._bos = _leading_bos(tokenizer)
-        self._chat = None if task == "pretrain" else ChatRenderer(tokenizer)
+        self._bos, self._eos = _frame(tokenizer, task)
+        self.has_targets = not is_text
+        """Whether documents say which of their tokens may be predicted."""
+        self._chat = None if is_text else ChatRenderer(tokenizer)
 
     def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """Encode documents on all cores.
@@ -183,6 +185,13 @@ def _joined(pieces: Sequence[Encoded]) -> Encoded:
 def _arrays(encoding: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Ids [N] and character spans [N, 2] of a `tokenizers.Encoding`."""
     return np.asarray(encoding.ids, dtype=np.int64), np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def _frame(tokenizer: PreTrainedTokenizerFast, task: Task) -> tuple[list[int], int]:
+    """Return what stands before a text, and the token behind it."""
+    if task in ENCODER_TASKS:
+        return [int(tokenizer.cls_token_id)], int(tokenizer.sep_token_id)
+    return _leading_bos(tokenizer), int(tokenizer.eos_token_id)
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ from leanmill.data.cache import cached_folder, fingerprint, read_json, write_jso
 from leanmill.data.config import DataConfig
 from leanmill.data.documents import DocumentReader, Documents
 from leanmill.data.encoding import BadDocument, Document, Encoder, Measured
+from leanmill.data.masking import Masking
 from leanmill.data.packing import NONE, RowPlan
 from leanmill.data.prepared import PreparedDomain
-from leanmill.data.sources import Row, keeps_documents_whole, make_packer, render_row
+from leanmill.data.sources import IGNORED, keeps_documents_whole, make_packer, render_row
 from leanmill.data.tally import NO_ANSWER
 from leanmill.data.train_data import stack_rows
 
@@ -60,9 +62,17 @@ class EvalDomain:
 
 
 def eval_domain(
-    documents: Documents, encoder: Encoder, config: DataConfig, *, num_tokens: int, pad_id: int, key: str, root: Path
+    documents: Documents,
+    encoder: Encoder,
+    config: DataConfig,
+    *,
+    num_tokens: int,
+    pad_id: int,
+    key: str,
+    root: Path,
+    masking: Masking | None = None,
 ) -> EvalDomain | None:
-    """Return about `num_tokens` held-out tokens of a domain, at least one row.
+    """Return about `num_tokens` held-out tokens of a domain, at least one row; the same are hidden of it every time.
 
     None where the recipe holds nothing out.
 
@@ -74,7 +84,9 @@ def eval_domain(
     if reader is None and stored is None:
         return None
     num_rows = max(1, num_tokens // config.sequence_length)
-    packing = [config.task, config.sequence_length, config.document_mask, config.long_document_rule]
+    packing: list[Any] = [config.task, config.sequence_length, config.document_mask, config.long_document_rule]
+    if masking is not None:
+        packing.append(config.masking.model_dump())
     full_key = fingerprint([_VERSION, _OVERSAMPLING, documents.name, documents.key, key, packing, num_rows])
 
     def build(folder: Path) -> None:
@@ -88,7 +100,7 @@ def eval_domain(
         if not measured:
             assert reader is not None
             raise nothing_held_out(documents, encoder, reader)
-        _save(folder, *_rows(measured, config, name=documents.name, num_rows=num_rows, pad_id=pad_id))
+        _save(folder, *_rows(measured, config, masking, name=documents.name, num_rows=num_rows, pad_id=pad_id))
 
     folder = cached_folder(root, "evaluation", full_key, build)
     facts = read_json(folder / "facts.json")
@@ -141,8 +153,14 @@ def nothing_held_out(documents: Documents, encoder: Encoder, held_out: DocumentR
 
 
 def _rows(
-    measured: list[Measured], config: DataConfig, *, name: str, num_rows: int, pad_id: int
-) -> tuple[list[Row], NDArray[np.int64]]:
+    measured: list[Measured],
+    config: DataConfig,
+    masking: Masking | None,
+    *,
+    name: str,
+    num_rows: int,
+    pad_id: int,
+) -> tuple[dict[str, Tensor], NDArray[np.int64]]:
     """Pack documents as in training; return the rows and the counts [256] of the bytes they predict."""
     offsets = np.cumsum([0, *(len(m.encoded.ids) for m in measured)], dtype=np.int64)
     tokens = np.concatenate([m.encoded.ids for m in measured])
@@ -155,15 +173,18 @@ def _rows(
     plans = [packer.row(number) for number in chosen]
     if not whole:
         plans = [_cut(p, len(tokens) - n * config.sequence_length) for n, p in zip(chosen, plans, strict=True)]
+    rows = [render_row(plan, tokens, is_target, pad_id=pad_id) for plan in plans]
+    batch = stack_rows(rows)
+    sources = np.stack([plan.targets if masking is None else plan.inputs for plan in plans])
+    if masking is not None:
+        batch = masking.hide(batch, torch.arange(len(rows)))
     predicted = np.zeros(len(tokens), dtype=np.bool_)
-    for plan in plans:
-        predicted[plan.targets[plan.targets != NONE]] = True
-    if is_target is not None:
-        predicted &= is_target
+    predicted[sources[batch["labels"].numpy() != IGNORED]] = True
     byte_is_predicted = np.repeat(predicted, np.concatenate([m.num_bytes for m in measured]))
     text = np.concatenate([m.text for m in measured])
     counts = np.bincount(text[byte_is_predicted], minlength=256)
-    return [render_row(plan, tokens, is_target, pad_id=pad_id) for plan in plans], counts
+    is_token = np.stack([row.is_token for row in rows])
+    return batch if is_token.all() else {**batch, "token_mask": torch.from_numpy(is_token)}, counts
 
 
 def _cut(plan: RowPlan, num_tokens: int) -> RowPlan:
@@ -176,12 +197,9 @@ def _cut(plan: RowPlan, num_tokens: int) -> RowPlan:
     return RowPlan(inputs, targets, plan.positions)
 
 
-def _save(folder: Path, rows: list[Row], byte_counts: NDArray[np.int64]) -> None:
-    for name, tensor in stack_rows(rows).items():
+def _save(folder: Path, rows: Mapping[str, Tensor], byte_counts: NDArray[np.int64]) -> None:
+    for name, tensor in rows.items():
         np.save(folder / f"{name}.npy", tensor.numpy())
-    is_token = np.stack([row.is_token for row in rows])
-    if not is_token.all():
-        np.save(folder / "token_mask.npy", is_token)
     facts = {"num_bytes": int(byte_counts.sum()), "order0_bits_per_byte": order0_bits_per_byte(byte_counts)}
     write_json(folder / "facts.json", facts)
 

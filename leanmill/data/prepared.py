@@ -74,7 +74,7 @@ class PreparedDomain:
             ConfigError: They are another tokenizer's, or a shard is missing or cut.
         """
         self._check(tokenizer_key)
-        has_targets, is_paired = self._kind["task"] != "pretrain", self._kind["num_pieces"] > 1
+        has_targets, is_paired = self._kind["task"] in ("sft", "preference"), self._kind["num_pieces"] > 1
         lengths = np.concatenate([self._loaded("lengths", shard) for shard in self._shards])
         return TokenStore(
             Shards([self._mapped("tokens", shard, np.dtype(self._kind["dtype"])) for shard in self._shards]),

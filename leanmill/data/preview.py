@@ -46,24 +46,28 @@ class RowPreview:
         return f"{documents}, {self.num_tokens:,} tokens{padding}, {self.num_predicted:,} predicted"
 
 
-def preview_rows(rows: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast) -> list[RowPreview]:
+def preview_rows(
+    rows: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerFast, *, is_masked: bool = False
+) -> list[RowPreview]:
     """Return what rows hold.
 
     Args:
         rows: What `TrainData.next_rows` returned, [R, S] each.
         tokenizer: Turns their ids back into text.
+        is_masked: Whether tokens are predicted where they are hidden, rather than from those before.
     """
     return [
-        _preview({name: value[index].tolist() for name, value in rows.items()}, tokenizer)
+        _preview({name: value[index].tolist() for name, value in rows.items()}, tokenizer, is_masked)
         for index in range(len(rows["input_ids"]))
     ]
 
 
-def _preview(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerFast) -> RowPreview:
+def _preview(row: Mapping[str, list[int]], tokenizer: PreTrainedTokenizerFast, is_masked: bool) -> RowPreview:
     ids, labels, positions = row["input_ids"], row["labels"], row["position_ids"]
     num_tokens = sum(row["token_mask"]) if "token_mask" in row else len(ids)
-    # A token is predicted at the position before it; the first of a row, in the row before.
-    predicted = [False, *(label != IGNORED for label in labels[:-1])]
+    has_label = [label != IGNORED for label in labels]
+    # A token that follows is predicted at the position before it; the first of a row, in the row before.
+    predicted = has_label if is_masked else [False, *has_label[:-1]]
     document, documents = -1, list[int]()
     for index, position in enumerate(positions[:num_tokens]):
         document += position == 0 or index == 0

@@ -26,8 +26,8 @@ class RowField:
         self._config, self._task = config, task
         self._field = "text" if is_text else config.text_field
         self._format: RowFormat | None = None if config.row_format == "auto" else config.row_format
-        names = {"pretrain": self._field, "sft": config.messages_field, "preference": "chosen"}
-        self.column = f"column {names[task]!r}"
+        names: dict[Task, str] = {"sft": config.messages_field, "preference": "chosen"}
+        self.column = f"column {names.get(task, self._field)!r}"
 
     def document(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
         """Return the document of a row; None where it has none.
@@ -68,7 +68,8 @@ class RowField:
     @property
     def empty_reason(self) -> str:
         """What a row is without, when it has no document."""
-        return {"pretrain": NO_TEXT, "sft": NO_MESSAGES, "preference": NO_PAIR}[self._task]
+        of_task: dict[Task, str] = {"sft": NO_MESSAGES, "preference": NO_PAIR}
+        return of_task.get(self._task, NO_TEXT)
 
 
 def _says_something(turn: dict[str, Any]) -> bool:

@@ -190,6 +190,7 @@ def check_length(num_tokens: int, config: DataConfig, *, name: str) -> None:
         return
     remedy = {
         "pretrain": " or set data.long_documents: split or truncate",
+        "masked": " or set data.long_documents: split or truncate",
         "sft": " or set data.long_documents: truncate",
         "preference": ", or shorten it",
     }[config.task]

@@ -66,7 +66,7 @@ def token_store(
     folder = cached_folder(root, "tokens", key, lambda path: _build(documents, encoder, dtype, path))
     facts = read_json(folder / "facts.json")
     is_target = None
-    if encoder.task != "pretrain":
+    if encoder.has_targets:
         is_target = np.memmap(folder / "is_target.bin", dtype=np.bool_, mode="r")
     return TokenStore(
         np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.paths import expand_user
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 END_OF_TEXT = "<|endoftext|>"
+ENCODER_TOKENS = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+"""What frames and hides text of an encoder; a trained tokenizer numbers them from 0."""
 SPECIAL_TOKENS = (END_OF_TEXT, "<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,15 +39,16 @@ _VERSION = 1
 """Raise when the same text would train another tokenizer."""
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, for_encoder: bool = False) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a local folder or the hub.
 
     Args:
         path: Folder or hub name.
         trust_remote_code: Run Python code that comes with it; without, such a tokenizer is refused.
+        for_encoder: Whether it must have the tokens that frame and hide text, rather than one that ends it.
 
     Raises:
-        ConfigError: There is none under that name, it has no fast version, or no end-of-text token.
+        ConfigError: There is none under that name, it has no fast version, or lacks such a token.
         RunError: The hub does not answer.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -67,7 +70,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ConfigError(
             f"data.tokenizer.path: {path!r} has no fast tokenizer; give a folder that contains tokenizer.json"
         )
-    if tokenizer.eos_token_id is None:
+    missing = [name for name in ENCODER_TOKENS if for_encoder and getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        raise ConfigError(
+            f"data.tokenizer.path: {path!r} has no {missing[0]}, which encoders need; set it in its "
+            f"tokenizer_config.json, or give the tokenizer of an encoder, such as that of bert-base-uncased"
+        )
+    if tokenizer.eos_token_id is None and not for_encoder:
         raise ConfigError(
             f"data.tokenizer.path: {path!r} has no eos token, which separates documents; set eos_token in its "
             f"tokenizer_config.json"
@@ -104,7 +113,12 @@ def _looks_local(path: str) -> bool:
 
 
 def trained_tokenizer(
-    config: TokenizerConfig, *, text_key: str, texts: Callable[[], Iterable[str]], root: Path
+    config: TokenizerConfig,
+    *,
+    text_key: str,
+    texts: Callable[[], Iterable[str]],
+    root: Path,
+    for_encoder: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Return the byte-level BPE fitted on `texts`, training it where it is not cached.
 
@@ -113,29 +127,39 @@ def trained_tokenizer(
         text_key: Fingerprint of the text.
         texts: Opens the text in a fixed order; called only when training is needed.
         root: Folder of all caches.
+        for_encoder: Whether its special tokens are those of an encoder, rather than of a causal LM.
     """
     from transformers import PreTrainedTokenizerFast
 
-    settings = [_VERSION, config.vocab_size, config.num_training_bytes, SPECIAL_TOKENS, CHAT_TEMPLATE, text_key]
-    folder = cached_folder(root, "tokenizer", fingerprint(settings), lambda path: _train(config, texts, path))
+    special = [ENCODER_TOKENS] if for_encoder else [SPECIAL_TOKENS, CHAT_TEMPLATE]
+    settings = [_VERSION, config.vocab_size, config.num_training_bytes, *special, text_key]
+    folder = cached_folder(
+        root, "tokenizer", fingerprint(settings), lambda path: _train(config, texts, path, for_encoder)
+    )
     return PreTrainedTokenizerFast.from_pretrained(str(folder))  # type: ignore[no-any-return]
 
 
-def _train(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: Path) -> None:
+def _train(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: Path, for_encoder: bool) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
+        special_tokens=list(ENCODER_TOKENS.values() if for_encoder else SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     bpe.train_from_iterator(_first_bytes(texts(), config.num_training_bytes), trainer=trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = _framing(bpe) if for_encoder else _chatting(bpe)
+    tokenizer.save_pretrained(str(folder))
+
+
+def _chatting(bpe: Any) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
@@ -143,7 +167,18 @@ def _train(config: TokenizerConfig, texts: Callable[[], Iterable[str]], folder: 
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
-    tokenizer.save_pretrained(str(folder))
+
+
+def _framing(bpe: Any) -> PreTrainedTokenizerFast:
+    """`[CLS] text [SEP]`, also for whoever loads it without Leanmill."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    ids = [(token, bpe.token_to_id(token)) for token in (ENCODER_TOKENS["cls_token"], ENCODER_TOKENS["sep_token"])]
+    bpe.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **ENCODER_TOKENS)
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
@@ -166,14 +201,14 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def other_tokens(tokenizer: PreTrainedTokenizerFast, path: str) -> str | None:
+def other_tokens(tokenizer: PreTrainedTokenizerFast, path: str, *, for_encoder: bool = False) -> str | None:
     """Say which token of `tokenizer` is another one, or none, in the tokenizer of a folder or hub repository.
 
     Returns:
         The first difference by number; "" where it has all of them, and maybe more; None where there is no tokenizer.
     """
     try:
-        theirs = {number: token for token, number in load_tokenizer(path).get_vocab().items()}
+        theirs = {number: token for token, number in load_tokenizer(path, for_encoder=for_encoder).get_vocab().items()}
     except (ConfigError, RunError):
         return None
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.identity import Identity
+from leanmill.data.masking import Masking
 from leanmill.data.mixture import MixtureSchedule
 from leanmill.data.sources import Row, Source
 from leanmill.data.tally import MANY_PASSES, many_passes
@@ -30,6 +31,7 @@ class TrainData:
         seed: int,
         identity: Identity,
         pads_rows: bool = False,
+        masking: Masking | None = None,
     ) -> None:
         """Start at row 0.
 
@@ -39,8 +41,9 @@ class TrainData:
             seed: Seed of the order.
             identity: What decides the rows.
             pads_rows: Whether rows may hold padding.
+            masking: Hides tokens, which are then the labels.
         """
-        self._pads_rows = pads_rows
+        self._pads_rows, self._masking = pads_rows, masking
         self.sequence_length = sequence_length
         self._sources = list(sources)
         self._schedule = MixtureSchedule([source.weight for source in sources], seed)
@@ -82,7 +85,7 @@ class TrainData:
             world_size: Number of ranks that share the rows.
 
         Returns:
-            `input_ids`, `labels` (shifted; -100 where nothing is predicted) and `position_ids`,
+            `input_ids`, `labels` (shifted, or of hidden tokens; -100 where nothing is predicted) and `position_ids`,
             each [num_rows / world_size, S] int64 on the CPU, and `row_ids` [num_rows / world_size]
             int64: the number of each row in the global order. Where rows may be padded, also `token_mask`,
             bool [num_rows / world_size, S]: false in padding.
@@ -107,7 +110,7 @@ class TrainData:
         batch = stack_rows(mine) | {"row_ids": torch.arange(first, first + share)}
         if self._pads_rows:
             batch["token_mask"] = torch.from_numpy(np.stack([row.is_token for row in mine]))
-        return batch
+        return batch if self._masking is None else self._masking.hide(batch, batch["row_ids"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what the data is; JSON-able, the same on every rank."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.probes import Probe
 from leanmill.data.build import build_tokenizer
 from leanmill.data.tokenizer import load_tokenizer
@@ -54,7 +55,12 @@ def open_for_evaluation(path: Path, device: torch.device) -> Opened:
 
 def _checkpoint(path: Path) -> Opened:
     rebuilt = rebuild(path)
-    data = rebuilt.recipe.data
+    data, task = rebuilt.recipe.data, rebuilt.recipe.model.task
+    if task != "causal_lm":
+        raise ConfigError(
+            f"{path} is of model.task={task}, and these tasks are for causal models; type leanmill eval for its "
+            f"held-out scores"
+        )
     if rebuilt.tokenizer_dir is None:
         tokenizer: Any = build_tokenizer(data, seed=rebuilt.recipe.seed)
     else:

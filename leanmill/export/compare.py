@@ -1,4 +1,4 @@
-"""Loading an export back and comparing two causal LMs by their logits."""
+"""Loading an export back and comparing two models by their logits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leanmill.core.encoders import first_position
 from leanmill.core.errors import RunError
+from leanmill.core.technique import ModelTask
 from leanmill.models.pretrained import quiet_transformers
+from leanmill.models.tasks import auto_class
+from leanmill.trainer.losses import model_inputs
 
 
 TOLERANCE = 1e-4
@@ -17,12 +21,10 @@ TOLERANCE = 1e-4
 largest logit (at least of 1): weights are equal in fp32, the order of additions may not be."""
 
 
-def reload(folder: Path) -> Any:
+def reload(folder: Path, task: ModelTask = "causal_lm") -> Any:
     """Load an exported folder the way anyone would."""
-    from transformers import AutoModelForCausalLM
-
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32).eval()
+        return auto_class(task).from_pretrained(str(folder), use_safetensors=True, dtype=torch.float32).eval()
 
 
 def sample_logits(model: Any) -> dict[str, Tensor]:
@@ -31,7 +33,7 @@ def sample_logits(model: Any) -> dict[str, Tensor]:
     Values are fp32 [rows, tokens, vocabulary]; the model is in eval mode.
     """
     config = model.config
-    length = min(48, getattr(config, "max_position_embeddings", None) or 48)
+    length = min(48, (getattr(config, "max_position_embeddings", None) or 48) - first_position(model))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, config.vocab_size, (2, length), generator=generator)
     whole = torch.arange(length).expand(2, -1)
@@ -39,7 +41,7 @@ def sample_logits(model: Any) -> dict[str, Tensor]:
     restarting = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand(2, -1)
     with torch.no_grad():
         return {
-            kind: model(input_ids=rows, position_ids=positions, use_cache=False).logits.float()
+            kind: model(**model_inputs(model, {"input_ids": rows, "position_ids": positions})).logits.float()
             for kind, positions in (("random", whole), ("packed", restarting))
         }
 

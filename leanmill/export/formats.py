@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
+from leanmill.core.technique import ModelTask
 
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class Format(ABC):
 
     label: ClassVar[str]
     """Name in the report and in `leanmill.json`."""
+    model_tasks: ClassVar[frozenset[ModelTask]] = frozenset({"causal_lm"})
+    """What models that it takes are for (`model.task`)."""
 
     @abstractmethod
     def __init__(self, rebuilt: Rebuilt, out_dir: Path, activations: Activations) -> None: ...

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+from leanmill.core.technique import ALL_TASKS, ModelTask
 from leanmill.export.compare import allowed, check_same, reload, sample_logits
 from leanmill.export.folded import FoldedFormat, prepare_config
 from leanmill.export.formats import Checked
 from leanmill.models.pretrained import quiet_transformers
+from leanmill.models.tasks import task_of
 
 
 def is_own_family(model: Any) -> bool:
@@ -20,6 +22,7 @@ class HfFormat(FoldedFormat):
     """Config, safetensors and tokenizer: any model, quantised weights de-quantised."""
 
     label: ClassVar[str] = "huggingface"
+    model_tasks: ClassVar[frozenset[ModelTask]] = ALL_TASKS
 
     @classmethod
     def covers(cls, model: Any) -> str | None:
@@ -49,7 +52,7 @@ class HfFormat(FoldedFormat):
 
     def reload(self, folder: Path) -> Any:
         """Load what was written."""
-        return reload(folder)
+        return reload(folder, task_of(self.model))
 
     def loading_notes(self) -> tuple[str, ...]:
         """What whoever loads the folder must know."""

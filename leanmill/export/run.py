@@ -39,6 +39,11 @@ def export_model(
     """
     kind = format_class(to, packing)
     rebuilt = rebuild(checkpoint_dir)
+    if rebuilt.recipe.model.task not in kind.model_tasks:
+        raise ConfigError(
+            f"{checkpoint_dir} is of model.task={rebuilt.recipe.model.task}, and {kind.label} is a format of causal "
+            f"models; type --to hf without a packing"
+        )
     if num_bits is not None:
         switch_widths(rebuilt.model, num_bits)
     reason = kind.covers(rebuilt.model)

@@ -1,4 +1,4 @@
-"""From a recipe's model section to a causal LM on the meta device."""
+"""From a recipe's model section to a model on the meta device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from leanmill.core.encoders import first_position, takes_ready_masks
 from leanmill.core.errors import ConfigError
+from leanmill.core.technique import ModelTask
 from leanmill.models.config import ModelConfig
 from leanmill.models.mapping import check_forward, check_num_parameters, mapped_config, refuse_build
 from leanmill.models.pretrained import pretrained_config
+from leanmill.models.tasks import auto_class, class_mapping
 
 
 def build_on_meta(
@@ -19,8 +22,9 @@ def build_on_meta(
     sequence_length: int | None = None,
     device_type: str | None = None,
     packed: bool = True,
+    pad_token_id: int | None = None,
 ) -> Any:
-    """Build the causal LM without storage: fp32 parameters on the meta device, no key-value cache.
+    """Build the model without storage: fp32 parameters on the meta device, no key-value cache.
 
     Args:
         config: The recipe's model section.
@@ -29,6 +33,7 @@ def build_on_meta(
         sequence_length: Tokens of a row, checked against the model's longest context.
         device_type: Where the run computes, for `attention: auto`; None is cuda where there is one.
         packed: Whether rows hold several documents, for `attention: auto`.
+        pad_token_id: Of the run's tokenizer; that of an encoder must be the same.
 
     Returns:
         The `PreTrainedModel`.
@@ -37,25 +42,27 @@ def build_on_meta(
         ConfigError: The section cannot be built; the message says what to change.
         RunError: The hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM
-
     mapping = config.family_config
-    hf_config = pretrained_config(config) if config.path is not None else mapped_config(mapping, vocab_size)
+    hf_config = (
+        pretrained_config(config) if config.path is not None else mapped_config(mapping, vocab_size, config.task)
+    )
     _check_sizes(hf_config, config, vocab_size, sequence_length)
     hf_config.use_cache = False
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config.task).from_config(
                 hf_config,
                 dtype=torch.float32,
                 attn_implementation=_attention(config, hf_config, device_type, packed),
                 trust_remote_code=config.trust_remote_code,
             )
     except Exception as error:
-        raise refuse_build(error, hf_config.model_type, mapping) from error
+        raise refuse_build(error, hf_config.model_type, mapping, config.task) from error
     check_num_parameters(model)
+    if config.task != "causal_lm":
+        _check_encoder(model, sequence_length, pad_token_id)
     if mapping is not None:
-        check_forward(hf_config, mapping)
+        check_forward(hf_config, mapping, config.task)
     return model.train()
 
 
@@ -74,15 +81,38 @@ def _check_sizes(hf_config: Any, config: ModelConfig, vocab_size: int | None, se
         )
 
 
+def _check_encoder(model: Any, sequence_length: int | None, pad_token_id: int | None) -> None:
+    config, first = model.config, first_position(model)
+    if not takes_ready_masks(model):
+        raise ConfigError(
+            f"model type {config.model_type!r} makes attention masks in a way of its own, which knows no packed rows; "
+            f"choose a family like bert, roberta, modernbert, distilbert or mpnet"
+        )
+    if pad_token_id is not None and config.pad_token_id != pad_token_id:
+        raise ConfigError(
+            f"the model takes token {config.pad_token_id} for padding and the tokenizer {pad_token_id}; set "
+            f"model.config.pad_token_id={pad_token_id}, or data.tokenizer to the model's own tokenizer"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if first and sequence_length is not None and longest is not None and sequence_length + first > longest:
+        raise ConfigError(
+            f"this family counts positions from {first}, so its max_position_embeddings={longest} are a context of "
+            f"{longest - first}; set data.sequence_length={longest - first} or less, or raise max_position_embeddings"
+        )
+
+
 def _attention(config: ModelConfig, hf_config: Any, device_type: str | None, packed: bool) -> str:
     if config.attention != "auto":
         return config.attention
+    if config.task != "causal_lm":
+        return "sdpa" if _class_of(hf_config, config.task)._supports_sdpa else "eager"
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     return "flex_attention" if device_type == "cuda" and packed and _supports_flex(hf_config) else "sdpa"
 
 
 def _supports_flex(hf_config: Any) -> bool:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    return bool(getattr(_class_of(hf_config, "causal_lm"), "_supports_flex_attn", False))
 
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(hf_config), None)
-    return bool(getattr(model_class, "_supports_flex_attn", False))
+
+def _class_of(hf_config: Any, task: ModelTask) -> Any:
+    return class_mapping(task).get(type(hf_config), None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.encoders import encoder_inputs, is_encoder
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
@@ -57,7 +58,7 @@ def uncalled(model: nn.Module, watched: Mapping[str, Site]) -> list[str]:
     was_training = model.training
     try:
         with _plain(model, called):
-            model.eval()(**_inputs())
+            model.eval()(**_inputs(model))
     except Exception:  # noqa: BLE001 (what a family does on meta is its own business)
         return []
     finally:
@@ -65,8 +66,10 @@ def uncalled(model: nn.Module, watched: Mapping[str, Site]) -> list[str]:
     return [name for name, site in watched.items() if id(site) not in called]
 
 
-def _inputs() -> dict[str, Any]:
+def _inputs(model: nn.Module) -> dict[str, Any]:
     ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device="meta")
+    if is_encoder(model):
+        return encoder_inputs(model, {"input_ids": ids, "position_ids": torch.zeros_like(ids)})
     # A ready mask: to make one, transformers would look at values of the positions.
     mask = torch.zeros(1, 1, _NUM_TOKENS, _NUM_TOKENS, device="meta")
     return {"input_ids": ids, "attention_mask": mask, "use_cache": False}

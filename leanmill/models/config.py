@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
+from leanmill.core.technique import ModelTask
 from leanmill.models.mixture.config import MixtureConfig
 from leanmill.models.mixture.translate import Mixture, translate
 
@@ -16,7 +17,11 @@ FrozenDtype = Literal["auto", "fp32", "bf16", "int8", "int4", "nf4"]
 
 
 class ModelConfig(Config):
-    """A Hugging Face causal LM: from a config (random weights) or from a checkpoint (exactly one)."""
+    """A Hugging Face model: from a config (random weights) or from a checkpoint (exactly one)."""
+
+    task: ModelTask = "causal_lm"
+    """What the model is for: `causal_lm` predicts the next token. Encoders, whose tokens attend both ways (BERT and its
+    family), are a `masked_lm`, which predicts tokens that are hidden from it."""
 
     config: dict[str, Any] | None = None
     """transformers config as a mapping, `model_type` included; weights are drawn from `seed`."""
@@ -53,6 +58,8 @@ class ModelConfig(Config):
                 "model.moe describes a new model, and model.path one that is there; remove model.moe, or give "
                 "model.config"
             )
+        if self.task != "causal_lm":
+            self._check_encoder()
         if self.moe is not None:
             translate(self.moe, self.config or {})  # raises where no family has it
         elif self.config is not None and not isinstance(self.config.get("model_type"), str):
@@ -60,6 +67,15 @@ class ModelConfig(Config):
         if self.config is not None and self.revision is not None:
             raise ConfigError("model.revision belongs to a hub checkpoint; give model.path, or remove it")
         return self
+
+    def _check_encoder(self) -> None:
+        if self.moe is not None:
+            raise ConfigError(f"model.moe makes mixtures of causal models, and model.task={self.task}; remove one")
+        if self.attention == "flex_attention":
+            raise ConfigError(
+                f"model.attention=flex_attention has no mask for model.task={self.task}; set model.attention=sdpa, or "
+                f"leave it out"
+            )
 
     @property
     def mixture(self) -> Mixture | None:

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.technique import ModelTask
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import incomplete, weights_folder
+from leanmill.models.tasks import auto_class
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class FolderWeights:
             return None
         folder, hf_config = found
         files = _files(folder)
-        sources = None if files is None else _sources(str(config.path), hf_config, list(files))
+        sources = None if files is None else _sources(str(config.path), hf_config, list(files), config.task)
         if files is None or sources is None:
             return None
         weights = cls(folder, files, sources)
@@ -161,10 +163,9 @@ def _files(folder: Path) -> dict[str, str] | None:
     return None
 
 
-def _sources(path: str, hf_config: Any, keys: list[str]) -> dict[str, Source] | None:
+def _sources(path: str, hf_config: Any, keys: list[str], task: ModelTask) -> dict[str, Source] | None:
     """Find where each tensor of the plain model lies; None where that takes more than is read here."""
     try:
-        from transformers import AutoModelForCausalLM
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -175,7 +176,7 @@ def _sources(path: str, hf_config: Any, keys: list[str]) -> dict[str, Source] | 
     except ImportError:  # another version of transformers
         return None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = auto_class(task).from_config(hf_config)
     state: dict[str, Tensor] = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]

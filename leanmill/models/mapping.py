@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from leanmill.core.encoders import encoder_inputs
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
 from leanmill.core.secrets import shown
+from leanmill.core.technique import ModelTask
 from leanmill.models.expert_sizes import check_expert_sizes
 from leanmill.models.pretrained import one_line, quiet_transformers
+from leanmill.models.tasks import auto_class, class_mapping
 
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -43,28 +46,42 @@ _MAX_LAYERS = 1000
 _MAX_TRIED_LAYERS = 200
 """A layer takes some 10 ms."""
 _MAX_PARAMETERS = 10**13
+_KINDS: dict[ModelTask, str] = {
+    "causal_lm": "a causal language model",
+    "masked_lm": "an encoder that predicts masked tokens",
+}
+_EXAMPLES: dict[ModelTask, list[str]] = {
+    "causal_lm": ["llama", "qwen3", "mixtral"],
+    "masked_lm": ["bert", "modernbert", "roberta"],
+}
 _SHARE = re.compile(r"(dropout|dropout_(rate|p|prob)|_pdrop)$")
 _POSITIVE = re.compile(r"(_eps|epsilon|rope_theta|^factor)$")
 _WORDS = {"int": "a whole number", "float": "a number with a point, e.g. 1.0", "bool": "true or false", "str": "text"}
 
 
-def mapped_config(mapping: Mapping[str, Any] | None, vocab_size: int | None) -> Any:
+def mapped_config(mapping: Mapping[str, Any] | None, vocab_size: int | None, task: ModelTask = "causal_lm") -> Any:
     """Return the `PreTrainedConfig` that `model.config` describes.
 
     Args:
         mapping: The section, `model_type` included.
         vocab_size: Fills a missing `vocab_size`.
+        task: What the model is for. An encoder's padding is token 0 where nothing is said: that of tokenizers trained
+            here, and some families count positions from it.
 
     Raises:
         ConfigError: An unknown key, or a value that no model of this family can have.
     """
     values = copy.deepcopy(dict(mapping or {}))
-    config_class = _config_class(values.pop("model_type", None))
+    config_class = _config_class(values.pop("model_type", None), task)
     _check_keys(values, config_class, "model.config")
     for path, value in _leaves(values, "model.config"):
         _check_value(path, value)
     if vocab_size is not None:
         values.setdefault("vocab_size", vocab_size)
+    if task != "causal_lm":
+        values.setdefault("pad_token_id", 0)
+        unset = [key for key in ("cls_token_id", "sep_token_id") if key in config_class().to_dict()]
+        values = {**dict.fromkeys(unset), **values}
     for key in _SPECIAL_TOKENS:
         # A family's default ids belong to its own tokenizer; as padding, they would freeze the
         # embedding row of some unrelated token.
@@ -87,7 +104,7 @@ def mapping_of(hf_config: Any) -> dict[str, Any]:
     return {"model_type": hf_config.model_type, **values}
 
 
-def check_forward(hf_config: Any, mapping: Mapping[str, Any] | None) -> None:
+def check_forward(hf_config: Any, mapping: Mapping[str, Any] | None, task: ModelTask = "causal_lm") -> None:
     """Refuse sizes that do not fit each other: run a few tokens through the model, without storage.
 
     Not every family can run on the meta device; where its own default sizes cannot either, nothing
@@ -96,6 +113,7 @@ def check_forward(hf_config: Any, mapping: Mapping[str, Any] | None) -> None:
     Args:
         hf_config: What `mapped_config` returned; left as it is.
         mapping: `model.config`, to name the setting at fault.
+        task: What the model is for.
 
     Raises:
         ConfigError: The family runs on meta, and not with these sizes.
@@ -103,18 +121,18 @@ def check_forward(hf_config: Any, mapping: Mapping[str, Any] | None) -> None:
     if hf_config.num_hidden_layers > _MAX_TRIED_LAYERS:
         return
     try:
-        _forward_on_meta(copy.deepcopy(hf_config))
+        _forward_on_meta(copy.deepcopy(hf_config), task)
     except Exception as error:
-        if _runs_on_meta(type(hf_config)):
+        if _runs_on_meta(type(hf_config), task):
             raise ConfigError(_refusal(error, mapping or {})) from error
 
 
-def refuse_build(error: Exception, model_type: str, mapping: Mapping[str, Any] | None) -> ConfigError:
+def refuse_build(
+    error: Exception, model_type: str, mapping: Mapping[str, Any] | None, task: ModelTask = "causal_lm"
+) -> ConfigError:
     """Return the line for what transformers raised while it built the model."""
     if mapping is None:
-        return ConfigError(
-            f"model type {model_type!r} cannot be built: {one_line(error)}; choose a causal language model"
-        )
+        return ConfigError(f"model type {model_type!r} cannot be built: {one_line(error)}; choose {_KINDS[task]}")
     return ConfigError(_refusal(error, mapping))
 
 
@@ -128,17 +146,17 @@ def check_num_parameters(model: Any) -> None:
         )
 
 
-def _config_class(model_type: Any) -> Any:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+def _config_class(model_type: Any, task: ModelTask) -> Any:
+    from transformers import CONFIG_MAPPING
 
     import leanmill.models.own_families  # noqa: F401
 
     known = model_type in CONFIG_MAPPING
-    if known and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if known and CONFIG_MAPPING[model_type] in class_mapping(task):
         return CONFIG_MAPPING[model_type]
     names = [name for name in CONFIG_MAPPING if name != model_type]
-    near = near_names(str(model_type), names, count=3) or ["llama", "qwen3", "mixtral"]
-    problem = "is no causal language model and cannot be built" if known else "is not known to transformers"
+    near = near_names(str(model_type), names, count=3) or _EXAMPLES[task]
+    problem = f"is not {_KINDS[task]} and cannot be built" if known else "is not known to transformers"
     raise ConfigError(
         f"model.config.model_type={shown('model_type', model_type)} {problem}; did you mean {' or '.join(near)}?"
     )
@@ -232,16 +250,18 @@ def _check_built(hf_config: Any) -> None:
                 )
 
 
-def _forward_on_meta(hf_config: Any) -> None:
-    from transformers import AutoModelForCausalLM
-
+def _forward_on_meta(hf_config: Any, task: ModelTask) -> None:
     # Eager attention and batched experts are the two that need no values; the mask is given because
     # making one asks the positions.
     length = 4
     with torch.no_grad(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(task).from_config(
             hf_config, dtype=torch.float32, attn_implementation="eager", experts_implementation="batched_mm"
         )
+        if task != "causal_lm":
+            positions = torch.arange(length)[None]
+            model.eval()(**encoder_inputs(model, {"input_ids": torch.zeros_like(positions), "position_ids": positions}))
+            return
         model.eval()(
             input_ids=torch.zeros(1, length, dtype=torch.long),
             attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool),
@@ -250,9 +270,9 @@ def _forward_on_meta(hf_config: Any) -> None:
         )
 
 
-def _runs_on_meta(config_class: Any) -> bool:
+def _runs_on_meta(config_class: Any, task: ModelTask) -> bool:
     try:
-        _forward_on_meta(config_class())
+        _forward_on_meta(config_class(), task)
     except Exception:
         return False
     return True

@@ -15,22 +15,30 @@ from torch import nn
 
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.paths import expand_user
+from leanmill.core.technique import ModelTask
 from leanmill.models.config import ModelConfig
 from leanmill.models.expert_sizes import check_expert_sizes
+from leanmill.models.tasks import auto_class, class_mapping
 
 
 def load_frozen(
-    path: str, *, dtype: torch.dtype | None = None, revision: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    task: ModelTask = "causal_lm",
 ) -> nn.Module:
-    """Load a causal LM for reading only: on the CPU, in eval mode, every parameter frozen.
+    """Load a model for reading only: on the CPU, in eval mode, every parameter frozen.
 
     Args:
         path: Local folder or hub name; safetensors only.
         dtype: Dtype of the weights; None keeps the stored one.
         revision: Hub revision.
         trust_remote_code: Run Python code that comes with `path`.
+        task: What the model is for.
     """
-    config = ModelConfig(path=path, revision=revision, trust_remote_code=trust_remote_code, attention="sdpa")
+    config = ModelConfig(path=path, revision=revision, trust_remote_code=trust_remote_code, task=task)
     model = load_weights(config, dtype=dtype)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
@@ -43,13 +51,12 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
         ConfigError: No safetensors weights, keys missing from them, or other shapes.
         RunError: The hub cannot be reached.
     """
-    from transformers import AutoModelForCausalLM
-
     hf_config = pretrained_config(config)
-    attention = "sdpa" if config.attention == "auto" else config.attention
+    supports = getattr(class_mapping(config.task).get(type(hf_config), None), "_supports_sdpa", True)
+    attention = ("sdpa" if supports else "eager") if config.attention == "auto" else config.attention
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config.task).from_pretrained(
                 str(config.path),
                 config=hf_config,
                 revision=config.revision,

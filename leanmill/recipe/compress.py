@@ -44,6 +44,11 @@ class CalibratedRecipe(Config):
     def _has_a_model(self) -> Self:
         if self.model.path is None:
             raise ConfigError("calibration looks at a model that exists; set model.path to its folder or hub name")
+        if self.model.task != "causal_lm":
+            raise ConfigError(
+                f"passes look at causal models a block at a time, and model.task={self.model.task}; train with "
+                f"techniques instead, e.g. {{type: nm_sparsity}} or {{type: int_quant}}"
+            )
         return self
 
 

@@ -13,6 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.secrets import find_secrets, shown
 from leanmill.data.config import HfDataset, LocalCorpus, sources_of
 from leanmill.recipe.layout_rules import layout_problems
+from leanmill.recipe.model_task_rules import model_task_problems
 from leanmill.recipe.technique_rules import technique_problems
 
 
@@ -35,6 +36,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _context(recipe)
     yield from _frozen(recipe)
     yield from _data(recipe)
+    yield from model_task_problems(recipe)
     yield from technique_problems(recipe)
     yield from _schedules(recipe)
     yield from layout_problems(recipe)
@@ -186,7 +188,7 @@ def _frozen(recipe: Sections) -> Iterator[str]:
 
 def _data(recipe: Sections) -> Iterator[str]:
     data = recipe.data
-    if data.task != "pretrain" and any(isinstance(source, LocalCorpus) for source in sources_of(data)):
+    if not data.is_plain_text and any(isinstance(source, LocalCorpus) for source in sources_of(data)):
         rows = "a column of messages" if data.task == "sft" else "columns prompt, chosen and rejected"
         yield (
             f"data.task={data.task} needs chats, and local_corpus has none; set data.source={{type: hf, path: "

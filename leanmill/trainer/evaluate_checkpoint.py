@@ -14,6 +14,7 @@ from torch import nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.probes import Probe
 from leanmill.data.build import build_eval_data, build_tokenizer
+from leanmill.data.config import ENCODER_TASKS
 from leanmill.data.evaluation import EvalDomain
 from leanmill.data.tokenizer import load_tokenizer
 from leanmill.parallel.build import build_engine
@@ -174,4 +175,8 @@ def _tokenizer(recipe: Recipe, saved: Path | None) -> Any:
     """Return the run's own tokenizer: the corpus of this machine may have changed since."""
     if saved is None:
         return build_tokenizer(recipe.data, seed=recipe.seed)
-    return load_tokenizer(str(saved), trust_remote_code=recipe.data.tokenizer.trust_remote_code)
+    return load_tokenizer(
+        str(saved),
+        trust_remote_code=recipe.data.tokenizer.trust_remote_code,
+        for_encoder=recipe.data.task in ENCODER_TASKS,
+    )

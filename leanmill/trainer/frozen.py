@@ -41,7 +41,9 @@ def frozen_on_meta(recipe: Recipe, path: str, to_come: Mapping[str, ModelConfig]
         )
     if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
         raise ConfigError(f"{key} {path!r} does not exist; correct the path")
-    return build_on_meta(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+    return build_on_meta(
+        ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code, task=recipe.model.task)
+    )
 
 
 def frozen_flops_per_token(recipe: Recipe, to_come: Mapping[str, ModelConfig] | None = None) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.batches import Batch
+from leanmill.core.encoders import is_encoder
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.head_loss import HeadLoss, is_plain_head
@@ -87,7 +88,7 @@ class InHead:
         losses: dict[str, Tensor] = {}
         is_of_head = bool(job.terms) and isinstance(job.terms[0], HeadLossTerm)
         loss = (_both_of if is_of_head else _token_losses)(job, self._chunk, HeadForm(), losses)
-        total = loss_in_head(self._model, model_inputs(job.batch), job.labels.numel(), loss)
+        total = loss_in_head(self._model, model_inputs(self._model, job.batch), job.labels.numel(), loss)
         return None if total is None else losses | {"total": total}
 
 
@@ -101,7 +102,7 @@ class OnBody:
         """See `LossPath`."""
         losses: dict[str, Tensor] = {}
         loss = _token_losses(job, self._chunk, self._form, losses)
-        return losses | {"total": loss_on_body(self._model, model_inputs(job.batch), loss)}
+        return losses | {"total": loss_on_body(self._model, model_inputs(self._model, job.batch), loss)}
 
 
 class FromLogits:
@@ -142,7 +143,7 @@ class FromLogits:
         """Return what `compute` makes of logits [n, V], labels [n] and extras, of all tokens or chunk by chunk."""
         chunk = _whole_groups(self.chunk_size(job.labels.numel()), job.terms)
         if chunk >= job.labels.numel():
-            logits = self._model(**model_inputs(job.batch)).logits
+            logits = self._model(**model_inputs(self._model, job.batch)).logits
             return [compute(logits.flatten(0, 1), job.labels, list(job.extras))]
         return self._in_chunks(job, chunk, compute)
 
@@ -157,16 +158,16 @@ class FromLogits:
 
     @property
     def _cannot_cut(self) -> bool:
-        return self._is_special or bool(head_extras(self._model.config))
+        return self._is_special or bool(head_extras(self._model.config)) or is_encoder(self._model)
 
     def _in_chunks(self, job: Job, chunk: int, compute: _OfLogits) -> list[Tensor]:
         if self._cannot_cut:
             raise ConfigError(
-                "this model family scales or caps its logits after the head, which chunked losses would "
+                "this model family does more than its head's matmul to make logits, which chunked losses would "
                 "leave out; remove train.logits_chunk_tokens"
             )
         body: Any = self._model.base_model
-        hidden = body(**model_inputs(job.batch)).last_hidden_state.flatten(0, 1)
+        hidden = body(**model_inputs(self._model, job.batch)).last_hidden_state.flatten(0, 1)
         head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
         parts = []
         for start in range(0, job.labels.numel(), chunk):

@@ -7,12 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
+from leanmill.core.encoders import encoder_inputs, is_encoder
 from leanmill.core.head import known_head_form
 from leanmill.core.head_loss import HeadLoss, head_operands, loss_of_head, loss_place
 
 
-def model_inputs(batch: Batch) -> dict[str, Any]:
-    """Return the arguments of a causal LM for a micro-batch."""
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return the arguments of a model for a micro-batch."""
+    if is_encoder(model):
+        return encoder_inputs(model, batch)
     # No attention mask: transformers derives the block-diagonal causal mask from positions that
     # restart at each document.
     return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}

@@ -128,27 +128,34 @@ def _context(
 
     @cache  # terms may share a teacher
     def load_frozen_model(path: str) -> nn.Module:
-        return engine.prepare_frozen(load_frozen(path, trust_remote_code=recipe.model.trust_remote_code))
+        return engine.prepare_frozen(
+            load_frozen(path, trust_remote_code=recipe.model.trust_remote_code, task=recipe.model.task)
+        )
 
     @cache  # each weight of it is read once
     def stored(path: str) -> StoredWeights:
-        return StoredWeights(ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code))
+        return StoredWeights(_beside(recipe, path))
 
     offered = InstallContext(
         load_frozen_model=load_frozen_model,
         vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-        other_tokens=None if tokenizer is None else partial(other_tokens, tokenizer),
+        other_tokens=None
+        if tokenizer is None
+        else partial(other_tokens, tokenizer, for_encoder=recipe.model.task != "causal_lm"),
         data_fingerprint=data_fingerprint,
         fingerprint_of_model=_fingerprint_of_model,
         seed=recipe.seed,
         cross_entropy_weight=recipe.train.cross_entropy_weight,
-        frozen_config=lambda path: pretrained_config(
-            ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code)
-        ),
+        frozen_config=lambda path: pretrained_config(_beside(recipe, path)),
         open_weights=lambda path: stored(path).take,
     )
     return offered, stored
+
+
+def _beside(recipe: Recipe, path: str) -> ModelConfig:
+    """Return the model section of a model beside a recipe's own, which is for the same."""
+    return ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code, task=recipe.model.task)
 
 
 def _fingerprint_of_model(path: str) -> str | None:

@@ -117,6 +117,7 @@ class _Run:
             sequence_length=recipe.data.sequence_length,
             device_type=ranks.device.type,
             packed=recipe.data.document_mask,
+            pad_token_id=tokenizer.pad_token_id,
         )
         self.domains, self.data = on_every_rank(lambda: self._read_data(tokenizer))
         check_ranks_agree(self.data.identity, self.domains)

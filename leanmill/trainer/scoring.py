@@ -67,13 +67,13 @@ class TokenLosses:
             return hidden.new_zeros(())
 
         if form is not None:
-            loss_on_body(self._model, model_inputs(batch), losses)
-        elif loss_in_head(self._model, model_inputs(batch), labels.numel(), losses) is None:
+            loss_on_body(self._model, model_inputs(self._model, batch), losses)
+        elif loss_in_head(self._model, model_inputs(self._model, batch), labels.numel(), losses) is None:
             return None
         return found[0].float()
 
     def _from_logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self._model(**model_inputs(batch)).logits
+        logits: Tensor = self._model(**model_inputs(self._model, batch)).logits
         # Row by row: their fp32 copy would be larger than they are.
         rows = [
             F.cross_entropy(row.float(), labels, ignore_index=-100, reduction="none")
@@ -86,9 +86,9 @@ def next_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the logits [B, V] of the tokens that follow the positions `batch["last"]`, whatever stands there."""
     rows, last = torch.arange(len(batch["last"]), device=batch["last"].device), batch["last"]
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        logits: Tensor = model(**model_inputs(batch), logits_to_keep=last).logits
+        logits: Tensor = model(**model_inputs(model, batch), logits_to_keep=last).logits
         return logits[rows, rows]
-    logits = model(**model_inputs(batch)).logits
+    logits = model(**model_inputs(model, batch)).logits
     return logits[rows, last]
 
 

@@ -78,3 +78,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
     """Return a fresh `model.config` mapping of `family`."""
     return {"model_type": family, **FAMILIES[family], **changes}
+
+
+_ENCODER: dict[str, Any] = {"vocab_size": 97, "pad_token_id": 1}
+_BERT = {**_ENCODER, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {**_BERT, "max_position_embeddings": 64},
+    "roberta": {**_BERT, "max_position_embeddings": 66},
+    "mpnet": {**_BERT, "max_position_embeddings": 66},
+    # Of four layers, two look at 2 tokens on either side only.
+    "modernbert": {**_BERT, "num_hidden_layers": 4, "max_position_embeddings": 64, "local_attention": 4},
+    "distilbert": {
+        **_ENCODER,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+    },
+}
+"""Encoders, built with `model.task: masked_lm`."""
+
+
+def tiny_encoder(family: str) -> dict[str, Any]:
+    """Return `model.config` of an encoder."""
+    return {"model_type": family, **ENCODERS[family]}

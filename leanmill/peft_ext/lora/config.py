@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import Installation, InstallContext, TrainedTechniqueConfig
+from leanmill.core.technique import ALL_TASKS, Installation, InstallContext, ModelTask, TrainedTechniqueConfig
 
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ class Lora(TrainedTechniqueConfig):
     """Patterns of weights to take; None takes every linear and expert weight except the head."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of weights to leave out again."""
+
+    def model_tasks(self) -> frozenset[ModelTask]:
+        """Return all: weights are weights."""
+        return ALL_TASKS
 
     @property
     def scaling(self) -> float:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
+from leanmill.core.technique import ALL_TASKS, Installation, InstallContext, ModelTask, TechniqueConfig
 
 
 if TYPE_CHECKING:
@@ -112,6 +112,10 @@ class NMSparsity(TechniqueConfig):
     """Patterns of weights to take; None takes every linear and expert weight except the head."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of weights to leave out again."""
+
+    def model_tasks(self) -> frozenset[ModelTask]:
+        """Return all: weights are weights."""
+        return ALL_TASKS
 
     @model_validator(mode="before")
     @classmethod
