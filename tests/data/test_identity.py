@@ -7,7 +7,7 @@ import pytest
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_train_data
 from leanmill.data.cache import fingerprint
-from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, Mixture, Prepared
+from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, MaskingConfig, Mixture, Prepared
 from leanmill.data.identity import HARMLESS, data_identity
 from tests.data.samples import hf_config, write_texts
 
@@ -42,11 +42,12 @@ def cases():
         (DataConfig(source=HF), "data.", lambda c: c),
         (HF, "data.source.", lambda c: DataConfig(source=c)),
         (LocalCorpus(), "data.source.", lambda c: DataConfig(source=c)),
+        (MaskingConfig(), "data.masking.", lambda c: DataConfig(masking=c)),
         (Prepared(path="p"), "data.source.", lambda c: DataConfig(source=c)),
         (HF, "data.source.sources.0.", lambda c: DataConfig(source=mixture.model_copy(update={"sources": [c]}))),
     ):
         for name in type(owner).model_fields:
-            if name not in HARMLESS.get(type(owner), ()) and name != "type":
+            if name not in HARMLESS.get(type(owner), ()) and name not in ("type", "masking"):
                 yield pytest.param(owner, name, key, build, id=f"{key}{type(owner).__name__}.{name}")
 
 

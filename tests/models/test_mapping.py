@@ -124,7 +124,7 @@ def test_a_saved_configuration_reads_back(family):
 def test_what_cannot_run_on_meta_with_its_own_sizes_is_not_blamed(monkeypatch):
     calls = []
 
-    def fail(config):
+    def fail(config, task):
         calls.append(type(config))
         raise RuntimeError("no kernel for meta")
 
