@@ -162,6 +162,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "weight_format": "fp4",
         "scale": "power_of_two",
         "activation_format": "mxfp8_e4m3",
+        "gradient_format": "e8m10",
         "targets": ["o_proj", "up_proj"],
     },
     "fp_quant_scaled": {"type": "fp_quant", "weight_format": "e3m2", "granularity": "tensor"},

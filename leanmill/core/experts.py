@@ -185,6 +185,6 @@ def _matmul(module: nn.Module, held: Tensor | Operands, rows: Tensor, offsets: T
         tokens = bound.tokens(tokens)
         # Staged in the parameter's dtype, multiplied in that of the rows (see `linear`).
         weight = with_divided_gradient(bound.weight().to(compute_dtype(tokens)), module)
-        return grouped(tokens, weight, bound.backward_weight(), offsets, **routing)
+        return bound.product(grouped(tokens, weight, bound.backward_weight(), offsets, **routing))
 
     return recomputed(product, rows, *held.tensors)

@@ -120,7 +120,7 @@ class Operands:
             functions.append(_with_state(stage, state, "forward"))
             other = isinstance(stage, Stage) and stage.has_backward_weight
             backward.append(_with_state(stage, state, "for_backward") if other else None)
-        return Bound(weight, functions, backward, len(self.stages))
+        return Bound(weight, functions, backward, len(self.stages), self.inputs)
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ class Bound:
     _functions: Sequence[Callable[[Tensor], Tensor]]
     _backward: Sequence[Callable[[Tensor], Tensor] | None]
     _num_stages: int
+    _inputs: Sequence[InputStage]
 
     def weight(self) -> Tensor:
         """The weight of the forward matmul."""
@@ -156,6 +157,12 @@ class Bound:
         for function in self._functions[self._num_stages :]:
             tokens = function(tokens)
         return tokens
+
+    def product(self, product: Tensor) -> Tensor:
+        """What the matmul gave, its gradient being what stages of the activations make of it."""
+        for stage in reversed(self._inputs):
+            product = stage.on_product(product)
+        return product
 
 
 def _with_state(stage: nn.Module, state: dict[str, Tensor], method: str) -> Callable[[Tensor], Tensor]:

@@ -189,7 +189,7 @@ class LinearSite(Site, nn.Linear):
 
         def product(tokens: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
             bound = operands.bound(tensors)
-            return linear(bound.tokens(tokens), bound.weight(), bound.backward_weight(), bias)
+            return bound.product(linear(bound.tokens(tokens), bound.weight(), bound.backward_weight(), bias))
 
         return recomputed(product, input, self.bias, *operands.tensors)
 

@@ -267,7 +267,8 @@ class InputStage(OperandStage):
 
     slot: ClassVar[InputSlot]
     is_cancelled: ClassVar[bool] = False
-    """Whether the weight's `undo` cancels this stage, so that a plain layer computes the same without it."""
+    """Whether a plain layer computes the same without this stage: the weight's `undo` cancels it, or all it does is in
+    `on_product`."""
     formats: ClassVar[tuple[str, ...]] = ()
     """Packings of an export whose layers do to their input what this stage does."""
     may_be_left_out: ClassVar[bool] = True
@@ -278,6 +279,10 @@ class InputStage(OperandStage):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the staged activations, same shape and dtype."""
         raise NotImplementedError
+
+    def on_product(self, product: Tensor) -> Tensor:
+        """Return what the matmul [..., out] gave, as it is, for stages that change the gradient which it gets."""
+        return product
 
     def unrounded(self) -> InputStage | None:
         """Return what is left of this stage with float activations: a rotation that the weight cancels, or None."""

@@ -33,6 +33,9 @@ class FpQuant(Warmup, SharedScales):
     activation_format: str | None = None
     """Of activations, as above but for fp4, fp6 and fp8; a plain one has an absmax scale a token. None leaves
     activations alone."""
+    gradient_format: str | None = None
+    """Of the gradients of what layers compute, as activations': rounded once, for the gradient of the input and that of
+    the weight alike. None leaves gradients alone."""
     granularity: Literal["tensor", "row", "group"] | None = None  # type: ignore[assignment]
     """What shares a scale in a plain format: a whole weight (each expert of a stacked one), an output row, or
     `group_size` neighbours of a row; None is a row. Block formats have their own."""
@@ -46,7 +49,7 @@ class FpQuant(Warmup, SharedScales):
     saturate (OCP). `ceil`: the least under which nothing does (NVIDIA). `mse`: of that and the next two below the
     one with the least squared error; of activations `ceil`."""
 
-    @field_validator("weight_format", "activation_format")
+    @field_validator("weight_format", "activation_format", "gradient_format")
     @classmethod
     def _is_known(cls, value: str | None) -> str | None:
         if value is not None and not candidates_of(value):
@@ -55,11 +58,13 @@ class FpQuant(Warmup, SharedScales):
 
     @model_validator(mode="after")
     def _fits_the_format(self) -> FpQuant:
-        if self.activation_format is not None and candidates_of(self.activation_format):
-            raise ConfigError(
-                f"fp_quant.activation_format={self.activation_format} would be searched for every token; type one "
-                f"format, e.g. {candidates_of(self.activation_format)[-1]}"
-            )
+        for key in ("activation_format", "gradient_format"):
+            name = getattr(self, key)
+            if name is not None and candidates_of(name):
+                raise ConfigError(
+                    f"fp_quant.{key}={name} would be searched for every token; type one format, e.g. "
+                    f"{candidates_of(name)[-1]}"
+                )
         formats = [format_of(name) for name in candidates_of(self.weight_format) or (self.weight_format,)]
         if formats[0].block_size is not None:
             for key, value in (("granularity", self.granularity), ("scale", self.scale)):
@@ -78,7 +83,7 @@ class FpQuant(Warmup, SharedScales):
                 f"absmax with another weight_format than {self.weight_format}"
             )
         uses_exponents = self.scale == "power_of_two" or any(
-            f.block_scale == "power_of_two" for f in (*formats, *self._activation_formats())
+            f.block_scale == "power_of_two" for f in (*formats, *self._token_formats())
         )
         if self.shared_exponent != "floor" and not uses_exponents:
             raise ConfigError(
@@ -87,24 +92,31 @@ class FpQuant(Warmup, SharedScales):
             )
         return self
 
-    def _activation_formats(self) -> tuple[FloatFormat, ...]:
-        return () if self.activation_format is None else (format_of(self.activation_format),)
+    def _token_formats(self) -> list[FloatFormat]:
+        return [format_of(name) for name in (self.activation_format, self.gradient_format) if name is not None]
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
-        """Put a quantiser on every target, and one on its input.
+        """Put a quantiser on every target, and one on its input and the gradient of its output.
 
         Raises:
-            ConfigError: Blocks or `group_size` do not divide the last dim of a target.
+            ConfigError: Blocks or `group_size` do not divide a dim of a target, or gradients of logits would be rounded.
         """
-        from leanmill.quant.fp_quant.stage import FloatActivations, make_weights
+        from leanmill.quant.fp_quant.stage import TokenRounding, check_gradients, make_inputs, make_weights
         from leanmill.quant.scales import check_groups
         from leanmill.quant.warmup import warmup_rules
 
         names = candidates_of(self.weight_format) or (self.weight_format,)
         formats = [format_of(name) for name in names]
         selected = sites.select(self.targets, self.exclude)
-        for size in {f.block_size for f in (*formats, *self._activation_formats())} | {self.group_size}:
+        tokens, gradients = (
+            None if name is None else TokenRounding(format_of(name), self.scale != "none", self.shared_exponent)
+            for name in (self.activation_format, self.gradient_format)
+        )
+        sizes = {f.block_size for f in formats} | {self.group_size, tokens.format_.block_size if tokens else None}
+        for size in sizes:
             check_groups(selected, self.type, size)
+        if gradients is not None:
+            check_gradients(sites, selected, gradients.format_.block_size)
         sites.put(
             selected,
             lambda site: make_weights(
@@ -113,11 +125,8 @@ class FpQuant(Warmup, SharedScales):
             ),
         )  # fmt: skip
         for site in selected:
-            for format_ in self._activation_formats():
-                site.put_input(
-                    FloatActivations(
-                        format_, is_scaled=self.scale != "none", shared_exponent=self.shared_exponent,
-                        has_warmup=self.has_warmup, device=site.raw_weight.device,
-                    )
-                )  # fmt: skip
+            device = site.raw_weight.device
+            stage = make_inputs(tokens, gradients, has_warmup=self.has_warmup, device=device)
+            if stage is not None:
+                site.put_input(stage)
         return Installation(step_rules=warmup_rules(sites, self.type, self.warmup_steps))

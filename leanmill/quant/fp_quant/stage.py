@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from leanmill.core.errors import ConfigError
 from leanmill.core.facets import FloatCodes, PartStaging, Statistic
 from leanmill.core.operands import lend
+from leanmill.core.site import Site
+from leanmill.core.sites import Sites
 from leanmill.quant.floats import FloatGrid, float_codes
 from leanmill.quant.fp_quant.blocks import PowersOfTwo, SharedExponent, Unscaled, two_level, two_level_codes
 from leanmill.quant.fp_quant.formats import FloatFormat
@@ -175,16 +180,44 @@ class TwoLevelWeights(QuantStage):
         return f"{self.grid}, block_size={self.block_size}"
 
 
+@dataclass(frozen=True)
+class TokenRounding:
+    """How tokens [..., in], or their gradients, are rounded: each by itself.
+
+    Scales are those of the weights' formats, with a token for a matrix: one absmax scale a token for elements without
+    blocks, and NVFP4's outer scale is one a token too. The `mse` of `PowersOfTwo` is `ceil` here.
+    """
+
+    format_: FloatFormat
+    is_scaled: bool = True
+    """Whether elements without blocks have a scale at all."""
+    shared_exponent: SharedExponent = "floor"
+    """Of blocks."""
+
+    def rounded(self, tokens: Tensor) -> Tensor:
+        """Return the rounded tokens, same shape and dtype, straight-through."""
+        grid, size = grid_of(self.format_), self.format_.block_size
+        if self.format_.block_scale == "two_level":
+            assert size is not None
+            return two_level(tokens, tokens.detach().abs().amax(-1, keepdim=True), grid, size)
+        with torch.no_grad():
+            scale = self._scale_of(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), grid)
+        return grid.rounded(tokens, scale)
+
+    def _scale_of(self, tokens: Tensor, grid: FloatGrid) -> Tensor:
+        largest = tokens.abs().unflatten(-1, (-1, self.format_.block_size or tokens.shape[-1])).amax(-1)
+        if self.format_.block_scale is not None:
+            return PowersOfTwo(self.shared_exponent).of_largest(largest, grid)
+        has_scale = self.is_scaled and not self.format_.is_unscaled
+        return largest / grid.largest_code if has_scale else torch.ones_like(largest)
+
+
 class FloatActivations(QuantInput):
     """Round every token [..., in] to floating-point elements, straight-through.
 
-    Scales are those of the weights' formats, with a token for a matrix: one absmax scale a token for elements without
-    blocks, and NVFP4's outer scale is one a token too.
-
     Args:
-        format_: Elements, and blocks where it has some.
-        is_scaled: Whether elements without blocks have a scale at all.
-        shared_exponent: Of blocks, see `PowersOfTwo`; its `mse` is `ceil` here.
+        rounding: Of tokens.
+        gradient: Of the gradients of what they are multiplied to, [..., out]; None leaves those alone.
         has_warmup: See `WarmedUp`.
         device: Of the weight.
     """
@@ -193,34 +226,87 @@ class FloatActivations(QuantInput):
 
     def __init__(
         self,
-        format_: FloatFormat,
+        rounding: TokenRounding,
+        gradient: TokenRounding | None = None,
         *,
-        is_scaled: bool = True,
-        shared_exponent: SharedExponent = "floor",
         has_warmup: bool = False,
         device: torch.device | None = None,
     ) -> None:
         super().__init__(has_warmup=has_warmup, device=device)
-        self.grid, self.block_size, self.block_scale = grid_of(format_), format_.block_size, format_.block_scale
-        self.exponents = PowersOfTwo(shared_exponent)
-        self.is_scaled = is_scaled and not format_.is_unscaled
+        self.rounding, self.gradient = rounding, gradient
 
     def rounded(self, tokens: Tensor) -> Tensor:
-        if self.block_scale == "two_level":
-            assert self.block_size is not None
-            return two_level(tokens, tokens.detach().abs().amax(-1, keepdim=True), self.grid, self.block_size)
-        with torch.no_grad():
-            scale = self._scale_of(tokens.to(torch.promote_types(tokens.dtype, torch.float32)))
-        return self.grid.rounded(tokens, scale)
+        return self.rounding.rounded(tokens)
 
-    def _scale_of(self, tokens: Tensor) -> Tensor:
-        largest = tokens.abs().unflatten(-1, (-1, self.block_size or tokens.shape[-1])).amax(-1)
-        if self.block_scale is not None:
-            return self.exponents.of_largest(largest, self.grid)
-        return largest / self.grid.largest_code if self.is_scaled else torch.ones_like(largest)
+    def on_product(self, product: Tensor) -> Tensor:
+        if self.gradient is None or not (torch.is_grad_enabled() and product.requires_grad):
+            return product
+        return _RoundGradient.apply(product, self)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        return f"{self.grid}, block_size={self.block_size}"
+        return f"{self.rounding}, gradient={self.gradient}"
+
+
+class FloatGradients(FloatActivations):
+    """Leave tokens alone and round the gradients of what they are multiplied to; as `FloatActivations`."""
+
+    is_cancelled: ClassVar[bool] = True
+
+    def __init__(
+        self, gradient: TokenRounding, *, has_warmup: bool = False, device: torch.device | None = None
+    ) -> None:
+        super().__init__(gradient, gradient, has_warmup=has_warmup, device=device)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens
+
+
+class _RoundGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, stage: FloatActivations) -> Tensor:
+        ctx.stage = stage
+        return product.view_as(product)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        stage: FloatActivations = ctx.stage
+        assert stage.gradient is not None
+        return stage.mixed(grad, stage.gradient.rounded(grad)), None
+
+
+def make_inputs(
+    rounding: TokenRounding | None,
+    gradient: TokenRounding | None,
+    *,
+    has_warmup: bool = False,
+    device: torch.device | None = None,
+) -> FloatActivations | None:
+    """Return the stage of an input for tokens, gradients, or both; None for neither."""
+    if rounding is not None:
+        return FloatActivations(rounding, gradient, has_warmup=has_warmup, device=device)
+    return None if gradient is None else FloatGradients(gradient, has_warmup=has_warmup, device=device)
+
+
+def check_gradients(sites: Sites, selected: Sequence[Site], block_size: int | None) -> None:
+    """Refuse targets whose outputs' gradients cannot be rounded.
+
+    Raises:
+        ConfigError: One is the output head, whose logits never exist as a whole, or has outputs that blocks do not
+            divide; the message says what to type.
+    """
+    for site in selected:
+        if sites.candidates[site.site_name].kind == "head":
+            raise ConfigError(
+                f"{site.site_name}: gradients of logits are not rounded, which a loss makes without logits; remove it "
+                f"from fp_quant.targets, or give it an fp_quant of its own without gradient_format"
+            )
+        num_out = site.raw_weight.shape[-2]
+        if block_size is not None and num_out % block_size:
+            raise ConfigError(
+                f"{site.site_name}: the blocks of {block_size} of fp_quant.gradient_format do not divide its {num_out} "
+                f"outputs; add {site.site_name!r} to fp_quant.exclude, or choose a format without blocks, e.g. e5m2"
+            )
 
 
 def grid_of(format_: FloatFormat) -> FloatGrid:

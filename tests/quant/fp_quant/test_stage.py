@@ -12,7 +12,7 @@ from leanmill.core.registry import parse_technique
 from leanmill.core.sites import Sites
 from leanmill.quant.floats import FloatGrid
 from leanmill.quant.fp_quant.formats import BLOCK_FORMATS, format_of
-from leanmill.quant.fp_quant.stage import FloatActivations, grid_of, make_weights
+from leanmill.quant.fp_quant.stage import FloatActivations, TokenRounding, grid_of, make_weights
 from tests.core.tiny import install, loss_of, tiny, tokens
 
 
@@ -93,7 +93,7 @@ def test_microscaling(name, rule, dtype):
     stage = make_weights([format_of(name)], None, None, None, rule)
     assert torch.equal(stage(weight).double(), expected.reshape(3, 64))
     assert torch.equal(
-        FloatActivations(format_of(name), shared_exponent=rule)(weight).double(), expected.reshape(3, 64)
+        FloatActivations(TokenRounding(format_of(name), shared_exponent=rule))(weight).double(), expected.reshape(3, 64)
     )
 
 
@@ -112,7 +112,7 @@ def test_two_levels_of_scales(dtype):
     experts = make_weights([format_of("nvfp4")], None, None, None)(weight)
     for expert, got in zip(weight, experts, strict=True):
         assert torch.equal(got, nvfp4(expert, expert.abs().max().reshape(1, 1, 1)))
-    got = FloatActivations(format_of("nvfp4"))(weight)
+    got = FloatActivations(TokenRounding(format_of("nvfp4")))(weight)
     assert torch.equal(got, nvfp4(weight, weight.abs().amax(-1)[..., None, None])), "an outer scale a token"
 
 
@@ -190,7 +190,7 @@ def test_a_layer_and_its_straight_through_gradients(weight_format, activation_fo
         step = x_q.abs().amax(-1, keepdim=True) / 448
         x_q = grid_of(format_of("e4m3")).snapped(x_q / step) * step
     elif activation_format is not None:
-        x_q = FloatActivations(format_of(activation_format))(x_q)
+        x_q = FloatActivations(TokenRounding(format_of(activation_format)))(x_q)
     out = model(x)
     out.backward(upstream)
     torch.testing.assert_close(out.detach(), x_q @ w_q.T + bias)
