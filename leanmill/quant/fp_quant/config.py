@@ -99,7 +99,7 @@ class FpQuant(Warmup, SharedScales):
         """Put a quantiser on every target, and one on its input and the gradient of its output.
 
         Raises:
-            ConfigError: Blocks or `group_size` do not divide a dim of a target, or gradients of logits would be rounded.
+            ConfigError: Blocks or `group_size` do not divide a dim of a target, or logits would get rounded gradients.
         """
         from leanmill.quant.fp_quant.stage import TokenRounding, check_gradients, make_inputs, make_weights
         from leanmill.quant.scales import check_groups
