@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any
 from leanmill.checkpoint.components import take_apart
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.finding import complete_checkpoints, locate, newest_sound
-from leanmill.checkpoint.folders import settle
+from leanmill.checkpoint.folders import settle, step_folder
 from leanmill.checkpoint.group import SaveGroup
 from leanmill.checkpoint.loading import check_kind, read_part
-from leanmill.checkpoint.manifest import (
-    read_manifest,
-)
+from leanmill.checkpoint.manifest import read_manifest
 from leanmill.checkpoint.reading import read_document
+from leanmill.checkpoint.remote import RemoteFolder, is_url
 from leanmill.checkpoint.retention import Retention
 from leanmill.checkpoint.snapshot import Snapshot, Snapshots
+from leanmill.checkpoint.uploads import Uploads, fetch_newest
 from leanmill.checkpoint.writing import Job, Writer, versions
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.redact import redact_tree
@@ -49,6 +49,7 @@ class CheckpointManager:
             parameters or optimizer state after a `save`. Then those are copied beside the next
             forward and backward passes instead of while `save` runs.
         before_write: Called on rank 0 before a save writes anything; a RunError from it ends the save.
+        remote: Where copies go, a URL; None keeps none.
     """
 
     def __init__(
@@ -58,12 +59,16 @@ class CheckpointManager:
         *,
         overlap: bool = False,
         before_write: Callable[[], None] = lambda: None,
+        remote: str | None = None,
     ) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.config = config
         self.overlap = overlap
         self.group = SaveGroup()
         self._retention = Retention(self.root, config)
+        self._uploads = None if remote is None else Uploads(RemoteFolder(remote), self.root, config, self.group)
+        if self._uploads is not None:
+            self._retention.spare(self._uploads.in_use)
         self._writer = Writer(root=self.root, group=self.group, retention=self._retention, before_write=before_write)
         self._snapshots = Snapshots(self.group.rank)
         self._thread: threading.Thread | None = None
@@ -115,7 +120,7 @@ class CheckpointManager:
             if not self.overlap:
                 self.finish_copies()
         else:
-            self._writer.write(job)
+            self._write(job)
         return time.perf_counter() - started
 
     def _take(self, engine: Engine, names: Collection[str] | None) -> dict[str, Snapshot]:
@@ -159,6 +164,16 @@ class CheckpointManager:
         if error is not None:
             raise error
 
+    def close(self) -> None:
+        """Wait for the save in flight, and until the newest is at the remote place, where there is one.
+
+        Raises:
+            RunError: The save failed.
+        """
+        self.wait()
+        if self._uploads is not None:
+            self._uploads.close()
+
     def drain(self) -> None:
         """Wait for the save in flight without raising: for a run that is failing for another reason."""
         try:
@@ -177,21 +192,48 @@ class CheckpointManager:
             RunError: The given checkpoint, or each one found, is damaged.
         """
         if resume == "auto":
-            found = newest_sound(self.root, self.group)
-            self._retention.distrust({path.with_suffix("") for path in found.skipped})
-            return found.path
+            return self._newest()
         if resume == "never":
-            present = self.latest()
-            if self.group.broadcast(str(present or "")):
+            if where := self._where_checkpoints_are():
                 raise ConfigError(
-                    f"checkpoint.resume=never, but {self.root} has checkpoints; give another run_dir, "
+                    f"checkpoint.resume=never, but {where} has checkpoints; give another run_dir, "
                     f"or type checkpoint.resume=auto to continue"
                 )
             return None
         try:
-            return locate(resume, self.group).path
+            return self._fetched(resume) if is_url(resume) else locate(resume, self.group).path
         except (ConfigError, RunError) as error:
             raise type(error)(f"checkpoint.resume={resume}: {error}") from error
+
+    def _newest(self) -> Path | None:
+        """The newest sound checkpoint, here or at the remote place."""
+        path, problem = None, None
+        try:
+            found = newest_sound(self.root, self.group)
+            path = found.path
+            self._retention.distrust({path.with_suffix("") for path in found.skipped})
+        except RunError as error:
+            problem = error
+        if self._uploads is not None:
+            above = 0 if path is None else read_manifest(path).sequence
+            path = fetch_newest(self._uploads.remote, self.root, self.group, above=above) or path
+        if path is None and problem is not None:
+            raise problem
+        return path
+
+    def _where_checkpoints_are(self) -> str:
+        """Where this run has checkpoints already, on every rank; empty where it has none."""
+        where = str(self.root) if self.latest() else ""
+        if not where and self._uploads is not None and self.group.rank == 0 and self._uploads.remote.saves():
+            where = self._uploads.remote.url
+        return self.group.broadcast(where)
+
+    def _fetched(self, url: str) -> Path:
+        """The newest checkpoint of another run's remote place, brought beside this run's own."""
+        path = fetch_newest(RemoteFolder(url), self.root.with_name("fetched"), self.group)
+        if path is None:
+            raise ConfigError("there is no sound checkpoint; give the URL that a run had as checkpoint.remote")
+        return path
 
     def latest(self) -> Path | None:
         """Return the newest complete checkpoint of the run, unverified; local, not collective."""
@@ -201,10 +243,14 @@ class CheckpointManager:
     def clear_away(self) -> None:
         """Finish or undo what an earlier run was at when it was killed; a run with nothing left to save does it too.
 
+        From here on this run is who writes to the remote place.
+
         Raises:
-            RunError: A folder cannot be renamed or deleted.
+            RunError: A folder cannot be renamed or deleted, or the remote place cannot be written.
         """
         self.group.on_first_rank(lambda: settle(self.root))
+        if self._uploads is not None:
+            self._uploads.begin()
 
     def load(
         self,
@@ -247,6 +293,11 @@ class CheckpointManager:
 
     # Saving
 
+    def _write(self, job: Job) -> None:
+        self._writer.write(job)
+        if self._uploads is not None:
+            self._uploads.offer(step_folder(self.root, job.step))
+
     def _write_in_background(self, job: Job) -> None:
         try:
             try:
@@ -256,6 +307,6 @@ class CheckpointManager:
                 job.copied.set()
             for snapshot in job.parts.values():
                 snapshot.wait_for_device()
-            self._writer.write(job)
+            self._write(job)
         except BaseException as error:  # noqa: BLE001 (handed to the next `save` or `wait`)
             self._error = error

@@ -70,18 +70,35 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        raw: dict[str, Any] = json.loads(path.read_bytes())
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise RunError(f"{path}: missing, so the checkpoint was never finished; use an earlier one") from error
+    except OSError as error:
+        raise RunError(f"{path}: damaged ({error}); use an earlier checkpoint") from error
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Return the manifest that a file holds.
+
+    Args:
+        content: The file's bytes.
+        where: What the file is called, for the message.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    try:
+        raw: dict[str, Any] = json.loads(content)
         digest = raw.pop("digest")
         if raw.pop("format") != FORMAT:
-            raise RunError(f"{path}: written by another version of leanmill, whose format this one cannot read")
+            raise RunError(f"{where}: written by another version of leanmill, whose format this one cannot read")
         if digest != _digest_json({"format": FORMAT, **raw}):
             raise ValueError("checksum differs")
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
         return Manifest(files=files, **raw)
-    except FileNotFoundError as error:
-        raise RunError(f"{path}: missing, so the checkpoint was never finished; use an earlier one") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise RunError(f"{path}: damaged ({error}); use an earlier checkpoint") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{where}: damaged ({error}); use an earlier checkpoint") from error
 
 
 def confined(folder: Path, name: str) -> Path:

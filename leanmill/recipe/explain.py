@@ -254,5 +254,6 @@ def _written(recipe: Recipe) -> list[str]:
     ]
     return [
         f"{run_dir}/checkpoints/ {every}, keeping the last {checkpoint.keep_last}{best}; {resume}",
+        *([] if checkpoint.remote is None else [f"copies of them at {checkpoint.remote.format(name=recipe.name)}"]),
         ", ".join(logs),
     ]

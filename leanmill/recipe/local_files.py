@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from leanmill.checkpoint.remote import is_url
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
 from leanmill.data.config import HfDataset, Mixture, Prepared, sources_of
@@ -63,7 +64,7 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
         "model.path": recipe.model.path,
         "data.tokenizer.path": recipe.data.tokenizer.path,
         "data.tokenizer.chat_template": _template_file(recipe.data.tokenizer.chat_template),
-        "checkpoint.resume": recipe.checkpoint.resume if recipe.checkpoint.resume not in ("auto", "never") else None,
+        "checkpoint.resume": _resumed_path(recipe.checkpoint.resume),
     }
     for index, technique in enumerate(recipe.techniques):
         for key, model in {**technique.frozen_models(), **technique.read_models()}.items():
@@ -78,6 +79,10 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, path in named.items():
         if path is not None and (key in _ALWAYS_LOCAL or _looks_local(path)):
             yield key, path
+
+
+def _resumed_path(resume: str) -> str | None:
+    return None if resume in ("auto", "never") or is_url(resume) else resume
 
 
 def _template_file(template: str | None) -> str | None:

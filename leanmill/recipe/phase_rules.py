@@ -52,6 +52,11 @@ def phase_problems(recipe: Sections) -> Iterator[str]:
             f"checkpoint.resume={recipe.checkpoint.resume} names one checkpoint, and each phase has its own; type "
             f"checkpoint.resume=auto, and model.path for a model to begin with"
         )
+    if recipe.phases and recipe.checkpoint.remote is not None:
+        yield (
+            "checkpoint.remote holds checkpoints, and phases hand on folders of models beside them; remove it, and put "
+            "run_dir on storage that outlives the machine"
+        )
 
 
 def _problems(recipe: Sections, names: Sequence[str], index: int) -> Iterator[str]:

@@ -125,7 +125,7 @@ class _Run:
         self.recipe = recipe = with_length_in_tokens(recipe, self.data.rows_per_epoch)
         why = self._build_engine(model)
         num_micro_batches = micro_batches_of_step(recipe, self.engine.data_size)
-        self.manager = CheckpointManager(self.run_dir, recipe.checkpoint, overlap=True, before_write=self.lock.check)
+        self.manager = self._manager()
         self.beginning = Beginning.find(recipe, self.manager, self.data, self.start)
         self.recipe = recipe = self.beginning.recipe
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
@@ -167,6 +167,11 @@ class _Run:
         )
         return self._train(loop, info)
 
+    def _manager(self) -> CheckpointManager:
+        asked = self.recipe.checkpoint
+        remote = None if asked.remote is None else asked.remote.format(name=self.recipe.name)
+        return CheckpointManager(self.run_dir, asked, overlap=True, before_write=self.lock.check, remote=remote)
+
     def _build_engine(self, model: nn.Module) -> str:
         """Build the engine and return why it is this one."""
         recipe, ranks = self.recipe, self.ranks
@@ -198,6 +203,7 @@ class _Run:
                 # A run that was told to stop has its checkpoint and little time left.
                 if not stop and not self.scores:
                     self._evaluate(loop.step)
+                self.manager.close()
         except KeyboardInterrupt:
             # Nothing is waited for; a checkpoint that was being written does not count, the one before does.
             self._end("stopped", "interrupted; the newest checkpoint is where it continues")

@@ -1,5 +1,7 @@
 """Local paths of a recipe that are not there."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from leanmill.core.errors import ConfigError
@@ -23,3 +25,11 @@ def test_a_chat_template_in_a_file_is_looked_for(tmp_path):
     (tmp_path / "chat[1].jinja").write_text("{{ messages }}")
     check_files(recipe(str(tmp_path / "chat[1].jinja")))
     check_files(recipe("{{ messages }}"))
+
+
+@pytest.mark.parametrize(("resume", "is_refused"), [("s3://bucket/run", False), ("runs/not-there", True)])
+def test_a_checkpoint_to_resume_may_be_a_url(resume, is_refused):
+    asked = recipe(None)
+    asked = asked.model_copy(update={"checkpoint": asked.checkpoint.model_copy(update={"resume": resume})})
+    with pytest.raises(ConfigError, match="checkpoint.resume") if is_refused else nullcontext():
+        check_files(asked)

@@ -191,6 +191,10 @@ def test_wrong_phases_are_refused_in_one_line(phases, says):
     assert text.count("\n") == 0, text
 
 
+def test_phases_are_not_kept_in_an_object_store():
+    assert "put run_dir on storage that outlives the machine" in refused(DENSE, checkpoint={"remote": "s3://b/x"})
+
+
 def test_a_checkpoint_to_resume_is_each_phases_own():
     assert "each phase has its own" in refused(DENSE, checkpoint={"resume": "runs/x"})
 

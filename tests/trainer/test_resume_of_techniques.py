@@ -1,5 +1,6 @@
 """What techniques draw, schedule and calibrate goes on after a resume as if nothing had happened, bitwise."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.checkpoint.reading import read_document, read_full_state
+from leanmill.checkpoint.remote import RemoteFolder
 from leanmill.core.errors import ConfigError
 from leanmill.export import export_model
 from leanmill.recipe.root import Recipe
@@ -83,6 +85,24 @@ def test_a_frozen_base_in_fp32_stays_so_where_the_recipe_leaves_it_open(home, tm
     run(of("auto", 4, "run"))
     last = tmp_path / "run/checkpoints/step-00000004"
     assert read_document(last, "recipe.json")["model"]["frozen_dtype"] == "fp32"
+
+
+def test_a_run_whose_folder_is_lost_goes_on_from_the_store(home, tmp_path):
+    asked = recipe(home, TECHNIQUES["bitnet"], tmp_path / "a")
+    remote = {"remote": f"file://{tmp_path}/store/{{name}}"}
+    asked = asked.model_copy(update={"checkpoint": asked.checkpoint.model_copy(update=remote), "name": "lost"})
+    run(asked)
+    last = tmp_path / "a/checkpoints/step-00000004"
+    expected = read_full_state(last)
+    store = RemoteFolder(f"file://{tmp_path}/store/lost")
+    assert [manifest.step for _, manifest in store.saves()] == [4, 2]
+    store.delete_save("step-00000004-2")
+    shutil.rmtree(tmp_path / "a")
+    run(asked)
+    steps = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps if record["kind"] == "step"] == [3, 4]
+    assert all(torch.equal(read_full_state(last)[key], value) for key, value in expected.items())
+    assert [manifest.step for _, manifest in store.saves()] == [4, 2]
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)

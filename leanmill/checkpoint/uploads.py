@@ -1,0 +1,251 @@
+"""Bringing checkpoints to an object store beside training, and back from there.
+
+Each rank brings its share of a save's files in a thread of its own, without collectives, and leaves a mark; rank 0
+waits for the marks and writes the manifest. What fails is said and costs nothing: the checkpoint on this machine's
+disk stays, training goes on, and the next save is brought again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from leanmill.checkpoint.config import CheckpointConfig
+from leanmill.checkpoint.finding import Agreement, complete_checkpoints, problem_of
+from leanmill.checkpoint.folders import WRITING, begin, publish, remove, step_folder
+from leanmill.checkpoint.manifest import MANIFEST, read_manifest
+from leanmill.checkpoint.remote import RemoteFolder, name_of, one_line
+from leanmill.checkpoint.retention import kept
+from leanmill.core.errors import RunError
+
+
+log = logging.getLogger(__name__)
+
+_TRIES = 3
+_FIRST_PAUSE_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 900.0
+"""How long rank 0 waits for the shares of others, once it has brought its own; four times its own time if longer."""
+
+
+class Taken(RunError):
+    """Another run writes to the same place."""
+
+
+class Uploads:
+    """Brings the saves of one run to `remote`. Methods are collective, and called by one thread at a time.
+
+    Args:
+        remote: Where to.
+        root: Folder of the checkpoints.
+        config: Which ones stay there: as here.
+        group: The ranks that save together.
+    """
+
+    def __init__(self, remote: RemoteFolder, root: Path, config: CheckpointConfig, group: Agreement) -> None:
+        self.remote, self.root, self.config, self.group = remote, root, config, group
+        self._token = ""
+        self._thread: threading.Thread | None = None
+        self._folder: Path | None = None
+        self._brought: str | None = None
+        """The newest save that is there, as far as rank 0 knows."""
+        self._is_taken = False
+
+    def in_use(self) -> Path | None:
+        """Return the folder that is being brought."""
+        return self._folder if self._is_busy() else None
+
+    def begin(self) -> None:
+        """Claim the place, and bring the newest checkpoint where it is not there yet.
+
+        Raises:
+            RunError: The store cannot be read or written.
+        """
+        problem = ""
+        if self.group.rank == 0:
+            self._token = secrets.token_hex(8)
+            try:
+                self._brought = next((name for name, _ in self.remote.saves()), None)
+                self.remote.claim(self._token)
+            except RunError as error:
+                problem = str(error)
+        if problem := self.group.broadcast(problem):
+            raise RunError(f"{problem}; put it right, or type checkpoint.remote=null to train without it")
+        self._bring_what_is_missing()
+
+    def offer(self, folder: Path) -> None:
+        """Bring a complete checkpoint, unless an earlier one is still on its way: then the next one is."""
+        wanted = self.group.rank == 0 and not self._is_busy() and not self._is_taken
+        if self.group.broadcast(str(folder) if wanted else ""):
+            self._start(folder)
+
+    def close(self) -> None:
+        """Wait until the newest checkpoint is there, or cannot be brought."""
+        self._join()
+        if self._bring_what_is_missing():
+            self._join()
+
+    def _bring_what_is_missing(self) -> bool:
+        newest = ""
+        if self.group.rank == 0 and not self._is_taken:
+            present = complete_checkpoints(self.root)
+            newest = str(present[0][0]) if present and name_of(present[0][1]) != self._brought else ""
+        newest = self.group.broadcast(newest)
+        if newest:
+            self._start(Path(newest))
+        return bool(newest)
+
+    def _is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _start(self, folder: Path) -> None:
+        self._join()
+        self._folder = folder
+        # A daemon: who ends a run in a hurry does not wait for a network.
+        self._thread = threading.Thread(target=self._bring, args=(folder,), name="upload", daemon=True)
+        self._thread.start()
+
+    # In the thread
+
+    def _bring(self, folder: Path) -> None:
+        started = time.monotonic()
+        try:
+            manifest = read_manifest(folder)
+            name = name_of(manifest)
+            self._check_claim()
+            for file in sorted(manifest.files)[self.group.rank :: self.group.size]:
+                _patiently(lambda file=file: self.remote.put(folder / file, f"{name}/{file}"))  # type: ignore[misc]
+            if self.group.rank != 0:
+                mark = (folder / MANIFEST).read_bytes()
+                _patiently(lambda: self.remote.write(f"{name}/.rank-{self.group.rank}", mark))
+                return
+            self._wait_for_others(name, (folder / MANIFEST).read_bytes(), time.monotonic() - started)
+            self._check_claim()
+            _patiently(lambda: self.remote.put(folder / MANIFEST, f"{name}/{MANIFEST}"))
+            self._brought = name
+            size = sum(record.size for record in manifest.files.values())
+            seconds = time.monotonic() - started
+            log.info("brought %s to %s: %.1f MB in %.1f s", folder, self.remote.url, size / 1e6, seconds)
+            self._clear_away(name)
+        except Taken as error:
+            self._is_taken = True
+            log.error("%s", error)
+        except Exception as error:  # noqa: BLE001 (whatever a store's client raises must not end a run)
+            log.warning(
+                "%s was not brought to %s: %s; it stays on this machine, and the next one is brought again",
+                folder,
+                self.remote.url,
+                error if isinstance(error, RunError) else one_line(error),
+            )
+
+    def _check_claim(self) -> None:
+        if self.group.rank == 0 and not self.remote.is_claimed_by(self._token):
+            raise Taken(
+                f"another run has begun to write to {self.remote.url}, so this one brings nothing there any more; its "
+                f"checkpoints stay in {self.root}. Give each run a checkpoint.remote of its own, e.g. with {{name}}"
+            )
+
+    def _wait_for_others(self, name: str, mark: bytes, own_seconds: float) -> None:
+        marks = {f".rank-{rank}" for rank in range(1, self.group.size)}
+        until = time.monotonic() + max(PATIENCE_SECONDS, 4 * own_seconds)
+        missing = set(marks)
+        while missing:
+            there = missing & self.remote.present(name)
+            # A mark of an earlier attempt, cut off, is of another save.
+            missing -= {one for one in there if self.remote.read(f"{name}/{one}") == mark}
+            if missing and time.monotonic() > until:
+                raise RunError(f"{', '.join(sorted(missing))} of {len(marks)} shares did not arrive")
+            if missing:
+                time.sleep(_POLL_SECONDS)
+        self.remote.delete(f"{name}/{one}" for one in sorted(marks))
+
+    def _clear_away(self, brought: str) -> None:
+        """Delete what need not stay there; what was never finished goes too."""
+        keep = kept(self.remote.saves(), self.config) | {brought}
+        for name in self.remote.names():
+            if name not in keep:
+                self.remote.delete_save(name)
+
+
+def _patiently(action: Callable[[], None]) -> None:
+    pause = _FIRST_PAUSE_SECONDS
+    for attempt in range(_TRIES):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise  # the checkpoint on this machine was deleted: no second try brings it back
+        except Exception:  # noqa: BLE001 (whatever a store's client raises)
+            if attempt + 1 == _TRIES:
+                raise
+            time.sleep(pause)
+            pause *= 4
+
+
+def fetch_newest(remote: RemoteFolder, root: Path, group: Agreement, *, above: int = 0) -> Path | None:
+    """Bring the newest sound save to this machine's folder; collective.
+
+    Args:
+        remote: Where from.
+        root: Folder of the checkpoints, which all ranks see.
+        group: Who fetches together; files are shared out.
+        above: Only saves with a higher sequence.
+
+    Returns:
+        The checkpoint, or None where none is newer.
+
+    Raises:
+        RunError: The store cannot be read.
+    """
+    problem, listed = "", []
+    if group.rank == 0:
+        try:
+            listed = [[name, m.step] for name, m in remote.saves() if m.sequence > above]
+        except RunError as error:
+            problem = str(error)
+    problem, listed = json.loads(group.broadcast(json.dumps([problem, listed])))
+    if problem:
+        raise RunError(f"{problem}; put it right, or type checkpoint.remote=null to go on without it")
+    for name, step in listed:
+        temporary = step_folder(root, step).with_suffix(WRITING)
+        if not (problem := _fetch(remote, name, temporary, group)):
+            if group.rank == 0:
+                publish(temporary)
+                log.info("fetched %s from %s", name, remote.url)
+            group.total(0)  # nobody looks before it has its name
+            return temporary.with_suffix("")
+        if group.rank == 0:
+            log.warning("skipping damaged checkpoint %s/%s: %s", remote.url, name, problem)
+            with suppress(OSError):
+                remove(temporary)
+    return None
+
+
+def _fetch(remote: RemoteFolder, name: str, folder: Path, group: Agreement) -> str:
+    """Fill a folder; return what is wrong with it, equal on all ranks."""
+    problem = ""
+    if group.rank == 0:
+        try:
+            begin(folder)
+            remote.get(f"{name}/{MANIFEST}", folder / MANIFEST)
+        except Exception as error:  # noqa: BLE001 (whatever a store's client raises)
+            problem = one_line(error)
+    if problem := group.broadcast(problem):
+        return problem
+    try:
+        for file in sorted(read_manifest(folder).files)[group.rank :: group.size]:
+            remote.get(f"{name}/{file}", folder / file)
+    except Exception as error:  # noqa: BLE001 (likewise)
+        problem = one_line(error)
+    found = next((text for text in group.gather(problem) if text), "")
+    return found or problem_of(folder, group)
