@@ -74,14 +74,15 @@ class LayerSolver(Protocol):
 
 
 class SensitiveSolver(Protocol):
-    """Turns the weight of one linear layer into its compressed one, by how much the loss minds each of its weights."""
+    """Turns the weight of one linear layer into its compressed one, by how much the loss minds its weights."""
 
     def solve(self, weight: Tensor, sensitivity: Tensor) -> Solution:
         """Return what becomes of a layer's weight.
 
         Args:
             weight: [out, in] fp32, which may be overwritten.
-            sensitivity: Mean over calibration rows of the squared gradient of the row's mean loss [out, in], fp32.
+            sensitivity: Mean over calibration rows of the squared gradient of the row's mean loss [out, in], fp32; the
+                gradients themselves [rows, out, in] where the configuration `reads_each_row`.
         """
         ...
 
@@ -210,6 +211,9 @@ class LayerPassConfig(LinearPassConfig):
 
 class SensitivePassConfig(LinearPassConfig):
     """Base of passes that solve linear layers by how much the loss minds their weights."""
+
+    reads_each_row: ClassVar[bool] = False
+    """Whether it is given the gradient of every calibration row instead of their mean square."""
 
     def solver(self) -> SensitiveSolver:
         """Return what solves a layer."""

@@ -248,6 +248,11 @@ PASSES: dict[str, Entry] = {
         "one-shot: prune by second-order loss and correct the survivors",
         "Frantar and Alistarh 2023, arXiv:2301.00774",
     ),
+    "mfac": Entry(
+        "leanmill.sparse.mfac.config:MFac",
+        "one-shot: prune by the loss's curvature, from a few gradients, and correct the survivors",
+        "Frantar et al. 2021, arXiv:2107.03356",
+    ),
     "gptq": Entry(
         "leanmill.quant.gptq.config:Gptq",
         "one-shot: round columns in turn and correct the later ones",

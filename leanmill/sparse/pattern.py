@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import LayerPassConfig
+from leanmill.core.passes import LayerPassConfig, LinearPassConfig
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PruningPass(LayerPassConfig):
-    """Base of one-shot pruning: the pattern."""
+class PatternConfig(LinearPassConfig):
+    """Mixed into passes that prune in one shot: the pattern."""
 
     num_kept: int | None = Field(default=None, ge=1)
     """Weights kept of each `group_size` neighbours in a row (N of N:M)."""
@@ -25,7 +25,7 @@ class PruningPass(LayerPassConfig):
     """Share of weights pruned without a pattern; give this, or `num_kept` and `group_size`."""
 
     @model_validator(mode="after")
-    def _is_one_pattern(self) -> PruningPass:
+    def _is_one_pattern(self) -> PatternConfig:
         grouped = self.num_kept is not None and self.group_size is not None
         if grouped == (self.sparsity is not None) or (self.num_kept is None) != (self.group_size is None):
             raise ConfigError(
@@ -72,6 +72,10 @@ class PruningPass(LayerPassConfig):
         rows = score.flatten().unsqueeze(0) if whole else score
         num_kept = rows.shape[-1] - int(rows.shape[-1] * self.sparsity)
         return _highest(rows, num_kept).view_as(score)
+
+
+class PruningPass(PatternConfig, LayerPassConfig):
+    """Base of one-shot pruning by what inputs are."""
 
 
 def _highest(score: Tensor, num_kept: int) -> Tensor:

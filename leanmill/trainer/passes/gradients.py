@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,39 +49,69 @@ def expert_gradients(
     return {index: _sizes(module) for index, module in experts.items()}
 
 
-def weight_sensitivities(
-    model: ModelConfig, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks, names: Collection[str]
-) -> dict[str, Tensor]:
-    """Return the mean over calibration rows of the squared gradient of a row's mean loss [out, in] fp32, on the CPU.
-
-    Equal on all ranks. Takes memory for the model in fp32 and once more for the named weights.
+class WeightGradients:
+    """Gradients of the mean loss of each calibration row; equal on all ranks. Takes memory for the model in fp32.
 
     Args:
         model: Names a folder.
         batches: This rank's calibration rows, as many as on each other rank.
         ranks: Which process this is.
-        names: Linear layers.
     """
-    loaded: Any = load_weights(model, dtype=torch.float32).to(ranks.device).eval()
-    loaded.requires_grad_(False)  # noqa: FBT003
-    sums = {name: torch.zeros_like(loaded.get_submodule(name).weight, device="cpu") for name in sorted(names)}
 
-    def square(total: Tensor, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        total += parameter.grad.square().cpu()
-        parameter.grad = None
+    def __init__(self, model: ModelConfig, batches: Sequence[Mapping[str, Tensor]], ranks: Ranks) -> None:
+        self.batches, self.ranks = batches, ranks
+        self.num_rows = sum(len(batch["input_ids"]) for batch in batches) * ranks.world_size
+        self.loaded: Any = load_weights(model, dtype=torch.float32).to(ranks.device).eval()
+        self.loaded.requires_grad_(False)  # noqa: FBT003
 
-    for name, total in sums.items():
-        weight = loaded.get_submodule(name).weight.requires_grad_()
-        weight.register_post_accumulate_grad_hook(lambda parameter, total=total: square(total, parameter))
-    num_rows = 0
-    for batch in batches:
-        for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
-            ids, positions = ids.to(ranks.device)[None], positions.to(ranks.device)[None]
-            logits = loaded(input_ids=ids, position_ids=positions, use_cache=False).logits
-            F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
-            num_rows += 1
-    return {name: sum_over_ranks(total) / (num_rows * ranks.world_size) for name, total in sums.items()}
+    def mean_squares(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the means over rows of the squared gradients of linear layers [out, in], fp32 on the CPU."""
+        sums = {name: torch.zeros(self._shape(name)) for name in sorted(names)}
+
+        def add(name: str, row: int, gradient: Tensor) -> None:
+            sums[name] += gradient.square().cpu()
+
+        self._backward(names, add)
+        return {name: sum_over_ranks(total) / self.num_rows for name, total in sums.items()}
+
+    def of_each_row(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return the gradients of linear layers [rows, out, in], fp32 on the CPU, those of the first rank first."""
+        found = {name: torch.zeros(self.num_rows, *self._shape(name)) for name in sorted(names)}
+        first = self.ranks.rank * (self.num_rows // self.ranks.world_size)
+
+        def put(name: str, row: int, gradient: Tensor) -> None:
+            found[name][first + row] = gradient.cpu()
+
+        self._backward(names, put)
+        # Each row lies on one rank, so the sum is that row.
+        return {name: sum_over_ranks(gradients) for name, gradients in found.items()}
+
+    def _shape(self, name: str) -> torch.Size:
+        return self.loaded.get_submodule(name).weight.shape  # type: ignore[no-any-return]
+
+    def _backward(self, names: Collection[str], take: Callable[[str, int, Tensor], None]) -> None:
+        """Show the gradient of every named layer in every row of this rank; none is kept."""
+        row = 0
+
+        def see(name: str, parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            take(name, row, parameter.grad)
+            parameter.grad = None
+
+        weights = {name: self.loaded.get_submodule(name).weight.requires_grad_() for name in names}
+        hooks = [
+            weight.register_post_accumulate_grad_hook(lambda parameter, name=name: see(name, parameter))
+            for name, weight in weights.items()
+        ]
+        for batch in self.batches:
+            for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+                ids, positions = ids.to(self.ranks.device)[None], positions.to(self.ranks.device)[None]
+                logits = self.loaded(input_ids=ids, position_ids=positions, use_cache=False).logits
+                F.cross_entropy(logits[0, :-1].float(), ids[0, 1:]).backward()
+                row += 1
+        for name, hook in zip(weights, hooks, strict=True):
+            hook.remove()
+            weights[name].requires_grad_(False)  # noqa: FBT003
 
 
 @torch.no_grad()

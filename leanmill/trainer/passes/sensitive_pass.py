@@ -11,7 +11,7 @@ from leanmill.core.passes import SensitivePassConfig
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.passes.folder import TargetFolder
 from leanmill.trainer.passes.foresight import check_pass
-from leanmill.trainer.passes.gradients import weight_sensitivities
+from leanmill.trainer.passes.gradients import WeightGradients
 from leanmill.trainer.passes.layer_pass import LayerReport, report_of, with_solved
 from leanmill.trainer.passes.stream import BlockStream
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class SensitivePass:
-    """Solves layers one by one; every rank does the same, on sensitivities over all rows.
+    """Solves layers one by one; every rank does the same, on sensitivities over all rows, or the gradients of all.
 
     Args:
         config: The pass.
@@ -33,15 +33,21 @@ class SensitivePass:
         self, config: SensitivePassConfig, stream: BlockStream, writer: TargetFolder | None, ranks: Ranks
     ) -> None:
         self.technique, self.solver = str(config.type), config.solver()  # type: ignore[attr-defined]
+        self.reads_each_row = config.reads_each_row
         self.stream, self.writer, self.ranks = stream, writer, ranks
         self.targets = check_pass(config, stream.shapes)
 
     def run(self) -> list[LayerReport]:
         """Return what became of each layer."""
         log.info("%s: gradients of %d layers", self.technique, len(self.targets))
-        sensitivities = weight_sensitivities(self.stream.config, self.stream.rows, self.ranks, self.targets)
+        gradients = WeightGradients(self.stream.config, self.stream.rows, self.ranks)
+        sensitivities: dict[str, Tensor] = {}
+        if not self.reads_each_row:
+            sensitivities = gradients.mean_squares(self.targets)
         reports: list[LayerReport] = []
         for index in range(len(self.stream)):
+            if self.reads_each_row:
+                sensitivities = gradients.of_each_row(self.targets.intersection(self.stream.linears(index)))
             solved: dict[str, Tensor] = {}
             for name in self.stream.linears(index):
                 if name in self.targets:

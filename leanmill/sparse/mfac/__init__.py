@@ -1,0 +1,1 @@
+"""One-shot pruning by a matrix-free inverse of the Fisher matrix."""
