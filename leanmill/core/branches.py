@@ -89,6 +89,11 @@ def has_factors(layer: Any) -> bool:
     return bool(factors) and is_plain and all(isinstance(factor, nn.Linear) for factor in factors)
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether PEFT has wrapped `model`, or layers of it."""
+    return hasattr(model, "peft_config") or any(is_branched(module) for module in model.modules())
+
+
 def adapter_config(model: Any) -> Any:
     """Return the configuration that PEFT keeps on a wrapped model."""
     return model.peft_config["default"]

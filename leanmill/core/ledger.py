@@ -75,6 +75,11 @@ class Ledger(nn.Module):
         """
         self._after_look.append(function)
 
+    @property
+    def sees_whole_steps(self) -> bool:
+        """Whether something asked to see all micro-batches of a step before the first forward."""
+        return bool(self._before_step or self._after_look)
+
     def before_forward(self, function: Callable[[Batch], None]) -> None:
         """Call `function` with each micro-batch before its training forward, on every rank."""
         self._before_forward.append(function)

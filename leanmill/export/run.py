@@ -37,7 +37,7 @@ def export_model(
         ConfigError: The checkpoint cannot be exported this way.
         RunError: The copy loaded back differs, or the disk is full; `out_dir` is not created.
     """
-    kind = format_class(to, packing)
+    format_class(to, packing)  # before anything is read
     rebuilt = rebuild(checkpoint_dir)
     if rebuilt.recipe.model.task not in kind.model_tasks:
         raise ConfigError(
@@ -46,9 +46,28 @@ def export_model(
         )
     if num_bits is not None:
         switch_widths(rebuilt.model, num_bits)
+    return export_rebuilt(rebuilt, out_dir, str(checkpoint_dir), to=to, packing=packing, activations=activations)
+
+
+def export_rebuilt(
+    rebuilt: Rebuilt,
+    out_dir: Path,
+    source: str,
+    *,
+    to: str = "hf",
+    packing: str = "none",
+    activations: Activations = "trained",
+) -> ExportReport:
+    """Write a trained model that is in memory, which it uses up; `source` is what messages call it. See `export_model`.
+
+    Raises:
+        ConfigError: See `export_model`.
+        RunError: See `export_model`.
+    """
+    kind = format_class(to, packing)
     reason = kind.covers(rebuilt.model)
     if reason is not None:
-        raise ConfigError(f"{checkpoint_dir} cannot be exported as {to if packing == 'none' else packing}: {reason}")
+        raise ConfigError(f"{source} cannot be exported as {to if packing == 'none' else packing}: {reason}")
     export = kind(rebuilt, out_dir, activations)
     with new_folder(out_dir) as folder:
         export.write(folder)

@@ -119,6 +119,35 @@ def initialise_stages(model: nn.Module) -> None:
             weight = twin(weight)
 
 
+def fill_added(
+    model: nn.Module,
+    *,
+    seed: int,
+    reset_branches: Callable[[nn.Module], None] | None = None,
+    fill_branches: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Give what techniques added to a causal LM with weights of its own the values that a run would start it with.
+
+    Args:
+        model: On the CPU, not sharded.
+        seed: See `make_materialiser`.
+        reset_branches: See `make_materialiser`.
+        fill_branches: See `make_materialiser`.
+    """
+    base = frozenset(id(getattr(owner, key)) for _, owner, key in _base_tensors(model))
+    hidden = (buffer for _, module in plain_modules(model) for buffer in module._buffers.values())
+    _fill(
+        model,
+        model,
+        seed,
+        base | {id(buffer) for buffer in hidden if buffer is not None},
+        reset_branches,
+        fill_branches,
+    )
+    _unfold_arounds(model)
+    initialise_stages(model)
+
+
 def draw(module: nn.Module, *, seed: int, fill_branches: Callable[[nn.Module], None] | None = None) -> None:
     """Fill a train module or causal LM with random values, whatever its weights will come from."""
     model = _causal_lm(module)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from leanmill.core.errors import RunError
 from leanmill.parallel.optimizer_state import allocate_state
+from leanmill.parallel.tensors import full
 
 
 def cpu_mesh(shape: tuple[int, ...] = (-1,)) -> DeviceMesh:
@@ -54,6 +55,20 @@ def _rows(shape: torch.Size, mesh: DeviceMesh) -> slice:
 def _as_dtensor(local: Tensor, full: Tensor, mesh: DeviceMesh) -> Tensor:
     stride = torch.empty(full.shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=stride)
+
+
+@torch.no_grad()
+def whole_parameter(parameter: Any) -> Tensor:
+    """Return a parameter whole on every rank, whoever sharded it; DeepSpeed's fp32 master if there. A collective."""
+    if not hasattr(parameter, "ds_id") and getattr(parameter, "_hp_mapping", None) is None:
+        return full(parameter.detach())
+    from deepspeed import zero
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter).detach()  # type: ignore[no-any-return]
+    with zero.GatheredParameters(parameter):
+        return parameter.detach().clone()  # type: ignore[no-any-return]
 
 
 class ZeroState:

@@ -119,25 +119,7 @@ class FromLogits:
 
     def __call__(self, job: Job) -> dict[str, Tensor]:
         """See `LossPath`."""
-        if any(isinstance(term, TokenLossTerm) for term in job.terms):
-            values = self._with_token_terms(job)
-        else:
-            others = _of_logits(job)
-            parts = self._parts(job, lambda logits, labels, extras: _sums(logits, labels, extras, others))
-            values = list(sum(parts[1:], parts[0]))
-        # Only `total` is differentiated; the others are there to be read.
-        losses = dict(zip(["cross_entropy", *job.names], (value.detach() for value in values), strict=True))
-        return losses | {"total": _weighted(job, values)}
-
-    def _with_token_terms(self, job: Job) -> list[Tensor]:
-        """Return cross-entropy and all terms, those of tokens computed from the losses of all."""
-        others = _of_logits(job)
-        parts = self._parts(job, lambda logits, labels, extras: _losses_and_sums(logits, labels, extras, others))
-        of_tokens = torch.cat([part[: len(part) - len(others)] for part in parts])
-        sums = iter(torch.stack([part[len(part) - len(others) :] for part in parts]).sum(0))
-        found = iter(_of_tokens(job, of_tokens))
-        terms = [next(found if isinstance(term, TokenLossTerm) else sums) for term in job.terms]
-        return [of_tokens.sum(), *terms]
+        return _from_parts(job, lambda compute: self._parts(job, compute))
 
     def _parts(self, job: Job, compute: _OfLogits) -> list[Tensor]:
         """Return what `compute` makes of logits [n, V], labels [n] and extras, of all tokens or chunk by chunk."""
@@ -185,6 +167,39 @@ def _whole_groups(chunk_tokens: int, terms: Sequence[AnyLossTerm]) -> int:
     """Return a number of tokens near `chunk_tokens` that holds whole groups of every term that has some."""
     group = math.lcm(*(term.group_tokens for term in terms if isinstance(term, GroupLossTerm)))
     return max(1, chunk_tokens // group) * group
+
+
+def losses_of_logits(job: Job, logits: Tensor) -> dict[str, Tensor]:
+    """Return the losses of a micro-batch, see `LossPath`, whose model somebody else called.
+
+    Args:
+        job: The losses.
+        logits: [N, V], of all tokens.
+    """
+    return _from_parts(job, lambda compute: [compute(logits, job.labels, list(job.extras))])
+
+
+def _from_parts(job: Job, in_parts: Callable[[_OfLogits], list[Tensor]]) -> dict[str, Tensor]:
+    """Return the losses, given what lets a function see the logits of all tokens, whole or chunk by chunk."""
+    others = _of_logits(job)
+    if any(isinstance(term, TokenLossTerm) for term in job.terms):
+        parts = in_parts(lambda logits, labels, extras: _losses_and_sums(logits, labels, extras, others))
+        values = _with_token_terms(job, parts, len(others))
+    else:
+        parts = in_parts(lambda logits, labels, extras: _sums(logits, labels, extras, others))
+        values = list(sum(parts[1:], parts[0]))
+    # Only `total` is differentiated; the others are there to be read.
+    losses = dict(zip(["cross_entropy", *job.names], (value.detach() for value in values), strict=True))
+    return losses | {"total": _weighted(job, values)}
+
+
+def _with_token_terms(job: Job, parts: Sequence[Tensor], num_others: int) -> list[Tensor]:
+    """Return cross-entropy and all terms, those of tokens computed from the losses of all."""
+    of_tokens = torch.cat([part[: len(part) - num_others] for part in parts])
+    sums = iter(torch.stack([part[len(part) - num_others :] for part in parts]).sum(0))
+    found = iter(_of_tokens(job, of_tokens))
+    terms = [next(found if isinstance(term, TokenLossTerm) else sums) for term in job.terms]
+    return [of_tokens.sum(), *terms]
 
 
 def _fused_chunk(chunk_tokens: ChunkTokens) -> int | None:

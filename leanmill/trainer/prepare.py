@@ -31,6 +31,7 @@ from leanmill.models.materialise import make_materialiser
 from leanmill.models.pretrained import load_frozen, local_folder, pretrained_config
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.build import build_optimizer
+from leanmill.optim.config import OptimizerConfig
 from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.precision import resolve_precision
@@ -98,7 +99,7 @@ def prepare(
                 reset_branches=techniques.reset_branch,
                 fill_branches=techniques.fill_branches,
             ),
-            make_optimizer=lambda live: _optimizer(recipe, live, techniques.param_rules),
+            make_optimizer=lambda live: optimizer_for(recipe.optimizer, live.model, techniques.param_rules),  # type: ignore[arg-type]
             num_micro_batches=num_micro_batches,
             max_grad_norm=recipe.train.max_grad_norm,
         ),
@@ -164,13 +165,14 @@ def _fingerprint_of_model(path: str) -> str | None:
     return fingerprint_folder(folder) if any(folder.glob("*.safetensors")) else None
 
 
-def _optimizer(recipe: Recipe, module: nn.Module, rules: Sequence[ParamRule]) -> torch.optim.Optimizer:
-    named = trainable(module)
+def optimizer_for(config: OptimizerConfig, model: nn.Module, rules: Sequence[ParamRule]) -> torch.optim.Optimizer:
+    """Build the optimizer of a model's trainable parameters, each treated as the techniques' rules say."""
+    named = trainable(model)
     settings = settings_by_name(rules, [clean_name(name) for name, _ in named])
     return build_optimizer(
-        recipe.optimizer,
+        config,
         named,
-        undecayed=undecayed(module),
+        undecayed=undecayed(model),
         settings=lambda name: settings.get(clean_name(name), PLAIN),
     )
 
@@ -294,6 +296,6 @@ def undecayed(module: nn.Module) -> set[int]:
     return found
 
 
-def trainable(module: nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Named trainable parameters of a train module, tied ones once, named as in its model."""
-    return [(name, p) for name, p in module.model.named_parameters() if p.requires_grad]  # type: ignore[union-attr]
+def trainable(model: nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Named trainable parameters of a model, tied ones once."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +69,63 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
     stored = read_full_state(checkpoint_dir)
     tokenizer_dir = checkpoint_dir.parent.parent / "tokenizer"
     model = _build(recipe, stored, tokenizer_dir)
+    steps = int(state.get("num_steps", 0)) or num_steps(recipe)
+    return Rebuilt(
+        model=model,
+        recipe=recipe,
+        step=step,
+        versions=read_document(checkpoint_dir, "versions.json"),
+        tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
+        **fill_trained(
+            recipe,
+            model,
+            stored,
+            rule_states=state.get("rules", {}),
+            step=step,
+            num_steps=steps,
+            source=str(checkpoint_dir),
+            partial=partial,
+        ),
+    )
+
+
+class Filled(TypedDict):
+    """What is known of a model once it has its trained weights; see `Rebuilt`."""
+
+    in_bf16: frozenset[str]
+    probes: Sequence[Probe]
+
+
+def fill_trained(
+    recipe: Recipe,
+    model: Any,
+    stored: Mapping[str, Tensor],
+    *,
+    rule_states: Mapping[str, Mapping[str, Any]],
+    step: int,
+    num_steps: int,
+    source: str,
+    partial: bool = False,
+) -> Filled:
+    """Bring a plain model on the meta device to what it was in training: techniques, weights, schedules; eval mode.
+
+    Args:
+        recipe: Of the training.
+        model: The causal LM.
+        stored: Its trained state, by name, whole.
+        rule_states: What step rules saved.
+        step: Optimizer steps done.
+        num_steps: Of the whole run.
+        source: Where the state is from, for messages.
+        partial: Whether `stored` leaves out what the recipe's own model folder holds.
+
+    Raises:
+        ConfigError: The recipe does not describe the state.
+    """
     context = InstallContext(load_frozen_model=_no_teacher, vocab_size=model.config.vocab_size, seed=recipe.seed)
     techniques = install_techniques(listed_and_unasked(recipe, model), model, context)
     compact_weights(recipe, model)
-    load_state(techniques.step_rules, state.get("rules", {}))
+    load_state(techniques.step_rules, rule_states)
     if partial:
         make_materialiser(recipe.model, seed=recipe.seed, fill_branches=techniques.fill_branches)(model)
     else:
@@ -82,17 +135,10 @@ def rebuild(checkpoint_dir: Path) -> Rebuilt:
         for name, value in stored.items()
         if not any(technique.is_for_training_only(name) for technique in recipe.techniques)
     }
-    _load(model, kept, checkpoint_dir, partial)
-    _replay_schedules(techniques.step_rules, step, int(state.get("num_steps", 0)) or num_steps(recipe))
-    return Rebuilt(
-        model=model.eval(),
-        recipe=recipe,
-        step=step,
-        versions=read_document(checkpoint_dir, "versions.json"),
-        tokenizer_dir=tokenizer_dir if tokenizer_dir.is_dir() else None,
-        in_bf16=_widened(model),
-        probes=techniques.probes,
-    )
+    _load(model, kept, source, partial)
+    _replay_schedules(techniques.step_rules, step, num_steps)
+    model.eval()
+    return Filled(in_bf16=_widened(model), probes=techniques.probes)
 
 
 def _recipe_of(checkpoint_dir: Path) -> Recipe:
@@ -132,7 +178,7 @@ def _tokenizer_size(folder: Path) -> int:
     return len(AutoTokenizer.from_pretrained(str(folder)))
 
 
-def _load(model: nn.Module, stored: dict[str, Tensor], folder: Path, partial: bool) -> None:
+def _load(model: nn.Module, stored: Mapping[str, Tensor], folder: str, partial: bool) -> None:
     live: dict[str, Tensor] = {**dict(state_parameters(model)), **dict(state_buffers(model))}
     unexpected = sorted(stored.keys() - live.keys())
     missing = [] if partial else sorted(live.keys() - stored.keys())
