@@ -73,9 +73,7 @@ def recipe_of(
     """Two micro-batches a rank, whatever the number of ranks."""
     known = TECHNIQUES | EXTRA_TECHNIQUES
     techniques = [
-        {key: _with_teacher(value, teacher) for key, value in known[name].items()}
-        for name in names
-        if name in known
+        {key: _with_teacher(value, teacher) for key, value in known[name].items()} for name in names if name in known
     ]
     model = next((MODELS[name] for name in names if name in MODELS), MODEL)
     source: dict[str, Any] = {"path": f"{teacher}/pruned"} if OF_PRUNED & set(names) else {"config": model}

@@ -39,11 +39,6 @@ def export_model(
     """
     format_class(to, packing)  # before anything is read
     rebuilt = rebuild(checkpoint_dir)
-    if rebuilt.recipe.model.task not in kind.model_tasks:
-        raise ConfigError(
-            f"{checkpoint_dir} is of model.task={rebuilt.recipe.model.task}, and {kind.label} is a format of causal "
-            f"models; type --to hf without a packing"
-        )
     if num_bits is not None:
         switch_widths(rebuilt.model, num_bits)
     return export_rebuilt(rebuilt, out_dir, str(checkpoint_dir), to=to, packing=packing, activations=activations)
@@ -65,6 +60,11 @@ def export_rebuilt(
         RunError: See `export_model`.
     """
     kind = format_class(to, packing)
+    if rebuilt.recipe.model.task not in kind.model_tasks:
+        raise ConfigError(
+            f"{source} is of model.task={rebuilt.recipe.model.task}, and {kind.label} is a format of causal "
+            f"models; type --to hf without a packing"
+        )
     reason = kind.covers(rebuilt.model)
     if reason is not None:
         raise ConfigError(f"{source} cannot be exported as {to if packing == 'none' else packing}: {reason}")
