@@ -259,6 +259,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "tolerance": 1.0,
         "latest": 0.9,
     },
+    # Half of the neurons; the model has one key-value head a layer, which stays.
+    "lora_prune": {
+        "type": "lora_prune",
+        "begin": 0.0,
+        "end": 0.5,
+        "update_every_steps": 1,
+        "spared_last": 0,
+    },
     # About a third is pruned in the end.
     "learned_threshold": {"type": "learned_threshold", "push": 0.1, "lr_factor": 0.3},
     "pruned_by_movement": {
@@ -415,6 +423,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "lora on nf4": ("nf4", "lora"),
     "static_mask": ("static_mask",),
     "mask_lora": ("perp", "lora"),
+    "masked by adapters": ("lora", "lora_prune"),
     "chosen tokens": ("rho1", "distill", "lora", "quest"),
     "hidden_distill": ("hidden_distill",),
     "hidden states and logits": ("hidden_distill", "distill", "nm_sparsity", "lora"),
@@ -493,6 +502,7 @@ ON_EVERY_ENGINE = {
     "turns",
     "two_loras",
     "mask_lora",
+    "masked by adapters",
     "lsq_activations",
     "masked tokens",
     "two teachers, head in chunks",

@@ -78,6 +78,16 @@ def reaches_its_sparsity(run: Trained) -> None:
     assert sum(int(mask.sum()) for mask in masks) == total - round(0.6 * total)
 
 
+def masks_half_of_the_neurons(run: Trained) -> None:
+    """Half of the neurons of a layer are zero, and all of an attention, whose one head pair stays, is there."""
+    for name, (_, weight) in run.sites.items():
+        if "mlp" in name:
+            zeros = (weight == 0).all(0 if "down" in name else 1)
+            assert int(zeros.sum()) == len(zeros) // 2, name
+        elif "self_attn" in name:
+            assert (weight != 0).any(1).all(), name
+
+
 def is_one_magnitude(run: Trained) -> None:
     """A weight is a scale times signs."""
     for name, (_, weight) in run.sites.items():
@@ -158,6 +168,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "rigl": (keeps_as_many, is_zero_outside_its_mask),
     "set": (keeps_as_many, is_zero_outside_its_mask),
     "gradual_pruning": (reaches_its_sparsity, is_zero_outside_its_mask),
+    "lora_prune": (masks_half_of_the_neurons,),
     "ternary": (is_ternary,),
     "bitnet": (is_ternary,),
     "binary": (is_one_magnitude,),

@@ -113,6 +113,11 @@ TECHNIQUES: dict[str, Entry] = {
         "prune at once, as soon as what would be pruned has settled",
         "You et al. 2020, arXiv:1909.11957",
     ),
+    "lora_prune": Entry(
+        "leanmill.sparse.lora_prune.config:LoraPrune",
+        "mask more and more heads and neurons while lora trains, by the gradients of its factors",
+        "Zhang et al. 2023, arXiv:2305.18403",
+    ),
     "learned_threshold": Entry(
         "leanmill.sparse.learned_threshold.config:LearnedThresholdConfig",
         "prune what lies below a threshold of its row, which is trained",
@@ -297,6 +302,11 @@ PASSES: dict[str, Entry] = {
         "leanmill.sparse.ziplm.config:ZipLm",
         "surgery: fewer heads and neurons by second-order error, under a speedup by measured latencies",
         "Kurtic et al. 2023, arXiv:2302.04089",
+    ),
+    "remove_zeros": Entry(
+        "leanmill.sparse.remove_zeros.config:RemoveZeros",
+        "surgery: no heads and neurons whose weights are zero; the model computes the same",
+        "Zhang et al. 2023, arXiv:2305.18403",
     ),
     "drop_blocks": Entry(
         "leanmill.sparse.drop_blocks.config:DropBlocks",

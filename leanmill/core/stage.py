@@ -198,6 +198,10 @@ class Stage(OperandStage):
         """The delta that this stage adds, where it is of low rank."""
         return None
 
+    def trained_factors(self) -> tuple[nn.Parameter, nn.Parameter, float] | None:
+        """Return the parameters A [rank, in] and B [out, rank], and s, where this stage adds s B A and trains both."""
+        return None
+
     def codes(self, weight: Tensor) -> Codes | None:
         """Return the integers that `forward` makes of the weight that arrives here, where it makes some."""
         return None

@@ -79,5 +79,8 @@ class LoraStage(Stage):
     def low_rank(self) -> LowRank:
         return LowRank(a=self.lora_A.detach(), b=self.lora_B.detach(), scaling=self.scaling)
 
+    def trained_factors(self) -> tuple[nn.Parameter, nn.Parameter, float]:
+        return self.lora_A, self.lora_B, self.scaling
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling}"

@@ -1,0 +1,1 @@
+"""Cutting out heads and neurons that do nothing."""
