@@ -53,14 +53,14 @@ class StructureMask(Stage):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        self.layer, self.part, self.count, self.width, self.dim = layer, part, count, width, dim
+        self.layer, self.part, self.count, self.width, self.masked_dim = layer, part, count, width, dim
         self.kept = nn.Parameter(torch.empty(count, dtype=torch.bool, device=device), requires_grad=False)
         importance = torch.empty(count, dtype=torch.float32, device=device)
         self.importance = nn.Parameter(importance, requires_grad=False) if holds_importance else None
 
     def forward(self, weight: Tensor) -> Tensor:
         mask = self.kept.repeat_interleave(self.width)
-        return torch.where(mask[:, None] if self.dim == 0 else mask, weight, 0)
+        return torch.where(mask[:, None] if self.masked_dim == 0 else mask, weight, 0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -70,7 +70,7 @@ class StructureMask(Stage):
 
     def numbers(self, shape: Sequence[int], index: Tensor) -> Tensor:
         """Return the structure of each element, int64 like `index`, the places in the flattened weight."""
-        places = index // shape[1] if self.dim == 0 else index % shape[1]
+        places = index // shape[1] if self.masked_dim == 0 else index % shape[1]
         return places // self.width
 
 
