@@ -41,7 +41,8 @@ class DropBlocks(SurgeryConfig):
         if self.parts != "blocks" and not self.written_as_zeros:
             raise ConfigError(
                 f"drop_blocks: parts={self.parts} leaves blocks without attention or MLP, which no transformers "
-                f"configuration can say; type written_as_zeros: true, which saves nothing, or parts: blocks"
+                f"configuration can say; type written_as_zeros: true, and the pass remove_zeros behind it where the "
+                f"model may become a pruned_llama, or parts: blocks"
             )
         if self.parts != "blocks" and self.order == "influence":
             raise ConfigError("drop_blocks: influence is that of whole blocks; type order: greedy, or parts: blocks")

@@ -6,22 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.surgery import CalibratedModel, LookingSurgeon, StoredBlock
+from leanmill.sparse.flap.fluctuation import BIASES, fluctuation, replaced, with_biases
 from leanmill.sparse.structured.anatomy import Sizes, sizes_of
 from leanmill.sparse.structured.cut import Cutter, Kept, heads_in_groups, highest, rows_of_heads, smaller_config
 from leanmill.sparse.structured.importance import HEADS, NEURONS, Moments
 from leanmill.sparse.structured.targets import Targets
-
-
-_BIASES = {
-    HEADS: ("attention_bias", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", HEADS)),
-    NEURONS: ("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", NEURONS)),
-}
-"""By what a part is written with: the setting that gives it biases, and the layers that then have one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class FlapSurgeon(LookingSurgeon):
         old = sizes_of("flap", before)
         self._plan = _Plan(before, old, self.targets.sizes(old))
         for part in self.plan.parts:
-            setting = _BIASES[part][0]
+            setting = BIASES[part][0]
             if not hasattr(before, setting):
                 raise ConfigError(
                     f"flap puts a bias behind what it cuts, and a {before.model_type} has no {setting}; give a model "
@@ -73,7 +66,7 @@ class FlapSurgeon(LookingSurgeon):
     def _config(self) -> Any:
         after = smaller_config("flap", self.plan.before, self.plan.new, range(self.plan.old.layers))
         for part in self.plan.parts:
-            setattr(after, _BIASES[part][0], True)
+            setattr(after, BIASES[part][0], True)
         return after
 
     def look(self, model: CalibratedModel) -> Any:
@@ -111,44 +104,11 @@ class FlapSurgeon(LookingSurgeon):
 
     def block(self, block: StoredBlock) -> Iterator[tuple[str, Tensor]]:
         assert self._cutter is not None
-        rows = {}
-        for name, tensor in self._cutter.block(block):
-            layer, _, kind = name.rpartition(".")
-            rows[layer] = (len(tensor), tensor.dtype)
-            bias = self.biases.get(f"{block.index}.{layer}") if kind == "bias" else None
-            yield name, tensor if bias is None else (tensor.double() + bias).to(tensor.dtype)
-        for part in self.plan.parts:
-            for layer in _BIASES[part][1]:
-                if f"{layer}.bias" not in block.names:
-                    size, dtype = rows[layer]
-                    bias = self.biases[f"{block.index}.{layer}"] if layer == part else torch.zeros(size)
-                    yield f"{layer}.bias", bias.to(dtype)
+        biases = {part: self.biases[f"{block.index}.{part}"] for part in self.plan.parts}
+        return with_biases(self._cutter.block(block), block.names, biases)
 
     def describe(self) -> str:
         words = {"heads": "query heads", "groups": "key-value heads", "neurons": "neurons"}
         sizes = [(getattr(self.plan.old, key), getattr(self.plan.new, key), word) for key, word in words.items()]
         cut = "; ".join(f"{old} {word} cut to {new}" for old, new, word in sizes if new < old)
         return f"{cut}, biases in their place"
-
-
-def fluctuation(variance: Tensor, weight: Tensor) -> Tensor:
-    """Return for each input of a layer its variance times the squared norm of its column (FLAP's WIFV) [in].
-
-    Args:
-        variance: Of each input over calibration tokens [in].
-        weight: [out, in].
-    """
-    return variance * weight.square().sum(0)
-
-
-def replaced(weight: Tensor, mean: Tensor, kept: Tensor) -> Tensor:
-    """Return what inputs that go add on average to what a layer puts out [out].
-
-    Args:
-        weight: [out, in].
-        mean: Of each input [in].
-        kept: Indices of the inputs that stay.
-    """
-    gone = torch.ones_like(mean, dtype=torch.bool)
-    gone[kept] = False
-    return weight[:, gone] @ mean[gone]

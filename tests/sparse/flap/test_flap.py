@@ -44,12 +44,55 @@ def test_the_written_model_has_means_in_place_of_what_goes(biased, text, tokeniz
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_layers_share_out_what_goes_by_standardised_fluctuation(biased, text, tokenizer, tmp_path):  # noqa: F811
+    model = save(tmp_path / "in", tokenizer, "qwen2" if biased else "llama", num_hidden_layers=2)
+    config = recipe(tmp_path / "in", text, tmp_path, {"type": "flap", "sparsity": 0.4})
+    (report,) = compress(config, tmp_path / "out")
+    small, rows = load(tmp_path / "out"), rows_of(config, tokenizer)
+    assert "112 neurons cut to" in str(report)
+    structures, parts = [], {}
+    for name, (given, _) in seen(model, rows).items():
+        if name.endswith(("o_proj", "down_proj")):
+            x = given.flatten(0, -2).double()
+            scores = x.var(0, unbiased=False) * model.get_submodule(name).weight.detach().double().square().sum(0)
+            z = (scores - scores.mean()) / scores.std()
+            width = 16 if name.endswith("o_proj") else 1  # two query heads of 8 features share a key-value head
+            parts[name] = (x.mean(0), width, torch.zeros(len(z)))
+            # Query and output rows of two heads, key and value rows of one; or gate, up and down.
+            cost = 48 * (2 * 16 + 2 * 8) if width == 16 else 48 * 3
+            structures += [(float(value), cost, name, i) for i, value in enumerate(z.view(-1, width).mean(1))]
+    structures.sort(key=lambda one: -one[0])
+    total, kept, best_gap = sum(cost for _, cost, *_ in structures), 0, None
+    for number, (_, cost, *_) in enumerate(structures, 1):
+        kept += cost
+        gap = abs(kept - 0.6 * total)
+        if best_gap is None or gap < best_gap[0]:
+            best_gap = (gap, number)
+    for _, _, name, i in structures[: best_gap[1]]:
+        _, width, stays = parts[name]
+        stays[i * width : (i + 1) * width] = 1
+    for name, (mean, _, stays) in parts.items():
+        assert stays.any(), "the test is of layers of which something stays"
+        stays = stays.bool()
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, stays=stays, mean=mean: (torch.where(stays, x[0], mean),)
+        )
+    assert small.config.intermediate_size_by_layer == [
+        int(parts[f"model.layers.{i}.mlp.down_proj"][2].sum()) for i in (0, 1)
+    ]
+    with torch.no_grad():
+        want, got = model(**rows, use_cache=False).logits, small(**rows, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
         ("llama", {}, "nothing is asked for"),
         ("llama", {"intermediate_size": 56}, "has these sizes already"),
         ("qwen3", {"intermediate_size": 0.5}, "has no mlp_bias"),
+        ("llama", {"intermediate_size": 0.5, "sparsity": 0.5}, "stands instead of sizes"),
         ("mixtral", {"intermediate_size": 0.5}, "none of them; give a model"),
     ],
 )

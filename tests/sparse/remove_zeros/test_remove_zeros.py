@@ -2,6 +2,7 @@
 
 import torch
 
+from leanmill.core.registry import parse_pass
 from leanmill.trainer.passes.run import compress
 from tests.sparse.minitron.test_minitron import load, rows_of, save
 from tests.trainer.passes.test_run import recipe, text, tokenizer  # noqa: F401  (fixtures)
@@ -29,4 +30,21 @@ def test_zeros_go_and_the_model_computes_the_same(text, tokenizer, tmp_path):  #
     assert small.config.intermediate_size_by_layer == [6, 55, 56]
     with torch.no_grad():
         want, got = model(**rows, use_cache=False).logits, small(**rows, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_halves_that_were_dropped_as_zeros_go_for_good(text, tokenizer, tmp_path):  # noqa: F811
+    save(tmp_path / "in", tokenizer, "qwen3", dtype=torch.bfloat16, num_hidden_layers=2)
+    dropping = {"type": "drop_blocks", "dropped": 2, "parts": "halves", "order": "greedy", "written_as_zeros": True}
+    zeros = recipe(tmp_path / "in", text, tmp_path, dropping | {"first_layer": 1, "dropped": 1})
+    compress(zeros, tmp_path / "zeros")
+    compress(
+        zeros.model_copy(update={"passes": [*zeros.passes, parse_pass({"type": "remove_zeros"})]}), tmp_path / "out"
+    )
+    whole, small, rows = load(tmp_path / "zeros"), load(tmp_path / "out"), rows_of(zeros, tokenizer)
+    gone = small.config.num_attention_heads_by_layer[1], small.config.intermediate_size_by_layer[1]
+    assert 0 in gone
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in whole.parameters())
+    with torch.no_grad():
+        want, got = whole(**rows, use_cache=False).logits, small(**rows, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
