@@ -209,7 +209,6 @@ def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch
 def _start_flight_recorder() -> str:
     """Switch the recorder on for groups created from now on; return the prefix of its dumps."""
     folder = Path(tempfile.gettempdir()) / f"leanmill-flight-recorder-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
-    folder.mkdir(parents=True, exist_ok=True)
     prefix = str(folder / "rank_")
     # The recorder has no other switch than the environment; whoever set these already, wins. Torch
     # renames the variables, so both spellings are set.
@@ -219,6 +218,7 @@ def _start_flight_recorder() -> str:
     given = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE") or prefix
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
         os.environ.setdefault(name, given)
+    Path(given).parent.mkdir(parents=True, exist_ok=True)  # NCCL makes no folders
     return given
 
 
