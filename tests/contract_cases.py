@@ -297,6 +297,8 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "peft_vera": {"type": "peft", "method": "vera", "r": 4},
     "peft_pool": {"type": "peft", "method": "vblora", "vector_length": 8, "num_vectors": 8, "targets": ["q_proj"]},
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
+    "peqa": {"type": "peqa", "bits": 4, "group_size": 8, "lr_factor": 0.1},
+    "peqa_rows": {"type": "peqa", "bits": 2, "lr_factor": 0.1},
     # Subspaces are found in the first step and in the third.
     "galore": {"type": "galore", "rank": 4, "every_steps": 2, "scale": 0.5},
     "natural_galore": {
@@ -371,6 +373,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "experts in int8": ("mixtral", "int8", "lora", "router_balance"),
     "natural gradients of experts": ("mixtral", "natural_galore", "nm_sparsity", "ternary", "router_balance"),
     "subspaces taking turns": ("lisa", "galore", "distill"),
+    "integers of experts, adapted": ("mixtral", "peqa_rows", "lora", "nm_sparsity", "router_balance"),
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
     "fixed projections beside masks": ("peft_vera", "nm_sparsity", "ternary"),
     "a pool beside a teacher": ("peft_pool", "distill"),
@@ -402,6 +405,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
             "learned_threshold",
             "matformer",
             "galore",
+            "peqa",
         )
     },
     "layer_skip": ("deeper", "layer_skip"),
@@ -471,6 +475,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "layers": ("deeper", "layer_skip", "layernorm_scaling", "neftune", "ternary"),
     "further tokens": ("multi_token", "nm_sparsity"),
     # Another order of additions in bf16 turns singular vectors.
+    "peqa": ("peqa",),
     "drawn subspaces": ("drawn_subspaces", "nm_sparsity"),
 }
 

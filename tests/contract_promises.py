@@ -114,6 +114,14 @@ def has_eight_levels_a_row(run: Trained) -> None:
         assert all(row.unique().numel() <= 8 for row in weight), name
 
 
+def has_sixteen_levels_a_group(run: Trained) -> None:
+    """Four bits a weight; 8 weights share their levels, evenly spaced around 0."""
+    for name, (site, weight) in run.sites.items():
+        levels = weight.reshape(-1, 8) / site.stages["compact"].scale.reshape(-1, 1)
+        assert torch.allclose(levels, levels.round(), atol=1e-4), name
+        assert levels.abs().max() < 7.5, name
+
+
 def has_four_levels_a_group(run: Trained) -> None:
     """Two bits a weight; 8 weights share their levels."""
     for name, (_, weight) in run.sites.items():
@@ -154,6 +162,7 @@ TRAINS: dict[str, tuple[str, ...]] = {
     "mask_llm": _OWN,
     "mask_llm_tied": _OWN,
     "router_tuning": _OWN,
+    "peqa": _OWN,
     "perp": (*_OWN, "norm", ".bias"),
 }
 """Parts of the names of what trains under techniques that freeze the model; under several of them all of these."""
@@ -176,6 +185,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "dual_binary": (has_four_levels_a_group,),
     "fp_quant": (has_eight_magnitudes_a_block,),
     "lsq_row": (has_eight_levels_a_row,),
+    "peqa": (has_sixteen_levels_a_group,),
     "galore": (trains_in_orthonormal_subspaces,),
     "matformer": (trains_the_first_half_of_neurons,),
 }

@@ -31,7 +31,50 @@ NF4_LEVELS = (
 """NormalFloat with 4 bits (Dettmers et al. 2023, arXiv:2305.14314, appendix E)."""
 
 
-class Compact(Stage):
+class CodedWeight(Stage):
+    """Decodes a frozen weight that a site keeps in fewer bytes; the first stage of all.
+
+    Args:
+        shape: Of the weight, [..., out, in].
+        dtype: Of the decoded weight.
+    """
+
+    slot: ClassVar[Slot] = Slot.COMPACT
+    scale: nn.Parameter
+    """fp32 [..., out, blocks], where the parameter holds codes."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the parameter holds integers rather than values."""
+        return True
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Return a parameter's worth of memory for the weight."""
+        raise NotImplementedError
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes and scales of some rows.
+
+        Args:
+            weight: [..., in], floating.
+
+        Returns:
+            Shaped as the parameter and `scale` are, for these rows.
+        """
+        raise NotImplementedError
+
+    def assign_encoded(self, kept: Tensor, weight: Tensor, assign: Callable[[Tensor, Tensor], object]) -> None:
+        """Have `assign` write codes and scales of a whole weight, into `kept` and `scale`."""
+        codes, scales = self.encode(weight)
+        assign(kept, codes)
+        assign(self.scale, scales)
+
+
+class Compact(CodedWeight):
     """Decodes a frozen weight that a site keeps as `kind`; the first stage of all.
 
     - `bf16`: the parameter is [..., out, in] bf16.
@@ -47,14 +90,13 @@ class Compact(Stage):
         device: Of the weight.
     """
 
-    slot: ClassVar[Slot] = Slot.COMPACT
     technique: ClassVar[str] = "model.frozen_dtype"
     once_a_step: ClassVar[bool] = True
     table: Tensor
 
     def __init__(self, shape: Sequence[int], kind: Kind, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.shape, self.kind, self.dtype = torch.Size(shape), kind, dtype
+        super().__init__(shape, dtype)
+        self.kind = kind
         if self.has_codes:
             empty = torch.empty(*shape[:-1], self._num_blocks, dtype=torch.float32, device=device)
             self.scale = nn.Parameter(empty, requires_grad=False)
@@ -64,7 +106,6 @@ class Compact(Stage):
 
     @property
     def has_codes(self) -> bool:
-        """Whether the parameter holds integers rather than values."""
         return self.kind != "bf16"
 
     @property
@@ -72,7 +113,6 @@ class Compact(Stage):
         return 1 if self.kind == "int8" else math.ceil(self.shape[-1] / BLOCK)
 
     def empty(self, device: torch.device) -> Tensor:
-        """Return a parameter's worth of memory for the weight."""
         if self.kind in ("bf16", "int8"):
             dtype = torch.bfloat16 if self.kind == "bf16" else torch.int8
             return torch.empty(self.shape, dtype=dtype, device=device)
@@ -88,14 +128,6 @@ class Compact(Stage):
 
     @torch.no_grad()
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes and scales of some rows.
-
-        Args:
-            weight: [..., in], floating.
-
-        Returns:
-            Shaped as the parameter and `scale` are, for these rows.
-        """
         *rows, num_in = weight.shape
         blocks = self._blocks(weight.float())
         largest = blocks.abs().amax(-1)
@@ -109,12 +141,6 @@ class Compact(Stage):
         if self.kind == "int8":
             return codes.to(torch.int8), largest / top
         return pack((codes + 8).to(torch.uint8).contiguous(), 4), largest / top
-
-    def assign_encoded(self, kept: Tensor, weight: Tensor, assign: Callable[[Tensor, Tensor], object]) -> None:
-        """Have `assign` write codes and scales of a whole weight, into `kept` and `scale`."""
-        codes, scales = self.encode(weight)
-        assign(kept, codes)
-        assign(self.scale, scales)
 
     def _blocks(self, weight: Tensor) -> Tensor:
         """[..., blocks, weights of one], the last one filled up with zeros."""
@@ -148,18 +174,18 @@ class Compact(Stage):
         return f"{list(self.shape)} as {self.kind}"
 
 
-def coded_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, Compact]]:
+def coded_weights(model: nn.Module) -> Iterator[tuple[nn.Module, str, CodedWeight]]:
     """Yield (owner, key, what decodes it) of every parameter of `model` that holds codes."""
     for module in model.modules():
         if isinstance(module, Site):
             first = module.stage(Slot.COMPACT)
-            if isinstance(first, Compact) and first.has_codes:
+            if isinstance(first, CodedWeight) and first.has_codes:
                 yield *module.weight_at, first
 
 
 def bytes_decoded(site: Site) -> int:
     """Bytes that a use of the site's weight decodes it to; 0 where it is kept as it is, and for a table of rows."""
     first = site.stage(Slot.COMPACT)
-    if not isinstance(first, Compact) or not site.takes_inputs:
+    if not isinstance(first, CodedWeight) or not site.takes_inputs:
         return 0
     return first.shape.numel() * first.dtype.itemsize

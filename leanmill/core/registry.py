@@ -143,6 +143,11 @@ TECHNIQUES: dict[str, Entry] = {
         "train weights through the leading subspace of their gradients, found anew every so often; Natural GaLore",
         "Zhao et al. 2024, arXiv:2403.03507; Das 2024, arXiv:2410.16029",
     ),
+    "peqa": Entry(
+        "leanmill.peft_ext.peqa.config:Peqa",
+        "weights rounded to integers of 2 to 8 bits once, of which the scales alone train (PEQA)",
+        "Kim et al. 2023, arXiv:2305.14152",
+    ),
     "distill": Entry(
         "leanmill.distill.logits.config:Distill",
         "match a frozen teacher's next-token distribution",

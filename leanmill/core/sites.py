@@ -149,7 +149,7 @@ class Sites:
 
     def report(self) -> str:
         """One line: n of N weights carry stages or adapters beside them, by kind, and which are left plain."""
-        staged = {name for name, site in iter_sites(self.model) if site.is_reshaped}
+        staged = {name for name, site in iter_sites(self.model) if _does_more_than_decode(site)}
         branched = {clean_name(path) for path, _ in branched_layers(self.model)} & self.candidates.keys()
         parts = [f"converted {self._shares(staged)} weights"] if staged or not branched else []
         if branched:
@@ -213,6 +213,10 @@ class Sites:
         for around in list(arounds(module)):
             put_around(site, around)
         return site
+
+
+def _does_more_than_decode(site: Site) -> bool:
+    return site.is_reshaped or any(parameter.requires_grad for parameter in site.stage_parameters())
 
 
 def _discover(model: nn.Module) -> Iterator[Candidate]:

@@ -121,6 +121,9 @@ class Installation:
     add_branches: Callable[[nn.Module], None] | None = None
     """Called with the model after every technique has put its stages: wraps sites with output
     branches (adapters). Wrapping last keeps the result independent of the listed order."""
+    keep: Callable[[nn.Module], None] | None = None
+    """Called with the model once every technique has put its stages and what trains is settled: gives frozen weights
+    another form, whose shape need not be the weight's."""
     reset_branch: Callable[[nn.Module], None] | None = None
     """Fills the parameters of one layer that `add_branches` wrapped, once they have been materialised
     from meta; called with the random generator seeded for this layer, on full tensors."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from leanmill.core.compact import Compact
+from leanmill.core.compact import CodedWeight
 
 
 def own_tensor(module: nn.Module, key: str) -> Tensor | None:
@@ -15,7 +15,7 @@ def own_tensor(module: nn.Module, key: str) -> Tensor | None:
 
 
 def full_copy(
-    top: nn.Module, members: list[nn.Module], coded: dict[tuple[int, str], Compact]
+    top: nn.Module, members: list[nn.Module], coded: dict[tuple[int, str], CodedWeight]
 ) -> tuple[nn.Module, dict[int, nn.Module]]:
     """Copy `top` shallowly, giving `members` below it full-size tensors of their own on the CPU.
 
@@ -44,7 +44,7 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _blank(tensor: Tensor, compact: Compact | None = None) -> Tensor:
+def _blank(tensor: Tensor, compact: CodedWeight | None = None) -> Tensor:
     if compact is not None:
         return torch.full(compact.shape, float("nan"))
     if tensor.is_meta or isinstance(tensor, (DTensor, nn.Parameter)):

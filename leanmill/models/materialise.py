@@ -17,7 +17,7 @@ from torch import nn
 
 from leanmill.core.around import iter_arounds
 from leanmill.core.branches import branch_modules, is_branched, plain_modules, reset_branch
-from leanmill.core.compact import Compact, coded_weights
+from leanmill.core.compact import CodedWeight, coded_weights
 from leanmill.core.copies import cpu_copy
 from leanmill.core.errors import RunError
 from leanmill.core.names import clean_name
@@ -177,7 +177,7 @@ def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
     return frozenset(filled)
 
 
-def _coded(model: nn.Module) -> dict[tuple[int, str], Compact]:
+def _coded(model: nn.Module) -> dict[tuple[int, str], CodedWeight]:
     """What decodes each parameter that holds codes, by its owner's id and its key."""
     return {(id(owner), key): compact for owner, key, compact in coded_weights(model)}
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from leanmill.core.compact import Compact
+from leanmill.core.compact import CodedWeight
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.models.config import ModelConfig
 from leanmill.models.folder_weights import FolderWeights
@@ -42,7 +42,7 @@ class StoredWeights:
         self._folder: FolderWeights | None = None
         self._weights: dict[str, Tensor] = {}
 
-    def fill(self, name: str, tensor: Tensor, compact: Compact | None = None) -> None:
+    def fill(self, name: str, tensor: Tensor, compact: CodedWeight | None = None) -> None:
         """Write a weight into `tensor`, which may be sharded. A collective.
 
         Args:

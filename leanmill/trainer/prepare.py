@@ -231,11 +231,14 @@ def install_techniques(
     """
     installed = InstalledTechniques()
     sites = Sites(model)
+    keeping: list[Callable[[nn.Module], None]] = []
     branches: list[tuple[TechniqueConfig, Callable[[nn.Module], None]]] = []
     for config in sorted(configs, key=lambda c: c.type):  # type: ignore[attr-defined]
         with _own_parameters(config, model, installed.param_rules):
             part = config.install(sites, context)
         _add(installed, part)
+        if part.keep is not None:
+            keeping.append(part.keep)
         if part.add_branches is not None:
             branches.append((config, part.add_branches))
             installed.reset_branch, installed.fill_branches = part.reset_branch, part.fill_branches
@@ -251,6 +254,8 @@ def install_techniques(
         raise ConfigError("the techniques leave nothing to train; remove one that freezes, or give `lora` targets")
     for rule in installed.step_rules:
         rule.check()
+    for keep in keeping:
+        keep(model)
     return installed
 
 

@@ -107,7 +107,9 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     chosen = [i for i, technique in techniques if isinstance(getattr(technique, "layers", None), list)]
     overrides += [f"techniques.{i}.layers=[1]" for i in chosen]
     overrides += [f"techniques.{i}.num_layers=1" for i, technique in techniques if hasattr(technique, "num_layers")]
-    grouped = [i for i, technique in techniques if getattr(technique, "group_size", None) and technique.type == "lsq"]
+    grouped = [
+        i for i, technique in techniques if getattr(technique, "group_size", None) and technique.type in ("lsq", "peqa")
+    ]
     overrides += [f"techniques.{i}.group_size=16" for i in grouped]
     overrides += [f"techniques.{i}.rank=8" for i, technique in techniques if technique.type == "galore"]
     frozen = [f"{i}.{key}" for i, technique in techniques for key in technique.frozen_models()]

@@ -1,0 +1,1 @@
+"""Integers that rest under scales that train."""
