@@ -269,6 +269,13 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     },
     # About a third is pruned in the end.
     "learned_threshold": {"type": "learned_threshold", "push": 0.1, "lr_factor": 0.3},
+    "thresholds_in_a_budget": {
+        "type": "learned_threshold",
+        "push": 0.1,
+        "lr_factor": 0.3,
+        "share": "matrix",
+        "sparsity": 0.3,
+    },
     "pruned_by_movement": {
         "type": "gradual_pruning",
         "sparsity": 0.5,
@@ -338,10 +345,19 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     },
     **{
         name: (name,)
-        for name in ("stepwise", "transposable", "pruned_columns", "pruned_by_movement", "drawn_mask", "early_ticket")
+        for name in (
+            "stepwise",
+            "transposable",
+            "pruned_columns",
+            "pruned_by_movement",
+            "thresholds_in_a_budget",
+            "drawn_mask",
+            "early_ticket",
+        )
     },
     "pulled beside others": ("mixtral", "pulled_aside", "ternary", "router_balance"),
     "experts with thresholds": ("mixtral", "learned_threshold", "ternary", "router_balance"),
+    "experts with thresholds in a budget": ("mixtral", "thresholds_in_a_budget", "ternary"),
     "pruned blocks of experts": ("mixtral", "pruned_blocks", "ternary", "router_balance"),
     "masks that come, with others": ("mixtral", "progressive", "ternary", "lora", "router_balance"),
     **{name: (name,) for name in ("stochastic_depth", "layernorm_scaling", "neftune", "lisa")},

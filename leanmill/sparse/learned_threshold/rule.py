@@ -19,15 +19,18 @@ from leanmill.sparse.learned_threshold.stage import LearnedThreshold
 class PushThresholds(StepRule):
     """Adds the gradient of push * sum of exp(-t) to that of the thresholds, once a step, before clipping.
 
+    With a budget s* it is that times (s* - s) / s*, not below -1, s the share that is pruned in the step.
+
     Args:
         model: Walked anew every step.
         push: alpha.
+        budget: s*; None pushes always as much.
     """
 
     name = "learned_threshold"
 
-    def __init__(self, model: nn.Module, push: float) -> None:
-        self.model, self.push = model, push
+    def __init__(self, model: nn.Module, push: float, budget: float | None = None) -> None:
+        self.model, self.push, self.budget = model, push, budget
         self._sparsity: float | None = None
 
     def check(self) -> None:
@@ -36,23 +39,29 @@ class PushThresholds(StepRule):
 
     def before_optimizer(self, context: StepContext) -> None:
         assert context.views is not None
+        push = self.push
+        if self.budget is not None:
+            pruned = self._pruned(context.views) or 0.0
+            push *= max(-1.0, (self.budget - pruned) / self.budget)
         for _, stage in self._stages():
             view = context.views.of(stage.threshold)
             gradient = view.grad
             if gradient is not None:
-                gradient.sub_(torch.exp(-view.value), alpha=self.push)
+                gradient.sub_(torch.exp(-view.value), alpha=push)
 
     def after_optimizer(self, context: StepContext) -> None:
-        if not context.is_reported:
-            return
-        assert context.views is not None
+        if context.is_reported:
+            assert context.views is not None
+            self._sparsity = self._pruned(context.views)
+
+    def _pruned(self, views: Views) -> float | None:
+        """Return the share of all weights below their thresholds; None where there are no weights. A collective."""
         num_kept = num_weights = 0
         for site, stage in self._stages():
-            weight = context.views.of(site.raw_weight)  # type: ignore[arg-type]
-            num_kept += _num_kept(weight, _whole(stage.threshold, context.views))
+            weight = views.of(site.raw_weight)  # type: ignore[arg-type]
+            num_kept += _num_kept(weight, _whole(stage.threshold, views))
             num_weights += weight.numel
-        if num_weights:
-            self._sparsity = 1 - num_kept / num_weights
+        return 1 - num_kept / num_weights if num_weights else None
 
     def _stages(self) -> Iterator[tuple[Site, LearnedThreshold]]:
         seen: set[int] = set()
@@ -73,7 +82,7 @@ class PushThresholds(StepRule):
 
 
 def _whole(threshold: nn.Parameter, views: Views) -> Tensor:
-    """The thresholds of all rows, flat; a number a row, so that they may be summed over ranks."""
+    """All thresholds of a weight, flat; a number a row at most, so that they may be summed over ranks."""
     view = views.of(threshold)
     whole = view.value.new_zeros(view.numel)
     whole[view.index().flatten()] = view.value.flatten()
@@ -81,9 +90,9 @@ def _whole(threshold: nn.Parameter, views: Views) -> Tensor:
 
 
 def _num_kept(weight: View, thresholds: Tensor) -> int:
-    """Return how many weights of the whole are not below the threshold of their row, of which one is left at least."""
-    rows = weight.index().flatten() // weight.piece.shape[-1]
-    is_kept = ~(weight.value.flatten().abs() < thresholds[rows])
+    """Return how many weights of the whole are not below their threshold, of each of which one is left at least."""
+    sharing = weight.index().flatten() // (weight.numel // len(thresholds))
+    is_kept = ~(weight.value.flatten().abs() < thresholds[sharing])
     counts = torch.zeros(len(thresholds), dtype=torch.int64, device=thresholds.device)
-    counts.index_add_(0, rows, is_kept.long())
+    counts.index_add_(0, sharing, is_kept.long())
     return int(weight.reduce(counts, "sum").clamp(min=1).sum())

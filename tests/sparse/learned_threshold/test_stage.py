@@ -21,7 +21,8 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 
 def papers(weight, threshold, grad):
-    """Equations 4 to 8, one weight after another."""
+    """Equations 4 to 8, one weight after another; a threshold of a matrix is one of each of its rows."""
+    threshold = threshold.expand(weight.shape[0], 1)
     out, to_weight, to_threshold = (torch.zeros_like(t) for t in (weight, weight, threshold))
     for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
@@ -51,6 +52,29 @@ def test_value_and_gradients_are_the_papers(shape, dtype):
     for got, want in zip((out, weight.grad, stage.threshold.grad), expected, strict=True):
         got = got.detach().double().reshape(want.shape)
         torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(5, 7), (1, 3), (2, 3, 5)])
+def test_a_matrix_may_share_its_threshold(shape, dtype):
+    torch.manual_seed(0)
+    weight, grad = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+    stage = LearnedThreshold(weight, "matrix")
+    with torch.no_grad():
+        stage.threshold.copy_(weight.abs().amax((-2, -1), keepdim=True) * torch.rand_like(stage.threshold))
+    out = stage(weight)
+    out.backward(grad)
+    assert stage.threshold.shape == (*shape[:-2], 1, 1)
+    for i in range(shape[0] if len(shape) == 3 else 1):
+        place = (i,) if len(shape) == 3 else (slice(None),)
+        given = [t.detach().double()[place] for t in (weight, stage.threshold, grad)]
+        want_out, to_weight, to_threshold = papers(*given)
+        found = [t.detach().double()[place] for t in (out, weight.grad, stage.threshold.grad)]
+        for got, want in zip(found, (want_out, to_weight, to_threshold.sum().reshape(1, 1)), strict=True):
+            torch.testing.assert_close(got, want, rtol=TOLERANCE[dtype], atol=4 * TOLERANCE[dtype])
+    with torch.no_grad():
+        stage.threshold.fill_(100.0)
+    assert (stage(weight) != 0).sum() == (shape[0] if len(shape) == 3 else 1)
 
 
 def test_nothing_is_pruned_at_first_and_a_row_is_never_empty():
@@ -99,6 +123,30 @@ def test_the_regulariser_pushes_once_a_step_and_what_is_pruned_is_counted():
     assert again.metrics() == rule.metrics()
 
 
+@pytest.mark.parametrize("share", ["row", "matrix"])
+@pytest.mark.parametrize("budget", [0.2, 0.8])
+def test_a_budget_holds_the_push_back_and_turns_it_around(budget, share):
+    model = tiny()
+    (rule,) = install(model, {"type": "learned_threshold", "push": 0.5, "sparsity": budget, "share": share}).step_rules
+    stages = [site.stages["mask"] for _, site in iter_sites(model) if site.stages]
+    with torch.no_grad():
+        for stage in stages:
+            stage.threshold.fill_(0.015)  # of weights with a standard deviation of 0.02
+    loss_of(model, tokens()).backward()
+    before = [stage.threshold.grad.clone() for stage in stages]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    views = NativeViews(model, torch.optim.AdamW(parameters))
+    with torch.no_grad():
+        rule.before_optimizer(StepContext(step=0, num_steps=2, num_micro_batches=1, views=views))
+    weights = [site.effective_weight() for _, site in iter_sites(model) if site.stages]
+    pruned = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert 0.4 < pruned < 0.7
+    push = 0.5 * max(-1.0, (budget - pruned) / budget)
+    assert (push > 0) == (budget == 0.8)
+    for stage, gradient in zip(stages, before, strict=True):
+        torch.testing.assert_close(stage.threshold.grad, gradient - push * torch.exp(-stage.threshold.detach()))
+
+
 def _counts_on_ranks():
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     thresholds = torch.tensor([0.0, 0.5, 1.0, 100.0, 0.2, 0.7])
@@ -107,6 +155,8 @@ def _counts_on_ranks():
     stage = LearnedThreshold(weight)
     stage.threshold.data.copy_(thresholds.unsqueeze(1))
     assert found == int((stage(weight) != 0).sum())
+    piece = Held(Span((6, 5), start, stop), weight.flatten()[start:stop])
+    assert _num_kept(piece, torch.tensor([0.5])) == int((weight.abs() >= 0.5).sum())
     return True
 
 
