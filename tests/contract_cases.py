@@ -229,6 +229,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     "balance_rows": {"type": "router_balance", "weight": 0.5, "z_weight": 0.1, "scope": "sequence"},
     "bias_balance": {"type": "bias_balance", "rate": 0.01},
     "moe_metrics": {"type": "moe_metrics"},
+    "sharpness": {"type": "sharpness"},
     # Masks move in the second step, and the third trains what has grown; `set` moves them in both.
     "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
     "set": {"type": "rigl", "method": "set", "density": 0.4, "update_every_steps": 1, "update_until": 1.0},
@@ -377,7 +378,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "lora taking turns": ("lisa", "lora", "distill"),
     "elastic_signs": ("elastic_signs",),
     **{name: (name,) for name in ("best_fp4", "falling_bits", "widths_in_turn", "two_bases", "wave", "dual_tensor")},
-    "fp8_gradients": ("fp8_gradients",),
+    "fp8_gradients": ("fp8_gradients", "sharpness"),
     "experts in floating point": ("mixtral", "fp_quant_scaled", "nm_sparsity"),
     "salient_signs": ("salient_signs",),
     "signs of kept weights": ("nm_sparsity", "binary", "lora", "distill"),

@@ -63,6 +63,11 @@ TECHNIQUES: dict[str, Entry] = {
         "weights and activations in small floating-point formats: MXFP4 to MXFP8, NVFP4, FP4 with a searched bias",
         "Rouhani et al. 2023, arXiv:2310.10537; Liu et al. 2023, arXiv:2310.16836; Lee et al. 2024, arXiv:2405.18710",
     ),
+    "sharpness": Entry(
+        "leanmill.quant.sharpness.config:Sharpness",
+        "log how much the loss can rise where logits move a little, which shows how stable training in few bits is",
+        "Keskar et al. 2017, arXiv:1609.04836; Lee et al. 2024, arXiv:2405.18710",
+    ),
     "lsq": Entry(
         "leanmill.quant.lsq.config:Lsq",
         "weights and activations of 1 to 8 bits with learned step sizes and offsets: LSQ, LSQ+",

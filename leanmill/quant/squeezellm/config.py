@@ -22,7 +22,8 @@ class SqueezeLlm(SensitivePassConfig):
     weight_bits: int = Field(default=4, ge=1, le=8)
     """Bits b of a weight: each row has at most 2^b levels, beside what stays as it is."""
     outlier_share: float = Field(default=0.0045, ge=0, lt=1)
-    """Share of a layer's weights, those of largest magnitude, that stay as they are."""
+    """Share of a layer's weights, those of largest magnitude, that stay as they are; this and the next are those of the
+    authors' code."""
     sensitive_share: float = Field(default=0.0005, ge=0, lt=1)
     """Share of a layer's weights, those of largest sensitivity, that stay as they are."""
     iterations: int = Field(default=50, ge=1)

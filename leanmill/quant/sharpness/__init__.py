@@ -1,0 +1,1 @@
+"""How steep the loss is around a model's logits."""
