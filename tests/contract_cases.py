@@ -129,6 +129,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "divergence": "sinkhorn",
         "batch_tokens": 8,
     },
+    "on_policy": {"type": "on_policy", "share": 0.6, "prompt_tokens": 5, "new_tokens": 4},
     "ternary_int8": {"type": "ternary", "activation_bits": 8},
     # At temperatures like the paper's last, scores of tiny logits would all be ties but for rounding.
     "mask_llm": {"type": "mask_llm", "temperature": [4.0, 1.0], "scale": [100.0, 200.0]},
@@ -462,6 +463,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     # Two terms need logits, so the masked head is called once a chunk.
     "two teachers, head in chunks": ("nm_sparsity_tied", "distill", "distill_reverse"),
     "batches of tokens": ("nm_sparsity", "sinkhorn_of_two", "distill_reverse"),
+    "own text": ("nm_sparsity", "on_policy", "distill"),
 }
 CHUNK_TOKENS = 24
 

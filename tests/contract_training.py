@@ -94,6 +94,7 @@ def recipe_of(
             "schedule": {"type": "constant", "warmup_steps": 0},
             "batch": {"tokens_per_step": tokens, "tokens_per_micro_batch": tokens // (2 * world_size)},
             "train": {
+                "cross_entropy_weight": 0.0 if "on_policy" in names else 1.0,
                 "steps": NUM_STEPS,
                 "precision": precision,
                 "max_grad_norm": 0.5,

@@ -34,6 +34,16 @@ class Score(Protocol):
         """
         ...
 
+    def next_logits(self, batch: Batch) -> Tensor:
+        """Return the logits [B, V] of the model in training for the tokens that follow positions `batch["last"]`.
+
+        What stands behind those positions changes nothing. A collective under a sharding engine.
+
+        Args:
+            batch: `input_ids` and `position_ids` [B, S], and `last` [B] int64.
+        """
+        ...
+
 
 class BatchRule(StepRule):
     """A step rule that changes what its step trains on.

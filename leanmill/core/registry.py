@@ -163,6 +163,11 @@ TECHNIQUES: dict[str, Entry] = {
         "match a frozen teacher's hidden states in chosen layers",
         "Jiao et al. 2019, arXiv:1909.10351",
     ),
+    "on_policy": Entry(
+        "leanmill.distill.on_policy.config:OnPolicy",
+        "distils on continuations that the student writes itself",
+        "Agarwal et al. 2023, arXiv:2306.13649; Zhou et al. 2023, arXiv:2310.08461",
+    ),
     "relation_distill": Entry(
         "leanmill.distill.relations.config:RelationDistill",
         "match how a frozen teacher's queries, keys and values relate to each other",

@@ -62,6 +62,10 @@ class InstallContext:
     other_tokens: Callable[[str], str | None] | None = None
     """Compare the student's tokens with those of the tokenizer in a folder or hub repository, number by number:
     "" where it has all of them, else what the first difference is; None where there is no tokenizer."""
+    num_tokens: int | None = None
+    """Tokens of the student's tokenizer, where there is one; the embedding may have more rows."""
+    end_of_text: int | None = None
+    """The token that ends a text, where there is a tokenizer."""
     data_fingerprint: str | None = None
     """Digest of the data: equal ones give equal rows by number. None where nothing will train."""
     fingerprint_of_model: Callable[[str], str | None] | None = None
@@ -201,6 +205,14 @@ class TechniqueConfig(Config):
     def num_compared(self) -> int:
         """Return how many conversations of a document its loss compares, see `data.task: preference`; 0 for none."""
         return 0
+
+    def writes_text(self) -> bool:
+        """Whether it trains on text that the model writes, whose tokens are no targets of cross-entropy."""
+        return False
+
+    def knows_rows_by_number(self) -> bool:
+        """Whether it keeps something of rows by their numbers, which holds for the data's own text only."""
+        return False
 
     def takes_tokens_out(self) -> bool:
         """Whether it keeps some tokens from being predicted."""

@@ -11,13 +11,13 @@ from typing import Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_eval_data
-from leanmill.evaluate import completions, harness, retrieval
+from leanmill.evaluate import completions, harness, retrieval, speculative
 from leanmill.evaluate.asking import Asked
 from leanmill.evaluate.models import open_for_evaluation
 from leanmill.evaluate.scores import Difference, Score, as_json, beyond, differences, number
 from leanmill.parallel.launch import finish, init_processes
 from leanmill.parallel.precision import resolve_precision
-from leanmill.recipe.evaluate import BitsPerByte, Completions, EvaluateRecipe, LmEval, Retrieval
+from leanmill.recipe.evaluate import BitsPerByte, Completions, EvaluateRecipe, LmEval, Retrieval, Speculative
 from leanmill.recipe.sections import ClusterConfig
 
 
@@ -132,6 +132,8 @@ def _ask(recipe: EvaluateRecipe, asked: Asked, items: Mapping[int, Sequence[comp
             found += completions.ask(task, items[index], asked)
         elif isinstance(task, Retrieval):
             found += retrieval.ask(task, recipe.data, recipe.seed, asked)
+        elif isinstance(task, Speculative):
+            found += speculative.ask(task, recipe.data, recipe.seed, asked)
         else:
             found += harness.ask(task, recipe.seed, asked)
     return found

@@ -75,10 +75,32 @@ class LmEval(Config):
     """Folder with tasks of your own (YAML)."""
 
 
-EvaluationTask = Annotated[BitsPerByte | Completions | Retrieval | LmEval, Field(discriminator="type")]
+class Speculative(Config):
+    """The model as a draft of a larger one: how many of the tokens that it proposes the other accepts.
+
+    Speculative decoding of Leviathan et al. 2023, arXiv:2211.17192, as transformers does it, on held-out text.
+    """
+
+    type: Literal["speculative"]
+    """Name of the kind of task."""
+    target: str = Field(min_length=1)
+    """The model that accepts: a run, a checkpoint or a Hugging Face folder, with the draft's tokenizer."""
+    num_prompts: int = Field(default=32, ge=1)
+    """Texts that are continued."""
+    prompt_tokens: int = Field(default=32, ge=1)
+    """Tokens of each that are given."""
+    new_tokens: int = Field(default=64, ge=1)
+    """Tokens that are added; where a text ends the next begins."""
+    num_proposed: int = Field(default=4, ge=1)
+    """Tokens that the draft proposes at once."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Of both models; 0 takes the likeliest token."""
 
 
-def _offline_tasks() -> list[BitsPerByte | Completions | Retrieval | LmEval]:
+EvaluationTask = Annotated[BitsPerByte | Completions | Retrieval | Speculative | LmEval, Field(discriminator="type")]
+
+
+def _offline_tasks() -> list[BitsPerByte | Completions | Retrieval | Speculative | LmEval]:
     return [BitsPerByte(), Retrieval()]
 
 

@@ -22,6 +22,7 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
     yield from _modules_left_out(recipe)
     yield from _references(recipe)
     yield from _experts(recipe)
+    yield from _own_text(recipe)
     for technique in recipe.techniques:
         yield from technique.problems_with_rows_of(recipe.data.sequence_length)
 
@@ -29,6 +30,29 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
 def _losses(recipe: Sections) -> Iterator[str]:
     if recipe.train.cross_entropy_weight == 0 and not recipe.techniques:
         yield "train.cross_entropy_weight=0 without techniques leaves no loss; set it to 1, or add e.g. {type: distill}"
+
+
+def _own_text(recipe: Sections) -> Iterator[str]:
+    """What does not fit text that the model writes itself."""
+    names = [config.type for config in recipe.techniques if config.writes_text()]  # type: ignore[attr-defined]
+    if not names:
+        return
+    name = names[0]
+    if len(names) > 1:
+        yield f"{name} is there {len(names)} times, and each would write over the other's text; keep one"
+    if recipe.train.cross_entropy_weight != 0:
+        yield (
+            f"{name} trains on the model's own text, whose tokens are no targets; set "
+            f"train.cross_entropy_weight=0, and let a teacher be the loss: {{type: distill, teacher: ...}}"
+        )
+    if not any(config.num_frozen_logits() for config in recipe.techniques):
+        yield f"{name} writes text and no teacher looks at it; add {{type: distill, teacher: ...}}"
+    for other in [config.type for config in recipe.techniques if config.knows_rows_by_number()]:  # type: ignore[attr-defined]
+        yield f"{other}.cache_dir holds logits of the data's rows, and {name} writes others; remove cache_dir"
+    for other in [config.type for config in recipe.techniques if config.further_tokens()]:  # type: ignore[attr-defined]
+        yield f"{other} predicts further tokens of the data's text, and {name} writes other text; remove one of the two"
+    if recipe.data.task == "preference":
+        yield f"{name} continues texts, and data.task=preference compares answers; set data.task=sft or pretrain"
 
 
 def _rates(recipe: Sections) -> Iterator[str]:

@@ -144,6 +144,8 @@ def _context(
         other_tokens=None
         if tokenizer is None
         else partial(other_tokens, tokenizer, for_encoder=recipe.model.task != "causal_lm"),
+        num_tokens=None if tokenizer is None else len(tokenizer),
+        end_of_text=None if tokenizer is None else tokenizer.eos_token_id,
         data_fingerprint=data_fingerprint,
         fingerprint_of_model=_fingerprint_of_model,
         seed=recipe.seed,

@@ -107,3 +107,7 @@ class Scores:
         if model not in self._frozen:
             self._frozen[model] = TokenLosses(model)
         return self._frozen[model](batch)
+
+    def next_logits(self, batch: Batch) -> Tensor:
+        """See `Score`."""
+        return self._engine.evaluate(batch, wanted="next_logits")["logits"]

@@ -21,6 +21,11 @@ TECHNIQUES = {
     "mask_llm": [{"type": "mask_llm"}],
     "lsq": [{"type": "lsq", "activation_bits": 8, "granularity": "row"}],
     "rho1": [{"type": "rho1", "reference": "MODEL", "warmup_share": 0.25}],
+    "own text": [
+        {"type": "on_policy", "share": 0.6, "prompt_tokens": 4},
+        {"type": "distill", "teacher": "MODEL"},
+        {"type": "nm_sparsity"},
+    ],
     "layers": [
         {"type": "stochastic_depth", "rate": 0.5, "early_exit": {"scale": 1.0, "rotation": 2}},
         {"type": "layernorm_scaling", "start": "as_loaded"},
@@ -67,7 +72,12 @@ def recipe(home, techniques, run_dir):
         techniques=techniques,
         schedule=SCHEDULE,
         batch={"tokens_per_step": 64, "tokens_per_micro_batch": 32},
-        train={"steps": 4, "precision": "fp32", "deterministic": True},
+        train={
+            "steps": 4,
+            "precision": "fp32",
+            "deterministic": True,
+            "cross_entropy_weight": 0.0 if techniques[0]["type"] == "on_policy" else 1.0,
+        },
         eval={"tokens_per_domain": 32},
         checkpoint={"every_steps": 2},
         log={"every_steps": 1, "tensorboard": False, "report": False},

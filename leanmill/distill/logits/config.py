@@ -178,6 +178,10 @@ class Distill(TechniqueConfig):
             return {f"teacher.{index}": path for index, path in enumerate(self.teacher)}
         return {} if self.teacher is None else {"teacher": self.teacher}
 
+    def knows_rows_by_number(self) -> bool:
+        """A cache does."""
+        return self.cache_dir is not None
+
     def num_frozen_logits(self) -> int:
         """One for each teacher that may have to compute them."""
         return len(self._teachers())

@@ -1,0 +1,1 @@
+"""Training on text that the student writes itself."""
