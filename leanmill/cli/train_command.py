@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from leanmill.cli.accelerate_launch import check_accelerate, parent_command
 from leanmill.core.errors import EXIT_INTERRUPTED
 from leanmill.core.redact import redact
 
@@ -65,6 +66,8 @@ def _load(path: str, overrides: Sequence[str]) -> Recipe:
     try:
         recipe = load_recipe(path, overrides)
         check_files(recipe)
+        if any(key.startswith("ACCELERATE_") for key in os.environ):
+            check_accelerate(recipe, os.environ, parent_command())
     except ConfigError:
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
             # The first rank of this machine read the same file and says it; an empty message prints nothing.
