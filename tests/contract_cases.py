@@ -234,6 +234,14 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
     # Masks move in the second step, and the third trains what has grown; `set` moves them in both.
     "rigl": {"type": "rigl", "density": 0.4, "update_every_steps": 1, "drop_fraction": 0.5, "update_until": 0.6},
     "set": {"type": "rigl", "method": "set", "density": 0.4, "update_every_steps": 1, "update_until": 1.0},
+    "sparsity_moves": {
+        "type": "rigl",
+        "density": 0.4,
+        "update_every_steps": 1,
+        "drop_fraction": 0.5,
+        "update_until": 0.6,
+        "scope": "global",
+    },
     "rigl_at_rest": {"type": "rigl", "density": 0.4},
     "gradual_pruning": {
         "type": "gradual_pruning",
@@ -353,6 +361,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
             "pruned_columns",
             "pruned_by_movement",
             "thresholds_in_a_budget",
+            "sparsity_moves",
             "drawn_mask",
             "early_ticket",
         )

@@ -32,6 +32,10 @@ class Rigl(WeightTechniqueConfig):
     distribution: Literal["erk", "uniform"] = "erk"
     """Densities of layers: `erk` proportional to (out + in) / (out in), dense where that exceeds 1; `uniform`
     the same everywhere."""
+    scope: Literal["layer", "global"] = "layer"
+    """What is compared when masks move: the weights of each layer, whose density stays, or all of them together, so
+    that densities of layers move too and only the whole's stays, as Dynamic Sparse Learning has it (Wang et al. 2024,
+    arXiv:2402.02855)."""
     start: Literal["random", "magnitude"] = "random"
     """First masks: `random` as in the paper, or the largest weights (`magnitude`), for a model that is loaded."""
     update_every_steps: int = Field(default=100, ge=1)
@@ -79,4 +83,5 @@ class Rigl(WeightTechniqueConfig):
         schedule = Schedule(
             every_steps=self.update_every_steps, drop_fraction=self.drop_fraction, until=self.update_until
         )
-        return Installation(step_rules=(MoveMasks(sites.model, self.method, schedule, seed=context.seed or 0),))
+        rule = MoveMasks(sites.model, self.method, schedule, seed=context.seed or 0, scope=self.scope)
+        return Installation(step_rules=(rule,))

@@ -18,6 +18,7 @@ AT_REST = RIGL | {"update_every_steps": 100}
 VARIANTS = {
     "rigl": [RIGL],
     "set": [RIGL | {"method": "set"}],
+    "together": [RIGL | {"scope": "global"}],
     "tied": [RIGL | {"targets": ["*_proj", "embed_tokens", "lm_head"], "distribution": "uniform"}],
     "ternary": [RIGL, {"type": "ternary"}],
     "experts": [RIGL],

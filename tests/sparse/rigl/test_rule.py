@@ -101,6 +101,45 @@ def test_rigl_moves_by_algorithm_1():
     assert moves > 2
 
 
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_weights_of_all_layers_compete_for_one_budget(method):
+    torch.manual_seed(0)
+    model, counts = nn.Module(), {"first": (3, 5, 6), "second": (4, 3, 9)}
+    for name, (num_out, num_in, num_active) in counts.items():
+        site = LinearSite.adopt(nn.Linear(num_in, num_out, bias=False), name)
+        site.put(MovingMask((num_out, num_in), num_active))
+        site.stages["mask"].reset_parameters()
+        setattr(model, name, site)
+    sites = [model.first, model.second]
+    optimizer = torch.optim.AdamW([site.weight for site in sites], lr=0.05)
+    schedule = Schedule(every_steps=EVERY, drop_fraction=ALPHA, until=UNTIL)
+    rule = MoveMasks(model, method, schedule, seed=3, scope="global")
+    with torch.no_grad():
+        for site in sites:
+            site.weight.mul_(site.stages["mask"].mask)
+    model.second.weight.data.mul_(10)  # nothing of it is dropped first
+    before = [(site.weight.detach().clone(), site.stages["mask"].mask.clone()) for site in sites]
+    gradients = [torch.randn_like(site.weight) * size for site, size in zip(sites, (1, 10), strict=True)]
+    for site, gradient in zip(sites, gradients, strict=True):
+        site.weight.grad = gradient.clone()
+    with torch.no_grad():
+        now = {"step": EVERY, "num_steps": NUM_STEPS, "num_micro_batches": 1, "skipped": torch.tensor(False)}
+        context = StepContext(**now, views=NativeViews(model, optimizer))
+        rule.before_optimizer(context)
+        rule.after_optimizer(context)
+    weight, mask = (torch.cat([pair[i].flatten() for pair in before]) for i in range(2))
+    found = torch.cat([site.stages["mask"].mask.flatten() for site in sites])
+    assert int(found.sum()) == 15
+    if method == "rigl":
+        expected, _ = _algorithm_1(weight, mask, torch.cat([g.flatten() for g in gradients]), EVERY)
+        assert torch.equal(found, expected)
+        assert int(model.first.stages["mask"].mask.sum()) < 6
+    else:
+        fraction = ALPHA / 2 * (1 + math.cos(EVERY * math.pi / (UNTIL * NUM_STEPS)))
+        kept = _ranked(weight.abs(), mask.nonzero().flatten().tolist())[: 15 - int(fraction * 15)]
+        assert found[kept].all()
+
+
 def test_set_grows_at_random_after_the_step():
     first, second, other = Setting("set", (40, 30), 240), Setting("set", (40, 30), 240), Setting("set", (40, 30), 240)
     other.rule.seed = 4
