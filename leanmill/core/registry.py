@@ -183,6 +183,11 @@ TECHNIQUES: dict[str, Entry] = {
         "noise on the embeddings of tokens in training (NEFTune)",
         "Jain et al. 2023, arXiv:2310.05914",
     ),
+    "layer_metrics": Entry(
+        "leanmill.architecture.layer_metrics.config:LayerMetrics",
+        "log each decoder block's norm of weights and share of the gradient",
+        "none: a look at a run",
+    ),
     "stochastic_depth": Entry(
         "leanmill.architecture.stochastic_depth.config:StochasticDepth",
         "drop blocks at random in training, with losses at early exits (LayerSkip)",

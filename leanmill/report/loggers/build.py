@@ -33,9 +33,9 @@ def build_observers(recipe: Recipe, run_dir: Path, rank: int) -> list[Observer]:
         return [statistics]
     observers: list[Observer] = [JsonlLog(run_dir), statistics]
     if recipe.log.tensorboard:
-        observers.append(TensorBoardLog(run_dir))
+        observers.append(TensorBoardLog(run_dir, statistics))
     if recipe.log.wandb:
-        observers.append(WandbLog(run_dir))
+        observers.append(WandbLog(run_dir, statistics))
     if recipe.log.report:
         observers.append(ReportLog(run_dir))
     observers.append(Progress(run_dir))

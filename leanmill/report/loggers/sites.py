@@ -25,6 +25,8 @@ GROUP_SIZE = 4
 """Weights along the contraction dim whose zeros are counted together; 2:4 has at least 2 in each."""
 MAX_LEVELS = 256
 """Distinct values are counted up to here; more is as good as continuous."""
+OVER_TIME = ("norm", "zero_fraction", "num_levels", "pq_index")
+"""Of each site's statistics, what is kept of every evaluation."""
 _MAX_SAMPLED = 1 << 20
 """Weights of a site looked at when distinct values are counted, which sorts them."""
 
@@ -42,9 +44,15 @@ class SiteStatistics(Observer):
         self._step = 0
         self._tokens = 0
         self._written_at = -1
+        self._history: list[dict[str, Any]] = []
+        self.sites: list[dict[str, Any]] = []
+        """Of the newest evaluation, on rank 0; see `site_statistics`."""
 
     def on_start(self, info: RunInfo) -> None:
         self._info, self._step = info, info.start_step
+        if info.rank == 0 and info.start_step:
+            # A resumed run goes on with what was seen before the step it resumes from.
+            self._history = [one for one in _read(self._path).get("history", []) if one["step"] <= info.start_step]
 
     def on_step(self, record: StepRecord) -> None:
         self._step, self._tokens = record.step, record.tokens
@@ -65,9 +73,26 @@ class SiteStatistics(Observer):
         norms = PathNorms(self._info.engine)
         sites = list(site_statistics(self._info.engine, compute=rank == 0, also=norms.see))
         if rank == 0:
+            self.sites = sites
+            self._remember()
             document = {"step": self._step, "tokens": self._tokens, "group_size": GROUP_SIZE, "sites": sites}
-            document["path_norms"] = norms.found()
+            document |= {"path_norms": norms.found(), "history": self._history}
             write_atomically(self._path, json.dumps(document))
+
+    def _remember(self) -> None:
+        """Keep what a chart over time shows of each site; a step that is done again replaces itself."""
+        by_site = {site["name"]: {key: site[key] for key in OVER_TIME} for site in self.sites}
+        earlier = [one for one in self._history if one["step"] < self._step]
+        self._history = [*earlier, {"step": self._step, "sites": by_site}]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What an earlier start wrote; nothing where there is none, or it is cut off."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def site_statistics(
@@ -121,10 +146,10 @@ def weight_statistics(weight: Tensor) -> dict[str, Any]:
     """Describe one weight `[..., out, in]`.
 
     Returns:
-        JSON-able: `shape`; `zero_fraction`; `num_levels`, distinct values, and `num_levels_per_row`,
-        the most in one row, which tells a scale per row from a scale per tensor (both capped at
-        MAX_LEVELS, counted on up to a million weights); `group_zeros`, how many groups of GROUP_SIZE
-        along the last dim have 0, 1, ... zeros; `two_of_four`, the share of groups with at least
+        JSON-able: `shape`; `norm`, Euclidean, of the finite values; `zero_fraction`; `num_levels`, distinct
+        values, and `num_levels_per_row`, the most in one row, which tells a scale per row from a scale per
+        tensor (both capped at MAX_LEVELS, counted on up to a million weights); `group_zeros`, how many groups
+        of GROUP_SIZE along the last dim have 0, 1, ... zeros; `two_of_four`, the share of groups with at least
         half zeros; `pq_index`, see `pq_index`; `histogram` counts in equal bins from `low` to `high`;
         `num_non_finite`.
     """
@@ -138,6 +163,7 @@ def weight_statistics(weight: Tensor) -> dict[str, Any]:
     num_groups = sum(groups)
     return {
         "shape": list(values.shape),
+        "norm": torch.linalg.vector_norm(finite).item(),
         "zero_fraction": (values == 0).float().mean().item() if values.numel() else 0.0,
         **_count_levels(values),
         "group_zeros": groups,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.redact import redact
+from leanmill.report.loggers.scalars import Scalars, of_evaluation
+from leanmill.report.loggers.sites import SiteStatistics
 from leanmill.report.observer import EvalRecord, Observer, RunInfo, StepRecord
 
 
@@ -15,10 +18,17 @@ if TYPE_CHECKING:
 
 
 class TensorBoardLog(Observer):
-    """Writes `run_dir/tensorboard`; a resume purges the steps it does again."""
+    """Writes `run_dir/tensorboard`; a resume purges the steps it does again.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        run_dir: The run's folder.
+        statistics: Of weights, called before this at evaluations: its histograms are written too.
+    """
+
+    def __init__(self, run_dir: Path, statistics: SiteStatistics) -> None:
         self._folder = run_dir / "tensorboard"
+        self._statistics = statistics
+        self._scalars: Scalars | None = None
         self._writer: SummaryWriter | None = None
 
     def on_start(self, info: RunInfo) -> None:
@@ -30,32 +40,20 @@ class TensorBoardLog(Observer):
                 "run `pip install tensorboard` or set log.tensorboard=false"
             ) from error
         purge = info.start_step + 1 if info.start_step else None
+        self._scalars = Scalars(info)
         self._writer = SummaryWriter(str(self._folder), purge_step=purge)
         from leanmill.recipe.io import resolved_yaml
 
         self._writer.add_text("recipe", f"```yaml\n{redact(resolved_yaml(info.recipe))}\n```", info.start_step)
 
     def on_step(self, record: StepRecord) -> None:
-        scalars = {f"loss/{name}": value for name, value in record.losses.items()} | {
-            "train/grad_norm": record.grad_norm,
-            "train/lr": record.lr,
-            "train/skipped_steps": float(record.skipped_steps),
-            "speed/tokens_per_second": record.tokens_per_second,
-            "speed/step_seconds": record.step_seconds,
-            "memory/peak_gib": record.peak_memory_bytes / 2**30,
-            **{f"rules/{name}": value for name, value in record.metrics.items()},
-        }
-        self._add(scalars, record.step)
+        assert self._scalars is not None, "on_start comes first"
+        self._add(self._scalars.of_step(record), record.step)
 
     def on_eval(self, record: EvalRecord) -> None:
-        for domain, score in record.domains.items():
-            scalars = {
-                f"eval_loss/{domain}": score.loss,
-                f"eval_bits_per_byte/{domain}": score.bits_per_byte,
-                f"eval_perplexity/{domain}": score.perplexity,
-            }
-            self._add(scalars, record.step)
-        self._add({f"eval_probes/{name}": value for name, value in record.metrics.items()}, record.step)
+        self._add(of_evaluation(record), record.step)
+        for site in self._statistics.sites:
+            self._add_histogram(site, record.step)
         for index, sample in enumerate(record.samples):
             # Indented, so that Markdown leaves the text as it is.
             text = "".join(f"    {line}\n" for line in redact(sample.prompt + sample.text).splitlines())
@@ -70,6 +68,23 @@ class TensorBoardLog(Observer):
         for tag, value in scalars.items():
             self._writer_of_run.add_scalar(tag, value, step)
         self._writer_of_run.flush()
+
+    def _add_histogram(self, site: Mapping[str, Any], step: int) -> None:
+        """Write a histogram that is counted already, of weights from `low` to `high` in equal bins."""
+        counts, low, high = site["histogram"], site["low"], site["high"]
+        width = (high - low) / len(counts)
+        middles = [low + (index + 0.5) * width for index in range(len(counts))]
+        self._writer_of_run.add_histogram_raw(
+            f"weights/{site['name']}",
+            min=low,
+            max=high,
+            num=sum(counts),
+            sum=sum(n * middle for n, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(n * middle**2 for n, middle in zip(counts, middles, strict=True)),
+            bucket_limits=[low + (index + 1) * width for index in range(len(counts))],
+            bucket_counts=counts,
+            global_step=step,
+        )
 
     @property
     def _writer_of_run(self) -> SummaryWriter:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.redact import redact_tree
+from leanmill.report.loggers.scalars import Scalars, of_evaluation
+from leanmill.report.loggers.sites import SiteStatistics
 from leanmill.report.observer import EvalRecord, Observer, RunInfo, StepRecord
 
 
@@ -18,15 +21,21 @@ class WandbLog(Observer):
     The key comes from where `wandb login` puts it, or from wandb's own environment variables.
     Without one the run is kept offline, for `wandb sync` later. Command lines, console output,
     source code and git state are not sent: any of them can hold a credential.
+
+    Args:
+        run_dir: The run's folder.
+        statistics: Of weights, called before this at evaluations: its histograms are logged too.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, statistics: SiteStatistics) -> None:
         # Said before the model is built, not after minutes of loading.
         if find_spec("wandb") is None:
             raise ConfigError(
                 "log.wandb is on and the package wandb is missing; run `pip install wandb` or set log.wandb=false"
             )
         self._run_dir = run_dir
+        self._statistics = statistics
+        self._scalars: Scalars | None = None
         self._run: Any = None
 
     def on_start(self, info: RunInfo) -> None:
@@ -34,6 +43,7 @@ class WandbLog(Observer):
 
         from leanmill.report.loggers.facts import run_facts
 
+        self._scalars = Scalars(info)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         has_key = wandb.login(prompt=False)
         self._run = wandb.init(
@@ -59,27 +69,13 @@ class WandbLog(Observer):
         self._run.define_metric("*", step_metric="step")
 
     def on_step(self, record: StepRecord) -> None:
-        self._log(
-            record.step,
-            {f"loss/{name}": value for name, value in record.losses.items()}
-            | {
-                "tokens": record.tokens,
-                "train/grad_norm": record.grad_norm,
-                "train/lr": record.lr,
-                "train/skipped_steps": record.skipped_steps,
-                "speed/tokens_per_second": record.tokens_per_second,
-                "speed/step_seconds": record.step_seconds,
-                "memory/peak_gib": record.peak_memory_bytes / 2**30,
-                **{f"rules/{name}": value for name, value in record.metrics.items()},
-            },
-        )
+        assert self._scalars is not None, "on_start comes first"
+        self._log(record.step, self._scalars.of_step(record))
 
     def on_eval(self, record: EvalRecord) -> None:
-        values: dict[str, Any] = {f"eval_probes/{name}": value for name, value in record.metrics.items()}
-        for domain, score in record.domains.items():
-            values[f"eval_loss/{domain}"] = score.loss
-            values[f"eval_bits_per_byte/{domain}"] = score.bits_per_byte
-            values[f"eval_perplexity/{domain}"] = score.perplexity
+        values: dict[str, Any] = {**of_evaluation(record)}
+        for site in self._statistics.sites:
+            values[f"weights/{site['name']}"] = _histogram(site)
         if record.samples:
             values["samples"] = _table(record)
         self._log(record.step, values)
@@ -107,6 +103,15 @@ class WandbLog(Observer):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         return path.read_text(encoding="utf-8").strip()
+
+
+def _histogram(site: Mapping[str, Any]) -> Any:
+    """A histogram that is counted already, of weights from `low` to `high` in equal bins."""
+    import numpy
+    import wandb
+
+    counts = numpy.asarray(site["histogram"])
+    return wandb.Histogram(np_histogram=(counts, numpy.linspace(site["low"], site["high"], len(counts) + 1)))
 
 
 def _table(record: EvalRecord) -> Any:

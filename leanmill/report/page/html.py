@@ -22,6 +22,7 @@ from leanmill.report.page.section import Section, as_html
 from leanmill.report.page.shell import document
 from leanmill.report.page.sites_view import draw_sites, site_values
 from leanmill.report.page.study_view import study_section
+from leanmill.report.page.weights_view import weights_section
 
 
 FILE_NAME = "report.html"
@@ -78,6 +79,7 @@ def _sections(run: RunData, x_scale: Scale) -> list[Section]:
         experts_section(run),
         study_section(run, x_scale),
         Section(title="Weights", content=draw_sites(run.sites)),
+        weights_section(run),
         Section(title="Evaluations", content=evaluations(run)),
         comparison_section(run),
         samples_section(run),

@@ -103,6 +103,26 @@ def test_document_says_when_it_was_taken(tmp_path: Path) -> None:
     assert len(document["sites"]) == 4
 
 
+def test_what_evaluations_found_is_kept_over_a_resume(tmp_path: Path) -> None:
+    play([SiteStatistics(tmp_path)], fake_info(fake_recipe(tmp_path), tmp_path), until=160, status=None)
+    history = json.loads((tmp_path / FILE_NAME).read_text())["history"]
+    assert [one["step"] for one in history] == [50, 100, 150]
+    sites = history[0]["sites"]
+    assert sites["model.layers.1.down_proj"]["num_levels"] == 3
+    assert sites["model.layers.1.down_proj"]["norm"] > 0
+    info = fake_info(fake_recipe(tmp_path), tmp_path, start_step=100)
+    play([SiteStatistics(tmp_path)], info, until=210, status=None)
+    again = json.loads((tmp_path / FILE_NAME).read_text())["history"]
+    assert [one["step"] for one in again] == [50, 100, 150, 200]
+    (tmp_path / FILE_NAME).write_text("{cut")
+    play([SiteStatistics(tmp_path)], info, until=160, status=None)
+    assert [one["step"] for one in json.loads((tmp_path / FILE_NAME).read_text())["history"]] == [150]
+
+
+def test_the_norm_is_that_of_what_is_finite() -> None:
+    assert weight_statistics(torch.tensor([[3.0, -4.0, float("inf")]]))["norm"] == pytest.approx(5.0)
+
+
 def test_the_pq_index_is_the_papers_of_what_is_left() -> None:
     weight = torch.tensor([[3.0, 0.0, -1.0], [0.0, 4.0, 0.5]], dtype=torch.float64)
     left = torch.tensor([3.0, 1.0, 4.0, 0.5], dtype=torch.float64)

@@ -8,6 +8,7 @@ import pytest
 
 from leanmill.core.errors import ConfigError
 from leanmill.report.loggers import wandb as ours
+from leanmill.report.loggers.sites import SiteStatistics
 from leanmill.report.loggers.wandb import WandbLog
 from leanmill.report.observer import Sample
 from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, play
@@ -16,7 +17,7 @@ from tests.trainer.fake_run import fake_eval, fake_info, fake_recipe, play
 def test_a_missing_package_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install wandb.*log.wandb=false"):
-        WandbLog(tmp_path)
+        WandbLog(tmp_path, SiteStatistics(tmp_path))
 
 
 @pytest.fixture
@@ -34,7 +35,9 @@ def test_without_a_key_the_run_stays_offline_and_holds_no_credential(
     monkeypatch.setenv("HF_TOKEN", "swordfish-swordfish")
     run_dir = tmp_path / "run"
     notes = ("pulled with swordfish-swordfish",)
-    log = WandbLog(run_dir)
+    statistics = SiteStatistics(run_dir)
+    statistics.sites = [{"name": "layer.weight", "histogram": [1, 3], "low": -2.0, "high": 2.0}]
+    log = WandbLog(run_dir, statistics)
     play([log], fake_info(fake_recipe(run_dir), run_dir, notes=notes), until=50, status=None)
     log.on_eval(replace(fake_eval(50), samples=(Sample(prompt="once", text=" swordfish-swordfish"),)))
     log.on_end("finished")
@@ -43,6 +46,8 @@ def test_without_a_key_the_run_stays_offline_and_holds_no_credential(
     events = next(folders[0].glob("*.wandb")).read_bytes()
     assert b"eval_bits_per_byte/cpp" in events
     assert b"rules/rigl/num_moved" in events
+    assert b"speed/model_tflops_per_second" in events
+    assert b"weights/layer.weight" in events
     (table,) = (run_dir / "wandb").rglob("*.table.json")
     assert json.loads(table.read_text())["data"] == [[50, "once", " [redacted]"]]
     assert not any(b"swordfish" in path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
@@ -50,5 +55,5 @@ def test_without_a_key_the_run_stays_offline_and_holds_no_credential(
 
 @pytest.mark.usefixtures("no_key")
 def test_a_resume_keeps_the_id(tmp_path: Path) -> None:
-    assert WandbLog(tmp_path)._run_id() == WandbLog(tmp_path)._run_id()
-    assert len(WandbLog(tmp_path)._run_id()) == 12
+    ids = {WandbLog(tmp_path, SiteStatistics(tmp_path))._run_id() for _ in range(2)}
+    assert [len(one) for one in ids] == [12]

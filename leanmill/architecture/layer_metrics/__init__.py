@@ -1,0 +1,1 @@
+"""NEFTune: noise on the embeddings of tokens while a model is tuned."""
