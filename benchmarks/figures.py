@@ -103,6 +103,13 @@ def figures(kind: str) -> Iterator[Figure]:
     if result := load(kind, "plan_memory"):
         for name, found in result["figures"].items():
             yield Figure(f"`plan` memory off the measured, {name}", abs(found["ratio"] - 1), 0.1)
+    if result := load(kind, "adapter_memory"):
+        found = result["figures"]
+        lora, l4q = (found[name]["measured_bytes"] for name in ("lora", "l4q"))
+        yield Figure("L4Q over LoRA, peak memory less that of a layer", (l4q - found["layer_bytes"]) / lora, 1.1)
+        for name in ("lisa", "lisa, layers alone"):
+            bare = f"{name}: peak memory off weights and what trains at once, times three"
+            yield Figure(bare, abs(found[name]["ratio"] - 1), 0.1)
     if result := load(kind, "router_balance"):
         for name, found in result["figures"].items():
             bare = f"synchronising the loads of experts over 4 ranks, share of a step, {name}"

@@ -16,6 +16,7 @@ BENCHMARKS = (
     "data_prepare",
     "plan_memory",
     "compress_memory",
+    "adapter_memory",
     "router_balance",
     "expert_bytes",
     "kernels",

@@ -65,7 +65,7 @@ def compact_frozen(
             continue
         if not weight.requires_grad and weight.is_floating_point():
             groups.setdefault(id(weight), []).append(candidate)
-    if not groups and frozen_dtype not in ("auto", "bf16"):
+    if not groups and frozen_dtype != "auto":
         raise ConfigError(
             f"model.frozen_dtype={frozen_dtype}, but every linear, expert and embedding weight trains, so there is "
             f"nothing to keep in fewer bits; remove it, or add a technique that freezes, such as lora"
