@@ -1,5 +1,6 @@
 """What is zero is cut out, and nothing else changes."""
 
+import pytest
 import torch
 
 from leanmill.core.registry import parse_pass
@@ -33,6 +34,7 @@ def test_zeros_go_and_the_model_computes_the_same(text, tokenizer, tmp_path):  #
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_halves_that_were_dropped_as_zeros_go_for_good(text, tokenizer, tmp_path):  # noqa: F811
     save(tmp_path / "in", tokenizer, "qwen3", dtype=torch.bfloat16, num_hidden_layers=2)
     dropping = {"type": "drop_blocks", "dropped": 2, "parts": "halves", "order": "greedy", "written_as_zeros": True}

@@ -67,8 +67,15 @@ def sliced_by_hand(model, rows, number, *, shared):
     return model.lm_head(model.model.norm(x))
 
 
-@pytest.mark.parametrize("rotations", ["per_block", "shared"])
-@pytest.mark.parametrize(("family", "changes"), [("llama", {"tie_word_embeddings": True}), ("qwen2", {})])
+@pytest.mark.parametrize(
+    ("family", "changes", "rotations"),
+    [
+        ("llama", {"tie_word_embeddings": True}, "shared"),
+        ("qwen2", {}, "per_block"),
+        pytest.param("llama", {"tie_word_embeddings": True}, "per_block", marks=pytest.mark.slow),
+        pytest.param("qwen2", {}, "shared", marks=pytest.mark.slow),
+    ],
+)
 def test_with_all_channels_nothing_changes(family, changes, rotations, text, tokenizer, tmp_path):  # noqa: F811
     model = save(tmp_path / "in", tokenizer, family, **changes)
     options = {"type": "slicegpt", "hidden_size": 48, "rotations": rotations}
