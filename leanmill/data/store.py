@@ -103,6 +103,11 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
     tally.locate(reader.locate)
     if not lengths:
         raise tally.nothing_left(documents.name, documents.column)
+    if encoder.num_pieces == 3 and len(kept) == 1:
+        raise ConfigError(
+            f"data.mismatched_answers: {documents.name!r} has a single pair that can be used, and no other one whose "
+            f"answer it could get; add pairs, or use dpo, which needs none"
+        )
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     if encoder.num_pieces > 1:
         np.save(folder / "rows.npy", np.asarray(kept, dtype=np.int64))

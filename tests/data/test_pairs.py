@@ -122,6 +122,12 @@ def test_chosen_answers_are_evaluated(tmp_path, tokenizer):
     assert domain.num_bytes > 0
 
 
+def test_a_single_pair_has_no_other_one_whose_answer_it_could_get(tmp_path, tokenizer):
+    with pytest.raises(ConfigError, match="a single pair that can be used"):
+        build_train_data(config(tmp_path, pairs(1), mismatched_answers=True), tokenizer, seed=0)
+    assert "1 pair" in build_train_data(config(tmp_path, pairs(1)), tokenizer, seed=0).describe()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

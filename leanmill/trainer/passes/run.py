@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from leanmill.trainer.passes.search import UnitReport, search_levels
 from leanmill.trainer.passes.sensitive_pass import SensitivePass
 from leanmill.trainer.passes.stream import BlockStream
 from leanmill.trainer.passes.surgery import ModelReport, operate
+from leanmill.trainer.run_lock import exclusive
 
 
 PassReport = LayerReport | ExpertReport | ModelReport | UnitReport
@@ -49,13 +50,18 @@ def compress(recipe: CompressRecipe, out: Path) -> list[PassReport]:
     Under torchrun every rank calls this; each runs its share of the calibration rows.
 
     Raises:
-        ConfigError: The model, the data or a pass does not fit.
+        ConfigError: The model, the data or a pass does not fit, or another command writes `out` now.
         RunError: A layer cannot be solved, or the disk refuses.
     """
     return_large_blocks()
     ranks = init_processes(recipe.device, ClusterConfig())
     try:
-        return compress_in(ranks, recipe, out)
+        with ExitStack() as held:
+            try:
+                held.enter_context(exclusive(out.parent / f".{out.name}.lock", ranks.rank))
+            except ConfigError as error:
+                raise ConfigError(f"{out} is being written by another command: {error}") from error
+            return compress_in(ranks, recipe, out)
     finally:
         finish()
 

@@ -13,6 +13,7 @@ from leanmill.cli.main import main
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.recipe.compress import CompressRecipe
 from leanmill.trainer.passes.run import compress
+from leanmill.trainer.run_lock import exclusive
 from tests.distributed import run_ranks
 
 
@@ -197,6 +198,16 @@ def test_two_ranks_see_what_one_process_sees(text, tokenizer, tmp_path, monkeypa
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two"))
     for (name, p), q in zip(one.named_parameters(), two.named_parameters(), strict=True):
         assert (p - q[1]).norm() <= 1e-3 * p.norm(), name
+
+
+def test_one_command_at_a_time_writes_a_folder(text, tmp_path):
+    asked = recipe(tmp_path / "in", text, tmp_path, WANDA)
+    said = r"out is being written by another command: .* is in use"
+    with exclusive(tmp_path / ".out.lock", 0), pytest.raises(ConfigError, match=said):
+        compress(asked, tmp_path / "out")
+    with pytest.raises(ConfigError, match="in"):  # no such model: the lock is not what is in the way
+        compress(asked, tmp_path / "out")
+    assert not (tmp_path / ".out.lock").exists()
 
 
 def test_requests_that_do_not_fit(text, tokenizer, tmp_path):
