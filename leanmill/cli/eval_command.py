@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'domain':<12} {'loss':>8} {'perplexity':>11} {'bits/byte':>10} {'order-0':>8} {'tokens':>9}")
     for name, score in result.scores.items():
         print(
-            f"{name:<12} {score.loss:>8.4f} {score.perplexity:>11.2f} {score.bits_per_byte:>10.4f} "
-            f"{score.order0_bits_per_byte:>8.4f} {score.num_tokens:>9,}"
+            f"{name:<12} {score.loss:>8.4f} {_number(score.perplexity, 11, 2)} {_number(score.bits_per_byte, 10, 4)} "
+            f"{_number(score.order0_bits_per_byte, 8, 4)} {score.num_tokens:>9,}"
         )
     samples = [f"> {sample.prompt}{sample.text}" for sample in result.samples]
     for line in (*_metrics(result.metrics), *result.notes, *lines, *samples):
@@ -91,3 +91,7 @@ def _summary(study: Mapping[str, Any]) -> list[str]:
         share, chance = (sum(one[key]) / len(one[key]) for key in ("share", "by_chance"))
         lines.append(f"step {one['step']:,} chose {share:.1%} of these experts (by chance {chance:.1%})")
     return lines
+
+
+def _number(value: float | None, width: int, decimals: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{decimals}f}"

@@ -35,6 +35,33 @@ def encoder_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     }
 
 
+def embedding_inputs(model: nn.Module, batch: Batch) -> tuple[dict[str, Any], Tensor]:
+    """Return the arguments of an encoder for rows of several texts, and which of its positions are tokens.
+
+    What is padding in every text of the micro-batch is left out, but for a multiple of 8.
+
+    Args:
+        model: An encoder.
+        batch: Rows of texts side by side, with `text_lengths` [B, texts].
+
+    Returns:
+        The arguments, of [B x texts, length], and bool [B x texts, length].
+    """
+    lengths = batch["text_lengths"].flatten()
+    ids = batch["input_ids"].view(len(lengths), -1)
+    longest = min(ids.shape[1], -(-int(lengths.max()) // 8) * 8)
+    places = torch.arange(longest, device=ids.device)
+    is_token = places < lengths[:, None]
+    # A text that is not there is one token of padding: a softmax over nothing has no value.
+    seen = places < lengths.clamp(min=1)[:, None]
+    inputs = {
+        "input_ids": ids[:, :longest],
+        "position_ids": (places + first_position(model)).expand(len(ids), -1),
+        "attention_mask": seen.long(),
+    }
+    return inputs, is_token
+
+
 def first_position(model: nn.Module) -> int:
     """Return the position of a text's first token: RoBERTa and its kin count from behind the padding's."""
     for name, module in model.named_modules():

@@ -33,7 +33,7 @@ class Ledger(nn.Module):
         self.scales = Scales()
         self.accounts = nn.ModuleList()
         self._before_step: list[Callable[[Sequence[Batch]], None]] = []
-        self._after_look: list[Callable[[], None]] = []
+        self._after_look: list[tuple[Callable[[], None], Callable[[Sequence[Batch]], bool]]] = []
         self._before_forward: list[Callable[[Batch], None]] = []
         self._after_forward: list[Callable[[], None]] = []
         self.is_looking = False
@@ -65,15 +65,21 @@ class Ledger(nn.Module):
         """Call `function` with all micro-batches that this rank has in a step, before the first forward."""
         self._before_step.append(function)
 
-    def look_ahead(self, function: Callable[[], None]) -> None:
+    def look_ahead(
+        self, function: Callable[[], None], *, where: Callable[[Sequence[Batch]], bool] = lambda batches: True
+    ) -> None:
         """Have every step begin with a forward of all its micro-batches, in training mode and without gradients.
 
         `function` is called after the last one, on every rank: for what must be known of the whole step before the
         backward of its first micro-batch. It costs a forward, however many ask for it. The functions of
         `before_forward` and `after_forward` are called in it too, and tell by `is_looking`; accounts take no note
         of it, and torch's random numbers are those of the forwards that follow.
+
+        Args:
+            function: See above.
+            where: Whether a step with these micro-batches needs it; the same on every rank.
         """
-        self._after_look.append(function)
+        self._after_look.append((function, where))
 
     @property
     def sees_whole_steps(self) -> bool:
@@ -118,11 +124,12 @@ class Ledger(nn.Module):
         """
         for function in self._before_step:
             function(batches)
-        if self._after_look:
+        after_look = [function for function, where in self._after_look if where(batches)]
+        if after_look:
             with self._looking(batches[0]["input_ids"].device):
                 for batch in batches:
                     look(batch)
-        for after in self._after_look:
+        for after in after_look:
             after()
 
     @contextmanager

@@ -95,4 +95,25 @@ class HeadLossTerm(LossTerm, Protocol):
         ...
 
 
-AnyLossTerm = LossTerm | TokenLossTerm
+@runtime_checkable
+class EmbeddingLossTerm(Protocol):
+    """A term of a model whose output is one vector for a text (`model.task: embedding`)."""
+
+    name: str
+    weight: float
+
+    def of_embeddings(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Return the loss as a sum over the micro-batch's rows: the trainer divides it by those of the step.
+
+        Called once a micro-batch, in the order of the step, also in forwards that only look ahead.
+
+        Args:
+            embeddings: fp32 [B, texts, H]; gradients flow into it. Those of texts that are not there mean nothing.
+            batch: The micro-batch, see `leanmill.data.sentence_rows`.
+        """
+        ...
+
+
+LmLossTerm = LossTerm | TokenLossTerm
+"""Of models that predict tokens."""
+AnyLossTerm = LmLossTerm | EmbeddingLossTerm

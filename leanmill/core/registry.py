@@ -173,6 +173,16 @@ TECHNIQUES: dict[str, Entry] = {
         "match how a frozen teacher's queries, keys and values relate to each other",
         "Wang et al. 2020, arXiv:2012.15828",
     ),
+    "contrastive": Entry(
+        "leanmill.sentences.contrastive.config:Contrastive",
+        "vectors of texts: tell the text that belongs to another from all others of the batch",
+        "van den Oord et al. 2018, arXiv:1807.03748; Gao et al. 2021, arXiv:2101.06983",
+    ),
+    "embedding_distill": Entry(
+        "leanmill.sentences.embedding_distill.config:EmbeddingDistill",
+        "match a frozen teacher's vectors of texts",
+        "Reimers and Gurevych 2020, arXiv:2004.09813",
+    ),
     "layernorm_scaling": Entry(
         "leanmill.architecture.layernorm_scaling.config:LayerNormScaling",
         "scale the norms before attention and MLP by 1 / sqrt(depth)",

@@ -17,6 +17,7 @@ from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.losses import AnyLossTerm
 from leanmill.core.parameters import ParamRule, ParamSettings, TrainableSchedule
+from leanmill.core.pooling import Pooling
 from leanmill.core.probes import Probe
 from leanmill.core.rules import StepRule
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from leanmill.core.taps import FrozenTaps
 
 
-ModelTask = Literal["causal_lm", "masked_lm"]
+ModelTask = Literal["causal_lm", "masked_lm", "embedding"]
 """What a model is for, see `model.task`."""
 ALL_TASKS: frozenset[ModelTask] = frozenset(get_args(ModelTask))
 
@@ -77,6 +78,10 @@ class InstallContext:
     None where nothing will train."""
     cross_entropy_weight: float = 1.0
     """Weight of next-token cross-entropy in the loss (`train.cross_entropy_weight`)."""
+    pooling: Pooling = Pooling()
+    """How vectors of texts are made of hidden states, for `model.task: embedding`."""
+    pooling_of: Callable[[str, Literal["auto", "mean", "cls"]], Pooling] | None = None
+    """The same of a model in a folder or hub repository, given what a recipe says; None where nothing will train."""
     ledger: Ledger = field(default_factory=_new_ledger)
     """Where losses that arise inside the model are attached; its train module's."""
     open_weights: Callable[[str], Callable[[str, Tensor], Tensor]] | None = None
@@ -146,6 +151,10 @@ class TechniqueConfig(Config):
     def model_tasks(self) -> frozenset[ModelTask]:
         """Return what models it trains are for (`model.task`): here causal LMs, whose parts and losses it is about."""
         return frozenset({"causal_lm"})
+
+    def learns_embeddings(self) -> bool:
+        """Whether it brings a loss of `model.task: embedding`, which has none of its own."""
+        return False
 
     def frozen_models(self) -> Mapping[str, str]:
         """Return the models that a run keeps beside its own: key of this configuration -> folder or hub name."""

@@ -17,6 +17,8 @@ from leanmill.data.identity import data_identity
 from leanmill.data.masking import masking_of
 from leanmill.data.pairs import Pair
 from leanmill.data.prepared import TOKENIZER, PreparedDomain, open_prepared
+from leanmill.data.sentence_rows import SentenceRows, sentence_domain
+from leanmill.data.sentences import SentencePair
 from leanmill.data.sources import MapSource, Source, keeps_documents_whole
 from leanmill.data.store import token_store
 from leanmill.data.stream_source import StreamSource
@@ -92,6 +94,9 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
             sources.append(StreamSource(stream, encoder, config, pad_id=pad_id, seed=own_seed))
         else:
             store = token_store(documents, encoder, vocab_size=len(tokenizer), tokenizer_key=tokenizer_key, root=root)
+            if config.task == "sentence_pairs":
+                sources.append(SentenceRows(store, documents, config, pad_id=pad_id, seed=own_seed))
+                continue
             sources.append(MapSource(store, documents, config, pad_id=pad_id, seed=own_seed))
     content = {"tokenizer": tokenizer_key, **{f"text of {s.name!r}": s.text_fingerprint for s in sources}}
     identity = data_identity(config, seed=seed, content=content)
@@ -120,6 +125,12 @@ def build_eval_data(
     """
     root = cache_root(config.cache_dir)
     encoder, pad_id = Encoder(tokenizer, config.task, num_pieces=config.num_pieces), _pad_id(tokenizer)
+    if config.task == "sentence_pairs":
+        found = (
+            sentence_domain(documents, encoder, config, num_tokens=tokens_per_domain, pad_id=pad_id)
+            for documents in open_domains(config, root)
+        )
+        return [domain for domain in found if domain is not None]
     eval_domain_of = partial(
         eval_domain, key=tokenizer_fingerprint(tokenizer), root=root, masking=masking_of(config, tokenizer, seed=0)
     )
@@ -158,6 +169,9 @@ def _training_text(domains: list[Documents], num_bytes: int) -> Iterator[str]:
 def _texts(document: Document) -> Iterator[str]:
     if isinstance(document, str):
         yield document
+        return
+    if isinstance(document, SentencePair):
+        yield from document.texts
         return
     turns = document.prompt + document.chosen + document.rejected if isinstance(document, Pair) else document
     yield from (turn["content"] for turn in turns if isinstance(turn.get("content"), str))

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from leanmill.core.config import Config
 
 
-Task = Literal["pretrain", "sft", "preference", "masked"]
-ENCODER_TASKS: frozenset[Task] = frozenset({"masked"})
+Task = Literal["pretrain", "sft", "preference", "masked", "sentence_pairs"]
+ENCODER_TASKS: frozenset[Task] = frozenset({"masked", "sentence_pairs"})
 """Those whose text is framed as encoders know it, `[CLS] text [SEP]`."""
 
 
@@ -85,6 +85,15 @@ class HfDataset(Config):
     columns fit. A column `tools` goes to the chat template."""
     messages_field: str = "messages"
     """Column with the chat turns, a list of {role, content} (SFT)."""
+    first_field: str | None = None
+    """Column with the first text of a sentence pair; None finds that and the second one by their names."""
+    second_field: str | None = None
+    """Column with the second text; None finds `anchor` and `positive`, `query` and `positive`,
+    `sentence1` and `sentence2`, `question` and `answer`, or `query` and `answer`."""
+    negatives_field: str = "negatives"
+    """Column with texts that do not fit the first one, a list or a single text; rows may lack it."""
+    score_field: str = "score"
+    """Column with how alike the two texts are, a number; rows may lack it."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight inside a mixture, relative."""
 
@@ -157,7 +166,10 @@ class DataConfig(Config):
     """`pretrain` packs documents and predicts every token; `sft` applies the chat template and
     predicts the answers only; `preference` reads pairs of answers (`prompt`, `chosen`, `rejected`) for techniques that
     compare them, and keeps a pair in one row. `masked` packs documents and hides tokens, for encoders (`model.task:
-    masked_lm`)."""
+    masked_lm`). `sentence_pairs` reads two texts that belong together, for `model.task: embedding`: a row holds both,
+    and hard negatives, side by side, each padded to its share of `sequence_length`."""
+    num_negatives: int = Field(default=0, ge=0)
+    """Hard negatives that are read of each sentence pair, the first ones; a row with fewer is filled with none."""
     masking: MaskingConfig = Field(default_factory=MaskingConfig)
     """Which tokens `masked` hides."""
     mismatched_answers: bool = False
@@ -180,13 +192,20 @@ class DataConfig(Config):
         return self.task in ("pretrain", "masked")
 
     @property
+    def text_length(self) -> int:
+        """The most tokens that a text has: of sentence pairs its share of a row."""
+        return self.sequence_length // self.num_pieces if self.task == "sentence_pairs" else self.sequence_length
+
+    @property
     def long_document_rule(self) -> Literal["split", "truncate", "error"]:
         """`long_documents`, with None resolved."""
         return self.long_documents or ("split" if self.is_plain_text else "error")
 
     @property
     def num_pieces(self) -> int:
-        """Conversations that a document is, each of which attends to itself only: of pairs several."""
+        """Texts or conversations that a document is, each of which attends to itself only: of pairs several."""
+        if self.task == "sentence_pairs":
+            return 2 + self.num_negatives
         return 1 if self.task != "preference" else 3 if self.mismatched_answers else 2
 
     @model_validator(mode="after")
@@ -202,6 +221,25 @@ class DataConfig(Config):
         if not self.document_mask:
             raise ValueError(
                 "document_mask: false lets an answer of a pair see the other; remove it with task: preference"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sentences(self) -> Self:
+        if self.task != "sentence_pairs":
+            if self.num_negatives:
+                raise ValueError("num_negatives: they are of sentence pairs; set task: sentence_pairs, or remove it")
+            return self
+        if self.long_documents == "split":
+            raise ValueError(
+                "long_documents: split would make two texts of one; set truncate or error with task: sentence_pairs"
+            )
+        if self.sequence_length % self.num_pieces or self.sequence_length < 4 * self.num_pieces:
+            below = self.sequence_length // self.num_pieces * self.num_pieces
+            fitting = max(below, 4 * self.num_pieces)
+            raise ValueError(
+                f"sequence_length: {self.sequence_length} is shared by the {self.num_pieces} texts of a row in equal "
+                f"parts of 4 tokens or more; give a multiple of {self.num_pieces}, e.g. {fitting}"
             )
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,14 @@ from leanmill.data.chat import ChatRenderer, Span
 from leanmill.data.config import ENCODER_TASKS, Task
 from leanmill.data.conversations import Turns
 from leanmill.data.pairs import Pair
+from leanmill.data.sentences import SentencePair
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-Document = str | list[dict[str, Any]] | Pair
+Document = str | list[dict[str, Any]] | Pair | SentencePair
 """Text (pretraining), the turns of a conversation (SFT), its tools in the first, see `conversations`, or a pair."""
 
 _BATCH_CHARS = 1_000_000
@@ -37,7 +39,9 @@ class Encoded:
     is_target: NDArray[np.bool_] | None
     """[N], which tokens may be predicted; None means all of them."""
     piece_lengths: tuple[int, ...] = ()
-    """Tokens of each conversation of a pair, one behind the other; else empty."""
+    """Tokens of each conversation or text of a pair, one behind the other; else empty."""
+    score: float = math.nan
+    """How alike the two texts of a sentence pair are; NaN where that is not said."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Encoder:
     Args:
         tokenizer: A fast one.
         task: What documents are.
-        num_pieces: Conversations that a pair becomes: 2, or 3 with a mismatched answer.
+        num_pieces: Conversations that a pair becomes: 2, or 3 with a mismatched answer; of sentence pairs 2 texts and
+            as many negatives as there are to be.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, task: Task, *, num_pieces: int = 1) -> None:
@@ -92,12 +97,25 @@ class Encoder:
         Raises:
             BadDocument: The chat template refuses one.
         """
+        if self.task == "sentence_pairs":
+            return self._encode_sentences([document for document in documents if isinstance(document, SentencePair)])
         if self._chat is None:
             encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
             return [Encoded(self._framed(encoding.ids), None) for encoding in encodings]
         if self.task == "preference":
             return self._encode_pairs([document for document in documents if isinstance(document, Pair)])
         return self._encode_rendered([self._render(document, index) for index, document in enumerate(documents)])
+
+    def _encode_sentences(self, pairs: Sequence[SentencePair]) -> list[Encoded]:
+        texts = [text for pair in pairs for text in pair.texts[: self.num_pieces]]
+        framed = (self._framed(one.ids) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False))
+        found: list[Encoded] = []
+        for pair in pairs:
+            ids = [next(framed) for _ in pair.texts[: self.num_pieces]]
+            lengths = [len(one) for one in ids] + [0] * (self.num_pieces - len(ids))
+            score = math.nan if pair.score is None else pair.score
+            found.append(Encoded(np.concatenate(ids), None, tuple(lengths), score))
+        return found
 
     def _encode_rendered(self, rendered: list[tuple[str, list[Span]]]) -> list[Encoded]:
         encodings = self._backend.encode_batch([text for text, _ in rendered], add_special_tokens=False)
@@ -150,7 +168,7 @@ class Encoder:
         if isinstance(document, str):
             return document, []
         assert self._chat is not None
-        assert not isinstance(document, Pair)
+        assert not isinstance(document, Pair | SentencePair)
         try:
             return self._chat.render(document)
         except ConfigError as error:
@@ -230,7 +248,7 @@ def _trailing_blanks(
 
 
 def _plain(value: Any) -> Any:
-    return asdict(value) if isinstance(value, Pair) else str(value)
+    return asdict(value) if isinstance(value, Pair | SentencePair) else str(value)
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -251,6 +269,8 @@ def num_chars(document: Document) -> int:
     """Characters of text in a document, roughly for conversations."""
     if isinstance(document, str):
         return len(document)
+    if isinstance(document, SentencePair):
+        return sum(map(len, document.texts))
     turns = document.prompt + document.chosen + document.rejected if isinstance(document, Pair) else document
     return sum(len(str(turn.get("content", ""))) for turn in turns)
 

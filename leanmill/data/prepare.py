@@ -84,6 +84,8 @@ def prepare_data(
 
 
 def _check_sources(config: DataConfig) -> None:
+    if config.task == "sentence_pairs":
+        raise ConfigError("data.task: sentence_pairs needs no preparing; train with the recipe as it is")
     for source in sources_of(config):
         if isinstance(source, Prepared):
             raise ConfigError(f"data.source: {source.path!r} is prepared already; give the recipe with its text")

@@ -10,7 +10,8 @@ from leanmill.data.config import HfDataset, Task
 from leanmill.data.conversations import RowFormat, format_of, turns_of
 from leanmill.data.encoding import Document
 from leanmill.data.pairs import pair_of
-from leanmill.data.tally import NO_MESSAGES, NO_PAIR, NO_TEXT
+from leanmill.data.sentences import KNOWN_FIELDS, sentence_pair_of
+from leanmill.data.tally import NO_MESSAGES, NO_PAIR, NO_SENTENCES, NO_TEXT
 
 
 class RowField:
@@ -27,6 +28,8 @@ class RowField:
         self._field = "text" if is_text else config.text_field
         self._format: RowFormat | None = None if config.row_format == "auto" else config.row_format
         names: dict[Task, str] = {"sft": config.messages_field, "preference": "chosen"}
+        if task == "sentence_pairs":
+            names[task] = config.first_field or KNOWN_FIELDS[0][0]
         self.column = f"column {names.get(task, self._field)!r}"
 
     def document(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
@@ -38,6 +41,8 @@ class RowField:
         """
         if self._task == "preference":
             return pair_of(row, where)
+        if self._task == "sentence_pairs":
+            return sentence_pair_of(row, self._config, where)
         return self._conversation(row, where) if self._task == "sft" else self._text(row, where)
 
     def _conversation(self, row: dict[str, Any], where: Callable[[], str]) -> Document | None:
@@ -68,7 +73,7 @@ class RowField:
     @property
     def empty_reason(self) -> str:
         """What a row is without, when it has no document."""
-        of_task: dict[Task, str] = {"sft": NO_MESSAGES, "preference": NO_PAIR}
+        of_task: dict[Task, str] = {"sft": NO_MESSAGES, "preference": NO_PAIR, "sentence_pairs": NO_SENTENCES}
         return of_task.get(self._task, NO_TEXT)
 
 

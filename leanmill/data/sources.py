@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +37,8 @@ class Row:
     position_ids: NDArray[np.int64]
     is_token: NDArray[np.bool_]
     """False where the row is padded."""
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """What else a batch holds of a row, by name."""
 
 
 class Source(Protocol):
@@ -193,6 +196,7 @@ def check_length(num_tokens: int, config: DataConfig, *, name: str) -> None:
         "masked": " or set data.long_documents: split or truncate",
         "sft": " or set data.long_documents: truncate",
         "preference": ", or shorten it",
+        "sentence_pairs": " or set data.long_documents: truncate",
     }[config.task]
     raise ConfigError(
         f"{name} has {num_tokens} tokens and a row has {config.sequence_length}; raise data.sequence_length{remedy}"

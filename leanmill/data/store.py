@@ -45,6 +45,8 @@ class TokenStore:
     text_fingerprint: str
     tally: Tally
     """What became of the rows."""
+    scores: NDArray[np.float32] | None = None
+    """[D], how alike the texts of sentence pairs are, NaN where that is not said; None of other documents."""
 
     @property
     def num_documents(self) -> int:
@@ -75,12 +77,13 @@ def token_store(
         np.load(folder / "rows.npy", allow_pickle=False) if encoder.num_pieces > 1 else None,
         facts["text"],
         Tally.from_state(facts["tally"]),
+        np.load(folder / "scores.npy", allow_pickle=False) if encoder.task == "sentence_pairs" else None,
     )
 
 
 def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedinteger[Any]], folder: Path) -> None:
     text, lengths, reader = hashlib.blake2b(digest_size=8), list[int](), documents.train()
-    tally, rows, kept = reader.tally, list[int](), list[int]()
+    tally, rows, kept, scores = reader.tally, list[int](), list[int](), list[float]()
 
     def hashed() -> Iterator[Document]:
         for document in reader:
@@ -99,6 +102,7 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
                 encoded.ids.astype(dtype).tofile(tokens)
                 lengths += encoded.piece_lengths or (len(encoded.ids),)
                 kept.append(row)
+                scores.append(encoded.score)
             rows.clear()
     tally.locate(reader.locate)
     if not lengths:
@@ -111,6 +115,8 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
     if encoder.num_pieces > 1:
         np.save(folder / "rows.npy", np.asarray(kept, dtype=np.int64))
+    if encoder.task == "sentence_pairs":
+        np.save(folder / "scores.npy", np.asarray(scores, dtype=np.float32))
     write_json(folder / "facts.json", {"text": text.hexdigest(), "tally": tally.state()})
 
 

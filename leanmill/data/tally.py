@@ -16,6 +16,7 @@ MANY_PASSES = 40
 NO_TEXT = "without text"
 NO_MESSAGES = "without messages"
 NO_PAIR = "without a prompt and two answers"
+NO_SENTENCES = "without two texts"
 NO_ANSWER = "without an assistant turn"
 FAR_ANSWER = "whose answer begins after sequence_length"
 
@@ -23,6 +24,7 @@ _REMEDIES = {
     NO_TEXT: "fill {column}, or set data.source.text_field to the column with the text",
     NO_MESSAGES: "fill {column}, or set data.source.messages_field to the column with the turns",
     NO_PAIR: "fill the columns prompt, chosen and rejected",
+    NO_SENTENCES: "fill {column} and the second one, or name the columns in data.source.first_field and second_field",
     NO_ANSWER: "add a turn with role assistant to each, or train on plain text with data.task=pretrain",
     FAR_ANSWER: "raise data.sequence_length",
 }

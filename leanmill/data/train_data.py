@@ -160,5 +160,7 @@ class TrainData:
 
 
 def stack_rows(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Return rows as one batch, each tensor [R, S] int64."""
-    return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in _FIELDS}
+    """Return rows as one batch, each tensor [R, S] int64, and their extras."""
+    batch = {name: np.stack([getattr(row, name) for row in rows]) for name in _FIELDS}
+    extras = {name: np.stack([row.extras[name] for row in rows]) for name in rows[0].extras}
+    return {name: torch.from_numpy(value) for name, value in {**batch, **extras}.items()}

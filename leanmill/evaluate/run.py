@@ -161,4 +161,5 @@ def _bits_per_byte(task: BitsPerByte, recipe: EvaluateRecipe, asked: Asked) -> l
             lower_is_better=True,
         )
         for name, one in chosen.items()
+        if one.bits_per_byte is not None
     ]

@@ -39,11 +39,18 @@ def sample_logits(model: Any) -> dict[str, Tensor]:
     whole = torch.arange(length).expand(2, -1)
     cut = length // 3
     restarting = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand(2, -1)
+    batches = {
+        kind: {"input_ids": rows, "position_ids": places}
+        for kind, places in (("random", whole), ("packed", restarting))
+    }
     with torch.no_grad():
-        return {
-            kind: model(**model_inputs(model, {"input_ids": rows, "position_ids": positions})).logits.float()
-            for kind, positions in (("random", whole), ("packed", restarting))
-        }
+        return {kind: _output(model(**model_inputs(model, batch))) for kind, batch in batches.items()}
+
+
+def _output(found: Any) -> Tensor:
+    """Return logits, or of a model without a head its hidden states."""
+    output: Tensor = found.logits if "logits" in found else found.last_hidden_state
+    return output.float()
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

@@ -10,6 +10,7 @@ from leanmill.export.compare import allowed, check_same, reload, sample_logits
 from leanmill.export.folded import FoldedFormat, prepare_config
 from leanmill.export.formats import Checked
 from leanmill.models.pretrained import quiet_transformers
+from leanmill.models.sentence_transformers import pooling_of, write_layout
 from leanmill.models.tasks import task_of
 
 
@@ -37,6 +38,9 @@ class HfFormat(FoldedFormat):
         state = {**self.model.state_dict(), **extra} if extra else None
         with quiet_transformers():
             self.model.save_pretrained(folder, safe_serialization=True, state_dict=state)
+        recipe, config = self.rebuilt.recipe, self.model.config
+        if recipe.model.task == "embedding":
+            write_layout(folder, pooling_of(recipe.model), width=config.hidden_size, longest=recipe.data.text_length)
 
     def check(self, folder: Path) -> Checked:
         reloaded = self.reload(folder)

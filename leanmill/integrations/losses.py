@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from leanmill.core.batches import Batch
 from leanmill.core.errors import ConfigError
 from leanmill.core.ledger import Ledger
-from leanmill.core.losses import AnyLossTerm, TokenLossTerm
+from leanmill.core.losses import AnyLossTerm, EmbeddingLossTerm, TokenLossTerm
 from leanmill.trainer.loss_paths import Job, losses_of_logits
 from leanmill.trainer.train_module import distinct_names
 
@@ -31,7 +31,14 @@ class AttachedLosses:
     """
 
     def __init__(self, model: Any, terms: Sequence[AnyLossTerm], ledger: Ledger, cross_entropy_weight: float) -> None:
-        self.terms, self.names, self.ledger = tuple(terms), distinct_names(terms), ledger
+        of_vectors = [term.name for term in terms if isinstance(term, EmbeddingLossTerm)]
+        if of_vectors:
+            raise ConfigError(
+                f"{of_vectors[0]} is a loss of vectors of texts, which this loop does not compute; train with leanmill "
+                f"train, or remove it"
+            )
+        self.terms = tuple(term for term in terms if not isinstance(term, EmbeddingLossTerm))
+        self.names, self.ledger = distinct_names(terms), ledger
         self.cross_entropy_weight = cross_entropy_weight
         self.num_micro_batches = 1
         self.loss_scale = 1.0

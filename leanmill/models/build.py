@@ -8,11 +8,10 @@ import torch
 
 from leanmill.core.encoders import first_position, takes_ready_masks
 from leanmill.core.errors import ConfigError
-from leanmill.core.technique import ModelTask
 from leanmill.models.config import ModelConfig
 from leanmill.models.mapping import check_forward, check_num_parameters, mapped_config, refuse_build
 from leanmill.models.pretrained import pretrained_config
-from leanmill.models.tasks import auto_class, class_mapping
+from leanmill.models.tasks import auto_class, class_of, options_of
 
 
 def build_on_meta(
@@ -55,6 +54,7 @@ def build_on_meta(
                 dtype=torch.float32,
                 attn_implementation=_attention(config, hf_config, device_type, packed),
                 trust_remote_code=config.trust_remote_code,
+                **options_of(hf_config, config.task),
             )
     except Exception as error:
         raise refuse_build(error, hf_config.model_type, mapping, config.task) from error
@@ -105,14 +105,10 @@ def _attention(config: ModelConfig, hf_config: Any, device_type: str | None, pac
     if config.attention != "auto":
         return config.attention
     if config.task != "causal_lm":
-        return "sdpa" if _class_of(hf_config, config.task)._supports_sdpa else "eager"
+        return "sdpa" if class_of(type(hf_config), config.task)._supports_sdpa else "eager"
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     return "flex_attention" if device_type == "cuda" and packed and _supports_flex(hf_config) else "sdpa"
 
 
 def _supports_flex(hf_config: Any) -> bool:
-    return bool(getattr(_class_of(hf_config, "causal_lm"), "_supports_flex_attn", False))
-
-
-def _class_of(hf_config: Any, task: ModelTask) -> Any:
-    return class_mapping(task).get(type(hf_config), None)
+    return bool(getattr(class_of(type(hf_config), "causal_lm"), "_supports_flex_attn", False))

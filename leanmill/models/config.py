@@ -21,7 +21,12 @@ class ModelConfig(Config):
 
     task: ModelTask = "causal_lm"
     """What the model is for: `causal_lm` predicts the next token. Encoders, whose tokens attend both ways (BERT and its
-    family), are a `masked_lm`, which predicts tokens that are hidden from it."""
+    family), are a `masked_lm`, which predicts tokens hidden from it, or an `embedding`, one vector for a text."""
+    pooling: Literal["auto", "mean", "cls"] = "auto"
+    """How hidden states become the vector of `task: embedding`: their mean over the text's tokens, or that of the first
+    token. `auto` is what `path` was trained with, where it says so as sentence-transformers does, else `mean`."""
+    normalise: bool | None = None
+    """Whether that vector is brought to length 1; None as `path` says, else it is not."""
 
     config: dict[str, Any] | None = None
     """transformers config as a mapping, `model_type` included; weights are drawn from `seed`."""
@@ -60,6 +65,12 @@ class ModelConfig(Config):
             )
         if self.task != "causal_lm":
             self._check_encoder()
+        if self.task != "embedding" and (self.pooling != "auto" or self.normalise is not None):
+            key = "pooling" if self.pooling != "auto" else "normalise"
+            raise ConfigError(
+                f"model.{key} is of one vector for a text, and model.task={self.task}; remove it, or set "
+                f"model.task=embedding"
+            )
         if self.moe is not None:
             translate(self.moe, self.config or {})  # raises where no family has it
         elif self.config is not None and not isinstance(self.config.get("model_type"), str):

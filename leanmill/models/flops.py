@@ -58,7 +58,10 @@ def flops_per_token(
         further_tokens: How many each position predicts beside the next, see `TechniqueConfig.further_tokens`.
     """
     attention = attention_flops_per_token(model.config, sequence_length)
-    further = further_tokens * (6.0 * _matmul_parameters_of_a_further_token(model) + attention / _num_layers(model))
+    further = 0.0
+    if further_tokens:
+        of_one = 6.0 * _matmul_parameters_of_a_further_token(model) + attention / _num_layers(model)
+        further = further_tokens * of_one
     if token_shares:
         attention *= sum(share**2 for share in token_shares) / len(token_shares)
     return 6.0 * active_matmul_parameters(model, token_shares) + attention + further

@@ -22,7 +22,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.technique import ModelTask
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import incomplete, weights_folder
-from leanmill.models.tasks import auto_class
+from leanmill.models.tasks import auto_class, options_of
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _sources(path: str, hf_config: Any, keys: list[str], task: ModelTask) -> dic
     except ImportError:  # another version of transformers
         return None
     with torch.device("meta"):
-        model = auto_class(task).from_config(hf_config)
+        model = auto_class(task).from_config(hf_config, **options_of(hf_config, task))
     state: dict[str, Tensor] = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]

@@ -22,7 +22,7 @@ from leanmill.core.secrets import shown
 from leanmill.core.technique import ModelTask
 from leanmill.models.expert_sizes import check_expert_sizes
 from leanmill.models.pretrained import one_line, quiet_transformers
-from leanmill.models.tasks import auto_class, class_mapping
+from leanmill.models.tasks import auto_class, class_of
 
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -49,10 +49,12 @@ _MAX_PARAMETERS = 10**13
 _KINDS: dict[ModelTask, str] = {
     "causal_lm": "a causal language model",
     "masked_lm": "an encoder that predicts masked tokens",
+    "embedding": "an encoder",
 }
 _EXAMPLES: dict[ModelTask, list[str]] = {
     "causal_lm": ["llama", "qwen3", "mixtral"],
     "masked_lm": ["bert", "modernbert", "roberta"],
+    "embedding": ["bert", "modernbert", "roberta"],
 }
 _SHARE = re.compile(r"(dropout|dropout_(rate|p|prob)|_pdrop)$")
 _POSITIVE = re.compile(r"(_eps|epsilon|rope_theta|^factor)$")
@@ -152,7 +154,7 @@ def _config_class(model_type: Any, task: ModelTask) -> Any:
     import leanmill.models.own_families  # noqa: F401
 
     known = model_type in CONFIG_MAPPING
-    if known and CONFIG_MAPPING[model_type] in class_mapping(task):
+    if known and class_of(CONFIG_MAPPING[model_type], task) is not None:
         return CONFIG_MAPPING[model_type]
     names = [name for name in CONFIG_MAPPING if name != model_type]
     near = near_names(str(model_type), names, count=3) or _EXAMPLES[task]

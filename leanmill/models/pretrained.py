@@ -18,7 +18,7 @@ from leanmill.core.paths import expand_user
 from leanmill.core.technique import ModelTask
 from leanmill.models.config import ModelConfig
 from leanmill.models.expert_sizes import check_expert_sizes
-from leanmill.models.tasks import auto_class, class_mapping
+from leanmill.models.tasks import auto_class, class_of, options_of
 
 
 def load_frozen(
@@ -52,7 +52,7 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
         RunError: The hub cannot be reached.
     """
     hf_config = pretrained_config(config)
-    supports = getattr(class_mapping(config.task).get(type(hf_config), None), "_supports_sdpa", True)
+    supports = getattr(class_of(type(hf_config), config.task), "_supports_sdpa", True)
     attention = ("sdpa" if supports else "eager") if config.attention == "auto" else config.attention
     try:
         with quiet_transformers():
@@ -66,6 +66,7 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **options_of(hf_config, config.task),
             )
     except Exception as error:
         raise _hub_error(config, error) from error

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
+
+import transformers
 
 from leanmill.core.encoders import is_encoder
 from leanmill.core.technique import ModelTask
 
 
+_AUTO = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "embedding": "AutoModel",
+}
+_TABLES = {
+    "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING",
+    "embedding": "MODEL_MAPPING",
+}
+
+
 def auto_class(task: ModelTask) -> Any:
     """Return transformers' automatic class for a task."""
-    import transformers
-
-    return {"causal_lm": transformers.AutoModelForCausalLM, "masked_lm": transformers.AutoModelForMaskedLM}[task]
+    return getattr(transformers, _AUTO[task])
 
 
-def class_mapping(task: ModelTask) -> Any:
-    """Return transformers' table of the classes for a task, by configuration class."""
-    import transformers
+def class_of(config_class: Any, task: ModelTask) -> Any:
+    """Return the class for a task of the family with this configuration class; None where transformers has none."""
+    if task == "embedding" and config_class not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        return None  # no encoder
+    return getattr(transformers, _TABLES[task]).get(config_class, None)
 
-    name = {"causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING", "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING"}[task]
-    return getattr(transformers, name)
+
+def options_of(hf_config: Any, task: ModelTask) -> dict[str, Any]:
+    """Return what the class takes beside a configuration: a pooler that nothing calls would wait for gradients."""
+    kind = class_of(type(hf_config), task) if task == "embedding" else None
+    has_pooler = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
 
 
 def task_of(model: Any) -> ModelTask:
     """Return what a model is for, by its class."""
-    return "masked_lm" if is_encoder(model) else "causal_lm"
+    if not is_encoder(model):
+        return "causal_lm"
+    kind: Any = class_of(type(model.config), "masked_lm")
+    return "masked_lm" if kind is not None and isinstance(model, kind) else "embedding"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -90,6 +91,27 @@ def gather_objects(value: Any) -> list[Any]:
     everyone = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(everyone, mine)
     return [json.loads(bytes(data.tolist())) for data in everyone]
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What all ranks gave."""
+
+    all: Tensor
+    """Theirs one behind the other, by rank, along the first dim."""
+    rank: int
+    """This one's."""
+
+
+def gathered(tensor: Tensor) -> Gathered:
+    """Return every rank's `tensor` [n, ...], of one shape and dtype on all; without gradients."""
+    if not _is_distributed():
+        return Gathered(tensor.detach(), 0)
+    device = collective_device() if tensor.device.type == "cpu" else tensor.device
+    mine = tensor.detach().to(device).contiguous()
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return Gathered(torch.cat(everyone).to(tensor.device), dist.get_rank())
 
 
 def is_alone() -> bool:

@@ -17,9 +17,10 @@ from leanmill.core.views import Views
 
 Losses = dict[str, Tensor]
 """fp32 scalars: `total` (what is differentiated: weighted sum over tokens) and one raw sum a term."""
-Wanted = Literal["losses", "token_losses", "next_logits"]
-"""What a forward without gradients is to give: `Losses`; `cross_entropy` [B, S] of each token, fp32, alone; or, of a
-batch with `last` [B] int64, positions whose following token is asked for, `logits` [B, V]."""
+Wanted = Literal["losses", "token_losses", "next_logits", "embeddings"]
+"""What a forward without gradients is to give: `Losses`; `cross_entropy` [B, S] of each token, fp32, alone; of a batch
+with `last` [B] int64, positions whose following token is asked for, `logits` [B, V]; or, of rows of texts, `embeddings`
+[B, texts, H]."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ class Subject:
         model = build_on_meta(
             recipe.model,
             vocab_size=recipe.data.tokenizer.vocab_size if trained_tokenizer else None,
-            sequence_length=recipe.data.sequence_length,
+            sequence_length=recipe.data.text_length,
             device_type="cpu" if recipe.device == "cpu" else "cuda",
         )
         # Before techniques add theirs.

@@ -102,6 +102,7 @@ def _data(data: DataConfig) -> list[str]:
         "sft": "chats, loss on the answers only",
         "preference": "pairs of answers, each pair in one row",
         "masked": f"whole text, packed into rows, {data.masking.share:.0%} of tokens hidden and predicted, rows",
+        "sentence_pairs": f"pairs of texts with {data.num_negatives} negatives, in {data.num_pieces} parts of rows",
     }[data.task]
     mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
     is_prepared = any(isinstance(source, Prepared) for source in sources_of(data))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from leanmill.core.technique import ModelTask
-from leanmill.data.config import MaskingConfig, Task
+from leanmill.data.config import HfDataset, MaskingConfig, Task, sources_of
 
 
 if TYPE_CHECKING:
@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 _DATA_OF: dict[ModelTask, tuple[Task, ...]] = {
     "causal_lm": ("pretrain", "sft", "preference"),
     "masked_lm": ("masked",),
+    "embedding": ("sentence_pairs",),
 }
 """Data tasks that fit a model's, the usual one first."""
+
+
+_WORDS: dict[ModelTask, str] = {
+    "causal_lm": "causal language models",
+    "masked_lm": "encoders that predict hidden tokens",
+    "embedding": "vectors of texts",
+}
 
 
 def model_task_problems(recipe: Sections) -> Iterator[str]:
@@ -31,19 +39,21 @@ def model_task_problems(recipe: Sections) -> Iterator[str]:
         )
     if data.task != "masked" and data.masking != MaskingConfig():
         yield f"data.masking hides tokens, and data.task={data.task} predicts what is shown; remove it"
+    for config in recipe.techniques:
+        if task not in config.model_tasks():
+            fitting = sorted(config.model_tasks())[0]
+            yield (
+                f"{config.type} is about {_WORDS[fitting]}, and model.task={task}; remove it, or set "  # type: ignore[attr-defined]
+                f"model.task={fitting} with such a model"
+            )
     if task != "causal_lm":
         yield from _of_encoders(recipe)
 
 
 def _of_encoders(recipe: Sections) -> Iterator[str]:
     task = recipe.model.task
-    for config in recipe.techniques:
-        if task not in config.model_tasks():
-            name: str = config.type  # type: ignore[attr-defined]
-            yield (
-                f"{name} is about causal language models, and model.task={task} is an encoder; remove it, or set "
-                f"model.task=causal_lm with a causal model"
-            )
+    if task == "embedding":
+        yield from _of_embeddings(recipe)
     if recipe.eval.prompts:
         yield f"eval.prompts are continued, and a model of model.task={task} continues nothing; remove them"
     if recipe.train.logits_chunk_tokens != "auto":
@@ -54,3 +64,11 @@ def _of_encoders(recipe: Sections) -> Iterator[str]:
                 f"phases.{index}.passes look at causal models a block at a time, and model.task={task}; train with "
                 f"techniques instead, e.g. {{type: nm_sparsity}} or {{type: int_quant}}"
             )
+
+
+def _of_embeddings(recipe: Sections) -> Iterator[str]:
+    learns = any(config.learns_embeddings() for config in recipe.techniques)
+    if not learns and not recipe.phases:
+        yield "model.task=embedding has no loss of its own; add {type: contrastive} or {type: embedding_distill}"
+    for name in [s.name for s in sources_of(recipe.data) if isinstance(s, HfDataset) and s.streaming]:
+        yield f"data.task=sentence_pairs reads pairs by number, and {name!r} is a stream; set its streaming to false"

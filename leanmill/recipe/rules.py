@@ -170,10 +170,12 @@ def _context(recipe: Sections) -> Iterator[str]:
     limit, source = recipe.model.max_context, "model.max_context"
     if limit is None and recipe.model.config is not None:
         limit, source = recipe.model.config.get("max_position_embeddings"), "model.config.max_position_embeddings"
-    if isinstance(limit, int) and recipe.data.sequence_length > limit:
+    data = recipe.data
+    if isinstance(limit, int) and data.text_length > limit:
+        longest = limit * (data.sequence_length // data.text_length)
         yield (
-            f"data.sequence_length={recipe.data.sequence_length} is longer than the context of the model, "
-            f"{source}={limit}; set data.sequence_length={limit} or raise {source}"
+            f"data.sequence_length={data.sequence_length} is longer than the context of the model, "
+            f"{source}={limit}; set data.sequence_length={longest} or raise {source}"
         )
 
 
@@ -189,10 +191,15 @@ def _frozen(recipe: Sections) -> Iterator[str]:
 def _data(recipe: Sections) -> Iterator[str]:
     data = recipe.data
     if not data.is_plain_text and any(isinstance(source, LocalCorpus) for source in sources_of(data)):
-        rows = "a column of messages" if data.task == "sft" else "columns prompt, chosen and rejected"
+        wanted = {
+            "sft": ("chats", "a column of messages"),
+            "preference": ("chats", "columns prompt, chosen and rejected"),
+            "sentence_pairs": ("pairs", "columns anchor and positive"),
+        }
+        what, rows = wanted[data.task]
         yield (
-            f"data.task={data.task} needs chats, and local_corpus has none; set data.source={{type: hf, path: "
-            f"chats.jsonl}} with {rows}, or data.task=pretrain"
+            f"data.task={data.task} needs {what}, and local_corpus has none; set data.source={{type: hf, path: "
+            f"{what}.jsonl}} with {rows}, or data.task=pretrain"
         )
     yield from _pairs(recipe)
     if recipe.eval.tokens_per_domain < data.sequence_length:

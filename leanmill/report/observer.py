@@ -68,12 +68,14 @@ class DomainScore:
     """Held-out result of one domain."""
 
     loss: float
-    """Nats per token."""
-    perplexity: float
-    bits_per_byte: float
-    order0_bits_per_byte: float
+    """Nats per token, or of vectors of texts per pair."""
+    perplexity: float | None
+    """None of vectors of texts, as what follows."""
+    bits_per_byte: float | None
+    order0_bits_per_byte: float | None
     """Entropy of single bytes in the same text: what a byte-frequency table reaches."""
     num_tokens: int
+    """Of vectors of texts, pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)

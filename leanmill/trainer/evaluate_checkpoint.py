@@ -28,6 +28,7 @@ from leanmill.recipe.yaml_source import Lines
 from leanmill.report.observer import DomainScore, Sample
 from leanmill.trainer.evaluation import Evaluation, evaluate
 from leanmill.trainer.inference import load_for_inference
+from leanmill.trainer.prepare import train_module
 from leanmill.trainer.rebuild import rebuild
 from leanmill.trainer.samples import Sampler
 from leanmill.trainer.train_module import TrainModule
@@ -131,7 +132,8 @@ def _score(
     precision = resolve_precision(recipe.train.precision, ranks.device.type)
     engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=precision, model_bytes=0)
     rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
-    found = score_domains(engine, model, domains, rows, probes, recipe.train.logits_chunk_tokens)
+    engine.module = train_module(recipe, model).to(engine.device)
+    found = evaluate(engine, domains, rows, probes)
     shortfalls = [line for domain in domains for line in domain.shortfall()]
     return found, shortfalls, sampler(engine)
 

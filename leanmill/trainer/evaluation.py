@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from leanmill.data.build import EvalDomain
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
 from leanmill.report.observer import DomainScore
+from leanmill.trainer.sentence_evaluation import score_sentences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,10 @@ def evaluate(
         rows_per_batch: Rows of one forward.
         probes: What looks on.
     """
+    if any("text_lengths" in domain.rows for domain in domains):
+        batches = {d.name: list(_batches(engine, d.rows, rows_per_batch)) for d in domains}
+        scores, metrics = score_sentences(engine, domains, batches)
+        return Evaluation(scores=scores, metrics=metrics, tables={}, notes=())
     for probe in probes:
         probe.take()  # whatever evaluated before, such as a reference model's scores, is not of these domains
     sums = {d.name: _sum_domain(engine, d.rows, rows_per_batch, probes) for d in domains}
@@ -73,14 +78,8 @@ def _sum_domain(
     engine: Engine, rows: Mapping[str, Tensor], rows_per_batch: int, probes: Sequence[Probe]
 ) -> tuple[tuple[float, int], list[Tensor]]:
     """Sum of nats and number of targets over all ranks, and what each probe counted."""
-    num_rows = rows["input_ids"].shape[0]
-    stride = rows_per_batch * engine.data_size
     total = torch.zeros(2, dtype=torch.float64)
-    # Every rank makes the same number of forwards, with empty labels past the end: forwards of a
-    # sharded module are collectives.
-    for start in range(0, num_rows, stride):
-        first = start + engine.data_rank * rows_per_batch
-        batch = {name: _cut(name, value, first, rows_per_batch).to(engine.device) for name, value in rows.items()}
+    for _, batch in _batches(engine, rows, rows_per_batch):
         for probe in probes:
             probe.begin(batch)
         losses = engine.evaluate(batch)
@@ -91,6 +90,19 @@ def _sum_domain(
         sum_over_ranks(torch.cat(parts).to(engine.device)).cpu().split([len(part) for part in parts])
     )
     return (float(nats), int(tokens)), counts
+
+
+def _batches(
+    engine: Engine, rows: Mapping[str, Tensor], rows_per_batch: int
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield this rank's batches on its device, behind the number of their first row.
+
+    Every rank makes the same number of forwards, with empty labels past the end: forwards of a sharded module are
+    collectives.
+    """
+    for start in range(0, rows["input_ids"].shape[0], rows_per_batch * engine.data_size):
+        first = start + engine.data_rank * rows_per_batch
+        yield first, {name: _cut(name, value, first, rows_per_batch).to(engine.device) for name, value in rows.items()}
 
 
 def _cut(name: str, value: Tensor, first: int, num_rows: int) -> Tensor:

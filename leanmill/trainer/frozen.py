@@ -36,7 +36,7 @@ def frozen_on_meta(recipe: Recipe, path: str, to_come: Mapping[str, ModelConfig]
         return build_on_meta(
             to_come[str(expand_user(path))],
             vocab_size=vocab_size,
-            sequence_length=recipe.data.sequence_length,
+            sequence_length=recipe.data.text_length,
             device_type="cpu",
         )
     if not expand_user(path).is_dir() and path.startswith(("/", ".", "~")):
@@ -48,5 +48,5 @@ def frozen_on_meta(recipe: Recipe, path: str, to_come: Mapping[str, ModelConfig]
 
 def frozen_flops_per_token(recipe: Recipe, to_come: Mapping[str, ModelConfig] | None = None) -> float:
     """Return the FLOPs of one token's forward through every frozen model: a third of what training them would take."""
-    length = recipe.data.sequence_length
+    length = recipe.data.text_length
     return sum(flops_per_token(frozen_on_meta(recipe, path, to_come), length) / 3 for path in frozen_paths(recipe))

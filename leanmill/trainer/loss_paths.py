@@ -19,7 +19,7 @@ from leanmill.core.encoders import is_encoder
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
 from leanmill.core.head_loss import HeadLoss, is_plain_head
-from leanmill.core.losses import AnyLossTerm, GroupLossTerm, HeadLossTerm, LossTerm, TokenLossTerm
+from leanmill.core.losses import GroupLossTerm, HeadLossTerm, LmLossTerm, LossTerm, TokenLossTerm
 from leanmill.core.operands import recomputed
 from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
@@ -39,7 +39,7 @@ class Job:
     batch: Batch
     labels: Tensor
     """[N] int64."""
-    terms: Sequence[AnyLossTerm]
+    terms: Sequence[LmLossTerm]
     names: Sequence[str]
     """Of the terms' losses."""
     extras: Sequence[Mapping[str, Tensor]]
@@ -57,7 +57,7 @@ class LossPath(Protocol):
 
 
 def choose_path(
-    model: nn.Module, terms: Sequence[AnyLossTerm], chunk_tokens: ChunkTokens, *, shares_output: bool
+    model: nn.Module, terms: Sequence[LmLossTerm], chunk_tokens: ChunkTokens, *, shares_output: bool
 ) -> LossPath:
     """Return the path that holds the fewest logits of those that this model and these terms allow.
 
@@ -163,7 +163,7 @@ class FromLogits:
         return parts
 
 
-def _whole_groups(chunk_tokens: int, terms: Sequence[AnyLossTerm]) -> int:
+def _whole_groups(chunk_tokens: int, terms: Sequence[LmLossTerm]) -> int:
     """Return a number of tokens near `chunk_tokens` that holds whole groups of every term that has some."""
     group = math.lcm(*(term.group_tokens for term in terms if isinstance(term, GroupLossTerm)))
     return max(1, chunk_tokens // group) * group

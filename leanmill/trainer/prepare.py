@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.core.errors import ConfigError
+from leanmill.core.ledger import Ledger
+from leanmill.core.losses import AnyLossTerm, EmbeddingLossTerm
 from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, ParamRule, apply_trainable, settings_by_name
 from leanmill.core.registry import unasked_techniques
@@ -29,6 +31,7 @@ from leanmill.models.config import ModelConfig
 from leanmill.models.frozen import compact_frozen
 from leanmill.models.materialise import make_materialiser
 from leanmill.models.pretrained import load_frozen, local_folder, pretrained_config
+from leanmill.models.sentence_transformers import pooling_of
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.build import build_optimizer
 from leanmill.optim.config import OptimizerConfig
@@ -36,6 +39,7 @@ from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.root import Recipe
+from leanmill.trainer.embedding_module import EmbeddingModule
 from leanmill.trainer.train_module import TrainModule
 from leanmill.trainer.turns import Turns
 
@@ -150,15 +154,18 @@ def _context(
         fingerprint_of_model=_fingerprint_of_model,
         seed=recipe.seed,
         cross_entropy_weight=recipe.train.cross_entropy_weight,
+        pooling=pooling_of(recipe.model),
+        pooling_of=lambda path, kind: pooling_of(_beside(recipe, path, kind)),
         frozen_config=lambda path: pretrained_config(_beside(recipe, path)),
         open_weights=lambda path: stored(path).take,
     )
     return offered, stored
 
 
-def _beside(recipe: Recipe, path: str) -> ModelConfig:
+def _beside(recipe: Recipe, path: str, pooling: Literal["auto", "mean", "cls"] = "auto") -> ModelConfig:
     """Return the model section of a model beside a recipe's own, which is for the same."""
-    return ModelConfig(path=path, trust_remote_code=recipe.model.trust_remote_code, task=recipe.model.task)
+    own = recipe.model
+    return ModelConfig(path=path, trust_remote_code=own.trust_remote_code, task=own.task, pooling=pooling)
 
 
 def _fingerprint_of_model(path: str) -> str | None:
@@ -179,24 +186,30 @@ def optimizer_for(config: OptimizerConfig, model: nn.Module, rules: Sequence[Par
     )
 
 
-def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple[InstalledTechniques, TrainModule]:
+def assemble(recipe: Recipe, model: nn.Module, context: InstallContext) -> tuple[InstalledTechniques, nn.Module]:
     """Give a model on the meta device its techniques, losses and recomputation: all that needs no engine."""
     techniques = install_techniques(listed_and_unasked(recipe, model), model, context)
     check_sites_are_called(model)
     techniques.frozen_weights = compact_weights(recipe, model)
-    module = TrainModule(
-        model,
-        techniques.loss_terms,
-        recipe.train.cross_entropy_weight,
-        recipe.train.logits_chunk_tokens,
-        ledger=context.ledger,
-    )
+    module = train_module(recipe, model, techniques.loss_terms, context.ledger)
     apply_activation_checkpointing(
         model,
         recipe.train.activation_checkpointing,
         keeps_received=recipe.layout.tokens_travel and not recipe.layout.expert_resend,
     )
     return techniques, module
+
+
+def train_module(
+    recipe: Recipe, model: nn.Module, terms: Sequence[AnyLossTerm] = (), ledger: Ledger | None = None
+) -> nn.Module:
+    """Return the model with its losses: those of what it is for (`model.task`), and those of techniques."""
+    if recipe.model.task == "embedding":
+        of_vectors = [term for term in terms if isinstance(term, EmbeddingLossTerm)]
+        return EmbeddingModule(model, pooling_of(recipe.model), of_vectors, ledger=ledger)
+    of_tokens = [term for term in terms if not isinstance(term, EmbeddingLossTerm)]
+    train = recipe.train
+    return TrainModule(model, of_tokens, train.cross_entropy_weight, train.logits_chunk_tokens, ledger=ledger)
 
 
 def compact_weights(recipe: Recipe, model: nn.Module) -> str:

@@ -114,7 +114,7 @@ class _Run:
         model = build_on_meta(
             recipe.model,
             vocab_size=len(tokenizer),
-            sequence_length=recipe.data.sequence_length,
+            sequence_length=recipe.data.text_length,
             device_type=ranks.device.type,
             packed=recipe.data.document_mask,
             pad_token_id=tokenizer.pad_token_id,

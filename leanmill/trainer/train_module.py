@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from leanmill.core.batches import Batch
 from leanmill.core.ledger import Ledger
-from leanmill.core.losses import AnyLossTerm, TokenLossTerm
+from leanmill.core.losses import AnyLossTerm, LmLossTerm, TokenLossTerm
 from leanmill.parallel.engine import Wanted
 from leanmill.trainer.loss_paths import FromLogits, Job, LossPath, choose_path
 from leanmill.trainer.scoring import TokenLosses, next_logits
@@ -41,7 +41,7 @@ class TrainModule(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        loss_terms: Sequence[AnyLossTerm] = (),
+        loss_terms: Sequence[LmLossTerm] = (),
         cross_entropy_weight: float = 1.0,
         chunk_tokens: int | Literal["auto"] = "auto",
         *,
@@ -101,7 +101,7 @@ class TrainModule(nn.Module):
         """Compute losses from whole logits from here on: for a model that changes them after its head."""
         self._paths = dict.fromkeys((False, True), FromLogits(self.model, self.chunk_tokens, is_special=True))
 
-    def _path(self, terms: Sequence[AnyLossTerm]) -> LossPath:
+    def _path(self, terms: Sequence[LmLossTerm]) -> LossPath:
         """With and without terms a path is chosen once, when it is first asked for: adapters may come last."""
         path = self._paths.get(bool(terms))
         if path is None:

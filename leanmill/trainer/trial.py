@@ -34,7 +34,7 @@ def try_model(recipe: Recipe) -> nn.Module | None:
     model = build_on_meta(
         model_config,
         vocab_size=recipe.data.tokenizer.vocab_size if recipe.data.tokenizer.path is None else None,
-        sequence_length=recipe.data.sequence_length,
+        sequence_length=recipe.data.text_length,
         device_type="cuda" if uses_cuda else "cpu",
         packed=recipe.data.document_mask,
     )

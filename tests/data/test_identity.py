@@ -12,7 +12,9 @@ from leanmill.data.identity import HARMLESS, data_identity
 from tests.data.samples import hf_config, write_texts
 
 
-HF = HfDataset(path="a.jsonl", subset="s", validation_split="test", validation_path="v.jsonl")
+HF = HfDataset(
+    path="a.jsonl", subset="s", validation_split="test", validation_path="v.jsonl", first_field="a", second_field="b"
+)
 OTHERS = {
     "type": None,
     "format": "text",

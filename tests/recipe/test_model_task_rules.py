@@ -59,3 +59,54 @@ def test_passes_are_refused():
     phases = [{"name": "train", "overrides": {"train": {"steps": 1}}}, pruned]
     with pytest.raises(ValueError, match=r"phases.1.passes look at causal models"):
         Recipe.model_validate({**MASKED, "phases": phases})
+
+
+PAIRS = {
+    "model": {"task": "embedding", "config": BERT},
+    "data": {"task": "sentence_pairs", "source": {"type": "hf", "path": "p.jsonl"}, "sequence_length": 64},
+}
+
+
+def of_pairs(techniques=({"type": "contrastive"},), **changes):
+    raw = {"train": {"steps": 1}, **PAIRS, "techniques": list(techniques)}
+    return Recipe.model_validate({**raw, **{key: {**raw.get(key, {}), **value} for key, value in changes.items()}})
+
+
+def test_vectors_take_losses_of_theirs_and_what_changes_weights():
+    found = of_pairs([{"type": "embedding_distill", "teacher": "t"}, {"type": "nm_sparsity"}, {"type": "int_quant"}])
+    assert found.data.text_length == 32
+
+
+@pytest.mark.parametrize(
+    ("techniques", "changes", "message"),
+    [
+        ([], {}, "model.task=embedding has no loss of its own; add {type: contrastive}"),
+        ([{"type": "nm_sparsity"}], {}, "has no loss of its own"),
+        ([{"type": "distill", "teacher": "t"}], {}, "distill is about causal language models"),
+        ([{"type": "contrastive"}], {"data": {"source": {"type": "local_corpus"}}}, "needs pairs, and local_corpus"),
+        (
+            [{"type": "contrastive"}],
+            {"data": {"source": {"type": "hf", "path": "p", "streaming": True}}},
+            "reads pairs by number, and 'data' is a stream",
+        ),
+        (
+            [{"type": "contrastive"}],
+            {"model": {"config": {**BERT, "max_position_embeddings": 16}}},
+            "set data.sequence_length=32 or raise",
+        ),
+        ([{"type": "contrastive"}], {"model": {"task": "masked_lm"}}, "does not learn from data.task=sentence_pairs"),
+    ],
+)
+def test_what_vectors_cannot_be_trained_with_is_refused(techniques, changes, message):
+    with pytest.raises(ValueError, match=message):
+        of_pairs(techniques, **changes)
+
+
+def test_losses_of_vectors_and_pooling_are_refused_elsewhere():
+    with pytest.raises(
+        ValueError,
+        match="contrastive is about vectors of texts, and model.task=masked_lm",
+    ):
+        Recipe.model_validate({"train": {"steps": 1}, **MASKED, "techniques": [{"type": "contrastive"}]})
+    with pytest.raises(ValueError, match="model.pooling is of one vector for a text, and model.task=masked_lm"):
+        recipe(model={"pooling": "cls"})

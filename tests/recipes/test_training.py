@@ -47,6 +47,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     pairs = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": "No idea."} for i in range(400)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    sentences = [{"anchor": f"number {i}", "positive": f"the number is {i}"} for i in range(400)]
+    (folder / "sentences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in sentences))
     source = {"type": "hf", "path": str(folder / "text.jsonl")}
     config = {"source": source, "tokenizer": {"vocab_size": VOCAB_SIZE}, "cache_dir": str(folder / "cache")}
     tokenizer = build_tokenizer(DataConfig.model_validate(config), seed=0)
@@ -84,14 +86,20 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     if recipe.model.config is not None:
         is_latent = "kv_lora_rank" in recipe.model.config  # attention whose heads have other sizes
         sizes = TINY_SIZES | ({"num_key_value_heads": 4} if is_latent else {"head_dim": 8})
+        if recipe.model.task == "embedding":
+            sizes = {name: value for name, value in sizes.items() if name not in ("num_key_value_heads", "head_dim")}
         overrides += [f"model.config.{name}={value}" for name, value in sizes.items()]
     else:
         overrides.append(f"model.path={files / 'model'}")
     if recipe.data.source.type == "hf":
-        name = {"pretrain": "text", "sft": "chats", "preference": "pairs"}[recipe.data.task]
+        names = {"pretrain": "text", "sft": "chats", "preference": "pairs", "sentence_pairs": "sentences"}
+        name = names[recipe.data.task]
         overrides += [f"data.source.path={files / name}.jsonl", "data.source.validation_fraction=0.1"]
         overrides += ["data.source.subset=null", "data.source.split=train", "data.source.validation_split=null"]
-        overrides.append(f"data.tokenizer.path={files / 'model'}")
+        if name == "sentences":
+            overrides += ["data.num_negatives=0", f"data.tokenizer.vocab_size={VOCAB_SIZE}"]
+        else:
+            overrides.append(f"data.tokenizer.path={files / 'model'}")
     else:
         overrides += ["data.source.max_bytes=200000", "data.source.validation_fraction=0.2"]
         overrides.append(f"data.tokenizer.vocab_size={VOCAB_SIZE}")

@@ -1,14 +1,20 @@
 """Encoders from data to a folder that plain transformers loads; a resume changes no bit."""
 
+import json
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError
+from leanmill.core.pooling import Pooling
 from leanmill.export import export_model
+from leanmill.export.run_models import with_models_of_runs
+from leanmill.models.config import ModelConfig
+from leanmill.models.sentence_transformers import pooling_of
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.evaluate_checkpoint import evaluate_checkpoint
 from leanmill.trainer.run import run
@@ -23,6 +29,9 @@ LAST = "checkpoints/step-00000004"
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     write_texts(folder / "a.jsonl", 60)
+    pairs = [{"anchor": f"text number {n}", "positive": f"number {n} it is"} for n in range(60)]
+    pairs += [{"anchor": f"text {n}", "positive": f"number {n + 9}", "score": n / 20} for n in range(20)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs), encoding="utf-8")
     return folder
 
 
@@ -47,6 +56,17 @@ def masked_recipe(home, run_dir, *, model, techniques=()):
             "log": {"every_steps": 1, "tensorboard": False, "report": False},
         }
     )
+
+
+def pairs_recipe(home, run_dir, *, model, techniques, tokenizer=None):
+    given = masked_recipe(home, run_dir, model={"config": {"model_type": "bert"}}).model_dump(mode="json")
+    source = {"type": "hf", "path": str(home / "pairs.jsonl"), "validation_fraction": 0.3}
+    given["model"] = {"task": "embedding", **model}
+    given["data"] |= {"task": "sentence_pairs", "source": source, "sequence_length": 48}
+    given["data"]["tokenizer"] |= {"path": tokenizer}
+    batch = {"tokens_per_step": 384, "tokens_per_micro_batch": 192}
+    evaluation = {"tokens_per_domain": 48 * 40}
+    return Recipe.model_validate({**given, "techniques": list(techniques), "batch": batch, "eval": evaluation})
 
 
 def resumed_bitwise(recipe_of, tmp_path):
@@ -84,3 +104,38 @@ def test_masked_tokens_resume_bitwise_and_go_to_plain_transformers(home, tmp_pat
         update={"tokenizer": again.data.tokenizer.model_copy(update={"path": str(tmp_path / "out")})}
     )
     assert run(again.model_copy(update={"data": data})).step == 4
+
+
+def test_vectors_of_texts_resume_bitwise_are_distilled_and_go_to_plain_transformers(home, tmp_path):
+    model = {"config": {"model_type": "modernbert", "max_position_embeddings": 32, **SIZES}, "normalise": True}
+    teacher = resumed_bitwise(
+        lambda run_dir: pairs_recipe(home, run_dir, model=model, techniques=[{"type": "contrastive"}]), tmp_path
+    )
+    assert {"sentences/spearman", "sentences/retrieval_accuracy"} <= evaluated(tmp_path / "whole").metrics.keys()
+    assert evaluated(tmp_path / "whole").scores["all"].loss == pytest.approx(teacher.scores["all"].loss, rel=1e-5)
+    export_model(tmp_path / "whole" / LAST, tmp_path / "teacher")
+    out = tmp_path / "teacher"
+    assert [one["type"].rpartition(".")[2] for one in json.loads((out / "modules.json").read_text())] == [
+        "Transformer",
+        "Pooling",
+        "Normalize",
+    ]
+    assert json.loads((out / "1_Pooling/config.json").read_text())["word_embedding_dimension"] == 16
+    inputs = AutoTokenizer.from_pretrained(out)(["text number 3", "a"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(out)(**inputs).last_hidden_state
+    assert states.shape[-1] == 16
+    # A narrower student of another family, two of four weights, learns from it through a map that stays behind.
+    student = {"config": {"model_type": "distilbert", "dim": 8, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}}
+    techniques = [{"type": "embedding_distill", "teacher": str(tmp_path / "whole")}, {"type": "nm_sparsity"}]
+    recipe = pairs_recipe(home, tmp_path / "student", model=student, techniques=techniques, tokenizer=str(out))
+    resolved = with_models_of_runs(recipe)
+    run(resolved)
+    report = export_model(tmp_path / "student" / LAST, tmp_path / "small")
+    assert report.sparsity
+    assert not [name for name in load_file(tmp_path / "small/model.safetensors") if "around" in name]
+    assert pooling_of(ModelConfig(task="embedding", path=str(out))) == Pooling("mean", normalise=True)
+
+
+def evaluated(run_dir):
+    return evaluate_checkpoint(run_dir / LAST)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from leanmill.core.redact import redact
 from leanmill.report.loggers.facts import device_peak, run_facts, utilisation
-from leanmill.report.observer import EvalRecord, Observer, RunInfo, StepRecord
+from leanmill.report.observer import DomainScore, EvalRecord, Observer, RunInfo, StepRecord
 from leanmill.report.units import count, duration, plural
 
 
@@ -178,15 +178,19 @@ def step_line(record: StepRecord, num_steps: int, share: float | None) -> str:
     return line
 
 
+def _of_text(score: DomainScore) -> str:
+    """What is said of predicted text beside the loss."""
+    if score.perplexity is None:
+        return f"  {score.num_tokens:,} pairs"
+    bits, order0 = score.bits_per_byte, score.order0_bits_per_byte
+    return f"  ppl {score.perplexity:.4g}  bits/byte {bits:.3f} (order-0 {order0:.2f})"
+
+
 def eval_lines(record: EvalRecord) -> list[str]:
     """An evaluation, one line a domain and one a mean that probes report."""
     if not record.domains:
         return []
     width = max(len(name) for name in record.domains)
-    scores = [
-        f"  {name:<{width}}  loss {score.loss:.3f}  ppl {score.perplexity:.4g}  "
-        f"bits/byte {score.bits_per_byte:.3f} (order-0 {score.order0_bits_per_byte:.2f})"
-        for name, score in record.domains.items()
-    ]
+    scores = [f"  {name:<{width}}  loss {score.loss:.3f}{_of_text(score)}" for name, score in record.domains.items()]
     means = [f"  {name} {value:.3f}" for name, value in record.metrics.items() if name.count("/") == 1]
     return [f"evaluation at step {record.step:,}", *scores, *means]

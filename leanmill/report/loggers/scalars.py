@@ -41,6 +41,7 @@ def of_evaluation(record: EvalRecord) -> dict[str, float]:
     found = {f"eval_probes/{name}": value for name, value in record.metrics.items()}
     for domain, score in record.domains.items():
         found[f"eval_loss/{domain}"] = score.loss
-        found[f"eval_bits_per_byte/{domain}"] = score.bits_per_byte
-        found[f"eval_perplexity/{domain}"] = score.perplexity
+        if score.bits_per_byte is not None and score.perplexity is not None:  # of text that is predicted
+            found[f"eval_bits_per_byte/{domain}"] = score.bits_per_byte
+            found[f"eval_perplexity/{domain}"] = score.perplexity
     return found

@@ -41,7 +41,9 @@ def tiles(run: RunData) -> str:
     """The figures people ask for first."""
     found: list[tuple[str, str, str]] = []
     last_eval = run.evals[-1]["domains"].get("all") if run.evals else None
-    if last_eval:
+    if last_eval and last_eval.get("perplexity") is None:
+        found.append(("Validation loss", number(last_eval["loss"]), f"{last_eval['num_tokens']:,} pairs of texts"))
+    elif last_eval:
         share = (
             last_eval["bits_per_byte"] / last_eval["order0_bits_per_byte"] if last_eval["order0_bits_per_byte"] else 0
         )

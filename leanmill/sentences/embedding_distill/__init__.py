@@ -1,0 +1,1 @@
+"""Distillation of vectors of texts."""
