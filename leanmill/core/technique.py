@@ -88,6 +88,9 @@ class InstallContext:
     """Open the weights of a model in a folder or hub repository, to be read once. The function returned takes a
     weight's plain name and a tensor of the shape it must have, and gives the weight, whole, on the CPU; a
     collective, for `Stage.initialise`. None where what is initialised will be overwritten."""
+    check_base: Callable[[str, str], None] | None = None
+    """Refuse another base than the model that trains, for an adapter that training starts from: takes the base's folder
+    or hub name and the name of the adapter in a recipe. None where adapters will be overwritten, or nothing trains."""
     _taps: dict[str, FrozenTaps] = field(default_factory=dict, repr=False)
     _shared: dict[type, Any] = field(default_factory=dict, repr=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +39,7 @@ from leanmill.parallel.engine import Engine, Preparation
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.root import Recipe
+from leanmill.trainer.adapter_base import check_base
 from leanmill.trainer.embedding_module import EmbeddingModule
 from leanmill.trainer.train_module import TrainModule
 from leanmill.trainer.turns import Turns
@@ -73,6 +74,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerFast | None = None,
     data_fingerprint: str | None = None,
     rule_states: Mapping[str, Mapping[str, Any]] | None = None,
+    resumes: bool = False,
 ) -> Prepared:
     """Bring a model on the meta device to trainable: sites, techniques, recompute, compile, shard, fill.
 
@@ -84,8 +86,11 @@ def prepare(
         tokenizer: The run's, for techniques that compare vocabularies.
         data_fingerprint: Digest of the data, for techniques that keep something a row.
         rule_states: What step rules saved in the checkpoint that a resumed run goes on from.
+        resumes: Whether a checkpoint of this run will be loaded.
     """
     context, stored = _context(recipe, model, engine, tokenizer, data_fingerprint)
+    if not resumes:
+        context = replace(context, check_base=partial(check_base, recipe.model))
     techniques, module = assemble(recipe, model, context)
     load_state(techniques.step_rules, rule_states or {})
     conversion = Sites(model).report() if recipe.techniques else "no techniques: every weight stays plain"

@@ -141,6 +141,7 @@ class _Run:
             tokenizer=tokenizer,
             data_fingerprint=self.data.fingerprint,
             rule_states=self.beginning.rule_states,
+            resumes=self.beginning.path is not None,
         )
         self.saved = saved_part(recipe, model, prepared)
         self.probes = prepared.techniques.probes

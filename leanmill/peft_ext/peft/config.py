@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import Installation, InstallContext, TrainedTechniqueConfig
+from leanmill.peft_ext.peft.folder import AdapterFolder
 from leanmill.peft_ext.peft.methods import CHANGES_BASE, METHODS, STARTS
 from leanmill.peft_ext.peft.options import check_method, check_options
 
@@ -45,6 +46,8 @@ class Peft(TrainedTechniqueConfig):
     embedding for methods that wrap those."""
     exclude: list[str] = Field(default_factory=list)
     """Patterns of layers to leave out again."""
+    path: str | None = None
+    """Folder of an adapter that PEFT wrote, which training starts from. Method, options and layers are its own."""
 
     @model_validator(mode="before")
     @classmethod
@@ -53,6 +56,8 @@ class Peft(TrainedTechniqueConfig):
             return raw
         if "method" in raw:
             check_method(raw["method"])
+        elif raw.get("path") is not None:
+            return _as_in_its_folder(raw)
         beside = {key: value for key, value in raw.items() if key not in cls.model_fields}
         options = raw.get("options", {})
         if not beside or not isinstance(options, Mapping):
@@ -66,13 +71,13 @@ class Peft(TrainedTechniqueConfig):
     def _belong_to_the_method(self) -> Peft:
         given = {name: value for name, value in self.options.items() if (name, value) != ("bias", "none")}
         check_options(self.method, given)
-        is_sb = self.options.get("variant") == "lora_sb"
+        is_sb = self.options.get("variant") == "lora_sb" and self.path is None
         if is_sb != (self.gradient_step is not None):
             raise ConfigError(
                 "peft.gradient_step is missing: variant: lora_sb starts from a step of full fine-tuning of this "
                 "learning rate; add e.g. gradient_step: 1e-3"
                 if is_sb
-                else "peft.gradient_step belongs to method: core_lora with variant: lora_sb; remove it"
+                else "peft.gradient_step belongs to method: core_lora with variant: lora_sb that starts anew; remove it"
             )
         start = self.options.get("init_lora_weights", True)
         if isinstance(start, str) and not start.startswith(STARTS):
@@ -114,9 +119,29 @@ class Peft(TrainedTechniqueConfig):
             starts_from_weight=method.starts_from_weight or bool(self.options.get("use_dora")),
             changes_base=self.changes_base(),
             seed=context.seed or 0,
+            start=self._start(context),
         )
         if self.gradient_step is None:
             return installation
         from leanmill.peft_ext.peft.gradient_start import GradientStart
 
         return replace(installation, step_rules=(GradientStart(sites.model, self.gradient_step),))
+
+    def _start(self, context: InstallContext) -> str | None:
+        """Return the folder that adapters start from, once it fits; None where they start anew or are loaded."""
+        if self.path is None or context.check_base is None:
+            return None
+        folder = AdapterFolder.read(self.path)
+        folder.check(self.path, self.method, self.options)
+        if folder.base is not None:
+            context.check_base(folder.base, f"peft.path={self.path}")
+        return self.path
+
+
+def _as_in_its_folder(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Write out what the adapter in `path` is, so that the recipe says it where the folder is gone."""
+    folder = AdapterFolder.read(str(raw["path"]))
+    others = [key for key in raw if key not in Peft.model_fields or key == "options"]
+    if others:
+        raise ConfigError(f"peft.{others[0]} stands beside peft.path, whose adapter has its own options; leave it out")
+    return {"targets": folder.targets, **raw, "method": folder.method, "options": dict(folder.options)}

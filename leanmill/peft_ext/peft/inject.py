@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from leanmill.core.branches import (
@@ -28,6 +29,7 @@ from leanmill.core.branches import (
 )
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name, state_name
+from leanmill.core.paths import expand_user
 from leanmill.core.quiet import ignore_warning
 from leanmill.core.site import Site
 from leanmill.core.sites import Sites, matches
@@ -47,6 +49,7 @@ def adapters(
     starts_from_weight: bool,
     changes_base: bool,
     seed: int,
+    start: str | None = None,
 ) -> Installation:
     """Return an installation that wraps layers by a method of PEFT once all stages are in place.
 
@@ -61,13 +64,14 @@ def adapters(
         starts_from_weight: Whether its start depends on the weight.
         changes_base: Whether its start moves a part of the weight into the adapter.
         seed: Of the run, for starts.
+        start: Folder of an adapter that they start from instead.
 
     Raises:
         ConfigError: PEFT refuses the options, or a layer cannot be wrapped.
     """
     names = _selected(sites, method, targets, exclude, wraps)
     config = _peft_config(method, options, names, seed)
-    wrapping = _Wrapping(method, config, seed, starts_from_weight or changes_base, changes_base)
+    wrapping = _Wrapping(method, config, seed, starts_from_weight or changes_base, changes_base, start)
 
     def add_branches(model: nn.Module) -> None:
         if reads_weight or starts_from_weight or changes_base:
@@ -163,6 +167,8 @@ class _Wrapping:
     seed: int
     needs_weight: bool
     changes_base: bool
+    start: str | None = None
+    """Folder that the values come from."""
     skeleton: nn.Module | None = field(default=None, repr=False)
     """The plain model without storage, until the live one is filled."""
 
@@ -195,7 +201,9 @@ class _Wrapping:
         """Give the live adapters PEFT's own start. A collective where the start depends on sharded weights."""
         assert self.skeleton is not None, "was wrapped with storage"
         twin, self.skeleton = self.skeleton, None
-        self._inject(twin, live=live)
+        tuner = self._inject(twin, live=live)
+        if self.start is not None:
+            load_values(tuner, self.start)
         values = {state_name(path): value for path, value, _ in branch_tensors(twin)}
         for path, tensor, _ in branch_tensors(live):
             value = values[state_name(path)]
@@ -206,8 +214,8 @@ class _Wrapping:
         for path, layer in branched_layers(live):
             copy_untracked(fresh[clean_name(path)], layer)
 
-    def _inject(self, model: nn.Module, *, live: nn.Module | None = None) -> None:
-        """Let PEFT wrap `model`: the live one, or the copy that `live` is filled from."""
+    def _inject(self, model: nn.Module, *, live: nn.Module | None = None) -> nn.Module:
+        """Let PEFT wrap `model`, the live one or the copy that `live` is filled from, and return its tuner."""
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         kind = PEFT_TYPE_TO_TUNER_MAPPING[self.config.peft_type]
@@ -224,7 +232,8 @@ class _Wrapping:
         on_meta = any(parameter.is_meta for parameter in model.parameters())
         with torch.random.fork_rng(devices=[]), _in_one_line(self.method):
             torch.default_generator.manual_seed(self.seed)
-            Lending(model, copy.deepcopy(self.config), "default", low_cpu_mem_usage=on_meta)
+            tuner: nn.Module = Lending(model, copy.deepcopy(self.config), "default", low_cpu_mem_usage=on_meta)
+        return tuner
 
     @contextmanager
     def _lent(self, module: nn.Module, name: str, live: nn.Module | None) -> Iterator[None]:
@@ -251,3 +260,29 @@ def _without_storage(model: nn.Module) -> nn.Module:
     """Copy a model whose parameters have shapes alone: zeros in the memory of one."""
     memo: dict[int, Any] = {id(parameter): _of_no_size(parameter) for parameter in model.parameters()}
     return copy.deepcopy(model, memo)
+
+
+def load_values(tuner: Any, folder: str) -> None:
+    """Give what PEFT wrapped the values of the adapter in `folder`.
+
+    Raises:
+        ConfigError: It is of other layers or shapes, or its file cannot be read.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    held: Any = nn.Module()  # names in files are those of a `PeftModel`, which would wrap once more
+    held.base_model, held.peft_config = tuner, tuner.peft_config
+    trained = {name for name, parameter in held.named_parameters() if parameter.requires_grad}
+    try:
+        state = load_peft_weights(str(expand_user(folder)), device="cpu")
+        found: Any = set_peft_model_state_dict(held, state)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"peft.path={folder} does not fit this model: {text[:300]}; set model.path to the adapter's base"
+        ) from error
+    missing = sorted(trained & set(found.missing_keys))
+    if missing or found.unexpected_keys:
+        what = f"no values for {missing[0]}" if missing else f"values for {found.unexpected_keys[0]}, not wrapped here"
+        raise ConfigError(f"peft.path={folder} has {what}; give the peft.targets that it was trained with")

@@ -8,6 +8,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
@@ -50,7 +51,12 @@ def check_options(method: str, options: Iterable[str]) -> None:
 
 def option_names(method: str) -> frozenset[str]:
     """Names of the options of PEFT's `method` that a recipe may give."""
-    return _fields()[method] - NOT_OPTIONS.keys() - REFUSED_OPTIONS.get(method, {}).keys()
+    return frozenset(_fields()[method] - NOT_OPTIONS.keys() - REFUSED_OPTIONS.get(method, {}).keys())
+
+
+def defaults(method: str) -> Mapping[str, Any]:
+    """Return the fields of PEFT's `method`, with their defaults; None for one that is no plain value."""
+    return _fields()[method]
 
 
 def _instead(method: str, name: str) -> str:
@@ -66,8 +72,8 @@ def _instead(method: str, name: str) -> str:
 
 
 @functools.cache
-def _fields() -> Mapping[str, frozenset[str]]:
-    """Fields of the configuration of every method of the installed PEFT, by the method's name."""
+def _fields() -> Mapping[str, Mapping[str, Any]]:
+    """Fields of the configuration of every method of the installed PEFT with their defaults, by the method's name."""
     found = importlib.util.find_spec("peft")
     if found is None or found.origin is None:
         raise ConfigError("type: peft needs Hugging Face PEFT, which is not installed; run `pip install peft`")
@@ -78,7 +84,7 @@ def _fields() -> Mapping[str, frozenset[str]]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     named = {method: node for node in classes.values() for method in _method_of(node)}
-    return {method: frozenset(_fields_of(node, classes)) for method, node in named.items()}
+    return {method: _fields_of(node, classes) for method, node in named.items()}
 
 
 def _method_of(node: ast.ClassDef) -> list[str]:
@@ -87,9 +93,21 @@ def _method_of(node: ast.ClassDef) -> list[str]:
     return [found[1].lower() for text in given if (found := re.fullmatch(r"PeftType(?:\.|\(')(\w+)(?:'\))?", text))]
 
 
-def _fields_of(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> set[str]:
-    own = {
-        item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-    }
-    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-    return own.union(*(_fields_of(classes[base], classes) for base in bases if base in classes))
+def _fields_of(node: ast.ClassDef, classes: Mapping[str, ast.ClassDef]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            fields |= _fields_of(classes[base.id], classes)
+    own = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+    return fields | {item.target.id: _default(item.value) for item in own if isinstance(item.target, ast.Name)}
+
+
+def _default(value: ast.expr | None) -> Any:
+    """The default of a field: `field(default=...)`, `field(default_factory=dict)`, or the value itself."""
+    made_of = {keyword.arg: keyword.value for keyword in value.keywords} if isinstance(value, ast.Call) else {}
+    if "default_factory" in made_of:
+        return {"dict": {}, "list": []}.get(ast.unparse(made_of["default_factory"]))
+    try:
+        return None if value is None else ast.literal_eval(made_of.get("default", value))
+    except ValueError:
+        return None
