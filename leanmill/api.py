@@ -13,13 +13,14 @@ Importing this imports no torch; a function imports what it needs when it is cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from leanmill.export.report import ExportReport
+    from leanmill.peft_ext.lego.folders import MergeReport
     from leanmill.plan.plan import Plan
     from leanmill.recipe.root import Recipe
     from leanmill.trainer.evaluate_checkpoint import Evaluated
@@ -123,6 +124,26 @@ def export(checkpoint: str | Path, out: str | Path, *, to: str = "hf", packing: 
 
     check_is_new(Path(out))
     return export_model(resolve_checkpoint(str(checkpoint)), Path(out), to=to, packing=packing)
+
+
+def merge_adapters(
+    folders: Sequence[str | Path], out: str | Path, *, rank: int | None = None, seed: int = 0
+) -> MergeReport:
+    """Merge LoRA adapters of one base into one, as `leanmill merge`.
+
+    Args:
+        folders: Two or more, written by PEFT or by `export`.
+        out: A new folder.
+        rank: Of the merged adapter; None takes the adapters' largest.
+        seed: Of the first centres of groups.
+
+    Raises:
+        ConfigError: A folder is no LoRA adapter, bases or shapes differ, or `out` is there.
+        RunError: `out` cannot be written.
+    """
+    from leanmill.peft_ext.lego.folders import merge_adapters as merge
+
+    return merge(folders, out, rank=rank, seed=seed)
 
 
 def plan(

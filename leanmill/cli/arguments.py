@@ -163,6 +163,13 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder to write")
 
 
+def _merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapters", nargs="+", help="adapter folders that PEFT or `export --to adapter` wrote")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--rank", type=positive, metavar="K", help="rank of the merged adapter (the adapters' largest)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the first centres of groups (0)")
+
+
 def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder that `leanmill export` wrote")
     parser.add_argument("--prompt", required=True, help="text to continue")
@@ -203,6 +210,7 @@ ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "compress": _compress,
     "arank": _arank,
     "export": _export,
+    "merge": _merge,
     "generate": _generate,
     "report": _report,
     "ckpt": _ckpt,

@@ -30,6 +30,7 @@ _VERBS: dict[str, str] = {
     "compress": "prune, quantise or upcycle a model folder in one shot, a block in memory at a time",
     "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
+    "merge": "merge LoRA adapters of one base into one, rank by rank",
     "generate": "continue a prompt with an exported folder on the CPU, packed weights staying packed",
     "report": "write the HTML report of a run, compare several, or watch one that goes on",
     "ckpt": "look into checkpoints, verify them, or write their tensors as plain files",

@@ -1,0 +1,1 @@
+"""Merging LoRA adapters rank by rank."""
