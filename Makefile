@@ -14,7 +14,7 @@ BENCHMARKS ?=
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_JOBS ?= 2
 
-.PHONY: train train-moe test test-cpus test-slow checks style docs bench claims setup clean
+.PHONY: train train-moe test test-cpus test-slow peft-suite checks style docs bench claims setup clean
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ test-cpus: $(READY)
 
 test-slow: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+# PEFT's own tests, of its source distribution, on the methods that it has from us.
+peft-suite: $(READY)
+	$(TEST_ENV) $(BIN)/python benchmarks/peft_suite/run.py
 
 checks: $(READY)
 	$(BIN)/ruff check .

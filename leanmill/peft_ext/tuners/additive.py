@@ -40,7 +40,10 @@ class AdditiveConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layers to wrap."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of layers."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules that train whole."})
-    bias: str = field(default="none", metadata={"help": "Biases do not train."})
+    bias: str = field(
+        default="none",
+        metadata={"help": "Biases of the base that train: 'none', 'all', or '<method>_only' for wrapped layers."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,8 +51,8 @@ class AdditiveConfig(PeftConfig):
             value = getattr(self, key)
             setattr(self, key, set(value) if isinstance(value, list) else value)
         self.check_least(r=1)
-        if self.bias != "none":
-            raise ValueError(f"bias must be 'none', got {self.bias!r}")
+        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+            raise ValueError(f"bias must be 'none', 'all' or '<method>_only', got {self.bias!r}")
 
     def check_least(self, **least: int) -> None:
         """Refuse values of these names that are no integers of at least so much."""

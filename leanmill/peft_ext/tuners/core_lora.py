@@ -96,13 +96,19 @@ class CoreLoraLayer(AdditiveLayer):
         with gather_params_ctx(base.weight):
             self._start(adapter_name, config)
         if config.variant in _STARTS_AS_A_PRODUCT:
-            self.core_lora_N0[adapter_name] = self.core_lora_N[adapter_name].detach().clone()
+            self.core_lora_N0[adapter_name] = self._start_kept(self.core_lora_N[adapter_name])
             if not core_alone:
-                self.core_lora_A0[adapter_name] = self.core_lora_A[adapter_name].detach().clone()
-                self.core_lora_B0[adapter_name] = self.core_lora_B[adapter_name].detach().clone()
+                self.core_lora_A0[adapter_name] = self._start_kept(self.core_lora_A[adapter_name])
+                self.core_lora_B0[adapter_name] = self._start_kept(self.core_lora_B[adapter_name])
             if not config.init_weights:
                 with torch.no_grad():
                     self.core_lora_N[adapter_name].add_(torch.randn_like(self.core_lora_N[adapter_name]) * 0.1)
+
+    def _start_kept(self, parameter: Tensor) -> Tensor:
+        """Copy what a factor starts as. Where PEFT makes parameters without storage, a file will fill the copy too."""
+        if parameter.is_meta:
+            return torch.empty_like(parameter, device=self.get_base_weight().device)
+        return parameter.detach().clone()
 
     @torch.no_grad()
     def _start(self, adapter_name: str, config: CoreLoraConfig) -> None:
@@ -137,11 +143,12 @@ class CoreLoraLayer(AdditiveLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         n, a, b = (getattr(self, key)[adapter] for key in self.adapter_layer_names)
         low = n.device.type == "cpu" and n.dtype in (torch.float16, torch.bfloat16)
-        factors = [t.float() if low else t for t in (b, n, a)]
-        product = factors[0] @ factors[1] @ factors[2]
-        if adapter in self.core_lora_N0:
-            b0, n0, a0 = (t.to(product.dtype) for t in self._start_of(adapter))
-            product = product - b0 @ n0 @ a0
+        b, n_, a = (t.float() if low else t for t in (b, n, a))
+        if adapter not in self.core_lora_N0:
+            product = b @ n_ @ a
+        else:
+            b0, n0, a0 = (t.to(a.dtype) for t in self._start_of(adapter))
+            product = b0 @ ((n_ - n0) @ a + n0 @ (a - a0)) + (b - b0) @ n_ @ a
         return (self.scaling[adapter] * product).to(n.dtype)
 
     def added(self, adapter: str, tokens: Tensor) -> Tensor:
@@ -149,10 +156,12 @@ class CoreLoraLayer(AdditiveLayer):
         if adapter not in self.core_lora_N0:
             return self.scaling[adapter] * F.linear(F.linear(F.linear(tokens, a), n), b)
         b0, n0, a0 = (t.to(n.dtype) for t in self._start_of(adapter))
+        inner = F.linear(tokens, a)
         if adapter not in self.core_lora_A0:
-            return self.scaling[adapter] * F.linear(F.linear(F.linear(tokens, a), n - n0), b)
-        moved, start = (F.linear(F.linear(F.linear(tokens, x), y), z) for x, y, z in ((a, n, b), (a0, n0, b0)))
-        return self.scaling[adapter] * (moved - start)
+            return self.scaling[adapter] * F.linear(F.linear(inner, n - n0), b)
+        # B N A - B0 N0 A0 in what each factor moved: the two products are near each other, and may be large.
+        moved = F.linear(inner, n - n0) + F.linear(F.linear(tokens, a - a0), n0)
+        return self.scaling[adapter] * (F.linear(moved, b0) + F.linear(F.linear(inner, n), b - b0))
 
     def _start_of(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
         a0 = self.core_lora_A0[adapter] if adapter in self.core_lora_A0 else self.core_lora_A[adapter]

@@ -137,7 +137,7 @@ class MosModel(AdditiveModel):
                 if any(name.startswith(f"{outer}.") for outer in inside):
                     continue
                 base = module.get_base_layer() if isinstance(module, MosLayer) else module
-                if hasattr(base, "in_features") and self._check_target_module_exists(wanted, name) is True:
+                if hasattr(base, "in_features") and self._check_target_module_exists(wanted, name):
                     known[adapter_name].setdefault(_type_of(name, base), []).append(name)
         return known[adapter_name]
 

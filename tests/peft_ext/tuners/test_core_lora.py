@@ -135,7 +135,7 @@ def test_nystroem_starts_from_rows_and_columns(variant: str):
         ({"r": 6}, "above the shorter side of a layer of 7 x 5; use 5 or less"),
         ({"variant": "xs"}, "variant must be one of lora_xs"),
         ({"mixer": "zeros"}, "orthogonal or kaiming"),
-        ({"bias": "all"}, "bias must be 'none'"),
+        ({"bias": "some"}, "bias must be 'none', 'all' or"),
     ],
 )
 def test_what_is_refused(options: dict, expected: str):
