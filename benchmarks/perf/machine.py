@@ -40,7 +40,7 @@ def conditions() -> dict[str, Any]:
     has = torch.cpu.get_capabilities().get
     return {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", _script(), *sys.argv[1:]]),
+        "command": shlex.join(["python", _script(), *map(_without_folders, sys.argv[1:])]),
         "python": platform.python_version(),
         "versions": versions,
         "processor": _model(),
@@ -50,6 +50,11 @@ def conditions() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "load_average_at_start": os.getloadavg()[0],
     }
+
+
+def _without_folders(argument: str) -> str:
+    """An argument as it may be read elsewhere: of a path from the root of this machine, its last part."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _script() -> str:
