@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -114,7 +115,7 @@ def orders(losses: dict[str, Sequence[float]]) -> list[dict[str, Any]]:
 def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequence[str]) -> dict[str, float]:
     """Train or compress one variant; return its held-out loss and the metrics of its last step."""
     claim, given = CLAIMS[name], CLAIMS[name].variants[variant]
-    run_dir = folder / f"{name}-{variant.replace(' ', '-')}-{seed}"
+    run_dir = _run_dir(folder, name, variant, seed)
     base = FOLDER / claim.base
     if not given.starts_trained:
         return _train(run_dir, base, given, seed, overrides)
@@ -143,6 +144,11 @@ def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequenc
         _compress(exported, base, given.afterwards, given.overrides, seed, compressed)
     start = [f"model={{path: {compressed}}}", f"data.tokenizer.path={compressed}"]
     return _evaluate(run_dir.with_name(f"{run_dir.name}-compressed"), base, seed, [*start, *given.overrides])
+
+
+def _run_dir(folder: Path, name: str, variant: str, seed: int) -> Path:
+    """Where one training goes: a name that stands in an override as it is."""
+    return folder / f"{name}-{re.sub(r'[^A-Za-z0-9.+]+', '-', variant)}-{seed}"
 
 
 def _evaluate(run_dir: Path, base: Path, seed: int, overrides: Sequence[str]) -> dict[str, float]:
@@ -219,7 +225,7 @@ def num_steps(folder: Path, name: str) -> int:
     claim = CLAIMS[name]
     variant = next(iter(claim.variants))
     trained = claim.variants[variant].passes is None or claim.variants[variant].continues
-    run_dir = folder / f"{name}-{variant.replace(' ', '-')}-0" if trained else _dense(folder, FOLDER / claim.base, 0)
+    run_dir = _run_dir(folder, name, variant, 0) if trained else _dense(folder, FOLDER / claim.base, 0)
     run_dir = _last_phase(run_dir, claim.variants[variant])
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return int([record for record in records if record["kind"] == "step"][-1]["step"])
