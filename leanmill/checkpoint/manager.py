@@ -66,10 +66,17 @@ class CheckpointManager:
         self.overlap = overlap
         self.group = SaveGroup()
         self._retention = Retention(self.root, config)
-        self._uploads = None if remote is None else Uploads(RemoteFolder(remote), self.root, config, self.group)
-        if self._uploads is not None:
+        self._uploads = None
+        if remote is not None:
+            self._uploads = Uploads(RemoteFolder(remote), self.root, config, self.group, self._retention.damaged)
             self._retention.spare(self._uploads.in_use)
-        self._writer = Writer(root=self.root, group=self.group, retention=self._retention, before_write=before_write)
+        self._writer = Writer(
+            root=self.root,
+            group=self.group,
+            retention=self._retention,
+            before_write=before_write,
+            highest_elsewhere=lambda: 0 if self._uploads is None else self._uploads.highest_at_start,
+        )
         self._snapshots = Snapshots(self.group.rank)
         self._thread: threading.Thread | None = None
         self._job: Job | None = None
@@ -211,22 +218,26 @@ class CheckpointManager:
         try:
             found = newest_sound(self.root, self.group)
             path = found.path
-            self._retention.distrust({path.with_suffix("") for path in found.skipped})
+            self._retention.damaged |= {path.with_suffix("") for path in found.skipped}
         except RunError as error:
             problem = error
         if self._uploads is not None:
             above = 0 if path is None else read_manifest(path).sequence
-            path = fetch_newest(self._uploads.remote, self.root, self.group, above=above) or path
+            fetched = fetch_newest(self._uploads.remote, self.root, self.group, above=above)
+            if fetched is not None:
+                self._retention.damaged.discard(fetched)
+                path = fetched
         if path is None and problem is not None:
             raise problem
         return path
 
     def _where_checkpoints_are(self) -> str:
         """Where this run has checkpoints already, on every rank; empty where it has none."""
-        where = str(self.root) if self.latest() else ""
-        if not where and self._uploads is not None and self.group.rank == 0 and self._uploads.remote.saves():
-            where = self._uploads.remote.url
-        return self.group.broadcast(where)
+        where = [str(self.root)] if self.latest() else []
+        if self._uploads is not None:
+            remote = self._uploads.remote
+            self.group.on_first_rank(lambda: where.extend([remote.url] if remote.saves() else []))
+        return self.group.broadcast("".join(where[:1]))
 
     def _fetched(self, url: str) -> Path:
         """The newest checkpoint of another run's remote place, brought beside this run's own."""

@@ -60,9 +60,21 @@ class RemoteFolder:
         Raises:
             RunError: The store cannot be read.
         """
-        found = ((name, self._manifest(name)) for name in self.names())
+        names = self.names()
+        try:
+            found = [(name, self._manifest(name)) for name in names]
+        except Exception as error:  # whatever a store's own client raises
+            raise RunError(f"{self.url} cannot be read: {one_line(error)}") from error
         present = [(name, manifest) for name, manifest in found if manifest is not None]
         return sorted(present, key=lambda item: item[1].sequence, reverse=True)
+
+    def highest_sequence(self) -> int:
+        """Return the highest sequence of all saves, finished or not; 0 where there is none.
+
+        Raises:
+            RunError: The store cannot be read.
+        """
+        return max((int(name.rpartition("-")[2]) for name in self.names()), default=0)
 
     def names(self) -> list[str]:
         """Return the names of all saves, finished or not.
@@ -132,8 +144,11 @@ class RemoteFolder:
             raise RunError(f"{self.url} cannot be written: {one_line(error)}") from error
 
     def is_claimed_by(self, token: str) -> bool:
-        """Whether nobody else has begun to write here since `claim(token)`."""
-        owner: dict[str, Any] = json.loads(self.read(OWNER))
+        """Whether nobody else has begun to write here since `claim(token)`; somebody may have emptied the place."""
+        try:
+            owner: dict[str, Any] = json.loads(self.read(OWNER))
+        except FileNotFoundError:
+            return True
         return owner.get("token") == token
 
     def _with_folder(self, name: str, action: Callable[[str], object]) -> None:

@@ -35,12 +35,9 @@ class Retention:
 
     def __init__(self, root: Path, config: CheckpointConfig) -> None:
         self.root, self.config = root, config
-        self._damaged: set[Path] = set()
+        self.damaged: set[Path] = set()
+        """Found damaged, so that they do not count among those that stay."""
         self._in_use: Callable[[], Path | None] = lambda: None
-
-    def distrust(self, paths: set[Path]) -> None:
-        """Let these, found damaged, not count among those that stay."""
-        self._damaged |= paths
 
     def spare(self, in_use: Callable[[], Path | None]) -> None:
         """Leave the folder that `in_use` names at the time: somebody reads it."""
@@ -48,9 +45,9 @@ class Retention:
 
     def apply(self, *, written: Path) -> None:
         """Remove what need not stay, now that `written` is complete."""
-        self._damaged.discard(written)
+        self.damaged.discard(written)
         present = complete_checkpoints(self.root)
-        keep = kept([(path, manifest) for path, manifest in present if path not in self._damaged], self.config)
+        keep = kept([(path, manifest) for path, manifest in present if path not in self.damaged], self.config)
         in_use = self._in_use()
         for path, _ in present:
             if path not in keep and path != in_use:

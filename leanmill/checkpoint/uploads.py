@@ -12,9 +12,10 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.finding import Agreement, complete_checkpoints, problem_of
@@ -24,6 +25,8 @@ from leanmill.checkpoint.remote import RemoteFolder, name_of, one_line
 from leanmill.checkpoint.retention import kept
 from leanmill.core.errors import RunError
 
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +49,21 @@ class Uploads:
         root: Folder of the checkpoints.
         config: Which ones stay there: as here.
         group: The ranks that save together.
+        damaged: Folders that are not brought; whoever finds one adds it.
     """
 
-    def __init__(self, remote: RemoteFolder, root: Path, config: CheckpointConfig, group: Agreement) -> None:
+    def __init__(
+        self, remote: RemoteFolder, root: Path, config: CheckpointConfig, group: Agreement, damaged: Set[Path]
+    ) -> None:
         self.remote, self.root, self.config, self.group = remote, root, config, group
+        self._damaged = damaged
         self._token = ""
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
-        self._brought: str | None = None
-        """The newest save that is there, as far as rank 0 knows."""
+        self.highest_at_start = 0
+        """The highest sequence there when this run began, of saves finished or not; rank 0 knows it."""
+        self._brought = 0
+        """The sequence of the newest save that is there, as far as rank 0 knows."""
         self._is_taken = False
 
     def in_use(self) -> Path | None:
@@ -71,8 +80,9 @@ class Uploads:
         if self.group.rank == 0:
             self._token = secrets.token_hex(8)
             try:
-                self._brought = next((name for name, _ in self.remote.saves()), None)
                 self.remote.claim(self._token)
+                self._brought = next((manifest.sequence for _, manifest in self.remote.saves()), 0)
+                self.highest_at_start = self.remote.highest_sequence()
             except RunError as error:
                 problem = str(error)
         if problem := self.group.broadcast(problem):
@@ -94,8 +104,8 @@ class Uploads:
     def _bring_what_is_missing(self) -> bool:
         newest = ""
         if self.group.rank == 0 and not self._is_taken:
-            present = complete_checkpoints(self.root)
-            newest = str(present[0][0]) if present and name_of(present[0][1]) != self._brought else ""
+            sound = [(path, found) for path, found in complete_checkpoints(self.root) if path not in self._damaged]
+            newest = str(sound[0][0]) if sound and sound[0][1].sequence > self._brought else ""
         newest = self.group.broadcast(newest)
         if newest:
             self._start(Path(newest))
@@ -121,7 +131,7 @@ class Uploads:
     def _bring(self, folder: Path) -> None:
         started = time.monotonic()
         try:
-            manifest = read_manifest(folder)
+            manifest = _patiently(lambda: read_manifest(folder))  # another machine may see it a moment later
             name = name_of(manifest)
             self._check_claim()
             for file in sorted(manifest.files)[self.group.rank :: self.group.size]:
@@ -133,7 +143,7 @@ class Uploads:
             self._wait_for_others(name, (folder / MANIFEST).read_bytes(), time.monotonic() - started)
             self._check_claim()
             _patiently(lambda: self.remote.put(folder / MANIFEST, f"{name}/{MANIFEST}"))
-            self._brought = name
+            self._brought = manifest.sequence
             size = sum(record.size for record in manifest.files.values())
             seconds = time.monotonic() - started
             log.info("brought %s to %s: %.1f MB in %.1f s", folder, self.remote.url, size / 1e6, seconds)
@@ -150,7 +160,7 @@ class Uploads:
             )
 
     def _check_claim(self) -> None:
-        if self.group.rank == 0 and not self.remote.is_claimed_by(self._token):
+        if self.group.rank == 0 and not _patiently(lambda: self.remote.is_claimed_by(self._token)):
             raise Taken(
                 f"another run has begun to write to {self.remote.url}, so this one brings nothing there any more; its "
                 f"checkpoints stay in {self.root}. Give each run a checkpoint.remote of its own, e.g. with {{name}}"
@@ -161,35 +171,37 @@ class Uploads:
         until = time.monotonic() + max(PATIENCE_SECONDS, 4 * own_seconds)
         missing = set(marks)
         while missing:
-            there = missing & self.remote.present(name)
+            there = missing & _patiently(lambda: self.remote.present(name))
             # A mark of an earlier attempt, cut off, is of another save.
-            missing -= {one for one in there if self.remote.read(f"{name}/{one}") == mark}
+            missing -= {one for one in there if _patiently(lambda one=one: self.remote.read(f"{name}/{one}")) == mark}  # type: ignore[misc]
             if missing and time.monotonic() > until:
                 raise RunError(f"{', '.join(sorted(missing))} of {len(marks)} shares did not arrive")
             if missing:
                 time.sleep(_POLL_SECONDS)
-        self.remote.delete(f"{name}/{one}" for one in sorted(marks))
 
     def _clear_away(self, brought: str) -> None:
-        """Delete what need not stay there; what was never finished goes too."""
-        keep = kept(self.remote.saves(), self.config) | {brought}
-        for name in self.remote.names():
-            if name not in keep:
-                self.remote.delete_save(name)
+        """Delete what need not stay there; what was never finished goes too. The next save tries again."""
+        try:
+            self.remote.delete(f"{brought}/.rank-{rank}" for rank in range(1, self.group.size))
+            keep = kept(self.remote.saves(), self.config) | {brought}
+            for name in self.remote.names():
+                if name not in keep:
+                    self.remote.delete_save(name)
+        except Exception as error:  # noqa: BLE001 (whatever a store's client raises)
+            log.warning("%s was not tidied after %s: %s", self.remote.url, brought, one_line(error))
 
 
-def _patiently(action: Callable[[], None]) -> None:
+def _patiently(action: Callable[[], T]) -> T:
     pause = _FIRST_PAUSE_SECONDS
-    for attempt in range(_TRIES):
+    for _ in range(_TRIES - 1):
         try:
             return action()
         except FileNotFoundError:
-            raise  # the checkpoint on this machine was deleted: no second try brings it back
+            raise  # what was deleted, here or there, no second try brings back
         except Exception:  # noqa: BLE001 (whatever a store's client raises)
-            if attempt + 1 == _TRIES:
-                raise
             time.sleep(pause)
             pause *= 4
+    return action()
 
 
 def fetch_newest(remote: RemoteFolder, root: Path, group: Agreement, *, above: int = 0) -> Path | None:
@@ -232,20 +244,34 @@ def fetch_newest(remote: RemoteFolder, root: Path, group: Agreement, *, above: i
 
 
 def _fetch(remote: RemoteFolder, name: str, folder: Path, group: Agreement) -> str:
-    """Fill a folder; return what is wrong with it, equal on all ranks."""
-    problem = ""
-    if group.rank == 0:
+    """Fill a folder; return what is wrong with it, equal on all ranks.
+
+    Raises:
+        RunError: On all ranks, where the store or this disk failed: nobody knows whether the save there is sound.
+    """
+
+    def failure_of(action: Callable[[], object]) -> str:
         try:
-            begin(folder)
-            remote.get(f"{name}/{MANIFEST}", folder / MANIFEST)
+            action()
+        except (FileNotFoundError, RunError):
+            return ""  # a file that is missing there, or a damaged manifest: looking at the folder says so
         except Exception as error:  # noqa: BLE001 (whatever a store's client raises)
-            problem = one_line(error)
-    if problem := group.broadcast(problem):
-        return problem
-    try:
+            return one_line(error)
+        return ""
+
+    def get_share() -> None:
         for file in sorted(read_manifest(folder).files)[group.rank :: group.size]:
-            remote.get(f"{name}/{file}", folder / file)
-    except Exception as error:  # noqa: BLE001 (likewise)
-        problem = one_line(error)
-    found = next((text for text in group.gather(problem) if text), "")
-    return found or problem_of(folder, group)
+            _patiently(lambda file=file: remote.get(f"{name}/{file}", folder / file))  # type: ignore[misc]
+
+    def get_manifest() -> None:
+        begin(folder)
+        _patiently(lambda: remote.get(f"{name}/{MANIFEST}", folder / MANIFEST))
+
+    failure = group.broadcast(failure_of(get_manifest) if group.rank == 0 else "")
+    failure = failure or next((text for text in group.gather(failure_of(get_share)) if text), "")
+    if failure:
+        raise RunError(
+            f"fetching {remote.url}/{name} failed: {failure}; put it right and start again, or give a checkpoint on "
+            f"this machine as checkpoint.resume"
+        )
+    return problem_of(folder, group)

@@ -51,6 +51,8 @@ class Writer:
     retention: Retention
     before_write: Callable[[], None]
     """Called on rank 0 before anything is written; a RunError from it ends the save."""
+    highest_elsewhere: Callable[[], int]
+    """Called on rank 0: the highest sequence of saves that lie elsewhere; those to come count as newer."""
 
     def write(self, job: Job) -> None:
         """Write a checkpoint; it counts once everything is there.
@@ -94,7 +96,7 @@ class Writer:
         present = complete_checkpoints(self.root)
         manifest = Manifest(
             step=job.step,
-            sequence=1 + max((m.sequence for _, m in present), default=0),
+            sequence=1 + max(self.highest_elsewhere(), *(m.sequence for _, m in present), 0),
             score=job.score,
             partial=job.partial,
             base=job.base,

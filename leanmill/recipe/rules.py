@@ -118,10 +118,15 @@ def _names(recipe: Sections) -> Iterator[str]:
             yield f"{key}={shown(key, text)} must be one line, names of at most {_MAX_NAME_BYTES} bytes; shorten it"
     if not recipe.run_dir.strip():
         yield f"run_dir={recipe.run_dir!r} is no folder; type e.g. run_dir: runs/{{name}}"
-    try:
-        recipe.run_dir.format(name=recipe.name)
-    except (KeyError, IndexError, ValueError, AttributeError):
-        yield f"run_dir={recipe.run_dir!r} may contain `{{name}}` and no other braces; type e.g. run_dir: runs/{{name}}"
+    remote = recipe.checkpoint.remote or ""
+    for key, text, example in (
+        ("run_dir", recipe.run_dir, "runs/{name}"),
+        ("checkpoint.remote", remote, "s3://bucket/runs/{name}"),
+    ):
+        try:
+            text.format(name=recipe.name)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            yield f"{key}={shown(key, text)} may contain `{{name}}` and no other braces; type e.g. {key}: {example}"
 
 
 def _batch(recipe: Sections) -> Iterator[str]:

@@ -454,7 +454,7 @@ def test_kill_at_each_step_of_pruning_leaves_what_was_kept(tmp_path: Path) -> No
         second = _manager(run_dir)
         path = second.find("auto")
         assert path is not None
-        assert second._retention._damaged == set(), number
+        assert second._retention.damaged == set(), number
         _save(second, 3)
         assert {p.name for p in second.root.iterdir()} == {path.name, "step-00000003"}, number
         if not killed:

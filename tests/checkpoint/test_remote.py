@@ -15,6 +15,7 @@ import torch.distributed as dist
 from leanmill.checkpoint import uploads
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.checkpoint.manager import CheckpointManager
+from leanmill.checkpoint.manifest import Manifest
 from leanmill.checkpoint.remote import RemoteFolder
 from leanmill.core.errors import ConfigError, RunError
 from tests.checkpoint.fake import FakeEngine, odd_tensors, same, zeros_of
@@ -46,8 +47,12 @@ def _save(manager: CheckpointManager, step: int, **options: Any) -> FakeEngine:
     return engine
 
 
+def _saves(url: str) -> list[tuple[str, Manifest]]:
+    return RemoteFolder(url).saves()
+
+
 def _there(url: str) -> list[int]:
-    return sorted(manifest.step for _, manifest in RemoteFolder(url).saves())
+    return sorted(manifest.step for _, manifest in _saves(url))
 
 
 def _here(manager: CheckpointManager) -> list[int]:
@@ -215,6 +220,121 @@ def test_whoever_began_last_writes(store: str, tmp_path: Path, caplog: pytest.Lo
     second.close()
     assert _there(store) == [1, 3]
     assert _here(first) == [1, 2]
+
+
+def test_a_run_that_goes_back_writes_over_nothing_and_is_the_newest(store: str, tmp_path: Path) -> None:
+    """Its folder is older than the place: the same steps come again, with other weights."""
+    first = _manager(tmp_path / "a", store)
+    _save(first, 1)
+    first.close()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    _save(first, 2)
+    _save(first, 3)
+    first.close()
+    before = {name: (tmp_path / "store/run" / name / "manifest.json").read_bytes() for name, _ in _saves(store)}
+    back = _manager(tmp_path / "b", store, resume=str(tmp_path / "b/checkpoints/step-00000001"))
+    back.clear_away()
+    back.close()
+    assert {name for name, _ in _saves(store)} == set(before), "what is older than the newest there is not brought"
+    engine = FakeEngine(odd_tensors(20))
+    back.save(2, engine, {"step": 2}, {"name": "run"})
+    back.close()
+    newest, manifest = _saves(store)[0]
+    assert newest not in before
+    assert (manifest.step, manifest.sequence) == (2, 4)
+    assert all(
+        (tmp_path / "store/run" / name / "manifest.json").read_bytes() == before[name]
+        for name, _ in _saves(store)
+        if name in before
+    )
+    assert same(_restored(_manager(tmp_path / "c", store))[1], engine.model)
+
+
+def test_a_damaged_folder_is_not_brought(store: str, tmp_path: Path) -> None:
+    manager = _manager(tmp_path / "a", store)
+    _save(manager, 1)
+    manager.close()
+    manager._uploads._is_taken = True  # type: ignore[union-attr]
+    _save(manager, 2)
+    victim = next((manager.root / "step-00000002" / "model").glob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    again = _manager(tmp_path / "a", store)
+    again.close()
+    assert _there(store) == [1]
+
+
+def test_a_folder_made_good_stays_like_any_other(store: str, tmp_path: Path) -> None:
+    manager = _manager(tmp_path / "a", store)
+    for step in (1, 2):
+        _save(manager, step)
+        manager.close()
+    victim = next((manager.root / "step-00000002" / "model").glob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"x")
+    again = _manager(tmp_path / "a", store)
+    _save(again, 3)
+    again.close()
+    assert _here(again) == [2, 3]
+
+
+def test_a_connection_that_fails_while_fetching_loses_no_steps(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = _manager(tmp_path / "a", store)
+    for step in (1, 2):
+        _save(manager, step)
+        manager.close()
+    get, failures = RemoteFolder.get, iter(range(5))
+
+    def unsteady(self: RemoteFolder, name: str, target: Path) -> None:
+        if "step-00000002" in name and next(failures, None) is not None:
+            raise ConnectionError("reset by peer")
+        get(self, name, target)
+
+    monkeypatch.setattr(RemoteFolder, "get", unsteady)
+    monkeypatch.setattr(uploads, "_FIRST_PAUSE_SECONDS", 0.0)
+    with pytest.raises(RunError, match="step-00000002-2 failed: ConnectionError: reset by peer; put it right"):
+        _manager(tmp_path / "b", store)
+    assert _manager(tmp_path / "b", store).found.name == "step-00000002"  # type: ignore[attr-defined]
+
+
+def test_a_store_that_does_not_give_manifests_is_said(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = _manager(tmp_path / "a", store)
+    _save(manager, 1)
+    manager.close()
+
+    def away(self: RemoteFolder, name: str) -> bytes:
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(RemoteFolder, "read", away)
+    with pytest.raises(RunError, match="cannot be read: ConnectionError: reset by peer; put it right"):
+        _manager(tmp_path / "b", store)
+
+
+def test_what_arrived_is_not_said_to_be_missing_where_tidying_fails(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(self: RemoteFolder, name: str) -> None:
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(RemoteFolder, "delete_save", away)
+    manager = _manager(tmp_path / "a", store)
+    for step in (1, 2, 3):
+        _save(manager, step)
+        manager.close()
+    assert "was not brought" not in caplog.text
+    assert "was not tidied after step-00000003-3" in caplog.text
+
+
+def test_a_place_that_was_emptied_is_filled_again(store: str, tmp_path: Path) -> None:
+    manager = _manager(tmp_path / "a", store)
+    _save(manager, 1)
+    manager.close()
+    shutil.rmtree(tmp_path / "store")
+    _save(manager, 2)
+    manager.close()
+    assert _there(store) == [2]
 
 
 def test_another_run_starts_from_a_url(store: str, tmp_path: Path) -> None:

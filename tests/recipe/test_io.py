@@ -178,6 +178,10 @@ def test_bad_overrides(load, override, message):
         ("name=5", ["name=5 is not allowed; give text"]),
         ("run_dir=''", ["run_dir='' is no folder", "run_dir: runs/{name}"]),
         ("run_dir=", ["run_dir=None is not allowed; give text"]),
+        (
+            "checkpoint.remote='s3://b/{run}'",
+            ["checkpoint.remote='s3://b/{run}' may contain", "s3://bucket/runs/{name}"],
+        ),
         ("run_dir='{name.x}'", ["run_dir='{name.x}' may contain", "{name}"]),
         (r'name="a\nb"', ["must be one line", "shorten it"]),
         ("name=" + "n" * 300, ["must be one line, names of at most 200 bytes; shorten it"]),
