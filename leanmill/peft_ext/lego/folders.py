@@ -20,6 +20,8 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _PREFIX = "base_model.model."
 _NOT_A_SUM = ("use_dora", "lora_bias", "target_parameters", "modules_to_save", "trainable_token_indices")
 """Options under which an adapter is more than B A on linear layers."""
+_BESIDE_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+"""Starts that leave the base as it is; others move a part of it into the adapter, or round it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Factors]]:
     for key in _NOT_A_SUM:
         if raw.get(key):
             raise ConfigError(f"{folder} has {key}={raw[key]!r}, which is more than B A; merge it into its base")
+    start = raw.get("init_lora_weights", True)
+    if start not in _BESIDE_THE_BASE:
+        raise ConfigError(
+            f"{folder} has init_lora_weights={start!r}, whose B A is beside another base; save it again with PEFT's "
+            f"path_initial_model_for_weight_conversion, or merge it into its base"
+        )
     known = {key: value for key, value in raw.items() if key in LoraConfig.__dataclass_fields__}
     return raw, _factors(folder, LoraConfig(**known), tensors)
 
@@ -98,12 +106,16 @@ def _factors(folder: Path, config: Any, tensors: Mapping[str, Tensor]) -> dict[s
     for key, a in tensors.items():
         if not key.endswith((_A, _B)):
             raise ConfigError(f"{folder} holds {key}, which is no factor of a linear layer; merge it into its base")
+        if key.removesuffix(_A).removesuffix(_B) + (_B if key.endswith(_A) else _A) not in tensors:
+            raise ConfigError(f"{folder} holds {key} without the factor beside it; save the adapter again")
         if key.endswith(_A):
             name, b = key.removesuffix(_A), tensors[key.removesuffix(_A) + _B]
             layer = name.removeprefix(_PREFIX)
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise ConfigError(f"{folder} holds values of {layer} that are no numbers; train it again")
             alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+            if alpha == 0:
+                raise ConfigError(f"{folder} has lora_alpha=0 for {layer}, so it adds nothing; leave it out")
             found[layer] = Factors(a, b, alpha / (len(a) ** 0.5 if config.use_rslora else len(a)))
     return found
 

@@ -60,6 +60,13 @@ def test_peft_loads_the_merged_adapter(tmp_path: Path, capsys: pytest.CaptureFix
     [
         ({"use_dora": True}, {}, "has use_dora=True, which is more than B A"),
         ({}, {"peft_type": "VERA"}, "is an adapter of VERA, and only LORA"),
+        (
+            {},
+            {"init_lora_weights": "pissa_niter_4"},
+            "has init_lora_weights='pissa_niter_4', whose B A is beside another",
+        ),
+        ({}, {"init_lora_weights": "loftq"}, "has init_lora_weights='loftq'"),
+        ({"lora_alpha": 0}, {}, "has lora_alpha=0 for .*adds nothing"),
         ({}, {"base_model_name_or_path": "other"}, "belongs to other and .* to None; merge adapters of one base"),
     ],
 )
@@ -88,6 +95,14 @@ def test_folders_that_hold_no_adapter_of_this_model(tmp_path: Path):
     for changed, expected in (
         ({name: value[..., :-1].contiguous() for name, value in tensors.items()}, "has other sides than in"),
         ({name: value * torch.nan for name, value in tensors.items()}, "that are no numbers"),
+        (
+            {name: value for name, value in tensors.items() if "0.lora_B" not in name},
+            "0.lora_A.weight without the factor",
+        ),
+        (
+            {name: value for name, value in tensors.items() if "0.lora_A" not in name},
+            "0.lora_B.weight without the factor",
+        ),
         ({**tensors, "base_model.model.2.weight": torch.ones(1)}, "2.weight, which is no factor of a linear layer"),
     ):
         save_file(changed, weights)
