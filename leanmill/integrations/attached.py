@@ -30,6 +30,7 @@ from leanmill.optim.config import AdamW
 from leanmill.parallel.views import NativeViews
 from leanmill.recipe.io import validate_recipe
 from leanmill.recipe.root import Recipe
+from leanmill.trainer.adapter_base import check_base
 from leanmill.trainer.prepare import install_techniques, optimizer_for
 
 
@@ -116,9 +117,10 @@ class Attached:
         self.model_class, self.plain_config = type(model), copy.deepcopy(model.config)
         self.step, self.num_steps = 0, 0
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        # On a copy first: what is refused is refused before the model is touched.
-        self.on_meta()
         context, stored = self._context()
+        context = dataclasses.replace(context, check_base=self._check_base)
+        # On a copy first: what is refused is refused before the model is touched.
+        self._install(self.plain_on_meta().train(), context)
         with without_storage(model):
             self.installed = self._install(model, context)
         fill_added(
@@ -165,6 +167,11 @@ class Attached:
             open_weights=open_weights,
         )
         return offered, opened
+
+    def _check_base(self, base: str, adapter: str) -> None:
+        """Compare the base of an adapter with what the model was read from; one that has no name is taken as it is."""
+        if named := self.plain_config.name_or_path:
+            check_base(ModelConfig(path=named), base, adapter)
 
     def plain_on_meta(self) -> Any:
         """Build the plain model without storage."""

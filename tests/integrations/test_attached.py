@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 import leanmill
 from leanmill.core.errors import ConfigError
@@ -84,6 +86,24 @@ def test_losses_inside_the_model_count_by_targets_and_not_by_micro_batches(folde
     plain = llama()
     plain.train()(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss.backward()
     assert not torch.allclose(plain.model.layers[0].mlp.up_proj.weight.grad, gradients[0], rtol=1e-2)
+
+
+def test_an_adapter_of_peft_is_started_from(folders, tmp_path):
+    torch.manual_seed(1)
+    given = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(folders / "model", dtype=torch.float32), given)
+    adapted.save_pretrained(tmp_path)
+    ids = Rows(1).ids[:2]
+    with torch.no_grad():
+        expected, plain = adapted.eval()(ids).logits, llama().eval()(ids).logits
+    assert not torch.allclose(plain, expected, atol=1e-3)
+    for model in (LlamaForCausalLM.from_pretrained(folders / "model", dtype=torch.float32), llama()):
+        leanmill.attach(model, [{"type": "peft", "path": str(tmp_path)}])
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    other = LlamaForCausalLM.from_pretrained(folders / "teacher", dtype=torch.float32)
+    with pytest.raises(ConfigError, match="whose weights are not those of"):
+        leanmill.attach(other, [{"type": "peft", "path": str(tmp_path)}])
 
 
 def test_evaluation_has_the_plain_loss(folders):
