@@ -57,11 +57,12 @@ class TrainedScales(CodedWeight):
         """Return codes and scales: of each group, those of least squared error among `SHARES` scales."""
         groups = weight.float().unflatten(-1, (-1, self.group_size))
         outermost = groups.abs().amax(-1, keepdim=True) / self.largest
-        best = torch.full_like(outermost, torch.inf)
+        best = torch.full_like(outermost, torch.inf, dtype=torch.float64)
         scales = outermost.clone()
-        for share in torch.linspace(1.0, 0.2, SHARES).tolist():
-            tried = share * outermost
-            error = (self._levels(groups, tried) * tried - groups).square().sum(-1, keepdim=True)
+        # Exact shares and long sums: a checkpoint holds scales alone, so every processor must choose the same integers.
+        for number in range(SHARES):
+            tried = (1 - 0.8 * number / (SHARES - 1)) * outermost
+            error = (self._levels(groups, tried) * tried - groups).square().sum(-1, keepdim=True, dtype=torch.float64)
             scales = torch.where(error < best, tried, scales)
             best = torch.minimum(error, best)
         codes = (self._levels(groups, scales) + self.zero).flatten(-2)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -52,6 +57,24 @@ def test_a_group_is_rounded_with_least_squared_error(num_bits, shape, group_size
     torch.testing.assert_close(error, least, rtol=1e-4, atol=1e-6)
     allowed = stage.scale.detach().view(-1, 1) * levels
     assert (got.view(-1, group_size)[:, :, None] - allowed[:, None]).abs().amin(-1).max() < 1e-6
+
+
+def _write_codes(file):
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((512, 2048), dtype=np.float32))
+    torch.save(TrainedScales(weight.shape, 4, 2048, weight.device).encode(weight), file)
+
+
+@pytest.mark.slow
+def test_every_processor_chooses_the_same_integers(tmp_path):
+    """Checkpoints hold scales alone, so a resume elsewhere must make the integers that were under them."""
+    found = []
+    for capability in ("default", "avx2"):
+        file = tmp_path / f"{capability}.pt"
+        call = f"from tests.peft_ext.peqa.test_peqa import _write_codes; _write_codes({str(file)!r})"
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", call], check=True, env=environment, cwd=Path(__file__).parents[3])
+        found.append(torch.load(file))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
