@@ -89,6 +89,8 @@ class RefreshSubspaces(StepRule):
                 continue
             coordinates, basis = views.of(stage.coordinates), views.of(stage.basis)
             old = whole(basis)
+            if seen is not None:  # which is where backward ran, while an engine may keep parameters in host memory
+                old = old.to(seen.device)
             new = self._subspace(seen, stage, old, site, context.step, owner=number)
             self._take_up(views, site, stage, old, new)
             if seen is not None and self.source == "svd":
@@ -103,7 +105,7 @@ class RefreshSubspaces(StepRule):
     def _take_up(self, views: Views, site: Site, stage: GaLoreStage, old: Tensor, new: Tensor) -> None:
         """Add what was trained to the weight, and begin in the new subspace."""
         weight, basis, coordinates = (views.of(p) for p in (site.raw_weight, stage.basis, stage.coordinates))  # type: ignore[arg-type]
-        trained = whole(coordinates)
+        trained = whole(coordinates).to(old.device)
         delta = stage.delta_added(torch.zeros(stage.shape, dtype=old.dtype, device=old.device), old, trained)
         weight.value.add_(part(weight, delta))
         basis.value.copy_(part(basis, new))

@@ -32,6 +32,7 @@ class Watcher:
     def see(self, gradient: Tensor) -> None:
         """Add the gradient of a backward pass [..., out, in]."""
         if self.sketch is not None:
+            self.sketch = self.sketch.to(gradient.device)  # parameters may be kept in host memory
             gradient = (gradient if self.is_left else gradient.mT) @ self.sketch
         if self.total is None:
             self.total = gradient.clone()
