@@ -110,6 +110,8 @@ def figures(kind: str) -> Iterator[Figure]:
         for name in ("lisa", "lisa, layers alone"):
             bare = f"{name}: peak memory off weights and what trains at once, times three"
             yield Figure(bare, abs(found[name]["ratio"] - 1), 0.1)
+            off = found[name]["predicted_peak_bytes"] / found[name]["measured_bytes"] - 1
+            yield Figure(f"{name}: `plan`'s peak off the measured", abs(off), 0.1)
     if result := load(kind, "router_balance"):
         for name, found in result["figures"].items():
             bare = f"synchronising the loads of experts over 4 ranks, share of a step, {name}"

@@ -92,7 +92,8 @@ def test_a_subspace_is_found_in_the_bytes_that_are_foreseen():
     assert drawn == 0
 
 
-@pytest.mark.parametrize(("name", "engine"), [("peqa", "fsdp"), pytest.param("galore", "fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "engine"), [("peqa", "fsdp"), ("galore", "fsdp")])
 def test_held_memory_is_that_of_live_tensors(name, engine):
     recipe = _recipe(ENGINES[engine], techniques=CASES[name][0])
     assert plan(recipe, 2).held_bytes == pytest.approx(max(run_ranks(_held_after_backward, 2, recipe)), rel=0.1)
