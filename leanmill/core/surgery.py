@@ -179,6 +179,11 @@ class SurgeryConfig(PassConfig):
         return False
 
     @property
+    def writes_further(self) -> bool:
+        """Whether its surgeon yields `further` models."""
+        return False
+
+    @property
     def reads_gradients(self) -> bool:
         """Whether its surgeon must see what gradients experts have on calibration rows."""
         return False

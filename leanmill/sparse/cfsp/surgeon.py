@@ -83,7 +83,8 @@ def kept_shares(importance: Sequence[float], sparsity: float, steepness: float) 
         steepness: See `Cfsp`.
     """
     mean = sum(importance) / len(importance)
-    found = [1 / (1 + math.exp(-steepness * (value - mean))) for value in importance]
+    deviations = torch.tensor(importance, dtype=torch.float64) - mean
+    found = (steepness * deviations).sigmoid().tolist()
     average, most = sum(found) / len(found), max(found)
     if most / average * (1 - sparsity) >= 1 and most > average:
         # Deviations shrink until no block wants more than it has.

@@ -41,14 +41,22 @@ class ZerosSurgeon(UnevenSurgeon):
 
 
 def alive_groups(attention: nn.Module, number: int) -> Tensor:
-    """Return which key-value heads put something out [groups]: values and a way on for them."""
+    """Return which key-value heads stay [groups]: with values and a way on for them, or the first one for a bias."""
     on = _columns(attention, "o_proj").view(number, -1).any(1)
-    return on & _rows(attention, "v_proj").view(number, -1).any(1)
+    return _with_bias(attention, "o_proj", on & _rows(attention, "v_proj").view(number, -1).any(1))
 
 
 def alive_neurons(mlp: nn.Module) -> Tensor:
-    """Return which neurons put something out [neurons]."""
-    return _columns(mlp, "down_proj") & _rows(mlp, "up_proj")
+    """Return which neurons stay [neurons]: those that put something out, or the first one for a bias."""
+    return _with_bias(mlp, "down_proj", _columns(mlp, "down_proj") & _rows(mlp, "up_proj"))
+
+
+def _with_bias(module: nn.Module, output: str, alive: Tensor) -> Tensor:
+    """A half that goes altogether takes its output's bias along, so where that is not zero the first part stays."""
+    bias = getattr(module.get_submodule(output), "bias", None)
+    if not alive.any() and bias is not None and bias.any():
+        alive[0] = True
+    return alive
 
 
 def _columns(module: nn.Module, name: str) -> Tensor:

@@ -51,6 +51,10 @@ class ZipLm(SurgeryConfig):
     def looks(self) -> bool:
         return True
 
+    @property
+    def writes_further(self) -> bool:
+        return bool(self.further_speedups)
+
     def surgeon(self, seed: int) -> Surgeon:
         from leanmill.sparse.ziplm.latency import Setting
         from leanmill.sparse.ziplm.surgeon import ZipLmSurgeon

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -50,13 +51,19 @@ def read_table(path: str) -> Latencies:
     """
     try:
         found = json.loads(Path(expand_user(path)).read_text(encoding="utf-8"))
-        tables = [{int(size): float(us) for size, us in found[key].items()} for key in ("groups", "neurons")]
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        tables = [{int(size): _latency(us) for size, us in found[key].items()} for key in ("groups", "neurons")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"ziplm.latency_table {path} is no table ({error!r}); it holds microseconds by size, as in "
             f'{{"groups": {{"8": 120.0}}, "neurons": {{"1024": 90.0}}}}; remove the file to have it measured here'
         ) from error
     return Latencies(groups=tables[0], neurons=tables[1])
+
+
+def _latency(value: float) -> float:
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"no latency is {value}")
+    return float(value)
 
 
 def write_table(path: str, latencies: Latencies) -> None:

@@ -91,6 +91,8 @@ class WeightGradients:
 
     def _backward(self, names: Collection[str], take: Callable[[str, int, Tensor], None]) -> None:
         """Show the gradient of every named layer in every row of this rank; none is kept."""
+        if not names:  # a block of which nothing is solved: then the loss has no gradient at all
+            return
         row = 0
 
         def see(name: str, parameter: Tensor) -> None:

@@ -32,7 +32,7 @@ def draw(model: Path, out: Path, *, seed: int, trust_remote_code: bool = False) 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import leanmill.models.pr_moe.register  # noqa: F401
+    import leanmill.models.own_families  # noqa: F401
 
     with new_folder(out) as folder, quiet_transformers(), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)

@@ -24,6 +24,7 @@ def test_shares_are_sigmoids_of_importance_and_never_more_than_there_is():
     # The largest stays a little below all: avg + (max - avg) / (max - avg) x avg x (1 / 0.8 - 1) / 1.05.
     assert max(steep) == pytest.approx(0.8 * (1 + 0.25 / 1.05))
     assert kept_shares([0.3, 0.3], 0.25, 26.0) == pytest.approx([0.75, 0.75])
+    assert kept_shares([0.0, 1.0], 0.75, 1e6) == pytest.approx([0.0, 0.5])
 
 
 @torch.no_grad()

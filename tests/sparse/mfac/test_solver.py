@@ -134,6 +134,12 @@ def test_layers_are_solved_by_the_gradient_of_each_row(text, tokenizer, tmp_path
         after[(after != 0) & (want != 0)], want[(after != 0) & (want != 0)], rtol=1e-3, atol=1e-3
     )
 
+    # Another block's layers alone: there is nothing to see of this one.
+    of_one = recipe(tmp_path / "in", text, tmp_path, options | {"targets": ["layers.0.mlp.down_proj"]})
+    compress(of_one, tmp_path / "one")
+    left = AutoModelForCausalLM.from_pretrained(tmp_path / "one").get_submodule(name).weight
+    assert torch.equal(left, weight)
+
     names = [name, "model.layers.0.mlp.down_proj"]
     batches = [{key: value[i : i + 2] for key, value in rows.items()} for i in range(0, 8, 2)]
     one = gradients_of(config.model, batches, names, 1)

@@ -34,6 +34,25 @@ def test_zeros_go_and_the_model_computes_the_same(text, tokenizer, tmp_path):  #
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_of_a_half_that_is_zero_stays(text, tokenizer, tmp_path):  # noqa: F811
+    model = save(tmp_path / "in", tokenizer, num_hidden_layers=3, attention_bias=True, mlp_bias=True)
+    first, second, third = model.model.layers
+    with torch.no_grad():
+        first.mlp.down_proj.weight.zero_()
+        second.self_attn.o_proj.weight.zero_()
+        third.mlp.down_proj.weight.zero_()
+        third.mlp.down_proj.bias.zero_()
+    model.save_pretrained(tmp_path / "in")
+    config = recipe(tmp_path / "in", text, tmp_path, {"type": "remove_zeros"})
+    compress(config, tmp_path / "out")
+    small, rows = load(tmp_path / "out"), rows_of(config, tokenizer)
+    assert small.config.intermediate_size_by_layer == [1, 56, 0]
+    assert small.config.num_key_value_heads_by_layer == [3, 1, 3]
+    with torch.no_grad():
+        want, got = model(**rows, use_cache=False).logits, small(**rows, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_halves_that_were_dropped_as_zeros_go_for_good(text, tokenizer, tmp_path):  # noqa: F811
     save(tmp_path / "in", tokenizer, "qwen3", dtype=torch.bfloat16, num_hidden_layers=2)

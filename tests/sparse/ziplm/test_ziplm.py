@@ -102,9 +102,16 @@ def test_a_table_is_measured_where_there_is_none_and_read_again(text, tokenizer,
     assert all(us > 0 for size, us in [*table.groups.items(), *table.neurons.items()] if size)
     with pytest.raises(ConfigError, match="no neurons of size 8"):
         compress(recipe(tmp_path / "in", text, tmp_path, options | {"multiple_of": 8}), tmp_path / "no")
-    path.write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "written", ["{}", "[]", '{"groups": {"1": null}, "neurons": {}}', '{"groups": {"1": NaN}, "neurons": {}}']
+)
+def test_a_file_that_is_no_table(written, tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(written)
     with pytest.raises(ConfigError, match="is no table"):
-        compress(config, tmp_path / "no")
+        read_table(str(path))
 
 
 def test_measured_are_the_halves_that_were_asked_for():
@@ -122,6 +129,9 @@ def test_measured_are_the_halves_that_were_asked_for():
     assert found.neurons[0] == 0
 
 
-def test_requests_that_do_not_fit():
+def test_requests_that_do_not_fit(tmp_path):
+    passes = [{"type": "ziplm", "speedup": 2, "further_speedups": [1.5]}, {"type": "cfsp", "sparsity": 0.5}]
+    with pytest.raises(ValueError, match="put ziplm last, or ask it for one model"):
+        recipe(tmp_path / "in", tmp_path / "text", tmp_path, *passes)
     with pytest.raises(ValueError, match="numbers above 1, each once"):
         parse_pass({"type": "ziplm", "speedup": 2, "further_speedups": [1.5, 1.5]})
