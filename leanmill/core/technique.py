@@ -218,6 +218,10 @@ class TechniqueConfig(Config):
         """Return how many conversations of a document its loss compares, see `data.task: preference`; 0 for none."""
         return 0
 
+    def shares_cross_entropy(self) -> str | None:
+        """Return its field whose loss is a share of `train.cross_entropy_weight`, and nothing where that is 0."""
+        return None
+
     def writes_text(self) -> bool:
         """Whether it trains on text that the model writes, whose tokens are no targets of cross-entropy."""
         return False

@@ -82,6 +82,7 @@ def add_to(counts: Counts, config: Speculative, target: Any, draft: Any, prompt:
     """Continue one prompt [1, P] and count what happened; return the text [1, P + new tokens]."""
     from transformers import GenerationConfig
 
+    of_draft = draft.generation_config
     # As many proposals each time, whatever the draft thinks of its own: otherwise drafts would be asked differently.
     draft.generation_config = GenerationConfig(
         num_assistant_tokens=config.num_proposed,
@@ -97,10 +98,13 @@ def add_to(counts: Counts, config: Speculative, target: Any, draft: Any, prompt:
         use_cache=True,
         **draws,
     )
-    with _counted(target, prompt.shape[1], counts):
-        text: Tensor = target.generate(
-            prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, assistant_model=draft
-        )
+    try:
+        with _counted(target, prompt.shape[1], counts):
+            text: Tensor = target.generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, assistant_model=draft
+            )
+    finally:
+        draft.generation_config = of_draft  # later tasks ask it too
     counts.added += text.shape[1] - prompt.shape[1]
     return text
 

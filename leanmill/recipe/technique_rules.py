@@ -30,6 +30,12 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
 def _losses(recipe: Sections) -> Iterator[str]:
     if recipe.train.cross_entropy_weight == 0 and not recipe.techniques:
         yield "train.cross_entropy_weight=0 without techniques leaves no loss; set it to 1, or add e.g. {type: distill}"
+    shares = [field for config in recipe.techniques if (field := config.shares_cross_entropy()) is not None]
+    if recipe.train.cross_entropy_weight == 0 and shares:
+        yield (
+            f"{shares[0]} is cross-entropy with a share of train.cross_entropy_weight=0, which is nothing; remove "
+            f"{shares[0]}, or set train.cross_entropy_weight above 0, e.g. 1"
+        )
 
 
 def _own_text(recipe: Sections) -> Iterator[str]:

@@ -53,7 +53,7 @@ def alike(scale):
 
 def test_greedy_counts_and_text_are_those_of_proposals_one_by_one():
     target, draft = alike(0.015)
-    total, expected = speculative.Counts(), [0, 0, 0]
+    total, expected, of_draft = speculative.Counts(), [0, 0, 0], draft.generation_config
     for seed in range(3):
         prompt = tokens(1, 7, seed=seed)
         text, proposed, forwards = by_hand(target, draft, prompt, 3, 17)
@@ -62,6 +62,7 @@ def test_greedy_counts_and_text_are_those_of_proposals_one_by_one():
         expected = [a + b for a, b in zip(expected, (proposed, forwards, 17), strict=True)]
     assert [total.proposed, total.forwards, total.added] == expected
     assert 0 < total.accepted < total.proposed
+    assert draft.generation_config is of_draft, "other tasks ask the draft too"
 
 
 def scores_of(monkeypatch, target, draft, **settings):

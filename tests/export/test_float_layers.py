@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -67,6 +68,17 @@ def test_levels_and_bytes_of_six_bits():
     assert packed.shape == (3, 5, 6)
     assert torch.equal(unpack_elements(packed, 6, 8), codes)
     assert packed[0, 0, 0] == (codes[0, 0, 0] | codes[0, 0, 1] << 6)
+    for size in (1, 6, 7):
+        packed = pack_elements(codes[..., :size], 6)
+        assert packed.shape == (3, 5, 3 * -(-size // 4))
+        assert torch.equal(unpack_elements(packed, 6, size), codes[..., :size])
+
+
+def test_codes_of_six_bits_are_packed_where_they_are():
+    with FakeTensorMode():
+        packed = pack_elements(torch.empty(3, 8, dtype=torch.uint8, device="cuda"), 6)
+        codes = unpack_elements(packed, 6, 8)
+    assert (packed.device.type, packed.shape, codes.device.type, codes.shape) == ("cuda", (3, 6), "cuda", (3, 8))
 
 
 @pytest.mark.parametrize("name", [pytest.param("mxfp4", marks=pytest.mark.slow), "nvfp4"])

@@ -65,6 +65,10 @@ class StochasticDepth(TechniqueConfig):
         """Return what to set so that no step leaves a block out."""
         return "stochastic_depth.granularity=row" if self.granularity == "batch" and self.rate > 0 else None
 
+    def shares_cross_entropy(self) -> str | None:
+        """Early exits do."""
+        return None if self.early_exit is None else "stochastic_depth.early_exit"
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Stand around every decoder block.
 

@@ -140,7 +140,9 @@ class OnPolicyRule(BatchRule):
 
     def _continue(self, texts: _Texts, num_rows: int, score: Score, device: torch.device) -> None:
         # One shape for all forwards of a run, so that nothing is compiled anew.
-        width = texts.ids.shape[1] if self._prompt is None else int(texts.limits.max())
+        width = length = texts.ids.shape[1]
+        if self._prompt is not None and self._new is not None:
+            width = min(length, self._prompt + self._new)
         is_going, every = torch.arange(len(texts.ids)) < num_rows, torch.arange(len(texts.ids))
         num_draws = int(max_over_ranks((texts.limits - texts.begins)[is_going].max() if num_rows else torch.tensor(0)))
         for _ in range(num_draws):

@@ -6,6 +6,7 @@ import torch
 from leanmill.core.errors import ConfigError
 from leanmill.core.noise import derive_seed, gumbel, uniform
 from leanmill.core.rules import StepContext
+from leanmill.distill.on_policy import rule as module
 from leanmill.distill.on_policy.config import OnPolicy
 from leanmill.recipe.io import validate_recipe
 from leanmill.trainer.scoring import next_logits
@@ -155,6 +156,27 @@ def recipe(*techniques, weight=0.0, task="pretrain"):
 def test_what_makes_no_sense_is_refused_with_what_to_type(raw, said):
     with pytest.raises(ConfigError, match=said):
         validate_recipe(raw)
+
+
+def test_early_exits_that_would_count_nothing_are_refused():
+    exits = {"type": "stochastic_depth", "early_exit": {}}
+    with pytest.raises(ConfigError, match=r"remove stochastic_depth\.early_exit"):
+        validate_recipe(recipe({"type": "on_policy"}, {"type": "distill", "teacher": "t"}, exits))
+    with pytest.raises(ConfigError, match=r"remove stochastic_depth\.early_exit"):
+        validate_recipe(recipe({"type": "distill", "teacher": "t"}, exits))
+    validate_recipe(recipe({"type": "distill", "teacher": "t"}, exits, weight=0.5))
+
+
+def test_a_rank_without_rows_of_its_own_runs_the_same_shape(monkeypatch):
+    model, batch = tiny(), batch_of(4)
+    rule, asked = rule_of(share=1e-9, new_tokens=3), Asked(model)
+    # Another rank has two rows to write, of three tokens.
+    told = iter([2, 3])
+    monkeypatch.setattr(module, "max_over_ranks", lambda own: torch.tensor(next(told)))
+    monkeypatch.setattr(module, "sum_over_ranks", lambda own: own + 1)
+    (got,) = rule.change_batches([batch], STEP, asked)
+    assert asked.shapes == [(4, 7)] * 3
+    assert torch.equal(got["input_ids"], batch["input_ids"])
 
 
 def test_no_seed_is_refused():
