@@ -116,6 +116,8 @@ class Attached:
         self.model, self.recipe, self.tokenizer = model, recipe, tokenizer
         self.model_class, self.plain_config = type(model), copy.deepcopy(model.config)
         self.step, self.num_steps = 0, 0
+        self.lr: float | None = None
+        """Peak rate of the optimizer that was built here; None before one was."""
         self.dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         context, stored = self._context()
         context = dataclasses.replace(context, check_base=self._check_base)
@@ -195,6 +197,7 @@ class Attached:
             betas: Decay of the moments.
             eps: Added to the root of the second moment.
         """
+        self.lr = lr
         config = AdamW(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
         return optimizer_for(config, self.model, self.installed.param_rules)
 

@@ -50,6 +50,10 @@ class LeanmillCallback(TrainerCallback, ExportableState):
         check_trainer(args, model, attached, self.max_grad_norm)
         check_plain(attached, self.activations)
         is_deepspeed = _is_deepspeed(given["optimizer"])
+        if is_deepspeed and self.max_grad_norm is not None:
+            raise ConfigError(
+                "DeepSpeed keeps gradients where no callback clips them; leave LeanmillCallback's max_grad_norm out"
+            )
         self._views = _NoViews() if is_deepspeed else None
         _check_engine(args, attached, is_deepspeed)
         check_groups(attached, optimizer, args)
@@ -130,6 +134,8 @@ def check_trainer(args: Any, model: Any, attached: Attached, max_grad_norm: floa
         raise ConfigError(f"torch_compile=True would compile what techniques do between calls; leave it out, or {OWN}")
     if args.fp16 and attached.losses.ledger.open_accounts:
         raise ConfigError("fp16 scales the loss, and losses inside the model are not scaled along; set bf16=True")
+    if args.fp16 and (max_grad_norm is not None or writes_gradients(attached.installed.step_rules)):
+        raise ConfigError("fp16 scales gradients, and callbacks see them before they are scaled back; set bf16=True")
     if args.restore_callback_states_from_checkpoint:
         raise ConfigError(
             "restore_callback_states_from_checkpoint builds callbacks anew; leave it out, this one resumes"
@@ -167,13 +173,14 @@ def check_groups(attached: Attached, optimizer: Any, args: Any) -> None:
     named = [(name, p) for name, p in attached.model.named_parameters() if p.requires_grad]
     settings = settings_by_name(attached.installed.param_rules, [clean_name(name) for name, _ in named])
     resting = undecayed(attached.model)
+    base_rate = args.learning_rate if attached.lr is None else attached.lr
     for name, parameter in named:
         said, group = settings.get(clean_name(name), PLAIN), groups.get(id(parameter))
         decay = 0.0 if said.weight_decay is None and id(parameter) in resting else said.weight_decay
         if group is None:  # flat partitions: what is asked for cannot be seen
             differs = said != PLAIN or (decay is not None and args.weight_decay != decay)
         else:
-            rate = args.learning_rate * (said.lr_factor or 1.0)
+            rate = base_rate * (said.lr_factor or 1.0)
             differs = (
                 (decay is not None and group["weight_decay"] != decay)
                 or (said.lr_factor is not None and abs(group.get("initial_lr", group["lr"]) - rate) > 1e-9 * rate)

@@ -10,6 +10,7 @@ from torch import nn
 
 from leanmill.core.batches import BatchRule
 from leanmill.core.branches import has_adapters
+from leanmill.core.encoders import is_encoder
 from leanmill.core.errors import ConfigError
 from leanmill.core.ledger import Ledger
 from leanmill.core.names import clean_name
@@ -25,12 +26,17 @@ def check_model(model: Any) -> None:
     """Refuse a model that techniques cannot be put on.
 
     Raises:
-        ConfigError: It is wrapped, sharded or on no device, or has adapters or techniques already.
+        ConfigError: It is no causal LM, wrapped, sharded or on no device, or has adapters or techniques already.
     """
     if not callable(getattr(model, "get_output_embeddings", None)) or not hasattr(model, "config"):
         raise ConfigError(
             f"attach takes a causal LM of transformers, got {type(model).__name__}; attach before anything wraps the "
             f"model (peft, DDP, accelerate.prepare)"
+        )
+    if is_encoder(model) or model.get_output_embeddings() is None:
+        raise ConfigError(
+            f"attach puts the loss of the next token on a model, and {type(model).__name__} predicts none; give an "
+            f"AutoModelForCausalLM, or train encoders with `leanmill train` and model.task: masked_lm or embedding"
         )
     if next(iter_sites(model), None) is not None:
         raise ConfigError("this model has techniques attached already; give all of them to one attach")

@@ -52,7 +52,8 @@ def measures(vectors: Tensor, rows: Mapping[str, Tensor]) -> dict[str, float]:
     """Return what vectors are worth, by metric.
 
     Of pairs without a score, each first text looks for its second among those of all and all hard negatives:
-    `retrieval_accuracy`, `mean_reciprocal_rank` (a text that occurs twice counts as itself) and the cross-entropy of
+    `retrieval_accuracy`, `mean_reciprocal_rank` (a text that occurs twice counts as itself, others that are as near
+    come before it) and the cross-entropy of
     cosines / `TEMPERATURE`. Of pairs with one, `spearman` of it with their cosines. `loss` is that cross-entropy, and
     where all pairs have scores 1 - `spearman`.
 
@@ -88,17 +89,20 @@ def _ranks(values: Tensor) -> Tensor:
 
 def _retrieval(vectors: Tensor, texts: Tensor, is_there: Tensor) -> dict[str, float]:
     keys, key_texts, is_key = vectors[:, 1:].flatten(0, 1), texts[:, 1:].flatten(), is_there[:, 1:].flatten()
+    own_keys = torch.arange(len(vectors)) * (vectors.shape[1] - 1)
     losses, places = [], []
     for start in range(0, len(vectors), _CHUNK_ROWS):
         part = slice(start, start + _CHUNK_ROWS)
         own = texts[part, 1]
         cosines = vectors[part, 0] @ keys.T
-        mine = (vectors[part, 0] * vectors[part, 1]).sum(-1)
+        # Of the same product as the others', so that equal vectors have equal cosines.
+        mine = cosines.gather(1, own_keys[part, None])[:, 0]
         is_other = is_key & (key_texts != own[:, None])
         others = cosines.masked_fill(~is_other, -torch.inf)
         scaled = torch.cat([mine[:, None], others], 1) / TEMPERATURE
         losses.append(scaled.logsumexp(1) - scaled[:, 0])
-        places.append(1 + (others > mine[:, None]).sum(1))
+        # A tie is no find: vectors that are all alike, or no numbers, tell no text from another.
+        places.append(1 + (is_other & ~(cosines < mine[:, None])).sum(1))
     place = torch.cat(places).double()
     return {
         "retrieval_accuracy": float((place == 1).double().mean()),

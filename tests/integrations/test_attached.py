@@ -179,6 +179,21 @@ def test_models_that_cannot_be_attached_to_are_refused():
         attached.before_optimizer()
 
 
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+
+
+def test_models_that_predict_no_next_token_are_refused():
+    from transformers import LlamaForSequenceClassification, ModernBertConfig, ModernBertForMaskedLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for model in (
+        ModernBertForMaskedLM(ModernBertConfig(vocab_size=64, **sizes, **dict.fromkeys(SPECIAL, 0))),
+        LlamaForSequenceClassification(llama().config),
+    ):
+        with pytest.raises(ConfigError, match=f"{type(model).__name__} predicts none.*model.task: masked_lm"):
+            leanmill.attach(model, [{"type": "ternary"}])
+
+
 def test_rows_padded_on_the_left_are_refused_where_a_teacher_reads_them(folders):
     model, ids = llama().train(), Rows(1).ids[:2]
     leanmill.attach(model, [{"type": "distill", "teacher": str(folders / "teacher")}]).begin_step(0, num_steps=1)

@@ -12,6 +12,7 @@ import torch
 import leanmill
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.integrations import LeanmillCallback
+from leanmill.integrations.callback import check_trainer
 from tests.integrations.setting import LR, NUM_STEPS, Rows, llama, ours, trainer_of
 
 
@@ -118,6 +119,24 @@ def test_settings_under_which_techniques_would_not_do_what_they_say_are_refused(
     refused(teacher, "a loss of its own", RunError, label_smoothing_factor=0.1)
     refused([{"type": "early_ticket", "sparsity": 0.5, "compare_every_steps": 50}], "early_ticket", clips_late=True)
     refused([{"type": "ternary"}], "torch_compile", torch_compile=True)
+
+
+def test_gradients_that_a_loss_scale_multiplied_are_not_clipped(tmp_path):
+    model = llama()
+    attached = leanmill.attach(model, [{"type": "ternary"}])
+    args = trainer_of(model, tmp_path, clips_late=True).args
+    check_trainer(args, model, attached, 0.5)
+    args.fp16 = True
+    check_trainer(args, model, attached, None)
+    with pytest.raises(ConfigError, match="before they are scaled back; set bf16=True"):
+        check_trainer(args, model, attached, 0.5)
+
+
+def test_rates_of_techniques_are_compared_with_the_optimizer_that_was_built_for_them(tmp_path):
+    model = llama()
+    leanmill.attach(model, [{"type": "lora", "lr_factor": 4.0}])
+    # The Trainer's own rate is another one, and rules no optimizer that it was given.
+    trainer_of(model, tmp_path, num_steps=1, learning_rate=LR / 8).train()
 
 
 def test_an_optimizer_that_decays_what_rests_is_refused(tmp_path):

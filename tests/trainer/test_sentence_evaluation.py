@@ -56,3 +56,11 @@ def test_where_all_pairs_have_scores_the_loss_is_what_lacks_to_their_order():
     found = measures(vectors, given)
     assert found.keys() == {"spearman", "loss"}
     assert found["loss"] == pytest.approx(1 - found["spearman"])
+
+
+@pytest.mark.parametrize("value", [0.5, 0.0, torch.nan])
+def test_vectors_that_are_all_alike_find_nothing(value):
+    vectors, given = rows()
+    found = measures(torch.full_like(vectors, value), given)
+    assert found["retrieval_accuracy"] == 0
+    assert found["mean_reciprocal_rank"] < 0.2
