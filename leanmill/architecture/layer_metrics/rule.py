@@ -19,7 +19,7 @@ class LayerNorms(StepRule):
     """Sums squares of weights and of gradients by block, in steps that are logged.
 
     Reports `weight_norm/LAYER`, the Euclidean norm of a block's trained weights, and `gradient_share/LAYER`, the share
-    of the squared norm of the whole gradient, as it is before clipping. Shares add up to 1.
+    of the squared norm of the whole gradient, as it is before clipping. They add up to 1, or are 0 without a gradient.
 
     Args:
         model: Walked anew every step.
@@ -50,7 +50,8 @@ class LayerNorms(StepRule):
         if not self._squares:
             return {}
         weights, gradients = torch.stack(list(self._squares.values())).double().unbind(-1)
-        shares = gradients / gradients.sum()
+        total = gradients.sum()
+        shares = gradients if total == 0 else gradients / total  # no gradient, no share
         found = {}
         for index, layer in enumerate(self._squares):
             found[f"weight_norm/{layer}"] = float(weights[index].sqrt())

@@ -61,6 +61,13 @@ def test_a_layer_that_nothing_reached_has_no_share():
     assert found["gradient_share/1"] == 0.0
 
 
+def test_a_step_without_gradient_has_shares_of_zero():
+    found = _looked(tiny()).metrics()
+    shares = {name: value for name, value in found.items() if name.startswith("gradient_share/")}
+    assert len(shares) == 3
+    assert set(shares.values()) == {0.0}
+
+
 def _recipe(engine: dict[str, Any], world_size: int) -> Recipe:
     tokens = NUM_ROWS * SEQUENCE_LENGTH
     return Recipe.model_validate(
