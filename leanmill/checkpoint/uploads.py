@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _TRIES = 3
 _FIRST_PAUSE_SECONDS = 1.0
 _POLL_SECONDS = 0.5
+_FAILED = b"failed "
 PATIENCE_SECONDS = 900.0
 """How long rank 0 waits for the shares of others, once it has brought its own; four times its own time if longer."""
 
@@ -137,8 +138,7 @@ class Uploads:
             for file in sorted(manifest.files)[self.group.rank :: self.group.size]:
                 _patiently(lambda file=file: self.remote.put(folder / file, f"{name}/{file}"))  # type: ignore[misc]
             if self.group.rank != 0:
-                mark = (folder / MANIFEST).read_bytes()
-                _patiently(lambda: self.remote.write(f"{name}/.rank-{self.group.rank}", mark))
+                self._mark(folder, name)
                 return
             self._wait_for_others(name, (folder / MANIFEST).read_bytes(), time.monotonic() - started)
             self._check_claim()
@@ -158,6 +158,14 @@ class Uploads:
                 self.remote.url,
                 error if isinstance(error, RunError) else one_line(error),
             )
+            if self.group.rank != 0:
+                with suppress(Exception):  # a store that takes nothing does not take this either
+                    self._mark(folder, name_of(read_manifest(folder)), _FAILED)
+
+    def _mark(self, folder: Path, name: str, prefix: bytes = b"") -> None:
+        """Tell rank 0 what became of this rank's share of a save, which its manifest tells from every other."""
+        mark = prefix + (folder / MANIFEST).read_bytes()
+        _patiently(lambda: self.remote.write(f"{name}/.rank-{self.group.rank}", mark))
 
     def _check_claim(self) -> None:
         if self.group.rank == 0 and not _patiently(lambda: self.remote.is_claimed_by(self._token)):
@@ -172,8 +180,11 @@ class Uploads:
         missing = set(marks)
         while missing:
             there = missing & _patiently(lambda: self.remote.present(name))
+            said = {one: _patiently(lambda one=one: self.remote.read(f"{name}/{one}")) for one in there}  # type: ignore[misc]
+            if failed := sorted(one for one, content in said.items() if content == _FAILED + mark):
+                raise RunError(f"rank {failed[0].rpartition('-')[2]} could not bring its share")
             # A mark of an earlier attempt, cut off, is of another save.
-            missing -= {one for one in there if _patiently(lambda one=one: self.remote.read(f"{name}/{one}")) == mark}  # type: ignore[misc]
+            missing -= {one for one, content in said.items() if content == mark}
             if missing and time.monotonic() > until:
                 raise RunError(f"{', '.join(sorted(missing))} of {len(marks)} shares did not arrive")
             if missing:

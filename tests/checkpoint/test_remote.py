@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,27 @@ def _on_two_ranks(folder: Path, url: str) -> list[str]:
     assert state == {"step": 1}
     assert same(restored, model)
     return brought
+
+
+def _one_share_fails(folder: Path, url: str) -> float:
+    uploads._FIRST_PAUSE_SECONDS = 0.0
+    if dist.get_rank() == 1:
+
+        def refuse(self: RemoteFolder, source: Path, name: str) -> None:
+            raise ConnectionError("the store is away")
+
+        RemoteFolder.put = refuse  # type: ignore[method-assign]
+    manager = _manager(folder / "a", url)
+    manager.save(1, FakeEngine(odd_tensors()), {"step": 1}, {})
+    manager.wait()
+    started = time.monotonic()
+    manager._uploads._join()  # type: ignore[union-attr]
+    return time.monotonic() - started
+
+
+def test_nobody_waits_for_a_share_that_failed(store: str, tmp_path: Path) -> None:
+    assert max(run_ranks(_one_share_fails, 2, tmp_path, store)) < uploads.PATIENCE_SECONDS / 10
+    assert RemoteFolder(store).saves() == []
 
 
 def test_two_ranks_share_the_work(store: str, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 class Sharpness(TechniqueConfig):
     """Measure how much the loss can rise where logits move a little, at every evaluation.
 
-    Keskar et al.'s measure (2017, arXiv:1609.04836) over the logits instead of the weights, which grows before training
-    in few bits diverges (Lee et al. 2024, arXiv:2405.18710). It changes no result.
+    Keskar et al.'s measure (2017, arXiv:1609.04836) over the logits instead of the weights, which is reported to
+    grow before training in few bits diverges (Lee et al. 2024, arXiv:2405.18710; not repeated here). It changes no
+    result.
     """
 
     type: Literal["sharpness"] = "sharpness"

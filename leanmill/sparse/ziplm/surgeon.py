@@ -122,7 +122,7 @@ class ZipLmSurgeon(UnevenSurgeon):
         path = self.setting.table
         groups = sorted({number for there in set(self.widths.groups) for number in range(1, there + 1)})
         neurons = sorted({size for there in set(self.widths.neurons) for size in self._neurons(there)} - {0})
-        if path is not None and Path(expand_user(path)).is_file():
+        if path is not None and _is_there(model, path):
             found = read_table(path)
             for kind, wanted, table in (("groups", groups, found.groups), ("neurons", neurons, found.neurons)):
                 lacking = [size for size in wanted if size not in table]
@@ -232,6 +232,17 @@ def _rising(costs: Sequence[int]) -> tuple[int, ...]:
     for cost in costs:
         found.append(max([cost, *found[-1:]]))
     return tuple(found)
+
+
+def _is_there(model: CalibratedModel, path: str) -> bool:
+    """Whether there is a table; all ranks must see it, or those without would measure and wait for the others."""
+    seen, ranks = model.total(torch.tensor([float(Path(expand_user(path)).is_file()), 1.0])).tolist()
+    if 0 < seen < ranks:
+        raise ConfigError(
+            f"ziplm.latency_table {path} is on some machines and not on others; copy it to all of them, or remove it "
+            f"to have it measured here"
+        )
+    return seen > 0
 
 
 def _agreed(model: CalibratedModel, latencies: Latencies) -> Latencies:
