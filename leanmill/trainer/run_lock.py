@@ -15,6 +15,7 @@ A run that was paused long enough to be taken for dead finds out before it write
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -231,6 +232,26 @@ class RunLock:
 
     def _move_aside(self, judged: Holder | None) -> bool:
         """Take a dead run's lock away by one rename; return whether it was that one."""
+        with self._alone():
+            # Who waited here finds the lock of the one that was quicker. To take that away, if only for a moment,
+            # would let a third one in beside it.
+            found = read_holder(self.path)
+            if found is None or found[0] != judged:
+                return False
+            return self._rename(judged)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one process at a time look and rename, where the file system knows locks of folders (NFS does not)."""
+        folder = os.open(self.run_dir, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _rename(self, judged: Holder | None) -> bool:
         try:
             os.rename(self.path, self._own_file)
         except FileNotFoundError:

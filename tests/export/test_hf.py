@@ -256,8 +256,8 @@ def test_a_copy_that_differs_is_not_a_success(tmp_path: Path, monkeypatch: pytes
     _, checkpoint = checkpoint_of(tmp_path / "run", "llama", [SPARSE])
     reload = hf.reload
 
-    def tampered(folder: Path) -> nn.Module:
-        model = reload(folder)
+    def tampered(folder: Path, task: str) -> nn.Module:
+        model = reload(folder, task)
         with torch.no_grad():
             model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
         return model

@@ -217,7 +217,10 @@ def test_a_lock_taken_in_the_meantime_is_put_back(tmp_path):
     second = RunLock(tmp_path)
     second.acquire()
     slow = RunLock(tmp_path)
+    held = os.stat(tmp_path / "run.lock")
     assert not slow._move_aside(judged)  # it saw the dead run's lock before the second one came
+    assert os.stat(tmp_path / "run.lock").st_ctime_ns == held.st_ctime_ns, "it was never away"
+    assert not slow._rename(judged)  # where the file system locks no folders
     second.check()
     second.release()
     assert left_over(tmp_path) == []
