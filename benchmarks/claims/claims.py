@@ -255,7 +255,7 @@ CLAIMS: dict[str, Claim] = {
             "set": Variant(techniques=[{**_RIGL, "method": "set"}]),
             "static": Variant(techniques=[{**_RIGL, "drop_fraction": 0.0}]),
         },
-        remark="Both end below the dense model of the recipe (4.251 on average): so short a run does not favour many "
+        remark="All end below the dense model of the recipe (4.251 on average): so short a run does not favour many "
         "weights, and says little of what zeros cost.",
     ),
     "lottery_ticket": Claim(
