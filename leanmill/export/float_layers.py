@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.facets import FloatCodes
-from leanmill.export.stored_layer import StoredLayer
+from leanmill.export.stored_layer import CodedRows, CodedTable
 from leanmill.kernels.packed_matmul.held import HeldRows
 from leanmill.kernels.packing.elements import element_levels, pack_elements, unpack_elements
 
@@ -30,7 +30,7 @@ _MOST = 127
 """Steps from zero that 8-bit codes say."""
 
 
-class FloatRows(StoredLayer):
+class FloatRows(CodedRows):
     """A weight [out, in] as codes of small floats, scales of groups, and perhaps one of the whole.
 
     Args:
@@ -43,21 +43,13 @@ class FloatRows(StoredLayer):
         outer: The scale of the whole, a number of fp32.
     """
 
-    stored: ClassVar[tuple[str, ...]] = ("packed", "scales")
-    packed: Tensor
-    scales: Tensor
-
     def __init__(
         self, packed: Tensor, scales: Tensor, *,
         in_features: int, exponent_bits: int, mantissa_bits: int, scale_format: str, outer: float,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
-        self.in_features, self.out_features = in_features, packed.shape[0]
+        super().__init__(packed, scales, in_features=in_features)
         self.exponent_bits, self.mantissa_bits = exponent_bits, mantissa_bits
         self.scale_format, self.outer = scale_format, outer
-        self.bias = None
 
     @property
     def num_bits(self) -> int:
@@ -72,9 +64,6 @@ class FloatRows(StoredLayer):
     def scale_values(self, scales: Tensor) -> Tensor:
         """Return stored scales as numbers, fp32, that of the whole included."""
         return scales.view(SCALES[self.scale_format]).float() * self.outer
-
-    def weight_values(self) -> Tensor:
-        return self._values(self.packed, self.scales)
 
     def _values(self, packed: Tensor, scales: Tensor) -> Tensor:
         values = self.levels[unpack_elements(packed, self.num_bits, self.in_features).long()]
@@ -143,31 +132,15 @@ class FloatLinear(FloatRows):
         return {**self.__dict__, "_held": None, "_held_of": None}
 
 
-class FloatEmbedding(FloatRows):
-    """A table [num_embeddings, dim] of small floats, whose rows are decoded as they are looked up."""
+class FloatEmbedding(CodedTable, FloatRows):
+    """A table [num_embeddings, dim] of small floats."""
 
     kind: ClassVar[str] = "float_embedding"
-
-    @classmethod
-    def restored(
-        cls, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Mapping[str, Any]
-    ) -> FloatEmbedding:
-        return cls(tensors["packed"], tensors["scales"], **settings)
 
     @classmethod
     def of(cls, codes: FloatCodes) -> FloatEmbedding:
         """Pack the codes of a table."""
         return cls(*stored_tensors(codes), **settings_of(codes))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows [..., dim] of `ids` [...] int64, fp32."""
-        flat = ids.flatten()
-        return self._values(self.packed[flat], self.scales[flat]).view(*ids.shape, self.in_features)
-
-    def plain(self, dtype: torch.dtype) -> nn.Module:
-        table = nn.Embedding(self.out_features, self.in_features, device="meta")
-        table.weight = nn.Parameter(self.weight_values().to(dtype), requires_grad=False)
-        return table
 
 
 def stored_tensors(codes: FloatCodes) -> tuple[Tensor, Tensor]:

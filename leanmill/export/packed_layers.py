@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from leanmill.core.facets import Codes
-from leanmill.export.stored_layer import StoredLayer
+from leanmill.export.stored_layer import CodedRows, CodedTable
 from leanmill.kernels.fake_quant.activations import quantise_activations
 from leanmill.kernels.packed_matmul.held import HeldRows
 from leanmill.kernels.packing.encoding import Encoding
 from leanmill.kernels.packing.op import pack, unpack
 
 
-class PackedRows(StoredLayer):
+class PackedRows(CodedRows):
     """A weight [out, in] as packed codes and scales.
 
     Args:
@@ -27,20 +26,9 @@ class PackedRows(StoredLayer):
         zero: The code that stands for zero.
     """
 
-    stored: ClassVar[tuple[str, ...]] = ("packed", "scales")
-    packed: Tensor
-    scales: Tensor
-
     def __init__(self, packed: Tensor, scales: Tensor, *, in_features: int, encoding: Encoding, zero: float) -> None:
-        super().__init__()
-        self.register_buffer("packed", packed)
-        self.register_buffer("scales", scales)
-        self.in_features, self.out_features = in_features, packed.shape[0]
+        super().__init__(packed, scales, in_features=in_features)
         self.encoding, self.zero = encoding, zero
-        self.bias = None
-
-    def weight_values(self) -> Tensor:
-        return self._values(self.packed, self.scales)
 
     def _values(self, packed: Tensor, scales: Tensor) -> Tensor:
         values = unpack(packed, self.encoding, self.in_features).float() - self.zero
@@ -112,31 +100,15 @@ class PackedLinear(PackedRows):
         return {**super().settings(), "int8_activations": self.int8_activations}
 
 
-class PackedEmbedding(PackedRows):
-    """A table [num_embeddings, dim] of packed codes, whose rows are unpacked as they are looked up."""
+class PackedEmbedding(CodedTable, PackedRows):
+    """A table [num_embeddings, dim] of packed codes."""
 
     kind: ClassVar[str] = "embedding"
-
-    @classmethod
-    def restored(
-        cls, tensors: Mapping[str, Tensor], bias: Tensor | None, settings: Mapping[str, Any]
-    ) -> PackedEmbedding:
-        return cls(tensors["packed"], tensors["scales"], **settings)
 
     @classmethod
     def of(cls, codes: Codes) -> PackedEmbedding:
         """Pack the codes of a table."""
         return cls(*packed_tensors(codes), **settings_of(codes))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows [..., dim] of `ids` [...] int64, fp32."""
-        flat = ids.flatten()
-        return self._values(self.packed[flat], self.scales[flat]).view(*ids.shape, self.in_features)
-
-    def plain(self, dtype: torch.dtype) -> nn.Module:
-        table = nn.Embedding(self.out_features, self.in_features, device="meta")
-        table.weight = nn.Parameter(self.weight_values().to(dtype), requires_grad=False)
-        return table
 
 
 def packed_tensors(codes: Codes) -> tuple[Tensor, Tensor]:

@@ -71,12 +71,8 @@ class Activations:
         self.sums[key] = self.sums[key] + found if key in self.sums else found
 
 
-class Moments:
-    """Means and variances over all tokens of what enters some modules of a block."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        """[3, features] fp64: how many tokens, sum of x, sum of x^2."""
+class _OfInputs:
+    """What is summed over all tokens of what enters some modules of a block."""
 
     @contextmanager
     def watch(self, block: SeenBlock, inputs: Collection[str]) -> Iterator[None]:
@@ -86,6 +82,17 @@ class Moments:
                 hook = self._hook(f"{block.index}.{name}")
                 stack.callback(block.module.get_submodule(name).register_forward_pre_hook(hook).remove)
             yield
+
+    def _hook(self, key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        raise NotImplementedError
+
+
+class Moments(_OfInputs):
+    """Means and variances over all tokens of what enters some modules of a block."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        """[3, features] fp64: how many tokens, sum of x, sum of x^2."""
 
     def mean_and_variance(self, model: CalibratedModel, layer: int, name: str) -> tuple[Tensor, Tensor]:
         """Return both [features], fp64, over all ranks; a collective, which uses the sums up.
@@ -110,20 +117,11 @@ class Moments:
         return see
 
 
-class Grams:
+class Grams(_OfInputs):
     """Sums of x x^T over all tokens of what enters some modules of a block."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Gram] = {}
-
-    @contextmanager
-    def watch(self, block: SeenBlock, inputs: Collection[str]) -> Iterator[None]:
-        """Look at the inputs of some modules while a block runs."""
-        with ExitStack() as stack:
-            for name in inputs:
-                hook = self._hook(f"{block.index}.{name}")
-                stack.callback(block.module.get_submodule(name).register_forward_pre_hook(hook).remove)
-            yield
 
     def whole(self, model: CalibratedModel, layer: int, name: str) -> Tensor:
         """Return the sum over all ranks [features, features] fp64; a collective, which uses it up.
