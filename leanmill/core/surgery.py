@@ -195,3 +195,15 @@ class SurgeryConfig(PassConfig):
             seed: The recipe's, for what is drawn.
         """
         raise NotImplementedError
+
+
+def lost_further(passes: Sequence[PassConfig]) -> str | None:
+    """Return what is wrong where further models of a surgery would be lost to a pass behind it; None where none is."""
+    for config in passes[:-1]:
+        if isinstance(config, SurgeryConfig) and config.writes_further:
+            kind = config.type  # type: ignore[attr-defined]
+            return (
+                f"passes: {kind} writes further models beside its own, of which a pass behind it takes only that; put "
+                f"{kind} last, or ask it for one model"
+            )
+    return None

@@ -10,7 +10,7 @@ from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.passes import PassConfig
 from leanmill.core.registry import parse_pass
-from leanmill.core.surgery import SurgeryConfig
+from leanmill.core.surgery import lost_further
 from leanmill.data.config import DataConfig
 from leanmill.models.config import ModelConfig
 
@@ -61,10 +61,6 @@ class CompressRecipe(CalibratedRecipe):
 
     @model_validator(mode="after")
     def _keeps_what_is_written(self) -> Self:
-        for config in self.passes[:-1]:
-            if isinstance(config, SurgeryConfig) and config.writes_further:
-                raise ConfigError(
-                    f"passes: {config.type} writes further models beside its own, of which a pass behind it takes "  # type: ignore[attr-defined]
-                    f"only that; put {config.type} last, or ask it for one model"  # type: ignore[attr-defined]
-                )
+        if problem := lost_further(self.passes):
+            raise ConfigError(problem)
         return self

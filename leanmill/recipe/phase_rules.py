@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from leanmill.core.near import near_names
+from leanmill.core.surgery import lost_further
 from leanmill.recipe.phases import BASE, FRESH, OF_PHASE, phase_names, place_of, source_of, trained_before
 
 
@@ -70,6 +71,8 @@ def _problems(recipe: Sections, names: Sequence[str], index: int) -> Iterator[st
         return
     source, step = source_of(phases, index)
     trained = source is not None and phases[source].trains
+    if lost := lost_further(phase.passes):
+        yield lost
     if phase.passes and source is None and recipe.model.path is None:
         yield "its passes need a model that exists; set model.path, or train one in a phase before"
     if step is not None and not trained:

@@ -75,7 +75,9 @@ def measures(vectors: Tensor, rows: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
-    """Return the correlation of ranks, ties at their mean rank; 0 where one of the two is constant."""
+    """Return the correlation of ranks, ties at their mean rank; 0 where one is constant, NaN where one has a NaN."""
+    if bool(one.isnan().any() or other.isnan().any()):
+        return float("nan")
     ranks = torch.stack([_ranks(one), _ranks(other)])
     ranks = ranks - ranks.mean(1, keepdim=True)
     lengths = ranks.norm(dim=1)

@@ -13,6 +13,7 @@ from leanmill.recipe.schema import recipe_schema
 
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SEVERAL = {"type": "ziplm", "speedup": 2, "further_speedups": [1.5]}
 WANDA = {"type": "wanda", "num_kept": 2, "group_size": 4}
 DENSE = {"name": "dense", "overrides": {"train.steps": 10}}
 
@@ -183,6 +184,7 @@ def test_what_no_phase_changes_is_refused_with_what_to_do(key, value, says):
         ([DENSE, {"passes": [WANDA], "rewind_to": "base"}], "rewind_to must name a phase that trains"),
         ([DENSE, {"passes": [WANDA], "rewind_to": "dens@1"}], "rewind_to: dens@1 must name an earlier phase"),
         ([DENSE, {"passes": [WANDA], "rewind_to": "dense@11"}], "dense@11 is past its 10 steps"),
+        ([DENSE, {"passes": [SEVERAL, WANDA]}], "put ziplm last, or ask it for one model"),
     ],
 )  # fmt: skip
 def test_wrong_phases_are_refused_in_one_line(phases, says):

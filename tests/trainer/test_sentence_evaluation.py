@@ -1,10 +1,18 @@
 """Held-out pairs: rank correlation and retrieval against scipy and a loop over pairs."""
 
+import math
+
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from leanmill.trainer.sentence_evaluation import TEMPERATURE, measures, spearman
+
+
+def test_vectors_that_are_no_numbers_correlate_with_nothing():
+    one, other = torch.tensor([1.0, float("nan"), 3.0]), torch.tensor([1.0, 2.0, 3.0])
+    assert math.isnan(spearman(one, other))
+    assert math.isnan(spearman(other, one))
 
 
 def test_spearman_is_scipys_with_ties():

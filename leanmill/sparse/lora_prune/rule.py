@@ -127,7 +127,7 @@ def adapter_gradient(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> Te
 
 def still_kept(importance: Tensor, kept: Tensor, sparsity: float) -> Tensor:
     """Return which structures [n] stay once the share `sparsity`, rounded down, is masked; what is masked stays so."""
-    number = int(len(importance) * sparsity)
+    number = int(len(importance) * sparsity + 1e-6)  # 0.29 of 100 are 28.999... in floating point
     # Below what may be the least: importance is not negative.
     order = torch.where(kept, importance, -1.0).argsort(stable=True)
     found = kept.clone()

@@ -120,6 +120,9 @@ def test_what_is_masked_has_no_gradient_and_stays_masked():
     assert delta.lora_B.grad[1].any()
     kept = torch.tensor([False, True, True, True])
     assert still_kept(torch.tensor([9.0, 3.0, 1.0, 2.0]), kept, 0.5).tolist() == [False, True, False, True]
+    many = torch.arange(1.0, 101.0)
+    assert int(still_kept(many, many > 0, 0.29).sum()) == 71
+    assert int(still_kept(many, many > 0, 0.295).sum()) == 71
 
 
 @pytest.mark.parametrize(
