@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from leanmill.core.errors import ConfigError
 from leanmill.core.rules import StepRule
 from leanmill.core.technique import Installation, InstallContext, TechniqueConfig
+from leanmill.distill.logits.kinds import Kind
 
 
 if TYPE_CHECKING:
@@ -26,18 +27,7 @@ class Distill(TechniqueConfig):
     probabilities are averaged (for `mse`, whose logits are). None if `cache_dir` has all."""
     teacher_weights: list[Annotated[float, Field(gt=0)]] | None = None
     """Weight of each of several teachers in the average, of any sum; None weighs all alike."""
-    divergence: Literal[
-        "forward_kl",
-        "reverse_kl",
-        "js",
-        "skew_forward_kl",
-        "skew_reverse_kl",
-        "total_variation",
-        "mse",
-        "cakld",
-        "deviation_aware",
-        "sinkhorn",
-    ] = "forward_kl"
+    divergence: Literal[Kind, "sinkhorn"] = "forward_kl"
     """`forward_kl`: KL(teacher || student). `reverse_kl`: KL(student || teacher). `js`: generalised
     Jensen-Shannon (Agarwal et al. 2023, arXiv:2306.13649). `skew_forward_kl`, `skew_reverse_kl`: from the teacher,
     or from the student, to a mixture of both (Ko et al. 2024, arXiv:2402.03898). `total_variation`: half the sum

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
+from leanmill.distill.logits.kinds import Kind
 from leanmill.kernels.linear_kl import naive
 from leanmill.kernels.linear_kl.op import TopK
 
 
-Kind = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "js",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "mse",
-    "cakld",
-    "deviation_aware",
-]
 KERNEL_KINDS: dict[Kind, naive.Kind] = {
     "forward_kl": "forward",
     "reverse_kl": "reverse",

@@ -14,7 +14,8 @@ from leanmill.core.paths import expand_user
 from leanmill.core.technique import InstallContext
 from leanmill.distill.logits.cache import TopKCache, open_cache
 from leanmill.distill.logits.cached import CachedTeacher
-from leanmill.distill.logits.divergence import KERNEL_KINDS, Kind, cached_divergence, divergence
+from leanmill.distill.logits.divergence import KERNEL_KINDS, cached_divergence, divergence
+from leanmill.distill.logits.kinds import Kind
 from leanmill.distill.logits.teachers import Teachers
 from leanmill.kernels.linear_kl.op import TopK, linear_kl_and_cross_entropy
 
