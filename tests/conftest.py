@@ -4,6 +4,8 @@ import gc
 import logging
 import os
 import signal
+import sys
+from pathlib import Path
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,3 +61,16 @@ def _own_log_level():
 def _skip_without_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """A folder of this test's own where transformers puts models' Python files and imports them from."""
+    folder = tmp_path / "modules"
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    # Another test's would be looked into first.
+    others = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", others)
+    return folder

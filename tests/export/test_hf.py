@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,10 +57,7 @@ def test_every_family_with_mask_and_ternary(family: str, tmp_path: Path) -> None
     assert min(report.sparsity.values()) >= 0.5
 
 
-def test_a_family_of_our_own_can_bring_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # another test's, of another folder
+def test_a_family_of_our_own_can_bring_its_code(tmp_path: Path, modules_cache: Path) -> None:
     model, checkpoint = checkpoint_of(tmp_path / "run", "pr_moe", [SPARSE])
     assert "import leanmill.models.pr_moe.register" in str(export_model(checkpoint, tmp_path / "out"))
     report = export_model(checkpoint, tmp_path / "code", to="hf_code")
