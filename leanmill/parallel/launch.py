@@ -11,11 +11,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import tempfile
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -24,13 +22,12 @@ import torch.distributed as dist
 from leanmill.core.errors import ConfigError
 from leanmill.parallel import shared_errors
 from leanmill.parallel.collectives import barrier
+from leanmill.parallel.flight import start_recorder
 from leanmill.parallel.meeting import Meeting
 
 
 log = logging.getLogger(__name__)
 
-FLIGHT_RECORDER_ENTRIES = 2000
-"""Collectives that NCCL's flight recorder remembers."""
 _keep_timeout: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 """Groups whose maker stated a time-out of their own."""
 
@@ -44,7 +41,7 @@ class ClusterSettings(Protocol):
 
     @property
     def flight_recorder(self) -> bool:
-        """Whether NCCL records its collectives."""
+        """Whether collectives are recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +74,9 @@ def init_processes(device: Literal["auto", "cpu", "cuda"], cluster: ClusterSetti
     rank, world_size = _env("RANK", 0), _env("WORLD_SIZE", 1)
     local_rank, local_world_size = _env("LOCAL_RANK", 0), _env("LOCAL_WORLD_SIZE", world_size)
     target = _choose_device(device, local_rank, local_world_size)
-    recorder = None
+    recorder = start_recorder(is_dumped=target.type == "cuda") if cluster.flight_recorder and world_size > 1 else None
     if target.type == "cuda":
         torch.cuda.set_device(target)
-        recorder = _start_flight_recorder() if cluster.flight_recorder and world_size > 1 else None
     else:
         set_threads(local_world_size)
     ranks = Ranks(
@@ -95,7 +91,7 @@ def init_processes(device: Literal["auto", "cpu", "cuda"], cluster: ClusterSetti
         _warn_of_shared_store()
         _warn_of_short_shutdown(rank)
         ensure_process_group(ranks, timeout_seconds=cluster.init_timeout_seconds)
-    if recorder is not None and rank == 0:
+    if recorder is not None and rank == 0 and target.type == "cuda":
         log.info("NCCL flight recorder: after a hang each machine has %s<rank>", recorder)
     return ranks
 
@@ -204,22 +200,6 @@ def _choose_device(device: str, local_rank: int, local_world_size: int) -> torch
             f"type torchrun --nproc-per-node {num_gpus}, or set device=cpu"
         )
     return torch.device("cuda", local_rank)
-
-
-def _start_flight_recorder() -> str:
-    """Switch the recorder on for groups created from now on; return the prefix of its dumps."""
-    folder = Path(tempfile.gettempdir()) / f"leanmill-flight-recorder-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
-    prefix = str(folder / "rank_")
-    # The recorder has no other switch than the environment; whoever set these already, wins. Torch
-    # renames the variables, so both spellings are set.
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        os.environ.setdefault(name, str(FLIGHT_RECORDER_ENTRIES))
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    given = os.environ.get("TORCH_FR_DUMP_TEMP_FILE") or os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE") or prefix
-    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        os.environ.setdefault(name, given)
-    Path(given).parent.mkdir(parents=True, exist_ok=True)  # NCCL makes no folders
-    return given
 
 
 def _warn_of_shared_store() -> None:

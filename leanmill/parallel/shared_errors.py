@@ -33,8 +33,17 @@ _POLL_SECONDS = 0.01
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error")
 
 
+_hang = ""
+
+
 class LostRankError(RunError):
     """Another rank ended or hangs, which this one saw as a failed collective."""
+
+
+def note_hang(verdict: str) -> None:
+    """Keep what is known of who hangs, for the error that the collective's time-out will be."""
+    global _hang  # noqa: PLW0603
+    _hang = verdict
 
 
 def lost_rank(error: BaseException) -> LostRankError | None:
@@ -43,9 +52,10 @@ def lost_rank(error: BaseException) -> LostRankError | None:
         return None
     for reason in _LOST_PEER:
         if reason in str(error):
+            known = f": {_hang}" if _hang else ""
             return LostRankError(
-                f"another rank ended or hangs ({reason}); see its own error, or its machine's log, for why, then start "
-                f"again: the run continues from its newest checkpoint"
+                f"another rank ended or hangs ({reason}){known}; see its own error, or its machine's log, for why, "
+                f"then start again: the run continues from its newest checkpoint"
             )
     return None
 

@@ -52,7 +52,7 @@ def run(recipe: Recipe) -> RunResult:
         KeyboardInterrupt: As for `leanmill.trainer.run.run`.
     """
     with processes(recipe) as given:
-        run_dir = Path(recipe.run_dir.format(name=recipe.name))
+        run_dir = recipe.run_folder
         with exclusive(run_dir, given.ranks.rank):
             return _Phases(recipe, given, run_dir).go()
 

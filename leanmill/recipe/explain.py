@@ -240,7 +240,7 @@ def _evaluation(recipe: Recipe) -> str:
 
 
 def _written(recipe: Recipe) -> list[str]:
-    run_dir, checkpoint, log = recipe.run_dir.format(name=recipe.name), recipe.checkpoint, recipe.log
+    run_dir, checkpoint, log = recipe.run_folder, recipe.checkpoint, recipe.log
     every = f"every {checkpoint.every_steps:,} steps and at the end" if checkpoint.every_steps else "at the end"
     best = " and the best" if checkpoint.keep_best else ""
     resume = {

@@ -38,7 +38,7 @@ def check_files(recipe: Recipe) -> None:
 
 def _written_folders(recipe: Recipe) -> Iterator[tuple[str, Path, str]]:
     """Yield (key, folder, an example of another) of what the run creates."""
-    yield "run_dir", Path(recipe.run_dir.format(name=recipe.name)), "runs/{name}"
+    yield "run_dir", recipe.run_folder, "runs/{name}"
     if recipe.data.cache_dir is not None:
         yield "data.cache_dir", expand_user(recipe.data.cache_dir), "cache"
 

@@ -51,7 +51,7 @@ class Recipe(Sections):
 
     def folder_of_phase(self, index: int) -> Path:
         """Return the folder of a phase, by its index from 0."""
-        run_dir = Path(self.run_dir.format(name=self.name))
+        run_dir = self.run_folder
         return phase_folder(run_dir, index, phase_names(self.phases)[index])
 
     def of_phase(self, index: int) -> Recipe:

@@ -5,9 +5,10 @@ Sections of a package live with it; the run's own are here, and `Sections` joins
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from leanmill.checkpoint.config import CheckpointConfig
 from leanmill.core.config import Config
@@ -112,7 +113,19 @@ class ClusterConfig(Config):
     interrupt_seconds: int = Field(default=120, ge=1)
     """After Ctrl-C (SIGINT) the step under way and its checkpoint may take this long; then the run quits without it."""
     flight_recorder: bool = True
-    """Keep NCCL's flight recorder on; its dump directory is printed at start."""
+    """Record the last collectives (gloo and NCCL); where NCCL dumps them is printed at start."""
+    hang_seconds: int | None = Field(default=60, ge=1)
+    """Nothing may move for so long while ranks wait in a collective; then the ones that are not there are named, and
+    every rank leaves its stacks and flight record in `hang` of the run's folder. null never looks."""
+
+    @model_validator(mode="after")
+    def _records_what_it_reads(self) -> Self:
+        if self.hang_seconds is not None and not self.flight_recorder:
+            raise ValueError(
+                f"cluster.hang_seconds={self.hang_seconds} reads the flight recorder, which cluster.flight_recorder="
+                f"false switches off; set cluster.hang_seconds=null as well"
+            )
+        return self
 
 
 class Sections(Config):
@@ -159,6 +172,11 @@ class Sections(Config):
     """Process groups."""
     phases: list[PhaseConfig] = Field(default_factory=list, max_length=99)
     """Parts of the run one after another, each with passes or settings of its own; none is one stretch of training."""
+
+    @property
+    def run_folder(self) -> Path:
+        """`run_dir` with its `{name}` filled in."""
+        return Path(self.run_dir.format(name=self.name))
 
     @field_validator("plugins")
     @classmethod

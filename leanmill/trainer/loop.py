@@ -17,6 +17,7 @@ from leanmill.data.build import TrainData
 from leanmill.optim.schedules import decays, lr_factor
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.engine import Engine
+from leanmill.parallel.pulse import Pulse
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer
 from leanmill.trainer.meter import Meter
@@ -49,6 +50,8 @@ class Loop:
     """Rows of a pass over the data; None where it is not known."""
     step: int = 0
     """Steps done so far."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Where what is being done is said, for ranks that wait for this one."""
     num_skipped: int = 0
     meter: Meter = field(init=False)
 
@@ -82,11 +85,11 @@ class Loop:
                 is_stuck = skips.is_stuck(self.step, self.num_skipped)
             # Whoever asked to stop may not wait for long: an evaluation has time after the resume.
             if not stop and (finished or _due(self.step, recipe.eval.every_steps)):
-                self._timed(self.evaluate)
+                self._timed(self.evaluate, "evaluation")
                 stop = stop if finished else agreement.reached(asked())
             is_kept = self.step in recipe.checkpoint.keep_steps
             if finished or stop or is_stuck or is_kept or _due(self.step, recipe.checkpoint.every_steps):
-                self._timed(self.save)
+                self._timed(self.save, "checkpoint")
                 stop = stop if finished else max(stop, agreement.reached(asked()))
             if is_stuck:
                 raise stuck(self.step, self.num_skipped, f"of the last {WINDOW_STEPS} steps")
@@ -110,7 +113,9 @@ class Loop:
         )
         for rule in self.step_rules:
             rule.begin_step(context)
+        self.pulse.enter("reading data", self.step + 1)
         micro_batches, num_valid = self._next_batch(context)
+        self.pulse.enter("forward and backward")
         factor = lr_factor(recipe.schedule, self.step, self.num_steps)
         has_decay = decays(recipe.schedule, self.step, self.num_steps)
         for group in engine.param_groups:
@@ -118,6 +123,7 @@ class Loop:
             group["weight_decay"] = group["initial_weight_decay"] if has_decay else 0.0
         with torch.enable_grad():
             losses = engine.forward_backward(micro_batches, num_valid)
+        self.pulse.enter("update")
         self.before_update()
         for rule in self.step_rules:
             rule.before_optimizer(context)
@@ -181,7 +187,8 @@ class Loop:
             f"optimizer.lr, look at the data, or set train.non_finite=skip to drop such steps"
         )
 
-    def _timed(self, action: Callable[[int], None]) -> None:
+    def _timed(self, action: Callable[[int], None], phase: str) -> None:
+        self.pulse.enter(phase)
         started = time.perf_counter()
         action(self.step)
         self.meter.pause(time.perf_counter() - started)

@@ -90,7 +90,7 @@ def run_in(given: Processes, recipe: Recipe, start: Start | None = None) -> RunR
         recipe: The recipe.
         start: What it begins with, where its run_dir has no checkpoint.
     """
-    with exclusive(_run_dir(recipe), given.ranks.rank) as lock:
+    with exclusive(recipe.run_folder, given.ranks.rank) as lock:
         return _Run(recipe, given, lock, start).go()
 
 
@@ -98,16 +98,18 @@ class _Run:
     """The objects of one run, built in order."""
 
     def __init__(self, recipe: Recipe, given: Processes, lock: RunLock, start: Start | None) -> None:
-        self.ranks, self.signals, self.lock, self.start = given.ranks, given.signals, lock, start
+        self.ranks, self.signals, self.pulse = given.ranks, given.signals, given.pulse
+        self.lock, self.start = lock, start
         # The resolved precision goes into what is saved: a resumed run computes like its beginning.
         self.recipe = with_precision(recipe, given.ranks.device.type)
-        self.run_dir = _run_dir(recipe)
+        self.run_dir = recipe.run_folder
         self.scores: dict[str, DomainScore] = {}
         torch.manual_seed(recipe.seed)
         torch.use_deterministic_algorithms(recipe.train.deterministic)
 
     def go(self) -> RunResult:
         recipe, ranks = self.recipe, self.ranks
+        self.pulse.enter("reading the data")
         tokenizer = on_every_rank(lambda: build_tokenizer(recipe.data, seed=recipe.seed))
         self.sampler = Sampler(recipe, tokenizer)
         # Before the data, which may take long to tokenise.
@@ -123,6 +125,7 @@ class _Run:
         check_ranks_agree(self.data.identity, self.domains)
         # What is saved has the length in tokens: a resumed run is as long as its beginning.
         self.recipe = recipe = with_length_in_tokens(recipe, self.data.rows_per_epoch)
+        self.pulse.enter("preparing the model")
         why = self._build_engine(model)
         num_micro_batches = micro_batches_of_step(recipe, self.engine.data_size)
         self.manager = self._manager()
@@ -249,6 +252,7 @@ class _Run:
             rows_per_epoch=self.data.rows_per_epoch,
             step=state.get("step", 0),
             num_skipped=state.get("num_skipped", 0),
+            pulse=self.pulse,
         )
         return self.loop
 
@@ -307,7 +311,3 @@ class _Run:
         )
         for observer in self.observers:
             observer.on_eval(record)
-
-
-def _run_dir(recipe: Recipe) -> Path:
-    return Path(recipe.run_dir.format(name=recipe.name))

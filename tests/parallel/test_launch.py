@@ -107,20 +107,6 @@ def test_threads_are_shared_out_unless_the_environment_decides(monkeypatch: pyte
     assert num_cores() >= 1
 
 
-def test_the_flight_recorder_is_switched_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
-    files = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-    for name in (*names, *files):
-        monkeypatch.setenv(name, "")  # so that teardown takes away what is set below
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
-    prefix = launch._start_flight_recorder()
-    assert Path(prefix).parent.is_dir()
-    assert {os.environ[name] for name in files} == {prefix}
-    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    assert int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
-
-
 def test_warns_of_restarts_on_a_shared_store(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
