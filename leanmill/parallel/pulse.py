@@ -15,12 +15,14 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
 
 from leanmill.parallel import flight, shared_errors
+from leanmill.parallel.flight import Standing
 from leanmill.parallel.hang import Seen, silent_ranks, verdict
 
 
@@ -76,7 +78,7 @@ class PulseWatch:
         # A main thread that waits for the store would make the watch wait with it.
         self._store = dist.PrefixStore("pulse", store.clone())  # type: ignore[attr-defined]
         self._host, self._beat, self._written, self._named = socket.gethostname(), 0, "", ""
-        self._moved, self._last = time.monotonic(), self._now()
+        self._moved, self._last = time.monotonic(), self._now({})
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -97,13 +99,15 @@ class PulseWatch:
                 return  # The host of the store has left, and with it everybody.
 
     def _beat_once(self) -> None:
-        now = self._now()
+        still_seconds = time.monotonic() - max(self._moved, self.pulse.since)
+        # Reading the record takes half a second of a core, so it waits until there is a reason.
+        now = self._now(flight.standings() if still_seconds > self.hang_seconds / 2 else {})
         if self._has_moved(now):
-            self._moved = time.monotonic()
+            self._moved, still_seconds = time.monotonic(), 0.0
         self._last = now
         self._store.set(str(self.rank), json.dumps(now.state()))
         is_waiting = any(not standing.is_done for standing in now.standings.values())
-        if is_waiting and time.monotonic() - self._moved > self.hang_seconds:
+        if is_waiting and still_seconds > self.hang_seconds:
             self._name_who_is_missing(now)
         if self._store.check([_VERDICT]):
             told = self._store.get(_VERDICT).decode()
@@ -112,7 +116,7 @@ class PulseWatch:
                 self._written = told
                 self._write()
 
-    def _now(self) -> Seen:
+    def _now(self, standings: Mapping[str, Standing]) -> Seen:
         self._beat += 1
         return Seen(
             host=self._host,
@@ -121,12 +125,13 @@ class PulseWatch:
             phase=self.pulse.phase,
             step=self.pulse.step,
             phase_seconds=time.monotonic() - self.pulse.since,
-            standings=flight.standings(),
+            standings=standings,
         )
 
     def _has_moved(self, now: Seen) -> bool:
-        last = self._last
-        return (now.phase, now.step, now.standings) != (last.phase, last.step, last.standings)
+        """Whether collectives went on within a phase, between two readings of the record."""
+        last = self._last.standings
+        return bool(last) and bool(now.standings) and now.standings != last
 
     def _name_who_is_missing(self, now: Seen) -> None:
         """Tell, on one of the ranks that wait, once a standstill."""
@@ -141,7 +146,7 @@ class PulseWatch:
         after = self._others()
         told = verdict(self.rank, {self.rank: now, **after}, silent_ranks(before, after))
         self._store.set(_VERDICT, told)
-        seconds = time.monotonic() - self._moved
+        seconds = time.monotonic() - max(self._moved, self.pulse.since)
         log.warning(
             "nothing has moved for %.0f s: %s. Stacks and flight records: %s%s", seconds, told, self.folder, self.then
         )

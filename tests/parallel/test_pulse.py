@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_waiting_rank_names_the_other_once(
     beat(1)
     beat(0)
     assert not caplog.records  # nothing has stood still for long
-    watches[0]._moved -= 1
+    watches[0]._moved = watches[0].pulse.since = time.monotonic() - 1
     with caplog.at_level(logging.WARNING):
         beat(0)
         beat(0)
@@ -65,10 +66,22 @@ def test_a_rank_that_waits_for_nobody_says_nothing(
     done = Standing(number=5, operation="all_reduce", sizes=((4,),), is_done=True)
     monkeypatch.setattr(flight, "standings", lambda: {"all ranks": done})
     watch = PulseWatch(Pulse(), dist.HashStore(), rank=0, world_size=2, hang_seconds=0.06, folder=tmp_path / "hang")
-    watch._moved -= 100
+    watch._moved = watch.pulse.since = time.monotonic() - 100
     watch._beat_once()
     assert not caplog.records
     assert not (tmp_path / "hang").exists()
+
+
+def test_collectives_that_go_on_within_a_phase_are_a_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = PulseWatch(Pulse(), dist.HashStore(), rank=0, world_size=2, hang_seconds=0.06, folder=tmp_path / "hang")
+    watch._moved = watch.pulse.since = time.monotonic() - 100
+    for number in (1, 2):
+        one = Standing(number=number, operation="all_reduce", sizes=((4,),), is_done=number == 1)
+        monkeypatch.setattr(flight, "standings", lambda one=one: {"all ranks": one})
+        watch._beat_once()
+    assert not caplog.records
 
 
 def test_a_full_disk_does_not_end_the_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
