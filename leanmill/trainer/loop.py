@@ -21,6 +21,7 @@ from leanmill.parallel.pulse import Pulse
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer
 from leanmill.trainer.meter import Meter
+from leanmill.trainer.non_finite import source_of
 from leanmill.trainer.rng import seed_step
 from leanmill.trainer.scoring import Scores
 from leanmill.trainer.skipping import WINDOW_STEPS, SkipWatch, stuck
@@ -57,6 +58,8 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._scores = Scores(self.engine)
+        # Of the steps since the last record: where one turns out not to be finite, it is looked at once more.
+        self._recent: dict[int, tuple[Sequence[Batch], Tensor]] = {}
 
     def start(self) -> None:
         """Start the clock; `run` does it too."""
@@ -133,8 +136,12 @@ class Loop:
         for rule in self.step_rules:
             rule.after_optimizer(replace(context, skipped=skip))
         self.meter.update(losses, num_valid, norm, skip, step=self.step + 1)
-        if recipe.train.non_finite == "stop" and self._reads_at_once and skip:
-            self._raise_non_finite(self.step + 1)
+        if recipe.train.non_finite == "stop":
+            self._recent[self.step + 1] = micro_batches, num_valid
+            if self._reads_at_once:
+                if skip:
+                    self._raise_non_finite(self.step + 1)
+                self._recent.clear()
 
     def _is_reported(self, step: int) -> bool:
         """Whether a record is due after `step` steps, unless the run is asked to stop before."""
@@ -180,10 +187,13 @@ class Loop:
             observer.on_step(record)
         if self.recipe.train.non_finite == "stop" and self.num_skipped > skipped_before:
             self._raise_non_finite(int(first_skipped))
+        self._recent.clear()
 
     def _raise_non_finite(self, step: int) -> None:
+        seed_step(self.recipe.seed, step - 1, self.engine.data_rank)
+        where = source_of(self.engine, *self._recent[step])
         raise RunError(
-            f"non-finite loss or gradient in step {step}; its update was not applied. Lower "
+            f"non-finite loss or gradient in step {step}: {where}; its update was not applied. Lower "
             f"optimizer.lr, look at the data, or set train.non_finite=skip to drop such steps"
         )
 

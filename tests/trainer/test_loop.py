@@ -42,11 +42,25 @@ class IdleEngine:
         self.skips.append(bool(skip))
 
 
+@pytest.fixture(autouse=True)
+def asked_about(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Batches that were looked at for where they stop being finite; there is no model to look at."""
+    asked: list[Any] = []
+
+    def source_of(engine: Any, micro_batches: Any, num_valid: Tensor) -> str:
+        asked.append(micro_batches)
+        return "somewhere"
+
+    monkeypatch.setattr(loop_module, "source_of", source_of)
+    return asked
+
+
 class Rows:
     position_tokens = 0
 
     def next_rows(self, num_rows: int, *, rank: int, world_size: int) -> dict[str, Tensor]:
-        return {"labels": torch.zeros(num_rows, 64, dtype=torch.int64)}
+        self.position_tokens += 64 * num_rows
+        return {"labels": torch.full((num_rows, 64), self.position_tokens // 64)}
 
 
 class Run:
@@ -223,13 +237,15 @@ def test_a_host_that_runs_ahead_stops_one_step_later(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("bad", [(4,), (4, 6), (10,), (1,)])
 def test_the_step_named_is_the_one_that_was_not_finite(
-    at_once: bool, bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    at_once: bool, bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, asked_about: list[Any]
 ) -> None:
     """On CUDA the flag is read when a record is due, here after 10 steps."""
     monkeypatch.setattr(Loop, "_reads_at_once", property(lambda self: at_once))
     run = Run(bad=bad)
-    with pytest.raises(RunError, match=rf"gradient in step {bad[0]};"):
+    with pytest.raises(RunError, match=rf"gradient in step {bad[0]}: somewhere;"):
         run.go()
+    # Its own batch, whose labels are the number of the step here, and no other.
+    assert [int(batch["labels"][0, 0]) for (batch,) in asked_about] == [bad[0]]
     assert run.loop.engine.steps == (bad[0] if at_once else 10)
 
 
