@@ -51,6 +51,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "residual_rotations": True,
     },
+    "folded_llama": MODEL
+    | {
+        "model_type": "folded_llama",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "num_layers_by_block": [2, 1],
+        "qk_norm": True,
+    },
     "ernie4_5_moe": MODEL
     | {
         "model_type": "ernie4_5_moe",
@@ -467,6 +475,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "latent attention": ("deepseek_v3", "multi_token", "router_balance", "nm_sparsity"),
     "pyramid of experts": ("pr_moe", "router_balance"),
     "layers of their own sizes": ("pruned_llama", "lora"),
+    "layers that share": ("folded_llama", "nm_sparsity", "lsq_row", "lora"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
     "biased experts": ("deepseek_v3", "bias_balance", "balance_rows"),
     "experts, looked ahead": ("mixtral", "balance_ahead"),

@@ -343,6 +343,11 @@ PASSES: dict[str, Entry] = {
         "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",
         "Men et al. 2024, arXiv:2403.03853; Zhang et al. 2024, arXiv:2405.18218",
     ),
+    "share_blocks": Entry(
+        "leanmill.sparse.share_blocks.config:ShareBlocks",
+        "surgery: neighbouring blocks share attention and MLP, each with norms of its own (FoldGPT)",
+        "Liu et al. 2024, arXiv:2407.00928",
+    ),
     "evopress": Entry(
         "leanmill.search.evopress.config:EvoPress",
         "search: a level for each layer (sparsity, bits, dropped) under a budget, by evolution",

@@ -68,11 +68,17 @@ def flops_per_token(
 
 
 def active_matmul_parameters(model: nn.Module, token_shares: Sequence[float] | None = None) -> float:
-    """Return N: the weights that multiply one token, experts and blocks by the share that is used."""
+    """Return N: the weights that multiply one token, experts and blocks by the share that is used.
+
+    A block that is several layers counts for each of them.
+    """
     of_block: dict[int, float] = {}
-    if token_shares:
-        for block, share in zip(decoder_blocks(model), token_shares, strict=True):
-            of_block.update((id(module), share) for module in block.modules())
+    num_layers: list[int] | None = getattr(model.config, "num_layers_by_block", None)  # of blocks that are several
+    if token_shares or num_layers:
+        blocks = decoder_blocks(model)
+        times = zip(token_shares or [1.0] * len(blocks), num_layers or [1] * len(blocks), strict=True)
+        for block, (share, number) in zip(blocks, times, strict=True):
+            of_block.update((id(module), share * number) for module in block.modules())
     skipped = {id(p) for p in added_parameters(model)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:

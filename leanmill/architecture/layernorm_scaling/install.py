@@ -25,7 +25,8 @@ def install(sites: Sites, *, starts_folded: bool) -> None:
     if not places:
         raise ConfigError(
             f"layernorm_scaling scales norms before attention and MLP, and model type {model.config.model_type!r} "  # type: ignore[union-attr]
-            f"normalises after them; choose a family with pre-norms, e.g. llama, or remove layernorm_scaling"
+            f"has none, since it normalises after them or folds several layers into a block; choose a family with "
+            f"pre-norms, e.g. llama, or remove layernorm_scaling"
         )
     for place in places:
         if not isinstance(getattr(place.module, "weight", None), nn.Parameter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,9 @@ class Dropping(LookingSurgeon):
     Args:
         dropped: A number of parts, or a share of them.
         kinds: Of parts that may go.
-        measure: For dropping one after another; None drops all at once, by influence.
+        measure: For dropping one after another; None drops all at once.
+        gates: Given model, candidates and the share that stays, returns how open the gate of each candidate is; None
+            drops by influence where `measure` is None too.
         first_layer: See there.
         writes_zeros: See there.
     """
@@ -32,10 +34,12 @@ class Dropping(LookingSurgeon):
         dropped: int | float,
         kinds: Sequence[Literal["block", "attention", "mlp"]],
         measure: Measure | None,
+        gates: Callable[[CalibratedModel, range, float], Tensor] | None,
         first_layer: int,
         writes_zeros: bool,
     ) -> None:
         self.asked, self.kinds, self.measure = dropped, kinds, measure
+        self.gates = gates
         self.first_layer, self.writes_zeros = first_layer, writes_zeros
         self.before: Any = None
         self.number = 0
@@ -71,8 +75,10 @@ class Dropping(LookingSurgeon):
 
     def look(self, model: CalibratedModel) -> Any:
         layers = range(self.first_layer, self.before.num_hidden_layers)
-        if self.measure is None:
-            self.dropped = self._of_least_influence(model, layers)
+        if self.gates is not None:
+            self.dropped = self._lowest(self.gates(model, layers, 1 - self.number / len(layers)), layers)
+        elif self.measure is None:
+            self.dropped = self._lowest(self._influences(model)[layers.start :], layers)
         else:
             candidates: list[Part] = [(layer, kind) for layer in layers for kind in self.kinds]
             self.dropped = one_after_another(model, candidates, self.number, self.measure)
@@ -84,16 +90,19 @@ class Dropping(LookingSurgeon):
         layers = range(self.before.num_hidden_layers)
         return [layer for layer in layers if self.writes_zeros or layer not in gone]
 
-    def _of_least_influence(self, model: CalibratedModel, layers: range) -> list[Part]:
+    def _influences(self, model: CalibratedModel) -> Tensor:
         influences = torch.zeros(self.before.num_hidden_layers, dtype=torch.float64)
         for block in model.blocks():
             for before, after in block.run():
                 influences[block.index] += influence(before, after)
-        influences = model.total(influences)[layers.start :]
-        _check_finite(influences)
-        staying = {layers.start + int(index) for index in highest(influences, len(layers) - self.number)}
+        return model.total(influences)
+
+    def _lowest(self, scores: Tensor, layers: range) -> list[Part]:
+        """The blocks of least score, that first."""
+        _check_finite(scores)
+        staying = {layers.start + int(index) for index in highest(scores, len(layers) - self.number)}
         gone = [layer for layer in layers if layer not in staying]
-        return [(layer, "block") for layer in sorted(gone, key=lambda layer: float(influences[layer - layers.start]))]
+        return [(layer, "block") for layer in sorted(gone, key=lambda layer: float(scores[layer - layers.start]))]
 
     def place(self, index: int) -> int | None:
         kept = self._kept

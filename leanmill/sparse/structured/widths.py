@@ -16,8 +16,10 @@ from leanmill.sparse.structured.cut import smaller_config
 
 OWN_FAMILY = "pruned_llama"
 """The family of Leanmill's own that has layers of any size; see `leanmill.models.pruned_llama`."""
+FOLDED_FAMILY = "folded_llama"
+"""That whose neighbouring layers share weights; see `leanmill.models.folded_llama`."""
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Whose blocks are of its kind."""
+"""Whose blocks are of their kind."""
 _COPIED = (
     "vocab_size",
     "hidden_size",
@@ -130,29 +132,36 @@ def config_with(technique: str, before: Any, widths: Widths, layers: Sequence[in
             return smaller_config(technique, before, new, layers)
         except ConfigError:
             pass  # Llama wants its heads to divide its hidden size; the own family does not
-    return _own_config(technique, before, sizes, widths)
+    return own_config(
+        technique,
+        OWN_FAMILY,
+        before,
+        head_dim=sizes.head_dim,
+        num_hidden_layers=len(widths.heads),
+        num_attention_heads_by_layer=widths.heads,
+        num_key_value_heads_by_layer=widths.groups,
+        intermediate_size_by_layer=widths.neurons,
+    )
 
 
-def _own_config(technique: str, before: Any, sizes: Sizes, widths: Widths) -> Any:
+def own_config(technique: str, family: str, before: Any, **settings: Any) -> Any:
+    """Return the transformers configuration of a model of a family of Leanmill's own, as `before` but for `settings`.
+
+    Raises:
+        ConfigError: The family refuses them.
+    """
     from transformers import AutoConfig
 
     copied = {name: getattr(before, name) for name in _COPIED if hasattr(before, name)}
-    copied |= {"head_dim": sizes.head_dim, "num_hidden_layers": len(widths.heads)}
     if before.model_type == "qwen3":
         copied["qk_norm"] = True
     if before.model_type == "qwen2":
         copied["attention_bias"] = True
     try:
-        return AutoConfig.for_model(
-            OWN_FAMILY,
-            **copied,
-            num_attention_heads_by_layer=widths.heads,
-            num_key_value_heads_by_layer=widths.groups,
-            intermediate_size_by_layer=widths.neurons,
-        )
+        return AutoConfig.for_model(family, **copied | settings)
     except Exception as error:
         text = str(error.__cause__ or error).splitlines()[-1]
-        raise ConfigError(f"{technique}: no {OWN_FAMILY} has these sizes: {text}; ask for other sizes") from error
+        raise ConfigError(f"{technique}: no {family} has these sizes: {text}; ask for other sizes") from error
 
 
 def completed(after: Any, hidden: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -168,5 +177,10 @@ def completed(after: Any, hidden: int, tensors: Iterable[tuple[str, Tensor]]) ->
         dtypes[name] = tensor.dtype
         yield name, tensor
     weight, bias = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
-    if after.model_type == OWN_FAMILY and after.attention_bias and weight in dtypes and bias not in dtypes:
+    if (
+        after.model_type in (OWN_FAMILY, FOLDED_FAMILY)
+        and after.attention_bias
+        and weight in dtypes
+        and bias not in dtypes
+    ):
         yield bias, torch.zeros(hidden, dtype=dtypes[weight])

@@ -1,5 +1,7 @@
 """What goes by the papers' measures on a whole model with hooks, and what is written."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from leanmill.core.registry import parse_pass
 from leanmill.models.config import ModelConfig
+from leanmill.sparse.drop_blocks.gates import learned_gates
 from leanmill.trainer.passes.foresight import after_passes
 from leanmill.trainer.passes.run import compress
 from tests.sparse.minitron.test_minitron import SIZES, best, rows_of, save, seen
@@ -92,6 +95,34 @@ def test_blocks_of_least_influence_go(text, tokenizer, tmp_path):  # noqa: F811
         assert torch.equal(layer.self_attn.q_proj.weight, model.model.layers[index].self_attn.q_proj.weight)
 
 
+def test_blocks_of_lowest_gates_go(text, tokenizer, tmp_path):  # noqa: F811
+    model = save(tmp_path / "in", tokenizer, "llama", dtype=torch.float32)
+    options = {"order": "gates", "gate_steps": 3, "gate_penalty": 4.0, "gate_lr": 0.2, "first_layer": 1}
+    config = recipe(tmp_path / "in", text, tmp_path, {"type": "drop_blocks", "dropped": 2, **options})
+    (report,) = compress(config, tmp_path / "out")
+    rows = rows_of(config, tokenizer)
+    opening = torch.ones(3, requires_grad=True)
+    adam = torch.optim.Adam([opening], lr=0.2)
+    for width in (0.1, 0.1 * 1e-3**0.5, 1e-4):
+        gates = opening**2 / (opening**2 + width)
+        hidden = model.model.embed_tokens(rows["input_ids"])
+        angles = model.model.rotary_emb(hidden, rows["position_ids"])
+        for layer, block in enumerate(model.model.layers):
+            out = block(hidden, position_embeddings=angles, position_ids=rows["position_ids"])
+            hidden = out if layer == 0 else (1 - gates[layer - 1]) * hidden + gates[layer - 1] * out
+        logits = model.lm_head(model.model.norm(hidden))
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows["input_ids"][:, 1:].flatten())
+        adam.zero_grad()
+        (loss + 4 * (gates.mean() - 1 / 3) ** 2).backward()
+        adam.step()
+    halves = [{name: part[half] for name, part in rows.items()} for half in (slice(0, 3), slice(3, None))]
+    seen_model = SimpleNamespace(rows=halves, whole=lambda: model.requires_grad_(False), total=lambda tensor: tensor)
+    found = learned_gates(seen_model, range(1, 4), open_share=1 / 3, penalty=4.0, num_steps=3, learning_rate=0.2)
+    torch.testing.assert_close(found, opening.detach().abs())
+    first, second = (1 + int(index) for index in opening.abs().argsort()[:2])
+    assert str(report) == f"drop_blocks: without block {first}, block {second}"
+
+
 @pytest.mark.slow
 def test_a_silenced_layer_of_experts_adds_nothing(text, tokenizer, tmp_path):  # noqa: F811
     changes = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -119,6 +150,8 @@ def test_a_silenced_layer_of_experts_adds_nothing(text, tokenizer, tmp_path):  #
         ({"dropped": 1, "parts": "halves"}, "type written_as_zeros: true"),
         ({"dropped": 1, "parts": "mlp", **ZEROS}, "type order: greedy"),
         ({"dropped": 1, "measure": "loss"}, "measure is for order: greedy"),
+        ({"dropped": 1, "gate_lr": 0.1}, "gate_lr is for order: gates"),
+        ({"dropped": 1, "parts": "mlp", **ZEROS, "order": "gates"}, "gates are those of whole blocks"),
     ],
 )
 def test_requests_that_do_not_fit(options, message):

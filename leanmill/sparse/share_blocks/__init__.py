@@ -1,0 +1,1 @@
+"""Models whose neighbouring decoder blocks share weights."""

@@ -1,0 +1,106 @@
+"""Which blocks share, and the tensors of what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from leanmill.core.errors import ConfigError
+from leanmill.core.surgery import StoredBlock, Surgeon
+from leanmill.sparse.structured.widths import FOLDED_FAMILY, OWN_FAMILY, completed, own_config, widths_of
+
+
+_OF_A_LAYER = ("input_layernorm.weight", "post_attention_layernorm.weight")
+"""What each layer of a group keeps for itself."""
+
+
+class Sharing(Surgeon):
+    """Folds neighbouring blocks into one; see `ShareBlocks` for the arguments.
+
+    Args:
+        group_size: See there.
+        takes_mean: Whether a group's weights begin as the mean of its blocks'.
+        first_layer: See there.
+        last_layers: See there.
+    """
+
+    def __init__(self, *, group_size: int | list[int], takes_mean: bool, first_layer: int, last_layers: int) -> None:
+        self.group_size, self.takes_mean = group_size, takes_mean
+        self.first_layer, self.last_layers = first_layer, last_layers
+        self.after: Any = None
+        self.members: list[list[int]] = []
+        """Blocks of the old model in each group."""
+        self._sums: dict[str, Tensor] = {}
+        """Of the group that is being read, fp32."""
+
+    def config(self, before: Any) -> Any:
+        if before.model_type == OWN_FAMILY:
+            raise ConfigError(
+                f"share_blocks: layers of a {OWN_FAMILY} have sizes of their own, so none can take another's weights; "
+                f"share first, or give a model whose layers are alike"
+            )
+        sizes, _ = widths_of("share_blocks", before)
+        numbers = self._numbers(sizes.layers)
+        starts = [sum(numbers[:group]) for group in range(len(numbers))]
+        self.members = [list(range(start, start + number)) for start, number in zip(starts, numbers, strict=True)]
+        self.after = own_config(
+            "share_blocks",
+            FOLDED_FAMILY,
+            before,
+            head_dim=sizes.head_dim,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.groups,
+            intermediate_size=sizes.neurons,
+            num_layers_by_block=numbers,
+        )
+        return self.after
+
+    def _numbers(self, num_layers: int) -> list[int]:
+        """How many blocks each group has."""
+        if isinstance(self.group_size, list):
+            if sum(self.group_size) != num_layers:
+                raise ConfigError(
+                    f"share_blocks: group_size={self.group_size} speaks of {sum(self.group_size)} blocks, and the "
+                    f"model has {num_layers}; let the sizes add up to {num_layers}"
+                )
+            return self.group_size
+        shared = num_layers - self.first_layer - self.last_layers
+        if shared < 2:
+            raise ConfigError(
+                f"share_blocks: of {num_layers} blocks first_layer={self.first_layer} and last_layers="
+                f"{self.last_layers} leave {max(0, shared)} that may share; leave at least 2"
+            )
+        full, rest = divmod(shared, self.group_size)
+        return [1] * self.first_layer + [self.group_size] * full + [rest] * (rest > 0) + [1] * self.last_layers
+
+    def place(self, index: int) -> int:
+        return next(group for group, members in enumerate(self.members) if index in members)
+
+    def block(self, block: StoredBlock) -> Iterator[tuple[str, Tensor]]:
+        return completed(self.after, self.after.hidden_size, self._tensors(block))
+
+    def _tensors(self, block: StoredBlock) -> Iterator[tuple[str, Tensor]]:
+        members = self.members[self.place(block.index)]
+        for name in _OF_A_LAYER:
+            yield f"{name.removesuffix('weight')}{members.index(block.index)}.weight", block.read(name)
+        names = sorted(block.names - set(_OF_A_LAYER))
+        if not self.takes_mean:
+            yield from ((name, block.read(name)) for name in names if block.index == members[0])
+            return
+        for name in names:
+            tensor = block.read(name)
+            total = tensor.float()
+            if block.index > members[0]:
+                total += self._sums.pop(name)
+            if block.index == members[-1]:
+                yield name, (total / len(members)).to(tensor.dtype)
+            else:
+                self._sums[name] = total
+
+    def describe(self) -> str:
+        shared = [f"{group[0]} to {group[-1]}" for group in self.members if len(group) > 1]
+        start = "as their mean" if self.takes_mean else "as the first of them"
+        return f"{len(self.members)} blocks; of the old ones share {', '.join(shared)}, {start}"
