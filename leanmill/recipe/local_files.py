@@ -26,7 +26,13 @@ def check_files(recipe: Recipe) -> None:
     """
     recipes = [recipe, *recipe.training_phases()]
     named = dict.fromkeys(pair for one in recipes for pair in _local_paths(one))
-    found = [f"{key}={path!r} does not exist; correct the path" for key, path in named if _gone(path)]
+    of_phases = Path(recipe.run_dir.format(name=recipe.name), "phases")
+    found = [
+        f"{key}={path!r} does not exist; correct the path"
+        for key, path in named
+        # What a phase leaves is there when a later one begins.
+        if _gone(path) and not (recipe.phases and expand_user(path).is_relative_to(of_phases))
+    ]
     found += [
         f"{key}={str(folder)!r} cannot be written: {problem}; set {key} to a folder that can, e.g. {key}={example}"
         for key, folder, example in _written_folders(recipe)

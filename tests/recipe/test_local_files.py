@@ -33,3 +33,19 @@ def test_a_checkpoint_to_resume_may_be_a_url(resume, is_refused):
     asked = asked.model_copy(update={"checkpoint": asked.checkpoint.model_copy(update={"resume": resume})})
     with pytest.raises(ConfigError, match="checkpoint.resume") if is_refused else nullcontext():
         check_files(asked)
+
+
+def test_what_an_earlier_phase_leaves_is_not_looked_for_yet(tmp_path):
+    raw = {
+        "model": {"config": {"model_type": "llama"}},
+        "run_dir": str(tmp_path / "run"),
+        "train": {"steps": 1},
+        "phases": [
+            {"name": "dense", "overrides": {"train.steps": 1}},
+            {"name": "distil", "overrides": {"techniques": [{"type": "distill", "teacher": "phase:dense"}]}},
+        ],
+    }
+    check_files(validate_recipe(raw))
+    raw["phases"][1]["overrides"]["techniques"][0]["teacher"] = str(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="elsewhere' does not exist"):
+        check_files(validate_recipe(raw))
