@@ -244,7 +244,7 @@ def test_a_non_finite_step_changes_nothing_and_stops(tmp_path, cache, capsys):
     for _ in range(2):  # the second finds nothing left to train, which makes it no better
         assert main([*skipping, *broken]) == 1
         error = capsys.readouterr().err
-        assert "most steps were skipped as non-finite, " in error
+        assert "most steps were skipped as non-finite or as spikes, " in error
         assert "the checkpoint of step 4 is saved" in error
     records = [json.loads(line) for line in (tmp_path / "skipping/metrics.jsonl").read_text().splitlines()]
     assert [record for record in records if record["kind"] == "step"][-1]["skipped_steps"] >= 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -66,18 +67,22 @@ def complete_checkpoints(root: Path) -> list[tuple[Path, Manifest]]:
     return _read(root)[0]
 
 
-def newest_sound(root: Path, group: Agreement | None = None) -> Found:
+def newest_sound(
+    root: Path, group: Agreement | None = None, *, is_wanted: Callable[[Manifest], bool] = lambda manifest: True
+) -> Found:
     """Return the newest checkpoint below `root` whose every file is as written, and say what was skipped.
 
     Args:
         root: Folder that holds `step-*` folders; it may be missing.
         group: Who searches together; the reading is shared out. None is this process alone.
+        is_wanted: Which checkpoints count at all; the first rank is asked.
 
     Raises:
         RunError: There are checkpoints, and each is damaged.
     """
     group = group or Alone()
     complete, unreadable = _read(root)
+    complete = [(path, manifest) for path, manifest in complete if is_wanted(manifest)]
     seen = {"complete": [str(path) for path, _ in complete], "unreadable": {str(p): e for p, e in unreadable.items()}}
     listed = json.loads(group.broadcast(json.dumps(seen)))
     skipped = {Path(path): problem for path, problem in listed["unreadable"].items()}

@@ -21,7 +21,7 @@ from leanmill.checkpoint.finding import complete_checkpoints, locate, newest_sou
 from leanmill.checkpoint.folders import settle, step_folder
 from leanmill.checkpoint.group import SaveGroup
 from leanmill.checkpoint.loading import check_kind, read_part
-from leanmill.checkpoint.manifest import read_manifest
+from leanmill.checkpoint.manifest import Manifest, read_manifest
 from leanmill.checkpoint.reading import read_document
 from leanmill.checkpoint.remote import RemoteFolder, is_url
 from leanmill.checkpoint.retention import Retention
@@ -211,6 +211,27 @@ class CheckpointManager:
             return self._fetched(resume) if is_url(resume) else locate(resume, self.group).path
         except (ConfigError, RunError) as error:
             raise type(error)(f"checkpoint.resume={resume}: {error}") from error
+
+    def newest_sequence(self) -> int:
+        """Return the `Manifest.sequence` of the newest complete checkpoint here, by the first rank; 0 without one."""
+        found = complete_checkpoints(self.root)
+        return int(self.group.broadcast(str(found[0][1].sequence if found else 0)))
+
+    def newest_before(self, step: int, *, below: int | None = None) -> Path | None:
+        """Return the newest sound checkpoint here of fewer than `step` steps, None without one.
+
+        Args:
+            step: Optimizer steps.
+            below: Only such as have a `Manifest.sequence` below this.
+
+        Raises:
+            RunError: There are such, and each is damaged.
+        """
+
+        def is_wanted(manifest: Manifest) -> bool:
+            return manifest.step < step and (below is None or manifest.sequence < below)
+
+        return newest_sound(self.root, self.group, is_wanted=is_wanted).path
 
     def _newest(self) -> Path | None:
         """The newest sound checkpoint, here or at the remote place."""

@@ -31,8 +31,9 @@ class StepContext:
     """Whether metrics are read after this step, as far as is known before it: who counts for them alone need not
     where they are not."""
     skipped: Tensor | None = None
-    """In `after_optimizer`: bool scalar on the device, equal on all ranks, whether the gradients were not finite,
-    so that weights and optimizer state are as they were. Reading its value waits for the device."""
+    """In `after_optimizer`: bool scalar on the device, equal on all ranks, whether the update was kept back (gradients
+    were not finite, or stood out), so that weights and optimizer state are as they were. Reading its value waits for
+    the device."""
 
 
 class StepRule:

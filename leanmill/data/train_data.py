@@ -112,6 +112,12 @@ class TrainData:
             batch["token_mask"] = torch.from_numpy(np.stack([row.is_token for row in mine]))
         return batch if self._masking is None else self._masking.hide(batch, batch["row_ids"])
 
+    def skip_rows(self, num_rows: int) -> None:
+        """Advance by rows that nobody reads."""
+        for _ in range(num_rows):
+            source, number = self._schedule.next()
+            self._sources[source].skip(number)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what the data is; JSON-able, the same on every rank."""
         return {

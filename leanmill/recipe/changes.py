@@ -24,7 +24,7 @@ FREE = (
     # Checks, which change nothing that passes them.
     "model.trust_remote_code", "model.max_context",
     # What only the steps to come can tell: the length, and what a step that would have ended the run does.
-    "train.steps", "train.total_tokens", "train.epochs", "train.non_finite",
+    "train.steps", "train.total_tokens", "train.epochs", "train.non_finite", "train.spike",
     # The data compares itself, by what it holds (`leanmill.data.identity`): what it lets pass is harmless.
     "data", "seed",
 )  # fmt: skip

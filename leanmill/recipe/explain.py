@@ -228,8 +228,10 @@ def _numerics(recipe: Recipe) -> str:
         *(["deterministic kernels only"] if train.deterministic else []),
         *([f"{train.activation_checkpointing} recomputation"] if train.activation_checkpointing != "none" else []),
     ]
-    finite = "stops the run" if train.non_finite == "stop" else "skips the step"
-    return ", ".join([train.precision, clip, f"a non-finite gradient {finite}", *extras])
+    does = {"stop": "stops the run", "skip": "skips the step", "rewind": "goes back to the checkpoint before"}
+    finite = f"a non-finite gradient {does[train.non_finite]}"
+    spike = [] if train.spike is None else [f"a spike of {train.spike.sigmas:g} sigmas {does[train.spike.action]}"]
+    return ", ".join([train.precision, clip, finite, *spike, *extras])
 
 
 def _evaluation(recipe: Recipe) -> str:

@@ -39,8 +39,23 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from model_task_problems(recipe)
     yield from technique_problems(recipe)
     yield from _schedules(recipe)
+    yield from _rewinds(recipe)
     yield from layout_problems(recipe)
     yield from _secrets(recipe)
+
+
+def _rewinds(recipe: Sections) -> Iterator[str]:
+    """Going back needs something to go back to."""
+    train, checkpoint = recipe.train, recipe.checkpoint
+    asked = [
+        *(["train.non_finite=rewind"] if train.non_finite == "rewind" else []),
+        *(["train.spike.action=rewind"] if train.spike is not None and train.spike.action == "rewind" else []),
+    ]
+    if asked and checkpoint.every_steps is None and not checkpoint.keep_steps:
+        yield (
+            f"{' and '.join(asked)}: the run goes back to a checkpoint, and none is written before its end; set "
+            f"checkpoint.every_steps"
+        )
 
 
 def nearest_multiples(value: int, unit: int) -> str:

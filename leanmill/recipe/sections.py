@@ -31,6 +31,17 @@ class BatchConfig(Config):
     """Tokens of one forward on one rank; a multiple of `data.sequence_length`."""
 
 
+class SpikeConfig(Config):
+    """A step whose loss or gradient norm stands out. As in OLMo-core's optimizers that skip steps."""
+
+    sigmas: float = Field(default=6.0, gt=0)
+    """Standard deviations above the mean of the last steps from which on it stands out."""
+    window_steps: int = Field(default=128, ge=4)
+    """Steps that mean and deviation are taken over; nothing stands out until half as many have been seen."""
+    action: Literal["skip", "stop", "rewind"] = "skip"
+    """As `train.non_finite`; the update of such a step is never applied."""
+
+
 class TrainConfig(Config):
     """The loop."""
 
@@ -50,11 +61,14 @@ class TrainConfig(Config):
     their own bf16 policies); `fp32` computes in fp32."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Clip gradients to this global norm; None does not clip."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """What a non-finite loss or gradient does: stop the run, or skip that optimizer step.
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """What a non-finite loss or gradient does: stop the run, skip that optimizer step, or go back to the checkpoint
+    before it and on with the rows after it.
 
     Skipping is for the odd bad batch: a run that skips more than half of 100 steps, or of all its steps,
-    saves and ends with an error."""
+    saves and ends with an error. Of rewinds without a new checkpoint in between the fourth ends it."""
+    spike: SpikeConfig | None = None
+    """What a finite step does whose loss or gradient norm stands out of those before it; null looks at none."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """`full` recomputes each block in backward; `selective` keeps matmul and attention outputs."""
     compile: bool = False

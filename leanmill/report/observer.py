@@ -121,4 +121,4 @@ class Observer:
         """After a save returned to the loop."""
 
     def on_end(self, status: str, message: str = "") -> None:
-        """Once: `status` is `finished`, `stopped` or `failed`."""
+        """Once: `status` is `finished`, `stopped` or `failed`, or `rewound` where it goes on from an earlier step."""

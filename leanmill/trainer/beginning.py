@@ -23,6 +23,7 @@ from leanmill.recipe.changes import Change, changes, check_accepted
 from leanmill.recipe.earlier import going_on
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import Prepared
+from leanmill.trainer.rewind import Back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,18 @@ class Beginning:
     """Accepted ones of the recipe since."""
     recipe: Recipe
     """That the run goes on with: what it leaves open is as the checkpoint has it."""
+    back: Back | None = None
+    """Why it is not the newest checkpoint, where it is a rewind."""
 
     @classmethod
-    def find(cls, recipe: Recipe, manager: CheckpointManager, data: TrainData, start: Start | None) -> Beginning:
+    def find(
+        cls,
+        recipe: Recipe,
+        manager: CheckpointManager,
+        data: TrainData,
+        start: Start | None,
+        back: Back | None = None,
+    ) -> Beginning:
         """Find what to resume, and refuse it where recipe or data are others.
 
         Args:
@@ -63,10 +73,11 @@ class Beginning:
             manager: Of its checkpoints.
             data: Of the run; other data may be why a model has another vocabulary.
             start: What the run begins with, where there is nothing to resume.
+            back: Where a rewind goes, whatever there is to resume.
         """
-        path = manager.find(recipe.checkpoint.resume)
+        path = manager.find(recipe.checkpoint.resume) if back is None else back.path
         if path is None:
-            return cls(manager=manager, data=data, start=start, recipe=recipe)
+            return cls(manager=manager, data=data, start=start, recipe=recipe, back=back)
         saved = read_document(path, "recipe.json")
         changed = changes(saved, recipe)
         check_accepted(changed, recipe.checkpoint.accept_changes, str(path))
@@ -80,6 +91,7 @@ class Beginning:
             state=state,
             changes=changed,
             recipe=going_on(saved, recipe),
+            back=back,
         )
 
     @property
@@ -89,8 +101,8 @@ class Beginning:
             return self.state.get("rules", {})  # type: ignore[no-any-return]
         return self.manager.train_state(self.start.checkpoint).get("rules", {})  # type: ignore[no-any-return]
 
-    def load(self, prepared: Prepared, engine: Engine, saved: dict[str, Any]) -> None:
-        """Fill the prepared model, its optimizer and the position in the data.
+    def load(self, prepared: Prepared, engine: Engine, saved: dict[str, Any]) -> int:
+        """Fill the model, its optimizer and the position in the data; return how many rows a rewind leaves out.
 
         Args:
             prepared: The model in `engine`.
@@ -106,6 +118,9 @@ class Beginning:
             self.data.load_state_dict(self.state["data"])
         elif self.start is not None:
             self._load_other(self.start, engine, saved)
+        num_left_out = 0 if self.back is None else self.back.position_rows - self.data.position_rows
+        self.data.skip_rows(num_left_out)
+        return num_left_out
 
     def _load_other(self, start: Start, engine: Engine, saved: dict[str, Any]) -> None:
         if start.data:
@@ -118,6 +133,8 @@ class Beginning:
     @property
     def notes(self) -> list[str]:
         """Lines for the start of the log."""
+        if self.back is not None:
+            return [self.back.note]
         if self.path is None:
             return []
         changed = [f"changed since: {'; '.join(map(str, self.changes))}"] if self.changes else []

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from leanmill.core.batches import Batch, BatchRule
-from leanmill.core.errors import RunError
 from leanmill.core.ledger import ledger_of
 from leanmill.core.rules import StepContext, StepRule, metrics_of
 from leanmill.data.build import TrainData
 from leanmill.optim.schedules import decays, lr_factor
 from leanmill.parallel.collectives import sum_over_ranks
-from leanmill.parallel.engine import Engine
+from leanmill.parallel.engine import Engine, Losses
 from leanmill.parallel.pulse import Pulse
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer
@@ -25,7 +24,9 @@ from leanmill.trainer.non_finite import source_of
 from leanmill.trainer.rng import seed_step
 from leanmill.trainer.scoring import Scores
 from leanmill.trainer.skipping import WINDOW_STEPS, SkipWatch, stuck
+from leanmill.trainer.spikes import SpikeWatch
 from leanmill.trainer.stop import Stop, agreement_for
+from leanmill.trainer.troubles import NON_FINITE, SPIKE, Action, Kind, Troubles, error_of
 
 
 @dataclass(kw_only=True)
@@ -58,6 +59,10 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._scores = Scores(self.engine)
+        spike, device = self.recipe.train.spike, self.engine.device
+        self.spikes = None if spike is None else SpikeWatch(spike, device)
+        actions: dict[Kind, Action] = {NON_FINITE: self.recipe.train.non_finite}
+        self._troubles = Troubles(actions if spike is None else {**actions, SPIKE: spike.action}, device)
         # Of the steps since the last record: where one turns out not to be finite, it is looked at once more.
         self._recent: dict[int, tuple[Sequence[Batch], Tensor]] = {}
 
@@ -131,17 +136,20 @@ class Loop:
         for rule in self.step_rules:
             rule.before_optimizer(context)
         norm = engine.clip(recipe.train.max_grad_norm)
-        skip = ~torch.isfinite(norm)
+        flags: dict[Kind, Tensor] = {
+            NON_FINITE: ~torch.isfinite(norm),
+            SPIKE: self._stands_out(losses, num_valid, norm),
+        }
+        skip = flags[NON_FINITE] | flags[SPIKE]
         engine.step(skip | any(rule.replaces_optimizer(context) for rule in self.step_rules))
         for rule in self.step_rules:
             rule.after_optimizer(replace(context, skipped=skip))
-        self.meter.update(losses, num_valid, norm, skip, step=self.step + 1)
-        if recipe.train.non_finite == "stop":
+        self.meter.update(losses, num_valid, norm, skip)
+        if self._troubles.actions:
             self._recent[self.step + 1] = micro_batches, num_valid
+            self._troubles.see(self.step + 1, flags)
             if self._reads_at_once:
-                if skip:
-                    self._raise_non_finite(self.step + 1)
-                self._recent.clear()
+                self._look_for_trouble()
 
     def _is_reported(self, step: int) -> bool:
         """Whether a record is due after `step` steps, unless the run is asked to stop before."""
@@ -171,7 +179,6 @@ class Loop:
     def _log(self) -> None:
         group = self.engine.param_groups[0]
         tokens, tokens_per_step = self.data.position_tokens, self.recipe.batch.tokens_per_step
-        skipped_before, first_skipped = self.num_skipped, self.meter.first_skipped_step
         record = self.meter.record(
             step=self.step,
             tokens=tokens,
@@ -185,17 +192,24 @@ class Loop:
         self.num_skipped = record.skipped_steps
         for observer in self.observers:
             observer.on_step(record)
-        if self.recipe.train.non_finite == "stop" and self.num_skipped > skipped_before:
-            self._raise_non_finite(int(first_skipped))
-        self._recent.clear()
+        self._look_for_trouble()
 
-    def _raise_non_finite(self, step: int) -> None:
-        seed_step(self.recipe.seed, step - 1, self.engine.data_rank)
-        where = source_of(self.engine, *self._recent[step])
-        raise RunError(
-            f"non-finite loss or gradient in step {step}: {where}; its update was not applied. Lower "
-            f"optimizer.lr, look at the data, or set train.non_finite=skip to drop such steps"
-        )
+    def _stands_out(self, losses: Losses, num_valid: Tensor, norm: Tensor) -> Tensor:
+        """Whether the step is a spike, bool scalar, equal on all ranks."""
+        if self.spikes is None:
+            return torch.zeros_like(norm, dtype=torch.bool)
+        return self.spikes.stands_out(sum_over_ranks(losses["total"].detach()) / num_valid, norm)
+
+    def _look_for_trouble(self) -> None:
+        """End the loop where a step since the last look asks for it."""
+        trouble = self._troubles.read()
+        if trouble is not None:
+            where = ""
+            if trouble.kind == NON_FINITE:
+                seed_step(self.recipe.seed, trouble.step - 1, self.engine.data_rank)
+                where = f": {source_of(self.engine, *self._recent[trouble.step])}"
+            raise error_of(trouble, where, self.data.position_tokens // self.recipe.data.sequence_length)
+        self._recent.clear()
 
     def _timed(self, action: Callable[[int], None], phase: str) -> None:
         self.pulse.enter(phase)

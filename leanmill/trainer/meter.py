@@ -23,8 +23,6 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.first_skipped_step = torch.zeros((), device=self.device, dtype=torch.int64)
-        """First step since the last record that was skipped, 0 for none; on the device."""
         self._losses: dict[str, Tensor] = {}
         self._num_valid = torch.zeros((), device=self.device)
         self._num_steps = 0
@@ -35,9 +33,7 @@ class Meter:
         """Leave `seconds` of evaluation or saving out of the step time."""
         self._started += seconds
 
-    def update(
-        self, losses: Mapping[str, Tensor], num_valid: Tensor, grad_norm: Tensor, skip: Tensor, *, step: int
-    ) -> None:
+    def update(self, losses: Mapping[str, Tensor], num_valid: Tensor, grad_norm: Tensor, skip: Tensor) -> None:
         """Add one step.
 
         Args:
@@ -45,15 +41,12 @@ class Meter:
             num_valid: Targets over all ranks.
             grad_norm: Global norm before clipping.
             skip: Whether the step was skipped.
-            step: Its number, from 1.
         """
         for name, value in losses.items():
             self._losses[name] = self._losses.get(name, 0) + value
         self._num_valid = self._num_valid + num_valid
         self._grad_norm = grad_norm.detach()
         self._num_skipped = self._num_skipped + skip
-        is_first = skip & (self.first_skipped_step == 0)
-        self.first_skipped_step = self.first_skipped_step.masked_fill(is_first, step)
         self._num_steps += 1
 
     @property

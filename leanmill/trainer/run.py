@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import Prepared, prepare, with_precision
 from leanmill.trainer.processes import Processes, processes
 from leanmill.trainer.recipe_file import write_recipe
+from leanmill.trainer.rewind import Back, RewindError, Rewinds
 from leanmill.trainer.run_lock import RunLock, exclusive
 from leanmill.trainer.samples import Sampler
 from leanmill.trainer.stop import Stop
@@ -90,16 +92,28 @@ def run_in(given: Processes, recipe: Recipe, start: Start | None = None) -> RunR
         recipe: The recipe.
         start: What it begins with, where its run_dir has no checkpoint.
     """
+    rewinds, back = Rewinds(), None
     with exclusive(recipe.run_folder, given.ranks.rank) as lock:
-        return _Run(recipe, given, lock, start).go()
+        while True:
+            run = _Run(recipe, given, lock, start, back)
+            try:
+                return run.go()
+            except RewindError as rewind:
+                # All anew, as in a process that resumes: no state of what went wrong is left.
+                back = rewinds.back(rewind, run.manager)
+                run.engine.close()
+            del run
+            gc.collect()
 
 
 class _Run:
     """The objects of one run, built in order."""
 
-    def __init__(self, recipe: Recipe, given: Processes, lock: RunLock, start: Start | None) -> None:
+    def __init__(
+        self, recipe: Recipe, given: Processes, lock: RunLock, start: Start | None, back: Back | None = None
+    ) -> None:
         self.ranks, self.signals, self.pulse = given.ranks, given.signals, given.pulse
-        self.lock, self.start = lock, start
+        self.lock, self.start, self.back = lock, start, back
         # The resolved precision goes into what is saved: a resumed run computes like its beginning.
         self.recipe = with_precision(recipe, given.ranks.device.type)
         self.run_dir = recipe.run_folder
@@ -129,7 +143,7 @@ class _Run:
         why = self._build_engine(model)
         num_micro_batches = micro_batches_of_step(recipe, self.engine.data_size)
         self.manager = self._manager()
-        self.beginning = Beginning.find(recipe, self.manager, self.data, self.start)
+        self.beginning = Beginning.find(recipe, self.manager, self.data, self.start, self.back)
         self.recipe = recipe = self.beginning.recipe
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         further = sum(technique.further_tokens() for technique in recipe.techniques)
@@ -148,10 +162,12 @@ class _Run:
         )
         self.saved = saved_part(recipe, model, prepared)
         self.probes = prepared.techniques.probes
-        self.beginning.load(prepared, self.engine, self.saved)
+        rows_left_out = self.beginning.load(prepared, self.engine, self.saved)
+        # Those count as read: what is left of the run is so much shorter.
+        self.tokens_before = self.beginning.state.get("tokens", 0) + rows_left_out * recipe.data.sequence_length
         self.manager.clear_away()
         state = self.beginning.state
-        num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=state.get("tokens", 0))
+        num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=self.tokens_before)
         self._write_recipe(tokenizer)
         self.observers = build_observers(recipe, self.run_dir, ranks.rank)
         loop = self._loop(prepared, num_steps, num_micro_batches)
@@ -212,6 +228,10 @@ class _Run:
             # Nothing is waited for; a checkpoint that was being written does not count, the one before does.
             self._end("stopped", "interrupted; the newest checkpoint is where it continues")
             raise
+        except RewindError as rewind:
+            self.manager.drain()
+            self._end("rewound", rewind.why)
+            raise
         except BaseException as error:
             self.manager.drain()
             told = lost_rank(error) or error
@@ -254,6 +274,8 @@ class _Run:
             num_skipped=state.get("num_skipped", 0),
             pulse=self.pulse,
         )
+        if self.loop.spikes is not None and state.get("spikes"):
+            self.loop.spikes.load_state_dict(state["spikes"])
         return self.loop
 
     def _write_recipe(self, tokenizer: Any) -> None:
@@ -266,7 +288,7 @@ class _Run:
         """Rows of the whole run; steps that a resumed run did in another size are in its position."""
         rows_per_step = self.recipe.batch.tokens_per_step // self.recipe.data.sequence_length
         state = self.beginning.state
-        rows_done = state.get("tokens", 0) // self.recipe.data.sequence_length
+        rows_done = self.tokens_before // self.recipe.data.sequence_length
         return rows_done + (num_steps - state.get("step", 0)) * rows_per_step
 
     def _data_notes(self, num_steps: int) -> list[str]:
@@ -287,6 +309,8 @@ class _Run:
             "rules": state_of(self.loop.step_rules),
             "engine": self.engine.state_dict(),
         }
+        if self.loop.spikes is not None:
+            state["spikes"] = self.loop.spikes.state_dict()
         score = self.scores["all"].loss if self.scores_step == step and self.scores else None
         recipe = self.recipe.model_dump(mode="json")
         seconds = self.manager.save(step, self.engine, state, recipe, score=score, **self.saved)

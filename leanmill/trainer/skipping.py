@@ -40,7 +40,7 @@ class SkipWatch:
 def stuck(step: int, num_skipped: int, what: str) -> RunError:
     """Return the error of a run that has mostly skipped; its checkpoint is written by then."""
     return RunError(
-        f"most {what} were skipped as non-finite, {num_skipped} of {step} steps in all, so the model has hardly "
-        f"trained; the checkpoint of step {step} is saved. Lower optimizer.lr, lengthen schedule.warmup_steps or look "
-        f"at the data, and start again in a new run_dir or from a checkpoint before the trouble"
+        f"most {what} were skipped as non-finite or as spikes, {num_skipped} of {step} steps in all, so the model has "
+        f"hardly trained; the checkpoint of step {step} is saved. Lower optimizer.lr, lengthen schedule.warmup_steps "
+        f"or look at the data, and start again in a new run_dir or from a checkpoint before the trouble"
     )

@@ -17,6 +17,7 @@ from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer, StepRecord
 from leanmill.trainer import loop as loop_module
 from leanmill.trainer.loop import Loop
+from leanmill.trainer.rewind import RewindError
 from leanmill.trainer.stop import Agreement, Stop
 from tests.distributed import run_ranks
 
@@ -253,4 +254,33 @@ def test_steps_before_the_last_record_are_not_named() -> None:
     run = Run(bad=(4, 12), non_finite="skip")
     run.go()
     assert run.loop.num_skipped == 1
-    assert int(run.loop.meter.first_skipped_step) == 0
+    assert run.loop._troubles.read() is None
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_rewind_says_where_the_data_goes_on(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loop, "_reads_at_once", property(lambda self: at_once))
+    run = Run(bad=(4,), non_finite="rewind")
+    with pytest.raises(RewindError, match="non-finite loss or gradient in step 4: somewhere") as caught:
+        run.go()
+    assert caught.value.step == 4
+    # All that was read by the time it is known.
+    assert caught.value.position_rows == (4 if at_once else 10)
+
+
+@pytest.mark.parametrize("action", ["skip", "stop", "rewind"])
+def test_a_spike_is_kept_back(action: str, asked_about: list[Any]) -> None:
+    run = Run(non_finite="skip", spike={"action": action, "window_steps": 4, "sigmas": 3})
+    clip = run.loop.engine.clip
+    # Between ups and downs one that is tall, and one that is no number.
+    norms = {6: 50.0, 9: float("nan")}
+    run.loop.engine.clip = lambda limit: clip(limit) * norms.get(steps := run.loop.engine.steps, 1 + steps % 2 / 10)  # type: ignore
+    if action == "skip":
+        run.go()
+        assert run.loop.engine.skips == [step in (6, 9) for step in range(1, 11)]  # type: ignore[attr-defined]
+    else:
+        kind = RewindError if action == "rewind" else RunError
+        with pytest.raises(kind, match="spike of the loss or the gradient's norm in step 6"):
+            run.go()
+        assert run.loop.engine.skips == [step == 6 for step in range(1, 7)]  # type: ignore[attr-defined]
+    assert not asked_about
