@@ -98,7 +98,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 }
 """Encoders, which learn from tokens that are hidden from them."""
 
-FROZEN_DTYPES = ("bf16", "int8", "int4", "nf4")
+FROZEN_DTYPES = ("bf16", "int8", "int4", "int2", "nf4", "nf3")
 """How frozen weights are kept; a combination that names one sets `model.frozen_dtype`."""
 
 TECHNIQUES: dict[str, dict[str, Any]] = {
@@ -343,7 +343,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 """Variants and further tenants of a slot."""
 
-OF_PRUNED = {"static_mask", "perp", "nf4"}
+OF_PRUNED = {"static_mask", "perp", "nf4", "nf3"}
 """What starts from zeros: trained on a pruned model, with biases. Codes of a stored model are made part by part."""
 _EXCLUDING = [{"lora", "lora_branch"}, {"nm_sparsity", "bdwp"}, {"ternary", "quest"}]
 """Pairs that want the same slot."""
@@ -406,6 +406,8 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "experts with a scale a row": ("mixtral", "paretoq", "router_balance"),
     "lsq over lora on bf16": ("bf16", "lora", "lsq_row"),
     "branches on int4": ("int4", "lora_branch"),
+    "lora on nf3": ("nf3", "lora"),
+    "experts in int2": ("mixtral", "int2", "lora", "router_balance"),
     "experts in int8": ("mixtral", "int8", "lora", "router_balance"),
     "natural gradients of experts": ("mixtral", "natural_galore", "nm_sparsity", "ternary", "router_balance"),
     "subspaces taking turns": ("lisa", "galore", "distill"),

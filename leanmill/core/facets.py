@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -21,6 +21,15 @@ class LowRank:
     b: Tensor
     """[..., out, rank]."""
     scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFactors:
+    """A delta of low rank that lies on disk."""
+
+    rank: int
+    read: Callable[[], LowRank]
+    """Returns it, fp32 on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,12 @@ from pathlib import Path
 from leanmill.core.errors import ConfigError, RunError
 
 
+SUMMARY = "leanmill.json"
+"""What passes did to a model, in its folder."""
+ADAPTER = "adapter"
+"""Folder beside a model's weights with what a pass took out of them, as an adapter of PEFT's."""
+
+
 def check_is_new(path: Path) -> None:
     """Refuse an output that is there already; cheap, so ask it before anything slow.
 

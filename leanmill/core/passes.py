@@ -18,8 +18,10 @@ from leanmill.core.config import Config
 
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
+    from leanmill.core.facets import LowRank
     from leanmill.core.gram import Gram
     from leanmill.core.probes import Probe
 
@@ -217,6 +219,65 @@ class SensitivePassConfig(LinearPassConfig):
 
     def solver(self) -> SensitiveSolver:
         """Return what solves a layer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decomposition:
+    """A weight as what stays of it and a delta of low rank, which trains on."""
+
+    weight: Tensor
+    """[out, in] fp32: what stays."""
+    factors: LowRank
+    kept_as: str
+    """The form that holds what stays without loss, see `model.frozen_dtype`."""
+
+
+class DecomposingSolver(Protocol):
+    """Takes a delta of low rank out of linear weights, in one of several ways for each."""
+
+    num_choices: int
+    """Ways there are."""
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse the weights [out, in] of a model, before anything is computed.
+
+        Raises:
+            ConfigError: With what to type.
+        """
+        ...
+
+    def cost(self, name: str, weight: Tensor, sensitivity: Tensor | None, choice: int) -> float:
+        """Return what one way costs for a layer."""
+        ...
+
+    def choose(self, costs: Tensor, shapes: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the way of each layer, given the costs [layers, ways] fp64."""
+        ...
+
+    def solve(
+        self, name: str, weight: Tensor, sensitivity: Tensor | None, choice: int, dtype: torch.dtype
+    ) -> Decomposition:
+        """Return what becomes of a layer.
+
+        Args:
+            name: Of the layer.
+            weight: [out, in] fp32.
+            sensitivity: Of the same shape, see `SensitiveSolver`; None where no text was read.
+            choice: Of the ways.
+            dtype: What the weight will be stored in.
+        """
+        ...
+
+
+class DecomposingPassConfig(LinearPassConfig):
+    """Base of passes that take a delta of low rank out of linear weights.
+
+    Deltas are written as an adapter beside the weights, so nothing may run over these afterwards.
+    """
+
+    def solver(self) -> DecomposingSolver:
+        """Return what takes layers apart."""
         raise NotImplementedError
 
 

@@ -303,6 +303,11 @@ PASSES: dict[str, Entry] = {
         "one-shot: levels of each row by k-means over its weights, counted by their squared gradients",
         "Kim et al. 2023, arXiv:2306.07629",
     ),
+    "lq_lora": Entry(
+        "leanmill.peft_ext.lq_lora.config:LqLora",
+        "one-shot: weights of 2 to 8 bits and an adapter with what they lack, bits by an integer program",
+        "Guo et al. 2023, arXiv:2311.12023",
+    ),
     "minitron": Entry(
         "leanmill.sparse.minitron.config:Minitron",
         "surgery: fewer channels, heads, neurons and layers, by what flows through them",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from leanmill.core.passes import PassConfig
+from leanmill.core.passes import DecomposingPassConfig, PassConfig
 
 
 if TYPE_CHECKING:
@@ -198,8 +198,11 @@ class SurgeryConfig(PassConfig):
 
 
 def lost_further(passes: Sequence[PassConfig]) -> str | None:
-    """Return what is wrong where further models of a surgery would be lost to a pass behind it; None where none is."""
+    """Return what is wrong where what a pass writes beside its model would be lost to one behind; None if nothing."""
     for config in passes[:-1]:
+        if isinstance(config, DecomposingPassConfig):
+            kind = config.type  # type: ignore[attr-defined]
+            return f"passes: {kind} leaves a part of each weight in an adapter, which fits no others; put it last"
         if isinstance(config, SurgeryConfig) and config.writes_further:
             kind = config.type  # type: ignore[attr-defined]
             return (

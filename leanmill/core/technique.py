@@ -25,6 +25,7 @@ from leanmill.core.rules import StepRule
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from leanmill.core.facets import StoredFactors
     from leanmill.core.ledger import Ledger
     from leanmill.core.sites import Sites
     from leanmill.core.taps import FrozenTaps
@@ -88,6 +89,9 @@ class InstallContext:
     """Open the weights of a model in a folder or hub repository, to be read once. The function returned takes a
     weight's plain name and a tensor of the shape it must have, and gives the weight, whole, on the CPU; a
     collective, for `Stage.initialise`. None where what is initialised will be overwritten."""
+    stored_adapter: Callable[[], Mapping[str, StoredFactors]] | None = None
+    """Return the adapter that lies beside the weights of the model that trains, by the plain name of the layer; None
+    where what starts from it will be overwritten."""
     check_base: Callable[[str, str], None] | None = None
     """Refuse another base than the model that trains, for an adapter that training starts from: takes the base's folder
     or hub name and the name of the adapter in a recipe. None where adapters will be overwritten, or nothing trains."""

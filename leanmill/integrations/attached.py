@@ -25,6 +25,7 @@ from leanmill.models.calls import check_sites_are_called
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import fill_added
 from leanmill.models.pretrained import load_frozen, pretrained_config
+from leanmill.models.stored_adapter import stored_adapter
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.config import AdamW
 from leanmill.parallel.views import NativeViews
@@ -167,6 +168,7 @@ class Attached:
             cross_entropy_weight=self.recipe.train.cross_entropy_weight,
             frozen_config=lambda path: pretrained_config(ModelConfig(path=path)),
             open_weights=open_weights,
+            stored_adapter=lambda: stored_adapter(ModelConfig(path=self.plain_config.name_or_path or ".")),
         )
         return offered, opened
 

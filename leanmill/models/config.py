@@ -13,7 +13,7 @@ from leanmill.models.mixture.config import MixtureConfig
 from leanmill.models.mixture.translate import Mixture, translate
 
 
-FrozenDtype = Literal["auto", "fp32", "bf16", "int8", "int4", "nf4"]
+FrozenDtype = Literal["auto", "fp32", "bf16", "int8", "int4", "int2", "nf4", "nf3", "nf2", "stored"]
 
 
 class ModelConfig(Config):
@@ -47,8 +47,9 @@ class ModelConfig(Config):
     frozen_dtype: FrozenDtype = "auto"
     """How weights that a technique freezes (`lora`, say) are kept; the run computes with what that decodes to.
 
-    `auto` is bf16 where the run computes in bf16, fp32 else. `int8` has a scale a row; `int4` and `nf4` (QLoRA's) one
-    for 64 neighbours. Embedding and head are kept in bf16 at least."""
+    `auto` is bf16 where the run computes in bf16, fp32 else. `int8` has a scale a row; the others one for 64
+    neighbours: integers, or the levels of QLoRA's NormalFloat. `stored` is what the pass that wrote the folder `path`
+    made of each weight (`lq_lora`), so that nothing is rounded again. Embedding and head are kept in bf16 at least."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -11,11 +13,13 @@ from torch import nn
 from leanmill.core.branches import BASE
 from leanmill.core.compact import Compact, Kind
 from leanmill.core.errors import ConfigError
+from leanmill.core.folders import SUMMARY
+from leanmill.core.paths import expand_user
 from leanmill.core.site import LinearSite, Site
 from leanmill.core.sites import Candidate, Sites, iter_sites
 from leanmill.core.stage import Slot
 from leanmill.models.calls import uncalled
-from leanmill.models.config import FrozenDtype
+from leanmill.models.config import FrozenDtype, ModelConfig
 
 
 def compact_frozen(
@@ -24,6 +28,7 @@ def compact_frozen(
     precision: Literal["fp32", "bf16"],
     *,
     bases_are_read: bool = False,
+    kinds: Mapping[str, Kind] | None = None,
 ) -> str:
     """Turn the frozen weights of a model on the meta device into ones of fewer bytes; return a line for the log.
 
@@ -35,14 +40,16 @@ def compact_frozen(
         frozen_dtype: Of the recipe; `auto` is bf16 where the run computes in bf16, and leaves alone what cannot be.
         precision: The run's.
         bases_are_read: Whether branches read or write weights of the layers they wrap.
+        kinds: For `stored`: how linear weights are kept, by the name of their layer; others are as with `auto`.
 
     Raises:
         ConfigError: Nothing is frozen; a technique adds to a frozen weight as training goes; a branch reads the weight
             it is beside; a mask or a quantiser stands on a weight that would be rounded to 8 or 4 bits before it; or a
             frozen weight is used in a way that nothing can be put before.
     """
-    kind = precision if frozen_dtype == "auto" else frozen_dtype
-    if kind == "fp32":
+    kind = precision if frozen_dtype in ("auto", "stored") else frozen_dtype
+    kinds = kinds or {}
+    if kind == "fp32" and not kinds:
         return ""
     sites = Sites(model)
     groups: dict[int, list[Candidate]] = {}
@@ -73,11 +80,36 @@ def compact_frozen(
     counts: Counter[str] = Counter()
     for group in groups.values():
         is_layer = all(one.kind in ("linear", "expert") for one in group)
-        as_kind: Kind = kind if is_layer else "bf16"
-        if _compact(sites, group, as_kind, precision, is_asked=frozen_dtype != "auto"):
+        own = kinds.get(group[0].name)
+        as_kind = own or (kind if is_layer or kind == "fp32" else "bf16")
+        if as_kind == "fp32":
+            continue
+        is_asked = own is not None or frozen_dtype not in ("auto", "stored")
+        if _compact(sites, group, cast(Kind, as_kind), precision, is_asked=is_asked):
             counts[as_kind] += 1
     shown = ", ".join(f"{number} in {name}" for name, number in counts.items())
     return f"frozen weights: {shown}" if shown else ""
+
+
+def stored_kinds(config: ModelConfig) -> dict[str, Kind]:
+    """Return how the pass that wrote a model's folder says that its weights are kept, by the name of the layer.
+
+    Raises:
+        ConfigError: `model.frozen_dtype` is `stored` and the folder says nothing.
+    """
+    if config.frozen_dtype != "stored" or config.path is None:
+        return {}
+    file = expand_user(config.path) / SUMMARY
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("kept_as") or {}
+    except (OSError, ValueError, AttributeError):
+        found = {}
+    if not found or not isinstance(found, dict) or not set(found.values()) <= set(get_args(Kind)):
+        raise ConfigError(
+            f"model.frozen_dtype=stored, and {file} does not say how weights are kept; give a folder that the pass "
+            f"lq_lora wrote as model.path, or set model.frozen_dtype=nf4"
+        )
+    return found
 
 
 def _compact(

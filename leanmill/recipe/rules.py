@@ -206,6 +206,11 @@ def _frozen(recipe: Sections) -> Iterator[str]:
             f"model.frozen_dtype={kind} keeps what does not train in fewer bits, and without techniques everything "
             f"trains; remove it, or add e.g. {{type: lora}}"
         )
+    if kind == "stored" and recipe.model.path is None and not recipe.phases:
+        yield (
+            "model.frozen_dtype=stored keeps weights as the folder in model.path says, and model.config has no folder; "
+            "set model.path to one that the pass lq_lora wrote, or model.frozen_dtype=nf4"
+        )
 
 
 def _data(recipe: Sections) -> Iterator[str]:

@@ -28,10 +28,11 @@ from leanmill.models.activation_checkpointing import apply_activation_checkpoint
 from leanmill.models.calls import check_sites_are_called
 from leanmill.models.compile import compile_blocks
 from leanmill.models.config import ModelConfig
-from leanmill.models.frozen import compact_frozen
+from leanmill.models.frozen import compact_frozen, stored_kinds
 from leanmill.models.materialise import make_materialiser
 from leanmill.models.pretrained import load_frozen, local_folder, pretrained_config
 from leanmill.models.sentence_transformers import pooling_of
+from leanmill.models.stored_adapter import stored_adapter
 from leanmill.models.stored_weights import StoredWeights
 from leanmill.optim.build import build_optimizer
 from leanmill.optim.config import OptimizerConfig
@@ -163,6 +164,7 @@ def _context(
         pooling_of=lambda path, kind: pooling_of(_beside(recipe, path, kind)),
         frozen_config=lambda path: pretrained_config(_beside(recipe, path)),
         open_weights=lambda path: stored(path).take,
+        stored_adapter=partial(stored_adapter, recipe.model),
     )
     return offered, stored
 
@@ -225,6 +227,7 @@ def compact_weights(recipe: Recipe, model: nn.Module) -> str:
         recipe.model.frozen_dtype,
         "bf16" if recipe.train.precision == "bf16" else "fp32",
         bases_are_read=any(technique.reads_base() for technique in recipe.techniques),
+        kinds=stored_kinds(recipe.model),
     )
 
 

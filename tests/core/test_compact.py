@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from leanmill.core.compact import BLOCK, NF4_LEVELS, Compact
+from leanmill.core.compact import BLOCK, Compact
+from leanmill.core.normal_float import normal_float_levels
 from leanmill.core.site import EmbeddingSite, LinearSite
 from leanmill.core.stage import Slot
 from leanmill.peft_ext.lora.stage import LoraStage
@@ -13,6 +14,7 @@ from leanmill.quant.sharing import Sharing
 from leanmill.quant.stages import LearnedScale
 
 
+CODES = ["int8", "int4", "int2", "nf4", "nf3", "nf2"]
 SHAPES = [(3, 64), (2, 3, 70), (5, 1), (2, 129)]
 
 
@@ -34,17 +36,20 @@ def written_out(row, kind):
     for first in range(0, len(row), size):
         block = row[first : first + size]
         largest = max(abs(float(x)) for x in block)
+        if kind in ("int2", "nf3", "nf2"):
+            largest = float(torch.tensor(largest).bfloat16())
         for x in block:
             relative = float(x) / largest if largest else 0.0
-            if kind == "nf4":
-                found.append(largest * min(NF4_LEVELS, key=lambda level: abs(level - relative)))
+            if kind.startswith("nf"):
+                levels = normal_float_levels(int(kind[-1]))
+                found.append(largest * min(levels, key=lambda level: abs(level - relative)))
             else:
-                top = 127 if kind == "int8" else 7
+                top = {"int8": 127, "int4": 7, "int2": 1}[kind]
                 found.append(largest / top * round(relative * top))
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_are_the_nearest_levels(kind, shape):
     torch.manual_seed(0)
@@ -53,12 +58,15 @@ def test_values_are_the_nearest_levels(kind, shape):
     kept, stage = compact_of(weight, kind)
     expected = torch.stack([written_out(row, kind) for row in weight.view(-1, shape[-1])]).view(shape)
     torch.testing.assert_close(stage(kept), expected, rtol=1e-6, atol=1e-7)
-    assert kept.shape[-1] == (shape[-1] if kind == "int8" else -(-shape[-1] // 2))
+    bits = int(kind[-1])
+    assert kept.shape[-1] == sum(-(-shape[-1] * part // 8) for part in ((2, 1) if bits == 3 else (bits,)))
+    in_bits = 8 * (kept.nbytes + stage.scale.nbytes) / weight.numel()
+    assert stage.bits_a_weight == in_bits
 
 
 def test_rows_are_encoded_by_themselves():
     weight = torch.randn(6, 70)
-    for kind in ("int8", "int4", "nf4"):
+    for kind in CODES:
         stage = Compact(weight.shape, kind, torch.float32, weight.device)
         whole, parts = stage.encode(weight), [stage.encode(weight[rows]) for rows in (slice(0, 4), slice(4, 6))]
         for value, pieces in zip(whole, zip(*parts, strict=True), strict=True):
@@ -74,7 +82,7 @@ def site_on(weight, kind, dtype):
     return site
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("kind", ["bf16", *CODES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounds", [False, True])
 def test_gradients_are_those_of_the_decoded_weight_and_nothing_of_its_size_is_kept(kind, dtype, rounds):

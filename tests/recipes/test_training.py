@@ -108,7 +108,15 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
             given = f"phases.{index}.overrides"
             overrides += [f"{given}.train.total_tokens=null", f"{given}.train.steps={NUM_STEPS}"]
             overrides.append(f"{given}.schedule.warmup_steps=1")
+            named = list(enumerate((phase.overrides or {}).get("techniques", [])))
+            overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one.get("init") == "stored"]
+            teachers = [i for i, one in named if not str(one.get("teacher", "phase:")).startswith("phase:")]
+            overrides += [f"{given}.techniques.{i}.teacher={files / 'model'}" for i in teachers]
         overrides.append(f"phases.{index}.calibration.num_rows=8")
+        taken_apart = [i for i, one in enumerate(phase.passes) if one.type == "lq_lora"]
+        overrides += [f"phases.{index}.passes.{i}.rank=8" for i in taken_apart]
+        grouped = [i for i, one in enumerate(phase.passes) if getattr(one, "group_size", None) == 64]
+        overrides += [f"phases.{index}.passes.{i}.group_size=16" for i in grouped]
         if phase.rewind_to is not None:
             overrides.append(f"phases.{index}.rewind_to={phase.rewind_to.partition('@')[0]}@2")
     techniques = list(enumerate(recipe.techniques))

@@ -11,6 +11,9 @@ from leanmill.core.technique import ALL_TASKS, Installation, InstallContext, Mod
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from leanmill.core.facets import StoredFactors
     from leanmill.core.site import Site
     from leanmill.core.sites import Sites
 
@@ -31,9 +34,10 @@ class Lora(TrainedTechniqueConfig):
     """Dropout on the input of a branch."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "stored"] = "kaiming"
     """How A starts: Kaiming-uniform as PEFT does, or normal with standard deviation 1 / r. B starts
-    at zero, so step 0 is the base model."""
+    at zero, so step 0 is the base model. `stored` starts both from what the pass `lq_lora` took out of each weight of
+    the model in `model.path`, so step 0 is nearly the model before that pass."""
     targets: list[str] | None = None
     """Patterns of weights to take; None takes every linear and expert weight except the head."""
     exclude: list[str] = Field(default_factory=list)
@@ -54,6 +58,15 @@ class Lora(TrainedTechniqueConfig):
             raise ConfigError(
                 f"lora.dropout {self.dropout} drops inputs of a branch, and `where: weight` has none; "
                 f"set dropout: 0 or where: branch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stored_factors_are_of_weights(self) -> Lora:
+        if self.where == "branch" and self.init == "stored":
+            raise ConfigError(
+                "lora.init=stored fills the factors inside of weights; set where: weight, or start from the folder "
+                "itself: {type: peft, path: <model.path>/adapter}"
             )
         return self
 
@@ -78,10 +91,12 @@ class Lora(TrainedTechniqueConfig):
         if self.where == "branch":
             from leanmill.peft_ext.lora.branch import branches
 
+            assert self.init != "stored"
             options = {"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
             return branches(selected, init=self.init, options={**options, "use_rslora": self.use_rslora})
-        from leanmill.peft_ext.lora.stage import LoraStage
+        from leanmill.peft_ext.lora.start import stage_of
 
+        stored = self._stored([site.site_name for site in selected], context)
         for site in selected:
             tied = sites.tied_to(site)
             if tied:
@@ -89,5 +104,26 @@ class Lora(TrainedTechniqueConfig):
                     f"{site.site_name} and {tied[0]} are tied (one parameter) and cannot get adapters of their own "
                     f"inside the weight; add both to lora.exclude or set model.config.tie_word_embeddings: false"
                 )
-            site.put(LoraStage(site.raw_weight, self.rank, self.scaling, init=self.init))
+            site.put(stage_of(site, self.rank, self.scaling, self.init, stored.get(site.site_name)))
         return Installation(freeze_base=True)
+
+    def _stored(self, selected: Sequence[str], context: InstallContext) -> Mapping[str, StoredFactors]:
+        """Return the factors to start from, by layer; nothing where there are none or they will be overwritten."""
+        if self.init != "stored" or context.stored_adapter is None:
+            return {}
+        stored = context.stored_adapter()
+        missing, left = sorted(set(selected) - set(stored)), sorted(set(stored) - set(selected))
+        if missing:
+            raise ConfigError(
+                f"lora.init=stored, and the folder's adapter has nothing for {missing[0]} ({len(missing)} of "
+                f"{len(selected)} targets); add them to lora.exclude, or to another lora with init: kaiming"
+            )
+        if left:
+            raise ConfigError(
+                f"lora.init=stored, and the folder's adapter holds a part of {left[0]}, which lora.targets leave out "
+                f"({len(left)} layers); take them too"
+            )
+        found = next(iter(stored.values())).rank
+        if found != self.rank:
+            raise ConfigError(f"lora.rank={self.rank}, and the folder's adapter has rank {found}; set rank: {found}")
+        return stored

@@ -11,7 +11,7 @@ from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.levels import SearchConfig
-from leanmill.core.passes import ExpertPassConfig, LinearPassConfig, PassConfig
+from leanmill.core.passes import DecomposingPassConfig, ExpertPassConfig, LinearPassConfig, PassConfig
 from leanmill.core.sites import matches
 from leanmill.core.surgery import SurgeryConfig
 from leanmill.models.build import build_on_meta
@@ -45,6 +45,8 @@ def after_passes(
             for one in [config] if isinstance(config, LinearPassConfig) else config.aimed_levels:
                 _check_meant(one, built)
                 check_pass(one, dict(_linear_shapes(built)))
+            if isinstance(config, DecomposingPassConfig):  # how the weights will be kept is not to be read from these
+                model = model.model_copy(update={"config": mapping_of(built.config), "path": None, "revision": None})
     return model
 
 

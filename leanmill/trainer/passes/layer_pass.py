@@ -32,10 +32,13 @@ class LayerReport:
     """Of the weights written."""
     output_error: float | None
     """||(W' - W) X||^2 / ||W X||^2 on the calibration inputs X, where the solver knows it; of W' in fp32."""
+    kept_as: str | None = None
+    """The form that holds the weight without loss, see `model.frozen_dtype`; None where nobody says."""
 
     def __str__(self) -> str:
         error = "" if self.output_error is None else f", output error {self.output_error:.2%}"
-        return f"{self.technique} {self.name}: {self.zero_fraction:.1%} zeros{error}"
+        kept = "" if self.kept_as is None else f", kept as {self.kept_as}"
+        return f"{self.technique} {self.name}: {self.zero_fraction:.1%} zeros{error}{kept}"
 
 
 class LayerPass:

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.folders import new_folder
+from leanmill.core.folders import ADAPTER, SUMMARY, new_folder
 from leanmill.core.levels import SearchConfig
-from leanmill.core.passes import ExpertPassConfig, LayerPassConfig, PassConfig, SensitivePassConfig
+from leanmill.core.passes import (
+    DecomposingPassConfig,
+    ExpertPassConfig,
+    LayerPassConfig,
+    PassConfig,
+    SensitivePassConfig,
+)
 from leanmill.core.surgery import SurgeryConfig
 from leanmill.data.build import build_tokenizer, build_train_data
 from leanmill.models.config import ModelConfig
@@ -26,6 +32,7 @@ from leanmill.parallel.precision import resolve_precision
 from leanmill.recipe.compress import CalibratedRecipe, CompressRecipe
 from leanmill.recipe.sections import ClusterConfig
 from leanmill.trainer.passes.calibrated import Calibrated
+from leanmill.trainer.passes.decomposing_pass import DecomposingPass
 from leanmill.trainer.passes.expert_pass import ExpertPass, ExpertReport
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.foresight import after_passes
@@ -40,8 +47,6 @@ from leanmill.trainer.run_lock import exclusive
 
 
 PassReport = LayerReport | ExpertReport | ModelReport | UnitReport
-SUMMARY = "leanmill.json"
-"""What was done to a model, in its folder."""
 
 
 def compress(recipe: CompressRecipe, out: Path) -> list[PassReport]:
@@ -70,6 +75,11 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
     """Do what `compress` does in processes that were joined before and are kept; see there."""
     pretrained_config(recipe.model)  # says what is wrong with the path in one line
     folder = local_folder(str(recipe.model.path), recipe.model.revision)
+    if (folder / ADAPTER).is_dir():
+        raise ConfigError(
+            f"{folder} has a part of its weights in {ADAPTER}/, which passes would leave out; train with lora "
+            f"{{init: stored}} and export first, or give the model that was taken apart"
+        )
     after_passes(recipe.model, recipe.passes, seed=recipe.seed)
     batches = calibration_rows(recipe, folder, ranks) if any(config.reads_text for config in recipe.passes) else []
     dtype = torch.bfloat16 if resolve_precision(recipe.precision, ranks.device.type) == "bf16" else torch.float32
@@ -110,6 +120,11 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                 "reports": [str(report) for report in reports if not isinstance(report, LayerReport)],
                 "layers": sorted(layers | {report.name for report in reports if isinstance(report, LayerReport)}),
                 "inference": inference,
+                "kept_as": {
+                    report.name: report.kept_as
+                    for report in reports
+                    if isinstance(report, LayerReport) and report.kept_as is not None
+                },
             }
             (place / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return reports
@@ -134,6 +149,8 @@ def _operate(
 def _run(config: PassConfig, stream: BlockStream, writer: TargetFolder | None, ranks: Ranks) -> Sequence[PassReport]:
     if isinstance(config, SensitivePassConfig):
         return SensitivePass(config, stream, writer, ranks).run()
+    if isinstance(config, DecomposingPassConfig):
+        return DecomposingPass(config, stream, writer, ranks).run()
     if isinstance(config, ExpertPassConfig):
         return ExpertPass(config, stream, writer).run()
     assert isinstance(config, LayerPassConfig)

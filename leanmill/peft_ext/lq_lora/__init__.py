@@ -1,0 +1,1 @@
+"""Weights as codes of few bits plus a delta of low rank."""
