@@ -28,10 +28,17 @@ class ParamSettings:
     """Decoupled weight decay, also of what gets none by default (norms, biases, scales)."""
     betas: tuple[float, float] | None = None
     """Decay of the optimizer's moments."""
-    pull: Literal["update", "weight", "kept"] | None = None
+    pull: Literal["update", "weight"] | None = None
     """Keep an element-wise `pull` in the optimizer's state, which a step rule writes. AdamW adds it to its first
-    moment before it divides (`update`), moves the weight by -lr pull beside its own step (`weight`), or leaves it
-    alone, for what a rule adds up over steps (`kept`)."""
+    moment before it divides (`update`), or moves the weight by -lr pull beside its own step (`weight`)."""
+    kept: int | None = None
+    """Keep so many element-wise tensors `kept_0`, `kept_1`, ... in the optimizer's state, which a step rule writes and
+    the optimizer leaves alone: what a rule gathers over steps is sharded, saved and resumed with the moments."""
+
+    @property
+    def num_written(self) -> int:
+        """Tensors like the parameter that step rules write in the optimizer's state."""
+        return (self.pull is not None) + (self.kept or 0)
 
 
 PLAIN = ParamSettings()
@@ -116,7 +123,7 @@ def apply_trainable(
             parameter.requires_grad_(said)
 
 
-_KEYS = ("lr_factor", "weight_decay", "betas", "pull")
+_KEYS = ("lr_factor", "weight_decay", "betas", "pull", "kept")
 
 
 def _agreed(key: str, name: str, claims: Sequence[tuple[str, Any]]) -> Any:

@@ -186,6 +186,7 @@ def check_groups(attached: Attached, optimizer: Any, args: Any) -> None:
                 or (said.lr_factor is not None and abs(group.get("initial_lr", group["lr"]) - rate) > 1e-9 * rate)
                 or (said.betas is not None and tuple(group.get("betas", ())) != said.betas)
                 or (said.pull is not None and group.get("pull") != said.pull)
+                or (said.kept is not None and group.get("kept") != said.kept)
             )
         if differs:
             raise ConfigError(

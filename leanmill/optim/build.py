@@ -85,7 +85,7 @@ def _group(config: OptimizerConfig, decay: bool, said: ParamSettings, params: li
     weight_decay = said.weight_decay if said.weight_decay is not None else config.weight_decay if decay else 0.0
     group: dict[str, Any] = {"params": params, "name": _group_name(decay, said), "weight_decay": weight_decay}
     group |= {"lr": lr, "initial_lr": lr, "initial_weight_decay": weight_decay}
-    own = {"betas": said.betas, "pull": said.pull}
+    own = {"betas": said.betas, "pull": said.pull, "kept": said.kept}
     return group | {key: value for key, value in own.items() if value is not None}
 
 
@@ -100,6 +100,8 @@ def _group_name(decay: bool, said: ParamSettings) -> str:
         parts.append(f"betas {said.betas[0]:g} {said.betas[1]:g}")
     if said.pull is not None:
         parts.append(f"{said.pull} pulled")
+    if said.kept is not None:
+        parts.append(f"{said.kept} kept")
     return ", ".join(parts)
 
 
@@ -111,7 +113,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _build_inner(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if any("pull" in group for group in groups):
+    if any("pull" in group or "kept" in group for group in groups):
         return _build_pulled(config, groups)
     if isinstance(config, AdamW):
         fused = fused_is_supported(groups)
@@ -129,8 +131,8 @@ def _build_inner(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch
 def _build_pulled(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if not isinstance(config, AdamW):
         raise ConfigError(
-            f"a technique pulls weights beside their gradient, which optimizer.type={config.type} cannot; set "
-            f"optimizer.type=adamw"
+            f"a technique keeps tensors in the optimizer's state, to pull weights or to prune them, which "
+            f"optimizer.type={config.type} cannot; set optimizer.type=adamw"
         )
     from leanmill.optim.pulled import PulledAdamW
 

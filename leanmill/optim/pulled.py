@@ -26,8 +26,8 @@ class PulledAdamW(ForeachOptimizer):
 
         w = w - lr weight_decay w - lr p - lr m / c1 / (sqrt(v / c2) + eps)
 
-    A group whose `pull` is "kept" or that has none is plain AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
-    Element-wise, so it works on DTensors and on ZeRO's flat partitions.
+    A group that has none is plain AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101). The `kept` tensors of a group,
+    `kept_0` and on, are for step rules alone. Element-wise, so it works on DTensors and on ZeRO's flat partitions.
 
     Args:
         params: Parameters or groups.
@@ -45,7 +45,7 @@ class PulledAdamW(ForeachOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "pull": None}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "pull": None, "kept": 0}
         super().__init__(params, defaults)
 
     def update(self, params: list[Tensor], group: dict[str, Any]) -> None:
@@ -78,4 +78,5 @@ class PulledAdamW(ForeachOptimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
             if group["pull"] is not None:
                 state["pull"] = torch.zeros_like(param)
+            state.update((f"kept_{number}", torch.zeros_like(param)) for number in range(group["kept"]))
         return state

@@ -48,8 +48,9 @@ def allocate_state(optimizer: torch.optim.Optimizer, wanted: Sequence[Tensor] | 
 
 
 def pulled(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Return the parameters whose state a rule writes before the first step too (`ParamSettings.pull`)."""
-    return [p for group in optimizer.param_groups if group.get("pull") is not None for p in group["params"]]
+    """Return the parameters whose state a rule writes before the first step too (`ParamSettings.pull` and `kept`)."""
+    written = [group for group in optimizer.param_groups if group.get("pull") is not None or group.get("kept")]
+    return [p for group in written for p in group["params"]]
 
 
 def _step_in_place(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:

@@ -107,7 +107,7 @@ def _replicated(engine: EngineConfig, optimizer: OptimizerConfig, weights: Seque
     trained = [w for w in weights if w.trainable]
     memory.add("held", "gradients", sum(w.num_bytes for w in trained))
     memory.add("held", "optimizer state", optimizer_bytes(optimizer, (w.numel for w in trained)))
-    memory.add("held", "optimizer state", 4 * sum(w.numel for w in trained if w.is_pulled))
+    memory.add("held", "optimizer state", 4 * sum(w.numel * w.num_written for w in trained))
     once = [w for w in weights if is_staged_once(w, engine)]
     memory.add("transient", "staged weights", sum(w.numel * copy_itemsize(w, precision) for w in once))
     memory.add("transient", "bf16 copies", _autocast_copies([w for w in weights if w not in once], precision))
@@ -153,7 +153,7 @@ def _fsdp(
     trained = [w for w in weights if w.trainable]
     memory.add(state, "gradients", sum(shard_numel(w, size) * w.itemsize for w in trained))
     memory.add(state, "optimizer state", optimizer_bytes(optimizer, (shard_numel(w, size) for w in trained)))
-    memory.add(state, "optimizer state", 4 * sum(shard_numel(w, size) for w in trained if w.is_pulled))
+    memory.add(state, "optimizer state", 4 * sum(shard_numel(w, size) * w.num_written for w in trained))
     if size == 1 and not engine.cpu_offload:
         return memory
     reduce = 2 if engine.reduce_dtype == "bf16" else 4
@@ -224,7 +224,9 @@ def _zero12(
     memory.add(state, "master weights", 4 * share)
     memory.add(state, "gradients", 4 * share)
     memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]))
-    memory.add(state, "optimizer state", 4 * _zero12_share((w for w in weights if w.is_pulled), world_size))
+    for number in range(max((w.num_written for w in weights), default=0)):
+        written = _zero12_share((w for w in weights if w.num_written > number), world_size)
+        memory.add(state, "optimizer state", 4 * written)
     bucket = min(BUCKET_ELEMENTS, sum(w.numel for w in weights))
     # Stage 1 keeps whole gradients until the last micro-batch; stage 2 only those of a bucket.
     whole = trained if engine.stage == 1 and num_micro_batches > 1 else min(bucket, trained)
@@ -257,7 +259,7 @@ def _zero3(
         if w.trainable:
             memory.add(state, "master weights", 4 * share)
             memory.add(state, "gradients", 4 * share)
-            memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]) + 4 * share * w.is_pulled)
+            memory.add(state, "optimizer state", optimizer_bytes(optimizer, [share]) + 4 * share * w.num_written)
         if w.numel < PERSIST_BELOW:
             memory.add("held", "small weights kept gathered", w.num_bytes)
     every = sum(w.numel for w in weights)

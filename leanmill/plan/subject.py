@@ -113,8 +113,8 @@ class Subject:
     def checkpoint_bytes(self, recipe: Recipe) -> int:
         """Return the size of a checkpoint: what is saved of the model, and the optimizer's state."""
         state = optimizer_bytes(recipe.optimizer, (w.numel for w in self.weights if w.trainable))
-        pulls = sum(4 * w.numel for w in self.weights if w.is_pulled)
-        return int(sum(w.num_bytes for w in self.weights if w.is_saved) + state + pulls)
+        written = sum(4 * w.numel * w.num_written for w in self.weights)
+        return int(sum(w.num_bytes for w in self.weights if w.is_saved) + state + written)
 
     def memory(self, case: Case, rank_memory_bytes: int) -> Memory:
         """Return what a rank holds in one case."""
@@ -181,7 +181,7 @@ def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) 
             once_in_parts=id(parameter) in once_in_parts,
             is_table=id(parameter) in tables,
             is_expert=id(parameter) in experts and parameter.shape[0] == experts[id(parameter)],
-            is_pulled=settings.get(clean_name(name), PLAIN).pull is not None,
+            num_written=settings.get(clean_name(name), PLAIN).num_written,
             is_saved=saved is None or name in saved,
             is_mask=parameter.dtype == torch.bool,
             decoded=decoded.get(id(parameter), 0),

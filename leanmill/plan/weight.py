@@ -26,8 +26,8 @@ class Weight:
     """Whether rows are looked up in it."""
     is_expert: bool = False
     """Whether it has an entry for each expert of a layer."""
-    is_pulled: bool = False
-    """Whether the optimizer keeps a pull on it beside its moments."""
+    num_written: int = 0
+    """Tensors like it, fp32, that rules write in the optimizer's state beside its moments."""
     is_saved: bool = True
     """Whether checkpoints hold it."""
     is_mask: bool = False

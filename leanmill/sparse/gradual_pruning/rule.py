@@ -61,22 +61,27 @@ class PruneGradually(HeldMaskRule):
         self._is_owed = bool(context.skipped)
         if self._is_owed:
             return
+        layers = self._scored(scores, context)
+        sparsity = self.schedule.sparsity(context.step, context.num_steps)
+        masks = choose(layers, self.unit, sparsity, self.scope, is_signed=self.criterion.is_signed)
+        self._write(layers, masks, context)
+
+    def _scored(self, scores: dict[str, Tensor], context: StepContext) -> list[Scored]:
+        """Return the layers that may lose weights; `scores` are those from before the optimizer's step, by site."""
         layers = []
         for site, weight, mask in self.views(context):
             score = scores.pop(site.site_name, None)
             if score is None and self.criterion.reads_gradient:  # a layer that does not train in this step
                 continue
             layers.append(Scored(weight, mask, self.criterion.score(weight) if score is None else score))
-        sparsity = self.schedule.sparsity(context.step, context.num_steps)
-        masks = choose(layers, self.unit, sparsity, self.scope, is_signed=self.criterion.is_signed)
-        self._write(layers, masks, context)
+        return layers
 
     def _added_up(self, scores: dict[str, Tensor], context: StepContext) -> dict[str, Tensor]:
         """Add those of the step to the sums in the optimizer's state, and return these."""
         assert context.skipped is not None
         sums = {}
         for site, weight, _ in self.views(context):
-            total = weight.states().get("pull")
+            total = weight.states().get("kept_0")
             if total is None:  # nothing of the weight is here
                 total = weight.value.float()
             elif site.site_name in scores:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.passes import Solution
+from leanmill.sparse.inverse_fisher import Inverse
 from leanmill.sparse.pattern import PatternConfig
 
 
@@ -63,26 +64,3 @@ class MFacSolver:
             for start in range(0, num_in, self.block_size):
                 place = (slice(first, first + together), slice(start, start + self.block_size))
                 yield place, Inverse(gradients[:, place[0], place[1]].transpose(0, 1).double(), ridge)
-
-
-class Inverse:
-    """ridge (ridge I + G^T G)^-1 of some matrices G, by Woodbury's identity: I - G^T (ridge I + G G^T)^-1 G.
-
-    Args:
-        gradients: G [matrices, rows, n], fp64.
-        ridge: Above 0.
-    """
-
-    def __init__(self, gradients: Tensor, ridge: float) -> None:
-        self.gradients = gradients
-        kernel = gradients @ gradients.mT
-        kernel.diagonal(dim1=-2, dim2=-1).add_(ridge)
-        self.solved = torch.cholesky_solve(gradients, torch.linalg.cholesky(kernel))
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonals [matrices, n], above 0."""
-        return (1 - (self.gradients * self.solved).sum(1)).clamp_(min=torch.finfo(torch.float64).eps)
-
-    def times(self, vectors: Tensor) -> Tensor:
-        """Return the products with vectors [matrices, n]."""
-        return vectors - (self.solved.mT @ (self.gradients @ vectors.unsqueeze(-1))).squeeze(-1)

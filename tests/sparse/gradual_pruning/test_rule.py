@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pydantic
 import pytest
 import torch
@@ -16,8 +18,10 @@ from leanmill.optim.pulled import PulledAdamW
 from leanmill.parallel.optimizer_state import allocate_state
 from leanmill.parallel.views import NativeViews
 from leanmill.recipe.root import Recipe
+from leanmill.sparse.gradual_pruning.curvature import Curvature, PruneByCurvature
 from leanmill.sparse.gradual_pruning.rule import PruneGradually
 from leanmill.sparse.gradual_pruning.stage import GradualMask
+from leanmill.sparse.inverse_fisher import Inverse, SharedInverse
 from leanmill.sparse.schedule import GrowingSparsity, Interval
 from leanmill.sparse.scores import CRITERIA
 from leanmill.sparse.units import Unit
@@ -43,7 +47,7 @@ class Setting:
             site.put(stage)
             setattr(self.model, name, site)
         self.sites = [self.model.a, self.model.b]
-        kept = {"params": [site.weight for site in self.sites], "pull": "kept"}
+        kept = {"params": [site.weight for site in self.sites], "kept": 1}
         self.optimizer = PulledAdamW([kept], lr=0.05, weight_decay=0.1, betas=(0.9, 0.95))
         self.movement = [torch.zeros_like(site.weight) for site in self.sites]
         allocate_state(self.optimizer)
@@ -137,6 +141,73 @@ def test_masks_are_those_of_a_sort_at_the_papers_sparsity(criterion, unit, scope
     assert setting.rule.metrics() == {"sparsity": pytest.approx(1 - active / total)}
 
 
+def curved(setting, sparsity):
+    """What pruning to `sparsity` by M-FAC leaves of each layer, with the Fisher matrix written out: masks, weights."""
+    found = []
+    for site, recent in zip(setting.sites, setting.recent, strict=True):
+        weight, on = site.weight.detach().double(), site.stages["mask"].mask
+        gradients = torch.stack(recent).double() * on
+        inverse = torch.zeros(*weight.shape, weight.shape[1], dtype=torch.float64)
+        for row, start in itertools.product(range(weight.shape[0]), range(0, weight.shape[1], 4)):
+            block = gradients[:, row, start : start + 4]
+            f = block.T @ block / 3 + 0.1 * gradients.square().mean() * torch.eye(block.shape[1])
+            inverse[row, start : start + 4, start : start + 4] = f.inverse()
+        diagonal = torch.stack([inverse[row].diagonal() for row in range(len(weight))])
+        score = torch.where(on, weight**2 / diagonal, -1.0)
+        keep = torch.zeros(on.numel(), dtype=torch.bool)
+        keep[score.flatten().argsort(descending=True)[: on.numel() - round(sparsity * on.numel())]] = True
+        keep = keep.view(on.shape)
+        lost = torch.where(on & ~keep, -weight / diagonal, 0.0)
+        found.append((keep, torch.where(keep, weight + (inverse @ lost.unsqueeze(-1)).squeeze(-1), 0.0).float()))
+    return found
+
+
+def test_pruning_by_curvature_is_that_of_the_inverse_written_out():
+    setting = Setting()
+    kept = {"params": [site.weight for site in setting.sites], "kept": 3}
+    setting.optimizer = PulledAdamW([kept], lr=0.05, betas=(0.9, 0.95))
+    allocate_state(setting.optimizer)
+    curvature = Curvature(num_gradients=3, block_size=4, damping=0.1)
+    setting.rule = PruneByCurvature(setting.model, setting.rule.schedule, "layer", curvature)
+    setting.recent = [[torch.zeros_like(site.weight)] * 3 for site in setting.sites]
+    original, now = setting.optimizer.step, {}
+
+    def step_and_predict():
+        for recent, gradient in zip(setting.recent, now["gradients"], strict=True):
+            recent[now["step"] % 3] = gradient  # a skipped step leaves an older one
+        original()
+        now["predicted"] = curved(setting, now["sparsity"])
+
+    setting.optimizer.step = step_and_predict
+    look = setting.rule.look
+
+    def note(site, weight, mask, gradient, context):
+        now.setdefault("gradients", []).append(gradient.clone())
+        look(site, weight, mask, gradient, context)
+
+    setting.rule.look = note
+    for step in range(15):
+        now.clear()
+        now["step"] = step
+        now["sparsity"] = FINAL + (INITIAL - FINAL) * (1 - (step - 2) / 12) ** 3
+        setting.step(step, skipped=step == 7)
+        if step >= 2 and step % 3 == 2:
+            for site, (keep, value) in zip(setting.sites, now["predicted"], strict=True):
+                assert torch.equal(site.stages["mask"].mask, keep), step
+                torch.testing.assert_close(site.weight.detach(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_both_inverses_are_one():
+    setting = Setting()
+    view = NativeViews(setting.model, setting.optimizer).of(setting.sites[0].weight)
+    gradients = torch.randn(5, 6, 9)
+    mine = SharedInverse(view, list(gradients), torch.ones(6, 9, dtype=torch.bool), block_size=9, damping=0.3)
+    theirs = Inverse(gradients.transpose(0, 1).double(), 0.3 * float(gradients.square().mean()) * 5)
+    torch.testing.assert_close(mine.diagonal(), theirs.diagonal())
+    vector = torch.randn(6, 9)
+    torch.testing.assert_close(mine.times(vector), theirs.times(vector.double()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_is_masked_and_the_gradient_is_dense(dtype):
     setting = Setting(dtype=dtype)
@@ -197,6 +268,8 @@ def test_constant_empty_and_broken_weights(unit, value):
         ({"initial_sparsity": 0.9}, "initial_sparsity 0.9 is not below sparsity 0.8"),
         ({"pattern": "block"}, r"set pattern: block and block_shape: \[4, 4\] together"),
         ({"block_shape": [4, 4]}, "or neither"),
+        ({"mfac_damping": 0.5}, "mfac_damping is for criterion: mfac"),
+        ({"criterion": "mfac", "pattern": "row"}, "type pattern: unstructured"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, message):

@@ -16,10 +16,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scope": "global"}, pytest.param({"pattern": "row", "criterion": "fisher"}, marks=pytest.mark.slow)]
+    "changes",
+    [
+        {"scope": "global"},
+        pytest.param({"pattern": "row", "criterion": "fisher"}, marks=pytest.mark.slow),
+        pytest.param({"criterion": "mfac", "mfac_gradients": 3}, marks=pytest.mark.slow),
+    ],
 )
 def test_resumes_bitwise_and_exports_its_zeros(folder, changes):
-    technique, name = GRADUAL | changes, changes.get("pattern", "weights")
+    technique, name = GRADUAL | changes, changes.get("pattern") or changes.get("criterion", "weights")
     expected, told = resumed(folder, name, technique)
     found = [told[step][1]["gradual_pruning/sparsity"] for step in range(1, 9)]
     assert found == sorted(found)
