@@ -146,9 +146,9 @@ def parse_level(raw: Any) -> LayerPassConfig:
             f"levels: {name!r} is no level of a layer; give dense, drop, or a pass over linear layers whose bits are "
             f"known, e.g. {{type: gptq, weight_bits: 3}} or {{type: sparsegpt, sparsity: 0.5}}"
         )
-    if config.reads_attention:
+    if config.counts_tokens_by is not None:
         raise ConfigError(
-            f"levels: {name} counts tokens by attention, and levels are solved on plain inputs; remove it"
+            f"levels: {name} does not count all tokens alike, and levels are solved on plain inputs; type tokens: equal"
         )
     if config.targets is not None or config.exclude:
         raise ConfigError(f"levels: {name} has targets or exclude; set them beside levels, where they hold for all")

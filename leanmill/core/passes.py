@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -179,20 +179,32 @@ class LinearPassConfig(PassConfig):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeenTokens:
+    """What is known of the tokens of one batch at a block, by which they may count more or less."""
+
+    ids: Tensor
+    """[B, S] int64."""
+    frequencies: Tensor
+    """How often each token is in the calibration rows of all ranks, int64 [vocabulary]."""
+    inputs: Tensor | None = None
+    """Of the block, [B, S, H]; where `counts_tokens_by` is `states`."""
+    outputs: Tensor | None = None
+    """Of the block, likewise."""
+    maps: Tensor | None = None
+    """Attention [B, heads, S, S], queries before keys; where `counts_tokens_by` is `attention`."""
+
+
 class LayerPassConfig(LinearPassConfig):
     """Base of passes that solve linear layers by what their inputs are."""
 
     @property
-    def reads_attention(self) -> bool:
-        """Whether tokens count by the attention they get: `token_weights`."""
-        return False
+    def counts_tokens_by(self) -> Literal["ids", "states", "attention"] | None:
+        """What of `SeenTokens` `token_weights` looks at, beside their ids; None where all tokens count alike."""
+        return None
 
-    def token_weights(self, maps: Tensor) -> Tensor:
-        """Return what the inputs of a block's layers are multiplied by before their statistics, [B, S].
-
-        Args:
-            maps: The block's attention maps [B, heads, S, S].
-        """
+    def token_weights(self, seen: SeenTokens) -> Tensor:
+        """Return what the inputs of a block's layers are multiplied by before their statistics, [B, S]."""
         raise NotImplementedError
 
     def check_shape_of(self, name: str, shape: tuple[int, int]) -> None:

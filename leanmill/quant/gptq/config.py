@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, model_validator
 
 from leanmill.core.errors import ConfigError
-from leanmill.core.passes import LayerPassConfig, LayerSolver
+from leanmill.core.passes import LayerPassConfig, LayerSolver, SeenTokens
 
 
 if TYPE_CHECKING:
@@ -36,26 +36,41 @@ class Gptq(LayerPassConfig):
     """`activations` fixes the features of largest square sum first (the authors' act-order) where a row
     has one scale, and keeps columns in place where it has groups; `columns` goes from left to right."""
 
-    tokens: Literal["equal", "attention"] = "equal"
-    """What calibration tokens count for. `attention`: by the attention they get, from `least_token_weight` to 1 in each
-    row (RSQ, Sung et al. 2025, arXiv:2503.01820); the block's attention is then `eager`, and it runs once more."""
+    tokens: Literal["equal", "attention", "first", "first_and_last", "rare", "norm", "unchanged", "distant"] = "equal"
+    """What calibration tokens count for (RSQ, Sung et al. 2025, arXiv:2503.01820). Only the `first` of each row, or the
+    `first_and_last`, `token_share` of them. Or from `least_token_weight` to 1 in each row: by the `attention` they get,
+    for which the block's attention is `eager` and runs once more; `rare` by how seldom they are in calibration rows;
+    by the `norm` of the block's input; `unchanged` by how little the block changes it; `distant` by its mean squared
+    distance to the others of the row. But for `rare` these run the block once more too."""
     least_token_weight: float = Field(default=0.01, ge=0, lt=1)
     """Of the token of a row that gets least; inputs are multiplied by it."""
+    token_share: float = Field(default=0.125, gt=0, lt=1)
+    """For `first` and `first_and_last`: of a row's tokens, those that count; one at least."""
 
     @model_validator(mode="after")
     def _uses_all(self) -> Self:
-        if self.tokens == "equal" and self.least_token_weight != 0.01:
-            raise ConfigError("gptq: least_token_weight is for tokens: attention; remove it, or type tokens: attention")
+        kinds = {"equal": None, "first": "token_share", "first_and_last": "token_share"}
+        used = kinds.get(self.tokens, "least_token_weight")
+        examples = {"least_token_weight": "tokens: attention", "token_share": "tokens: first"}
+        for name, example in examples.items():
+            if name != used and getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(f"gptq: {name} says nothing with tokens: {self.tokens}; remove it, or type {example}")
         return self
 
     @property
-    def reads_attention(self) -> bool:
-        return self.tokens == "attention"
+    def counts_tokens_by(self) -> Literal["ids", "states", "attention"] | None:
+        if self.tokens == "equal":
+            return None
+        if self.tokens == "attention":
+            return "attention"
+        return "ids" if self.tokens in ("first", "first_and_last", "rare") else "states"
 
-    def token_weights(self, maps: Tensor) -> Tensor:
-        from leanmill.quant.gptq.tokens import by_attention
+    def token_weights(self, seen: SeenTokens) -> Tensor:
+        from leanmill.quant.gptq.tokens import SCORES, ends, spread
 
-        return by_attention(maps, self.least_token_weight)
+        if self.tokens in SCORES:
+            return spread(SCORES[self.tokens](seen), self.least_token_weight)
+        return ends(seen, self.token_share, last_too=self.tokens == "first_and_last")
 
     @property
     def bits_per_weight(self) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from leanmill.core.errors import RunError
-from leanmill.core.passes import InputStatistics, LayerPassConfig, LayerSolver
+from leanmill.core.passes import InputStatistics, LayerPassConfig, LayerSolver, SeenTokens
+from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.trainer.passes.folder import SourceFolder, TargetFolder
 from leanmill.trainer.passes.foresight import check_pass
 from leanmill.trainer.passes.maps import attention_maps
@@ -93,18 +95,35 @@ class LayerPass:
         return report_of(name, self.technique, weight, None)
 
     def _token_weights(self, block: Block) -> list[Tensor]:
-        """What the tokens of each batch count for [B, S]; nothing where they count alike."""
-        if not self.config.reads_attention:
+        """What the tokens of each batch count for [B, S]; nothing where they count alike. A collective."""
+        source = self.config.counts_tokens_by
+        if source is None:
             return []
+        rows = [batch["input_ids"] for batch in self.stream.rows]
+        frequencies = self._frequencies(rows)
+        seen = [SeenTokens(ids=ids, frequencies=frequencies) for ids in rows]
+        if source == "ids":
+            return [self.config.token_weights(tokens) for tokens in seen]
         found: list[Tensor] = []
-        with attention_maps(self.stream.model, block, lambda maps: found.append(self.config.token_weights(maps))):
-            for _ in self.stream.run(block):
-                pass
-        if len(found) != len(self.stream.hidden):
-            raise RunError(
-                f"{self.technique}: {block.prefix} has no attention whose maps could be had; type tokens: equal"
-            )
+        maps: list[Tensor] = []
+        with attention_maps(self.stream.model, block, maps.append) if source == "attention" else nullcontext():
+            for tokens, inputs, outputs in zip(seen, self.stream.hidden, self.stream.run(block), strict=True):
+                if source == "states":
+                    found.append(self.config.token_weights(replace(tokens, inputs=inputs, outputs=outputs)))
+                    continue
+                if not maps:
+                    raise RunError(
+                        f"{self.technique}: {block.prefix} has no attention whose maps could be had; type tokens: equal"
+                    )
+                # Several where a block is several layers.
+                of_layers = [self.config.token_weights(replace(tokens, maps=one)) for one in maps]
+                found.append(torch.stack(of_layers).mean(0))
+                maps.clear()
         return found
+
+    def _frequencies(self, rows: Sequence[Tensor]) -> Tensor:
+        size = int(self.stream.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+        return sum_over_ranks(torch.bincount(torch.cat([ids.flatten() for ids in rows]), minlength=size))
 
     def _solve_together(self, watch: Watch, layers: dict[str, nn.Linear], reports: dict[str, LayerReport]) -> None:
         """Solve the layers that share their inputs."""

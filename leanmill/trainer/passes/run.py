@@ -104,7 +104,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                 reports += searched.reports
                 layers |= searched.layers
             else:
-                if isinstance(config, LayerPassConfig) and config.reads_attention:
+                if isinstance(config, LayerPassConfig) and config.counts_tokens_by == "attention":
                     model = model.model_copy(update={"attention": "eager"})  # the one that has maps
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
                 found = _run(config, stream, writer, ranks)
