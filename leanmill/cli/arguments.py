@@ -136,6 +136,12 @@ def _arank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-layers", type=positive, metavar="N", help="layers to name (half of them)")
 
 
+def _ticket(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--earlier", metavar="DIR", help="folder of the same model at the moment it was rewound to")
+    parser.add_argument("--by", choices=("block", "layer"), default="block", help="what changes at a time (block)")
+
+
 def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or a run_dir (its newest)")
     parser.add_argument(
@@ -209,6 +215,7 @@ ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "evaluate": _evaluate,
     "compress": _compress,
     "arank": _arank,
+    "ticket": _ticket,
     "export": _export,
     "merge": _merge,
     "generate": _generate,

@@ -29,6 +29,7 @@ _VERBS: dict[str, str] = {
     "evaluate": "put models to tasks beside a dense one: what compression cost, group by group",
     "compress": "prune, quantise or upcycle a model folder in one shot, a block in memory at a time",
     "arank": "print the rank of attention in each layer, low where mixture_of_depths may leave tokens out",
+    "ticket": "print what each layer of a pruned, trained model owes to its values and to its mask",
     "export": "write a checkpoint as a Hugging Face or PEFT folder, and prove it loads",
     "merge": "merge LoRA adapters of one base into one, rank by rank",
     "generate": "continue a prompt with an exported folder on the CPU, packed weights staying packed",
