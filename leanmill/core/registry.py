@@ -323,6 +323,11 @@ PASSES: dict[str, Entry] = {
         "surgery: fewer channels, after a rotation of the residual stream to its principal components",
         "Ashkboos et al. 2024, arXiv:2401.15024",
     ),
+    "transmla": Entry(
+        "leanmill.architecture.transmla.config:TransMla",
+        "surgery: latent attention in the place of grouped-query attention, for a smaller cache",
+        "Meng et al. 2025, arXiv:2502.07864",
+    ),
     "cfsp": Entry(
         "leanmill.sparse.cfsp.config:Cfsp",
         "surgery: fewer neurons, blocks that change their input less losing more",

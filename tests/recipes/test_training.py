@@ -85,7 +85,9 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     ]
     if recipe.model.config is not None:
         is_latent = "kv_lora_rank" in recipe.model.config  # attention whose heads have other sizes
-        sizes = TINY_SIZES | ({"num_key_value_heads": 4} if is_latent else {"head_dim": 8})
+        becomes_latent = any(hasattr(one, "kv_lora_rank") for phase in recipe.phases for one in phase.passes)
+        head_dim = 32 if becomes_latent else 8  # so that the ranks of the recipe fit
+        sizes = TINY_SIZES | ({"num_key_value_heads": 4} if is_latent else {"head_dim": head_dim})
         if recipe.model.task == "embedding":
             sizes = {name: value for name, value in sizes.items() if name not in ("num_key_value_heads", "head_dim")}
         overrides += [f"model.config.{name}={value}" for name, value in sizes.items()]

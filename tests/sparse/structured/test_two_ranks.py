@@ -17,6 +17,7 @@ PASSES = {
     # Measured latencies differ, these do not.
     "ziplm": {"speedup": 1.5, "multiple_of": 28, "latency_table": "TABLE"},
     "remove_zeros": {},
+    "transmla": {"kv_lora_rank": 14, "qk_rope_head_dim": 4, "frequency_fold": 4},
 }
 TABLE = '{"groups": {"1": 20, "2": 30, "3": 40}, "neurons": {"28": 50, "56": 80}}'
 

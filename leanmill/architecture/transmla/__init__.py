@@ -1,0 +1,1 @@
+"""TransMLA: grouped-query attention becomes multi-head latent attention."""
