@@ -293,6 +293,18 @@ class DecomposingPassConfig(LinearPassConfig):
         raise NotImplementedError
 
 
+class ObservingPassConfig(LinearPassConfig):
+    """Base of passes that leave a model as it is and note a score of each decoder block, for what trains it."""
+
+    def score(self, layers: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """Return the score of a block.
+
+        Args:
+            layers: Weight [out, in] and sum of x^2 over calibration tokens [in] of each target, fp32 on the CPU.
+        """
+        raise NotImplementedError
+
+
 class ExpertPassConfig(PassConfig):
     """Base of passes that solve the experts of a mixture."""
 

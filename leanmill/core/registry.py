@@ -140,8 +140,8 @@ TECHNIQUES: dict[str, Entry] = {
     ),
     "lisa": Entry(
         "leanmill.peft_ext.lisa.config:Lisa",
-        "train a few layers at a time, drawn anew every few steps",
-        "Pan et al. 2024, arXiv:2403.17919",
+        "train a few layers at a time, drawn anew every few steps: LISA, OwLore",
+        "Pan et al. 2024, arXiv:2403.17919; Li et al. 2024, arXiv:2405.18380",
     ),
     "galore": Entry(
         "leanmill.peft_ext.galore.config:GaLore",
@@ -302,6 +302,11 @@ PASSES: dict[str, Entry] = {
         "leanmill.quant.squeezellm.config:SqueezeLlm",
         "one-shot: levels of each row by k-means over its weights, counted by their squared gradients",
         "Kim et al. 2023, arXiv:2306.07629",
+    ),
+    "outliers": Entry(
+        "leanmill.peft_ext.lisa.config:Outliers",
+        "counts the weights that stand out in each block, by which lisa may draw (OwLore); changes nothing",
+        "Li et al. 2024, arXiv:2405.18380; Yin et al. 2023, arXiv:2310.05175",
     ),
     "lq_lora": Entry(
         "leanmill.peft_ext.lq_lora.config:LqLora",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from leanmill.core.passes import DecomposingPassConfig, PassConfig
+from leanmill.core.passes import DecomposingPassConfig, ObservingPassConfig, PassConfig
 
 
 if TYPE_CHECKING:
@@ -203,6 +203,9 @@ def lost_further(passes: Sequence[PassConfig]) -> str | None:
         if isinstance(config, DecomposingPassConfig):
             kind = config.type  # type: ignore[attr-defined]
             return f"passes: {kind} leaves a part of each weight in an adapter, which fits no others; put it last"
+        if isinstance(config, ObservingPassConfig):
+            kind = config.type  # type: ignore[attr-defined]
+            return f"passes: {kind} notes how the model is, which a pass behind it changes; put {kind} last"
         if isinstance(config, SurgeryConfig) and config.writes_further:
             kind = config.type  # type: ignore[attr-defined]
             return (

@@ -92,6 +92,9 @@ class InstallContext:
     stored_adapter: Callable[[], Mapping[str, StoredFactors]] | None = None
     """Return the adapter that lies beside the weights of the model that trains, by the plain name of the layer; None
     where what starts from it will be overwritten."""
+    block_scores: Callable[[str], Sequence[float]] | None = None
+    """Return what the pass of a name has noted of each decoder block of the model that trains; None where nothing
+    trains."""
     check_base: Callable[[str, str], None] | None = None
     """Refuse another base than the model that trains, for an adapter that training starts from: takes the base's folder
     or hub name and the name of the adapter in a recipe. None where adapters will be overwritten, or nothing trains."""

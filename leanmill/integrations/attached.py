@@ -27,6 +27,7 @@ from leanmill.models.materialise import fill_added
 from leanmill.models.pretrained import load_frozen, pretrained_config
 from leanmill.models.stored_adapter import stored_adapter
 from leanmill.models.stored_weights import StoredWeights
+from leanmill.models.summary import block_scores
 from leanmill.optim.config import AdamW
 from leanmill.parallel.views import NativeViews
 from leanmill.recipe.io import validate_recipe
@@ -169,6 +170,7 @@ class Attached:
             frozen_config=lambda path: pretrained_config(ModelConfig(path=path)),
             open_weights=open_weights,
             stored_adapter=lambda: stored_adapter(ModelConfig(path=self.plain_config.name_or_path or ".")),
+            block_scores=lambda name: block_scores(ModelConfig(path=self.plain_config.name_or_path or "."), name),
         )
         return offered, opened
 

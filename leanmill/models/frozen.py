@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
@@ -14,12 +13,12 @@ from leanmill.core.branches import BASE
 from leanmill.core.compact import Compact, Kind
 from leanmill.core.errors import ConfigError
 from leanmill.core.folders import SUMMARY
-from leanmill.core.paths import expand_user
 from leanmill.core.site import LinearSite, Site
 from leanmill.core.sites import Candidate, Sites, iter_sites
 from leanmill.core.stage import Slot
 from leanmill.models.calls import uncalled
 from leanmill.models.config import FrozenDtype, ModelConfig
+from leanmill.models.summary import summary_of
 
 
 def compact_frozen(
@@ -99,15 +98,11 @@ def stored_kinds(config: ModelConfig) -> dict[str, Kind]:
     """
     if config.frozen_dtype != "stored" or config.path is None:
         return {}
-    file = expand_user(config.path) / SUMMARY
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("kept_as") or {}
-    except (OSError, ValueError, AttributeError):
-        found = {}
+    found = summary_of(config).get("kept_as")
     if not found or not isinstance(found, dict) or not set(found.values()) <= set(get_args(Kind)):
         raise ConfigError(
-            f"model.frozen_dtype=stored, and {file} does not say how weights are kept; give a folder that the pass "
-            f"lq_lora wrote as model.path, or set model.frozen_dtype=nf4"
+            f"model.frozen_dtype=stored, and {SUMMARY} in {config.path} does not say how weights are kept; give a "
+            f"folder that the pass lq_lora wrote as model.path, or set model.frozen_dtype=nf4"
         )
     return found
 

@@ -34,6 +34,7 @@ from leanmill.models.pretrained import load_frozen, local_folder, pretrained_con
 from leanmill.models.sentence_transformers import pooling_of
 from leanmill.models.stored_adapter import stored_adapter
 from leanmill.models.stored_weights import StoredWeights
+from leanmill.models.summary import block_scores
 from leanmill.optim.build import build_optimizer
 from leanmill.optim.config import OptimizerConfig
 from leanmill.parallel.engine import Engine, Preparation
@@ -165,6 +166,7 @@ def _context(
         frozen_config=lambda path: pretrained_config(_beside(recipe, path)),
         open_weights=lambda path: stored(path).take,
         stored_adapter=partial(stored_adapter, recipe.model),
+        block_scores=partial(block_scores, recipe.model),
     )
     return offered, stored
 

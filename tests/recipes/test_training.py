@@ -112,6 +112,8 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
             overrides.append(f"{given}.schedule.warmup_steps=1")
             named = list(enumerate((phase.overrides or {}).get("techniques", [])))
             overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one.get("init") == "stored"]
+            overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one["type"] == "galore"]
+            overrides += [f"{given}.techniques.{i}.num_layers=1" for i, one in named if one["type"] == "lisa"]
             teachers = [i for i, one in named if not str(one.get("teacher", "phase:")).startswith("phase:")]
             overrides += [f"{given}.techniques.{i}.teacher={files / 'model'}" for i in teachers]
         overrides.append(f"phases.{index}.calibration.num_rows=8")

@@ -19,6 +19,7 @@ from leanmill.core.passes import (
     DecomposingPassConfig,
     ExpertPassConfig,
     LayerPassConfig,
+    ObservingPassConfig,
     PassConfig,
     SensitivePassConfig,
 )
@@ -39,6 +40,7 @@ from leanmill.trainer.passes.foresight import after_passes
 from leanmill.trainer.passes.gradients import expert_gradients
 from leanmill.trainer.passes.layer_pass import LayerPass, LayerReport
 from leanmill.trainer.passes.memory import return_large_blocks
+from leanmill.trainer.passes.observing_pass import BlockReport, ObservingPass
 from leanmill.trainer.passes.search import UnitReport, search_levels
 from leanmill.trainer.passes.sensitive_pass import SensitivePass
 from leanmill.trainer.passes.stream import BlockStream
@@ -46,7 +48,7 @@ from leanmill.trainer.passes.surgery import ModelReport, operate
 from leanmill.trainer.run_lock import exclusive
 
 
-PassReport = LayerReport | ExpertReport | ModelReport | UnitReport
+PassReport = BlockReport | LayerReport | ExpertReport | ModelReport | UnitReport
 
 
 def compress(recipe: CompressRecipe, out: Path) -> list[PassReport]:
@@ -117,7 +119,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                 shutil.rmtree(intermediate)
             summary = {
                 "passes": [config.model_dump(mode="json") for config in recipe.passes],
-                "reports": [str(report) for report in reports if not isinstance(report, LayerReport)],
+                "reports": [str(report) for report in reports if not isinstance(report, BlockReport | LayerReport)],
                 "layers": sorted(layers | {report.name for report in reports if isinstance(report, LayerReport)}),
                 "inference": inference,
                 "kept_as": {
@@ -125,6 +127,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                     for report in reports
                     if isinstance(report, LayerReport) and report.kept_as is not None
                 },
+                "block_scores": _block_scores(reports),
             }
             (place / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return reports
@@ -149,12 +152,22 @@ def _operate(
 def _run(config: PassConfig, stream: BlockStream, writer: TargetFolder | None, ranks: Ranks) -> Sequence[PassReport]:
     if isinstance(config, SensitivePassConfig):
         return SensitivePass(config, stream, writer, ranks).run()
+    if isinstance(config, ObservingPassConfig):
+        return ObservingPass(config, stream, writer).run()
     if isinstance(config, DecomposingPassConfig):
         return DecomposingPass(config, stream, writer, ranks).run()
     if isinstance(config, ExpertPassConfig):
         return ExpertPass(config, stream, writer).run()
     assert isinstance(config, LayerPassConfig)
     return LayerPass(config, stream, writer).run()
+
+
+def _block_scores(reports: Sequence[PassReport]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for report in reports:
+        if isinstance(report, BlockReport):
+            found.setdefault(report.technique, []).append(report.score)
+    return found
 
 
 def inference_of(folder: Path) -> list[dict[str, Any]]:

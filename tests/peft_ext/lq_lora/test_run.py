@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.core.errors import ConfigError
+from leanmill.core.facets import LowRank
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
 from leanmill.export import export_model
 from leanmill.models.config import ModelConfig
-from leanmill.models.stored_adapter import stored_adapter
+from leanmill.models.stored_adapter import stored_adapter, write_adapter
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.passes.run import compress
 from leanmill.trainer.rebuild import rebuild
@@ -117,31 +118,33 @@ def refused(match, make):
         make()
 
 
-def test_what_does_not_fit_says_what_to_type(parts, text, tokenizer, tmp_path):  # noqa: F811
-    _, folder = parts
+def test_what_does_not_fit_says_what_to_type(text, tokenizer, tmp_path):  # noqa: F811
+    model, folder = save(tmp_path / "in", tokenizer, dtype=torch.bfloat16, num_hidden_layers=2), tmp_path / "in"
 
     def compressed(**changes):
-        return lambda: compress(recipe(tmp_path / "in", text, tmp_path, LQ | changes), tmp_path / "other")
+        return lambda: compress(recipe(folder, text, tmp_path, LQ | changes), tmp_path / "other")
 
     refused(r"rank=64 is above the shorter side of .*down_proj, 48 x 56; set rank: 48 or less", compressed(rank=64))
-    refused(r"average_bits=2 is below 2\.\d+, what 2 bits", compressed(average_bits=2))
+    refused(r"average_bits=2 is below 2\.\d+, what 2 bits", compressed(average_bits=2, weighted=False))
     refused(r"leaves a choice, and nothing says how many bits", compressed(average_bits=None))
     refused(r"average_bits is for a choice of bits", compressed(bits=[4]))
     passes = [LQ, {"type": "magnitude", "sparsity": 0.5}]
     refused(r"lq_lora leaves a part of each weight in an adapter", lambda: recipe(folder, text, tmp_path, *passes))
-    again = recipe(folder, text, tmp_path, passes[1])
-    refused(
-        r"has a part of its weights in adapter/, which passes would leave out", lambda: compress(again, tmp_path / "x")
-    )
 
-    def trained(techniques=None, path=folder, **changes):
-        return lambda: run(training(path, text, tmp_path / "run", techniques=techniques, **changes))
+    def trained(techniques=None, **changes):
+        return lambda: run(training(folder, text, tmp_path / "run", techniques=techniques, **changes))
 
     lora = {"type": "lora", "init": "stored"}
+    refused(r"has none; set model.path to a folder that", trained([lora], frozen_dtype="auto"))
+    refused(r"does not say how weights are kept", trained([{"type": "lora"}]))
+    shapes = {name: m.weight.shape for name, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    factors = {
+        f"model.{name}": LowRank(a=torch.zeros(4, shape[1]), b=torch.zeros(shape[0], 4), scaling=1.0)
+        for name, shape in shapes.items()
+    }
+    write_adapter(folder / "adapter", factors)
+    again = recipe(folder, text, tmp_path, passes[1])
+    refused(r"has a part of its weights in adapter/, which passes", lambda: compress(again, tmp_path / "x"))
     refused(r"lora.rank=16, and the folder's adapter has rank 4; set rank: 4", trained([lora]))
     refused(r"holds a part of .*which lora.targets leave out", trained([lora | {"rank": 4, "targets": ["q_proj"]}]))
     refused(r"init=stored fills the factors inside of weights", trained([lora | {"where": "branch"}]))
-    refused(
-        r"has none; set model.path to a folder that it wrote", trained([lora], tmp_path / "in", frozen_dtype="auto")
-    )
-    refused(r"does not say how weights are kept", trained([{"type": "lora"}], tmp_path / "in"))
