@@ -122,7 +122,10 @@ class CheckpointManager:
         job = Job(step=step, parts=parts, documents=documents, score=score, partial=names is not None, base=base)
         if self.config.asynchronous:
             self._job = job
-            self._thread = threading.Thread(target=self._write_in_background, args=(job,), name="checkpoint")
+            # A daemon: one that waits for a lost rank must not keep the process.
+            self._thread = threading.Thread(
+                target=self._write_in_background, args=(job,), name="checkpoint", daemon=True
+            )
             self._thread.start()
             if not self.overlap:
                 self.finish_copies()
@@ -181,8 +184,17 @@ class CheckpointManager:
         if self._uploads is not None:
             self._uploads.close()
 
-    def drain(self) -> None:
-        """Wait for the save in flight without raising: for a run that is failing for another reason."""
+    def drain(self, seconds: float | None = None) -> None:
+        """Wait for the save in flight without raising: for a run that is failing for another reason.
+
+        Args:
+            seconds: The longest wait, where a rank may be gone that the save needs; the save then never counts.
+        """
+        if seconds is not None and self._thread is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                log.warning("the save under way cannot end without the lost rank; the checkpoint before it counts")
+                return
         try:
             self.wait()
         except RunError as error:

@@ -77,15 +77,27 @@ class PulseWatch:
         self.beat_seconds = min(MAX_BEAT_SECONDS, hang_seconds / 6)
         # A main thread that waits for the store would make the watch wait with it.
         self._store = dist.PrefixStore("pulse", store.clone())  # type: ignore[attr-defined]
-        self._host, self._beat, self._written, self._named = socket.gethostname(), 0, "", ""
+        self._host, self._beat, self._verdict, self._named = socket.gethostname(), 0, "", ""
+        self._asked: float | None = None
         self._moved, self._last = time.monotonic(), self._now({})
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def start(self) -> PulseWatch:
         """Begin to beat."""
+        shared_errors.ask_of_hangs(self.known)
         self._thread.start()
         return self
+
+    def known(self) -> str:
+        """Return who keeps this rank waiting, as far as is known now; empty where it is not."""
+        asked = self._asked
+        seconds = 0.0 if asked is None else time.monotonic() - asked
+        if seconds > BEATS_BEFORE_SILENCE * self.beat_seconds:
+            return (
+                f"the machine where the ranks met, rank 0's or torchrun's first, has not answered for {seconds:.0f} s"
+            )
+        return self._verdict
 
     def end(self) -> None:
         """Stop beating; this rank is done."""
@@ -97,6 +109,7 @@ class PulseWatch:
                 self._beat_once()
             except RuntimeError:
                 return  # The host of the store has left, and with it everybody.
+            self._asked = None
 
     def _beat_once(self) -> None:
         still_seconds = time.monotonic() - max(self._moved, self.pulse.since)
@@ -104,16 +117,15 @@ class PulseWatch:
         now = self._now(flight.standings() if still_seconds > self.hang_seconds / 2 else {})
         if self._has_moved(now):
             self._moved, still_seconds = time.monotonic(), 0.0
-        self._last = now
+        self._last, self._asked = now, time.monotonic()
         self._store.set(str(self.rank), json.dumps(now.state()))
         is_waiting = any(not standing.is_done for standing in now.standings.values())
         if is_waiting and still_seconds > self.hang_seconds:
             self._name_who_is_missing(now)
         if self._store.check([_VERDICT]):
             told = self._store.get(_VERDICT).decode()
-            shared_errors.note_hang(told)
-            if told != self._written:
-                self._written = told
+            if told != self._verdict:
+                self._verdict = told
                 self._write()
 
     def _now(self, standings: Mapping[str, Standing]) -> Seen:
@@ -141,8 +153,10 @@ class PulseWatch:
             return
         self._named = where
         before = self._others()
+        self._asked = None
         if self._ended.wait(BEATS_BEFORE_SILENCE * self.beat_seconds):
             return
+        self._asked = time.monotonic()
         after = self._others()
         told = verdict(self.rank, {self.rank: now, **after}, silent_ranks(before, after))
         self._store.set(_VERDICT, told)

@@ -6,10 +6,12 @@ them have failed. Whatever goes wrong with the store, the error is told.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -29,21 +31,24 @@ TOLD_SECONDS = 5.0
 """How long a rank with nothing to say waits for torchrun to end it."""
 CAUSE_SECONDS = 2.0
 """How long a rank that lost another waits for that one to tell why."""
+ANSWER_SECONDS = 10.0
+"""How long a rank waits for the store in all: its machine may be the one that is lost."""
 _POLL_SECONDS = 0.01
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL error")
 
 
-_hang = ""
+_known_of_hang: Callable[[], str] = str
+"""Says who hangs, as far as that is known; empty where it is not."""
 
 
 class LostRankError(RunError):
     """Another rank ended or hangs, which this one saw as a failed collective."""
 
 
-def note_hang(verdict: str) -> None:
-    """Keep what is known of who hangs, for the error that the collective's time-out will be."""
-    global _hang  # noqa: PLW0603
-    _hang = verdict
+def ask_of_hangs(known: Callable[[], str]) -> None:
+    """Say what knows who hangs, for the error that a collective's time-out will be."""
+    global _known_of_hang  # noqa: PLW0603
+    _known_of_hang = known
 
 
 def lost_rank(error: BaseException) -> LostRankError | None:
@@ -52,7 +57,7 @@ def lost_rank(error: BaseException) -> LostRankError | None:
         return None
     for reason in _LOST_PEER:
         if reason in str(error):
-            known = f": {_hang}" if _hang else ""
+            known = f": {told}" if (told := _known_of_hang()) else ""
             return LostRankError(
                 f"another rank ended or hangs ({reason}){known}; see its own error, or its machine's log, for why, "
                 f"then start again: the run continues from its newest checkpoint"
@@ -84,19 +89,20 @@ def is_mine_to_tell(message: str) -> bool:
     """
     if _ranks is None:
         return True
-    store, key = _ranks.store, _key(message)
-    try:
-        if _ranks.rank > 0 and _comes_true(lambda: store.check([f"{key}/0"]), RANK_0_SECONDS):
-            store.add(f"{key}/heard", 1)
-            return False
-        if _ranks.rank == 0:
-            store.set(f"{key}/0", "told")
-        is_first = store.add(f"{key}/tellers", 1) == 1
-        if not is_first:
-            store.add(f"{key}/heard", 1)
-        return is_first
-    except RuntimeError:
-        return True
+    store, rank, key = _ranks.store, _ranks.rank, _key(message)
+    return _answered(lambda: _is_teller(store, rank, key), otherwise=True)
+
+
+def _is_teller(store: dist.Store, rank: int, key: str) -> bool:
+    if rank > 0 and _comes_true(lambda: store.check([f"{key}/0"]), RANK_0_SECONDS):
+        store.add(f"{key}/heard", 1)
+        return False
+    if rank == 0:
+        store.set(f"{key}/0", "told")
+    is_first = store.add(f"{key}/tellers", 1) == 1
+    if not is_first:
+        store.add(f"{key}/heard", 1)
+    return is_first
 
 
 def linger(message: str) -> None:
@@ -104,11 +110,12 @@ def linger(message: str) -> None:
     if _ranks is None:
         return
     store, key, others = _ranks.store, _key(message), _ranks.world_size - 1
-    try:
+
+    def stay() -> bool:
         store.set(_TOLD, "yes")
-        _comes_true(lambda: store.add(f"{key}/heard", 0) >= others, LINGER_SECONDS)
-    except RuntimeError:
-        return
+        return _comes_true(lambda: store.add(f"{key}/heard", 0) >= others, LINGER_SECONDS)
+
+    _answered(stay, otherwise=False)
 
 
 def is_told_by_its_cause(error: BaseException) -> bool:
@@ -116,10 +123,7 @@ def is_told_by_its_cause(error: BaseException) -> bool:
     if _ranks is None or not isinstance(error, LostRankError):
         return False
     store = _ranks.store
-    try:
-        return _comes_true(lambda: store.check([_TOLD]), CAUSE_SECONDS)
-    except RuntimeError:
-        return False
+    return _answered(lambda: _comes_true(lambda: store.check([_TOLD]), CAUSE_SECONDS), otherwise=False)
 
 
 def write_error_file(message: str) -> None:
@@ -152,6 +156,23 @@ def leave_when_told(*, cause_is_elsewhere: bool = False, seconds: float = TOLD_S
 
 def _key(message: str) -> str:
     return f"error/{hashlib.sha256(message.encode()).hexdigest()}"
+
+
+def _answered(ask: Callable[[], bool], *, otherwise: bool) -> bool:
+    """Return what the store answers, or `otherwise` where it does not.
+
+    One whose machine is gone does not refuse, it is silent: a thread asks, and is left behind.
+    """
+    found: list[bool] = []
+
+    def put() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(ask())
+
+    asker = threading.Thread(target=put, name="store", daemon=True)
+    asker.start()
+    asker.join(ANSWER_SECONDS)
+    return found[0] if found else otherwise
 
 
 def _comes_true(condition: Callable[[], bool], seconds: float) -> bool:

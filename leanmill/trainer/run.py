@@ -49,6 +49,9 @@ from leanmill.trainer.stop import Stop
 
 log = logging.getLogger(__name__)
 
+LOST_SAVE_SECONDS = 5.0
+"""What a save under way has to end once a rank is lost."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
@@ -233,8 +236,10 @@ class _Run:
             self._end("rewound", rewind.why)
             raise
         except BaseException as error:
-            self.manager.drain()
-            told = lost_rank(error) or error
+            lost = lost_rank(error)
+            # Its collectives have hours: a rank may wait for the slowest one's disk, but not for one that is gone.
+            self.manager.drain(None if lost is None else LOST_SAVE_SECONDS)
+            told = lost or error
             self._end("failed", f"{type(told).__name__}: {told}")
             raise
         status = "stopped" if stop else "finished"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ def test_a_failing_run_still_finishes_its_save(
     manager.save(2, engine_of(), {}, {})
     manager.drain()  # the run's own error is the one to raise
     assert "broken" in caplog.text
+    manager.drain()
+
+
+def test_a_save_that_waits_for_a_lost_rank_keeps_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager, comes_back = manager_of(tmp_path), threading.Event()
+    monkeypatch.setattr(storage, "record_file", lambda path: comes_back.wait(30))
+    manager.save(1, engine_of(), {}, {})
+    manager.drain(0.05)
+    assert "cannot end without the lost rank" in caplog.text
+    comes_back.set()
     manager.drain()
 
 

@@ -19,7 +19,7 @@ from leanmill.parallel.pulse import Pulse, PulseWatch
 
 @pytest.fixture(autouse=True)
 def _no_hang_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_errors, "_hang", "")
+    monkeypatch.setattr(shared_errors, "_known_of_hang", str)
 
 
 def test_the_waiting_rank_names_the_other_once(
@@ -56,6 +56,7 @@ def test_the_waiting_rank_names_the_other_once(
         f"rank-{rank}.{what}" for rank in range(2) for what in ("stacks.txt", "flight.json")
     }
     assert "test_pulse.py" in (tmp_path / "hang" / "rank-1.stacks.txt").read_text()
+    shared_errors.ask_of_hangs(watches[1].known)
     lost = shared_errors.lost_rank(RuntimeError("Timed out waiting 300000ms for recv"))
     assert "(Timed out waiting): 1 rank waits in all_reduce [4]" in str(lost)
 
@@ -82,6 +83,15 @@ def test_collectives_that_go_on_within_a_phase_are_a_move(
         monkeypatch.setattr(flight, "standings", lambda one=one: {"all ranks": one})
         watch._beat_once()
     assert not caplog.records
+
+
+def test_a_store_that_does_not_answer_is_known_from(tmp_path: Path) -> None:
+    watch = PulseWatch(Pulse(), dist.HashStore(), rank=1, world_size=2, hang_seconds=1, folder=tmp_path / "hang")
+    assert watch.known() == ""
+    watch._asked = time.monotonic() - 30
+    assert watch.known() == "the machine where the ranks met, rank 0's or torchrun's first, has not answered for 30 s"
+    watch._beat_once()
+    assert watch.known() == ""
 
 
 def test_a_full_disk_does_not_end_the_watch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

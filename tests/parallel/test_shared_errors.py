@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -127,3 +128,22 @@ def test_a_silent_rank_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -
         leave_when_told(seconds=0.01)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_store_whose_machine_is_gone_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not refuse: whoever asks it waits."""
+
+    class Silent:
+        def check(self, *_: Any) -> bool:
+            time.sleep(60)
+            return True
+
+        add = set = check
+
+    monkeypatch.setattr(shared_errors, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(shared_errors, "_ranks", shared_errors._Ranks(Silent(), 1, 2))  # type: ignore[arg-type]
+    began = time.monotonic()
+    assert shared_errors.is_mine_to_tell("lost")
+    shared_errors.linger("lost")
+    assert not shared_errors.is_told_by_its_cause(shared_errors.LostRankError("lost"))
+    assert time.monotonic() - began < 5
