@@ -1,8 +1,9 @@
 """Passes: a model folder turned into another one, a block at a time. Importing this imports no torch.
 
-A pass is a validated configuration of one of three kinds. A layer pass solves one linear layer after
+A pass is a validated configuration of one of several kinds. A layer pass solves one linear layer after
 another, given what the layer's inputs looked like on calibration text or how much the loss minds its weights; an
-expert pass so the experts of one layer after another. A surgery (`core.surgery`) makes a model of another architecture
+expert pass so the experts of one layer after another. A window pass trains the linear layers of some blocks together,
+until the blocks compute what they did. A surgery (`core.surgery`) makes a model of another architecture
 of the tensors. None sees the trainer, which streams the blocks through.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from leanmill.core.config import Config
+from leanmill.core.errors import ConfigError
 
 
 if TYPE_CHECKING:
@@ -86,6 +88,49 @@ class SensitiveSolver(Protocol):
             sensitivity: Mean over calibration rows of the squared gradient of the row's mean loss [out, in], fp32; the
                 gradients themselves [rows, out, in] where the configuration `reads_each_row`.
         """
+        ...
+
+
+class WindowSolver(Protocol):
+    """Trains the weights of linear layers in some neighbouring blocks together."""
+
+    def layer(self, name: str, weight: Tensor) -> WindowLayer:
+        """Return what stands for a layer's weight [out, in] fp32, which it keeps; equal on all ranks."""
+        ...
+
+    def optimizer(self, layers: Sequence[Any]) -> torch.optim.Optimizer:
+        """Return what trains the layers of a window, each from `layer`."""
+        ...
+
+    def loss(self, found: Tensor, wanted: Tensor, size: float) -> Tensor:
+        """Return how far a window's outputs are from what they were, a mean over tokens.
+
+        Args:
+            found: [B, S, H] fp32.
+            wanted: The same of the model as it was.
+            size: Mean of ||wanted||^2 over all tokens of the calibration rows.
+        """
+        ...
+
+    def pull(self, layers: Sequence[Any], progress: float) -> Tensor | None:
+        """Return what is added to the loss for the layers themselves.
+
+        Args:
+            layers: Of the window.
+            progress: Share of the window's steps that were taken, 0 to below 1.
+        """
+        ...
+
+
+class WindowLayer(Protocol):
+    """A linear layer's weight in training; its parameters are what an optimizer takes."""
+
+    def trained(self) -> Tensor:
+        """Return the weight [out, in] that the window computes with, of which gradients are taken."""
+        ...
+
+    def solved(self) -> Tensor:
+        """Return the weight [out, in] that is written."""
         ...
 
 
@@ -302,6 +347,33 @@ class ObservingPassConfig(LinearPassConfig):
         Args:
             layers: Weight [out, in] and sum of x^2 over calibration tokens [in] of each target, fp32 on the CPU.
         """
+        raise NotImplementedError
+
+
+class WindowPassConfig(LinearPassConfig):
+    """Base of passes that train the linear layers of some neighbouring blocks together, window after window."""
+
+    window_blocks: int = Field(default=2, ge=1)
+    """Blocks that are trained together."""
+    overlap_blocks: int = Field(default=1, ge=0)
+    """Blocks that a window has in common with the one before it, which train once more; below `window_blocks`."""
+    epochs: int = Field(default=3, ge=1)
+    """Times that every calibration row goes through a window, a batch of each rank a step."""
+    reconstruct: Literal["same_inputs", "dense_inputs", "both"] = "both"
+    """What a window's outputs are held against: those of the model as it was, given the `same_inputs`, which blocks
+    that were solved have made, or its own (`dense_inputs`), or both."""
+
+    @model_validator(mode="after")
+    def _windows_move(self) -> Self:
+        if self.overlap_blocks >= self.window_blocks:
+            raise ConfigError(
+                f"overlap_blocks={self.overlap_blocks} with window_blocks={self.window_blocks}: windows would not "
+                f"move; set overlap_blocks to {self.window_blocks - 1} or less"
+            )
+        return self
+
+    def solver(self, seed: int) -> WindowSolver:
+        """Return what solves a window; what it draws is a function of the recipe's seed."""
         raise NotImplementedError
 
 

@@ -313,6 +313,11 @@ PASSES: dict[str, Entry] = {
         "one-shot: weights of 2 to 8 bits and an adapter with what they lack, bits by an integer program",
         "Guo et al. 2023, arXiv:2311.12023",
     ),
+    "cbq": Entry(
+        "leanmill.quant.cbq.config:Cbq",
+        "one-shot: steps and roundings of several blocks, trained together on what the blocks compute",
+        "Ding et al. 2025, arXiv:2312.07950",
+    ),
     "minitron": Entry(
         "leanmill.sparse.minitron.config:Minitron",
         "surgery: fewer channels, heads, neurons and layers, by what flows through them",

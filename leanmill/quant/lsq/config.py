@@ -45,9 +45,11 @@ class Lsq(TrainedTechniqueConfig, LayerBits, Warmup, SharedScales):
     activation_offset: bool = False
     """LSQ+: codes of activations stand around a trained offset, so that the grid covers what is not symmetric, such
     as the output of SiLU or GELU. Step and offset start at the least squared error over the first global batch."""
-    weight_start: Literal["lsq", "lsq_plus", "l4q"] = "lsq"
+    weight_start: Literal["lsq", "lsq_plus", "l4q", "levels"] = "lsq"
     """Where steps of weights start: `lsq` 2 mean |w| / sqrt(Qp), `lsq_plus` max(|mu - 3 sigma|, |mu + 3 sigma|) /
-    2^(b-1), `l4q` max(|min w| / Qn, |max w| / Qp) of what shares a step, so that nothing is clipped at first."""
+    2^(b-1), `l4q` max(|min w| / Qn, |max w| / Qp) of what shares a step, so that nothing is clipped at first. `levels`
+    max |w| / k with the k up to Qp (Qn) of least squared error: of weights that a pass such as `gptq` or `cbq` left on
+    this grid the step that keeps them as they are."""
 
     @model_validator(mode="after")
     def _activation_grid_belongs_to_activations(self) -> Lsq:

@@ -22,6 +22,7 @@ from leanmill.core.passes import (
     ObservingPassConfig,
     PassConfig,
     SensitivePassConfig,
+    WindowPassConfig,
 )
 from leanmill.core.surgery import SurgeryConfig
 from leanmill.data.build import build_tokenizer, build_train_data
@@ -45,6 +46,7 @@ from leanmill.trainer.passes.search import UnitReport, search_levels
 from leanmill.trainer.passes.sensitive_pass import SensitivePass
 from leanmill.trainer.passes.stream import BlockStream
 from leanmill.trainer.passes.surgery import ModelReport, operate
+from leanmill.trainer.passes.window_pass import WindowPass
 from leanmill.trainer.run_lock import exclusive
 
 
@@ -109,7 +111,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
                 if isinstance(config, LayerPassConfig) and config.counts_tokens_by == "attention":
                     model = model.model_copy(update={"attention": "eager"})  # the one that has maps
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
-                found = _run(config, stream, writer, ranks)
+                found = _run(config, stream, writer, ranks, seed=recipe.seed)
                 inference += _inference(config, found)
                 reports += found
             barrier()
@@ -149,13 +151,17 @@ def _operate(
     return operate(config, source, model, writer, seed=recipe.seed, gradients=gradients, calibrated=calibrated)
 
 
-def _run(config: PassConfig, stream: BlockStream, writer: TargetFolder | None, ranks: Ranks) -> Sequence[PassReport]:
+def _run(
+    config: PassConfig, stream: BlockStream, writer: TargetFolder | None, ranks: Ranks, *, seed: int
+) -> Sequence[PassReport]:
     if isinstance(config, SensitivePassConfig):
         return SensitivePass(config, stream, writer, ranks).run()
     if isinstance(config, ObservingPassConfig):
         return ObservingPass(config, stream, writer).run()
     if isinstance(config, DecomposingPassConfig):
         return DecomposingPass(config, stream, writer, ranks).run()
+    if isinstance(config, WindowPassConfig):
+        return WindowPass(config, stream, writer, seed=seed).run()
     if isinstance(config, ExpertPassConfig):
         return ExpertPass(config, stream, writer).run()
     assert isinstance(config, LayerPassConfig)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError, RunError
@@ -106,12 +107,22 @@ class BlockStream:
 
     def blocks(self) -> Iterator[Block]:
         """Yield each block with its weights; its memory is given back when the next one is asked for."""
-        for index, (module, prefix) in enumerate(zip(self._blocks, self._prefixes, strict=True)):
-            self._load(module, prefix)
-            module.to(self.device, self.dtype).requires_grad_(False)
-            yield Block(index=index, prefix=prefix, module=module)
-            module.to("meta")
-            give_back()
+        for index in range(len(self)):
+            block = self.open(index)
+            yield block
+            self.close(block)
+
+    def open(self, index: int) -> Block:
+        """Return a block with its weights, which stay in memory until `close`."""
+        module, prefix = self._blocks[index], self._prefixes[index]
+        self._load(module, prefix)
+        module.to(self.device, self.dtype).requires_grad_(False)
+        return Block(index=index, prefix=prefix, module=module)
+
+    def close(self, block: Block) -> None:
+        """Give back a block's memory."""
+        block.module.to("meta")
+        give_back()
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         tensors = self.source.read(name for name in self.source.keys if name.startswith(prefix))
@@ -126,10 +137,23 @@ class BlockStream:
             block: One of `blocks`.
             hidden: Its inputs; None is what the blocks before it made.
         """
-        for inputs, calls in zip(self.hidden if hidden is None else hidden, self._calls, strict=True):
-            args, kwargs = _to(calls[block.index], self.device, self.dtype)
-            out = block.module(inputs.to(self.device, self.dtype), *args, **kwargs)
-            yield (out[0] if isinstance(out, tuple) else out).cpu()
+        for number, inputs in enumerate(self.hidden if hidden is None else hidden):
+            yield self.call(block, number, inputs).cpu()
+
+    def call(self, block: Block, number: int, hidden: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the block's output [B, S, H] for one batch, where it computes.
+
+        Args:
+            block: One that is open.
+            number: Of the batch.
+            hidden: Its inputs [B, S, H].
+            weights: Some to compute with in the place of the block's own, by their name in it.
+        """
+        args, kwargs = _to(self._calls[number][block.index], self.device, self.dtype)
+        cast = {name: weight.to(self.dtype) for name, weight in (weights or {}).items()}
+        out = functional_call(block.module, cast, (hidden.to(self.device, self.dtype), *args), kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
 
     def weight(self, name: str) -> Tensor:
         """Return the weight of a layer as it is stored, fp32 on the CPU, in memory of its own.
