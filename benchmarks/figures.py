@@ -100,6 +100,10 @@ def figures(kind: str) -> Iterator[Figure]:
         found = result["figures"]
         yield Figure("tokenising data to a folder, rate of the library alone over ours", 1 / found["ratio"], 1 / 0.8)
         yield Figure("first batch of a prepared run of 100M tokens", found["first_batch_seconds"], 2.0, " s")
+    if result := load(kind, "data_scale"):
+        largest, found = list(result["figures"]["rows"].items())[-1]
+        yield Figure(f"memory of the order of {float(largest):,.0f} rows", found["memory_mib"], 16, " MiB")
+        yield Figure(f"first row of {float(largest):,.0f}", found["first_row_seconds"], 0.1, " s")
     if result := load(kind, "plan_memory"):
         for name, found in result["figures"].items():
             yield Figure(f"`plan` memory off the measured, {name}", abs(found["ratio"] - 1), 0.1)

@@ -14,6 +14,7 @@ BENCHMARKS = (
     "techniques",
     "checkpoint_stall",
     "data_prepare",
+    "data_scale",
     "plan_memory",
     "compress_memory",
     "adapter_memory",

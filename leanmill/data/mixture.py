@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from leanmill.data.packing import permutation
+from leanmill.data.orders import permutation
 
 
 class MixtureSchedule:

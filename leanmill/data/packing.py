@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+
+from leanmill.data.orders import TABLE_SIZE, Int64, Shuffle, permutation
 
 
-Int64 = NDArray[np.int64]
 NONE = -1
 """In index arrays: no such token (padding, or nothing to predict)."""
 
@@ -76,18 +76,33 @@ class Packer(Protocol):
         ...
 
 
+MAX_SHUFFLED_DOCUMENTS = 1 << 22
+"""Documents whose order is drawn anew each epoch; of more, the table of their ends takes long to make."""
+
+
 class SplitPacker:
     """Concatenates documents, shuffled anew each epoch, and cuts them every `sequence_length`.
 
     Nothing is padded or dropped: the last row of an epoch ends with the first documents of the
     next. Row n is found by two binary searches, whatever n is.
+
+    More than `max_shuffled` documents stay in the order in which they lie: their boundaries are then looked up where
+    they are, on disk, and rows are shuffled all the same (`ShuffledRows`).
     """
 
-    def __init__(self, offsets: Int64, sequence_length: int, *, document_mask: bool, seed: int) -> None:
-        """Take document boundaries `offsets` [D + 1]: document d is tokens offsets[d]:offsets[d + 1]."""
-        self._starts, self._lengths = offsets[:-1], np.diff(offsets)
+    def __init__(
+        self,
+        offsets: Int64,
+        sequence_length: int,
+        *,
+        document_mask: bool,
+        seed: int,
+        max_shuffled: int = MAX_SHUFFLED_DOCUMENTS,
+    ) -> None:
+        """Take document boundaries `offsets` [D + 1] from 0: document d is tokens offsets[d]:offsets[d + 1]."""
+        self._offsets, self._is_shuffled = offsets, len(offsets) - 1 <= max_shuffled
         self._sequence_length, self._document_mask, self._seed = sequence_length, document_mask, seed
-        self.tokens_per_epoch = int(self._lengths.sum())
+        self.tokens_per_epoch = int(offsets[-1])
         self.rows_per_epoch = max(1, self.tokens_per_epoch // sequence_length)
         self._epochs: dict[int, tuple[Int64, Int64]] = {}
 
@@ -107,12 +122,13 @@ class SplitPacker:
         )
 
     def _pieces(self, epoch: int, offset: int, num_tokens: int) -> tuple[Int64, Int64]:
-        order, ends = self._epoch(epoch)
+        order, ends = self._epoch(epoch) if self._is_shuffled else (None, self._offsets[1:])
         stop = min(offset + num_tokens, self.tokens_per_epoch)
         first = int(np.searchsorted(ends, offset, side="right"))
         last = int(np.searchsorted(ends, stop, side="left"))
-        documents = order[first : last + 1]
-        starts, lengths = self._starts[documents].copy(), self._lengths[documents].copy()
+        documents = np.arange(first, last + 1) if order is None else order[first : last + 1]
+        starts = np.array(self._offsets[documents])
+        lengths = self._offsets[documents + 1] - starts
         skipped = offset - (int(ends[first]) - int(lengths[0]))
         lengths[-1] -= int(ends[last]) - stop
         starts[0] += skipped
@@ -123,8 +139,9 @@ class SplitPacker:
         if epoch not in self._epochs:
             if len(self._epochs) > 1:
                 self._epochs.pop(min(self._epochs))
-            order = permutation(len(self._lengths), self._seed, epoch)
-            self._epochs[epoch] = (order, np.cumsum(self._lengths[order]))
+            lengths = np.diff(self._offsets)
+            order = permutation(len(lengths), self._seed, epoch)
+            self._epochs[epoch] = (order, np.cumsum(lengths[order]))
         return self._epochs[epoch]
 
 
@@ -135,10 +152,10 @@ class ShuffledRows:
     made of those are alike.
     """
 
-    def __init__(self, packer: Packer, seed: int) -> None:
-        self._packer, self._seed = packer, seed
+    def __init__(self, packer: Packer, seed: int, *, table_size: int = TABLE_SIZE) -> None:
+        self._packer, self._seed, self._table_size = packer, seed, table_size
         self.rows_per_epoch = packer.rows_per_epoch
-        self._orders: dict[int, Int64] = {}
+        self._orders: dict[int, Shuffle] = {}
 
     def row(self, number: int) -> RowPlan:
         """See `Packer`."""
@@ -147,8 +164,10 @@ class ShuffledRows:
             if len(self._orders) > 1:
                 self._orders.pop(min(self._orders))
             # Far from the epochs that the packer shuffles its documents with.
-            self._orders[block] = permutation(self.rows_per_epoch, self._seed, (1 << 40) + block)
-        return self._packer.row(block * self.rows_per_epoch + int(self._orders[block][place]))
+            self._orders[block] = Shuffle(
+                self.rows_per_epoch, self._seed, (1 << 40) + block, table_size=self._table_size
+            )
+        return self._packer.row(block * self.rows_per_epoch + self._orders[block][place])
 
 
 class WholePacker:
@@ -226,19 +245,3 @@ def best_fit(lengths: Int64, order: Int64, capacity: int) -> list[list[int]]:
             rows_with_room.setdefault(room - length, []).append(row)
             rooms |= 1 << (room - length)
     return rows
-
-
-def permutation(size: int, seed: int, epoch: int) -> Int64:
-    """Return a shuffle of range(size) that no library version can change: sorted splitmix64 hashes."""
-    keys = np.arange(size, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        keys = _splitmix64(keys ^ _splitmix64(np.uint64(seed % 2**64) ^ _splitmix64(np.uint64(epoch + 1))))
-    return np.argsort(keys, kind="stable").astype(np.int64)
-
-
-def _splitmix64(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    """Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators"; a bijection on 64 bits."""
-    x = np.asarray(x, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -19,7 +19,7 @@ from leanmill.data.config import DataConfig
 from leanmill.data.documents import Documents
 from leanmill.data.encoding import Encoded, Encoder
 from leanmill.data.evaluation import EvalDomain
-from leanmill.data.packing import permutation
+from leanmill.data.orders import permutation
 from leanmill.data.sources import IGNORED, Row
 from leanmill.data.store import Tokens, TokenStore, encode_rows
 from leanmill.data.train_data import stack_rows

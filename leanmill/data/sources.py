@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from leanmill.core.errors import ConfigError
 from leanmill.data.config import DataConfig
 from leanmill.data.documents import Documents
+from leanmill.data.orders import TABLE_SIZE
 from leanmill.data.packing import (
+    MAX_SHUFFLED_DOCUMENTS,
     NONE,
     Packer,
     RowPlan,
@@ -103,6 +105,9 @@ class MapSource:
             packer, self._num_cut_off = self._pair_packer(store.offsets, store.rows, config, seed), 0
         self._packer = ShuffledRows(packer, seed)
         self.rows_per_epoch: int | None = packer.rows_per_epoch
+        if packer.rows_per_epoch > TABLE_SIZE or len(store.offsets) - 1 > MAX_SHUFFLED_DOCUMENTS:
+            # Before there were shuffles by index, as much text had tables: rows in another order.
+            self.text_fingerprint += ", rows by index"
 
     def _pair_packer(
         self, offsets: NDArray[np.int64], rows: NDArray[np.int64], config: DataConfig, seed: int

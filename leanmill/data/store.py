@@ -73,7 +73,7 @@ def token_store(
     return TokenStore(
         np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),
         is_target,
-        np.load(folder / "offsets.npy", allow_pickle=False),
+        np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
         np.load(folder / "rows.npy", allow_pickle=False) if encoder.num_pieces > 1 else None,
         facts["text"],
         Tally.from_state(facts["tally"]),

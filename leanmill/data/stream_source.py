@@ -14,7 +14,8 @@ import numpy as np
 from leanmill.data.config import DataConfig
 from leanmill.data.documents import DocumentStream, StreamingDocuments
 from leanmill.data.encoding import Document, Encoded, Encoder
-from leanmill.data.packing import permutation, plan_row
+from leanmill.data.orders import permutation
+from leanmill.data.packing import plan_row
 from leanmill.data.sources import Row, check_length, keeps_documents_whole, render_row
 from leanmill.data.store import encode_rows
 from leanmill.data.tally import FAR_ANSWER, MANY_PASSES, NO_ANSWER, Tally, many_passes

@@ -138,3 +138,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, tokenizer):
     config = hf_config(write_texts(tmp_path / "a.jsonl", 3), tmp_path, cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(RunError, match=r"cannot write the data cache .*data\.cache_dir"):
         build_train_data(config, tokenizer, seed=0)
+
+
+def test_rows_by_index_are_other_data_than_rows_by_a_table(tmp_path, monkeypatch):
+    config = hf_config(write_texts(tmp_path / "a.jsonl", 50), tmp_path, tokenizer=TokenizerConfig(vocab_size=330))
+    tokenizer = build_tokenizer(config)
+    tables = build_train_data(config, tokenizer, seed=0)
+    monkeypatch.setattr("leanmill.data.sources.TABLE_SIZE", 0)
+    by_index = build_train_data(config, tokenizer, seed=0)
+    with pytest.raises(ConfigError, match="rows by index"):
+        by_index.load_state_dict(tables.state_dict())

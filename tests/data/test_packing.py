@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leanmill.data.packing import NONE, ShuffledRows, SplitPacker, WholePacker, best_fit, permutation
+from leanmill.data.orders import permutation
+from leanmill.data.packing import NONE, ShuffledRows, SplitPacker, WholePacker, best_fit
 
 
 LENGTHS = st.lists(st.integers(1, 23), min_size=1, max_size=20)
@@ -143,3 +144,32 @@ def test_shuffled_rows_are_the_same_rows_in_an_order_of_each_block():
     other = ShuffledRows(packer, seed=4)
     assert [tuple(other.row(n).targets) for n in range(size)] != [tuple(shuffled.row(n).targets) for n in range(size)]
     assert tuple(shuffled.row(5).targets) == tuple(shuffled.row(5).targets)
+
+
+@settings(deadline=None, max_examples=60)
+@given(LENGTHS, st.integers(2, 17), st.booleans())
+def test_many_documents_are_cut_where_they_lie(lengths, size, document_mask):
+    packer = SplitPacker(offsets_of(lengths), size, document_mask=document_mask, seed=1, max_shuffled=0)
+    total = sum(lengths)
+    starts = set(np.cumsum([0, *lengths]).tolist())
+    for number in reversed(range(5)):
+        plan = packer.row(number)
+        position = 0
+        for t in range(size):
+            index = (number * size + t) % total
+            following = (index + 1) % total
+            position = 0 if t == 0 or (index in starts and document_mask) else position + 1
+            assert plan.inputs[t] == index
+            assert plan.targets[t] == (NONE if document_mask and following in starts else following)
+            assert plan.positions[t] == position
+
+
+def test_rows_of_many_are_each_read_once():
+    packer = SplitPacker(np.array([0, 7, 30, 41, 90, 101]), 8, document_mask=True, seed=3, max_shuffled=0)
+    shuffled, size = ShuffledRows(packer, seed=3, table_size=0), packer.rows_per_epoch
+    for block in range(3):
+        found = sorted(shuffled.row(block * size + place).inputs.tolist() for place in range(size))
+        assert found == sorted(packer.row(block * size + place).inputs.tolist() for place in range(size))
+    assert [shuffled.row(place).inputs[0] for place in range(size)] != [
+        packer.row(place).inputs[0] for place in range(size)
+    ]
