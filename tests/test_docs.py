@@ -157,3 +157,16 @@ def test_the_tables_for_those_who_come_from_elsewhere_name_keys_that_exist():
         for written in re.findall(r"`- (\{[^`]+\})`", note):
             registry.parse_technique(yaml.safe_load(written))
     assert named > 60
+
+
+def test_every_fault_has_the_test_that_it_names():
+    text = (ROOT / "docs/guides/faults.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`(, slow)?", text)
+    assert len(named) == sum(line.startswith("| ") for line in text.splitlines()) - 1
+    for path, test, slow in named:
+        source = (ROOT / "tests" / path).read_text(encoding="utf-8")
+        found = re.search(rf"((?:^@[^\n]*\n(?:^[ )][^\n]*\n)*)*)^def {test}\(", source, re.M)
+        assert found, f"{path} has no {test}"
+        is_slow = "pytest.mark.slow" in found[1] or bool(re.search(r"^pytestmark = .*pytest\.mark\.slow", source, re.M))
+        # A parametrized one may be slow in part.
+        assert is_slow == bool(slow) or "pytest.param(" in found[1], (path, test)
