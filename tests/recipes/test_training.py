@@ -118,7 +118,7 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
             overrides += [f"{given}.techniques.{i}.teacher={files / 'model'}" for i in teachers]
         overrides.append(f"phases.{index}.calibration.num_rows=8")
         taken_apart = [i for i, one in enumerate(phase.passes) if one.type == "lq_lora"]
-        overrides += [f"phases.{index}.passes.{i}.rank=8" for i in taken_apart]
+        overrides += [f"phases.{index}.passes.{i}.{key}" for i in taken_apart for key in ("rank=8", "iterations=3")]
         grouped = [i for i, one in enumerate(phase.passes) if getattr(one, "group_size", None) == 64]
         overrides += [f"phases.{index}.passes.{i}.group_size=16" for i in grouped]
         if phase.rewind_to is not None:
