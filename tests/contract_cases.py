@@ -251,7 +251,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "update_until": 0.6,
         "scope": "global",
     },
-    "rigl_at_rest": {"type": "rigl", "density": 0.4},
+    "rigl_at_rest": {"type": "rigl", "density": 0.4, "drop_fraction": 0.0},
     "gradual_pruning": {
         "type": "gradual_pruning",
         "sparsity": 0.6,

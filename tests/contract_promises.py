@@ -177,6 +177,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "rigl": (keeps_as_many, is_zero_outside_its_mask),
     "set": (keeps_as_many, is_zero_outside_its_mask),
     "gradual_pruning": (reaches_its_sparsity, is_zero_outside_its_mask),
+    "pruned_by_curvature": (is_zero_outside_its_mask,),
     "lora_prune": (masks_half_of_the_neurons,),
     "ternary": (is_ternary,),
     "bitnet": (is_ternary,),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -48,6 +50,16 @@ class Rigl(WeightTechniqueConfig):
     def reads_optimizer_state(self) -> bool:
         """Moments of dropped and grown weights are zeroed."""
         return True
+
+    def problems_in_a_run_of(self, num_steps: int) -> Iterator[str]:
+        # The last update comes before this step.
+        end = math.ceil(self.update_until * num_steps)
+        if self.drop_fraction > 0 and self.update_every_steps >= end:
+            remedy = f"set it to at most {end - 1}" if end > 1 else "train for longer"
+            yield (
+                f"rigl.update_every_steps={self.update_every_steps} moves no mask in {num_steps} steps, of which those "
+                f"from {end} on have masks at rest; {remedy}, or type drop_fraction: 0 to keep the first masks"
+            )
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a mask on every target.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.surgery import StoredBlock, Surgeon
 from leanmill.sparse.structured.widths import FOLDED_FAMILY, OWN_FAMILY, completed, own_config, widths_of
 
@@ -85,13 +86,13 @@ class Sharing(Surgeon):
     def _tensors(self, block: StoredBlock) -> Iterator[tuple[str, Tensor]]:
         members = self.members[self.place(block.index)]
         for name in _OF_A_LAYER:
-            yield f"{name.removesuffix('weight')}{members.index(block.index)}.weight", block.read(name)
+            yield f"{name.removesuffix('weight')}{members.index(block.index)}.weight", _finite(block, name)
         names = sorted(block.names - set(_OF_A_LAYER))
         if not self.takes_mean:
-            yield from ((name, block.read(name)) for name in names if block.index == members[0])
+            yield from ((name, _finite(block, name)) for name in names if block.index == members[0])
             return
         for name in names:
-            tensor = block.read(name)
+            tensor = _finite(block, name)
             total = tensor.float()
             if block.index > members[0]:
                 total += self._sums.pop(name)
@@ -104,3 +105,18 @@ class Sharing(Surgeon):
         shared = [f"{group[0]} to {group[-1]}" for group in self.members if len(group) > 1]
         start = "as their mean" if self.takes_mean else "as the first of them"
         return f"{len(self.members)} blocks; of the old ones share {', '.join(shared)}, {start}"
+
+
+def _finite(block: StoredBlock, name: str) -> Tensor:
+    """Read a tensor that several layers are about to have.
+
+    Raises:
+        RunError: Some of it is no number.
+    """
+    tensor = block.read(name)
+    if not torch.isfinite(tensor).all():
+        raise RunError(
+            f"share_blocks: {name} of block {block.index} holds what is not finite; give a checkpoint from before the "
+            f"run diverged"
+        )
+    return tensor

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from leanmill.core.registry import parse_technique
 from leanmill.sparse.rigl.density import active_counts, erk_densities
+from leanmill.sparse.rigl.rule import Schedule
 
 
 SHAPES = {"q": (64, 64), "k": (16, 64), "up": (256, 64), "down": (64, 256)}
@@ -46,3 +48,24 @@ def test_counts():
         counts = active_counts(SHAPES, density, "erk")
         assert sum(counts.values()) == pytest.approx(density * 37888, abs=len(SHAPES) / 2)
         assert all(0 < counts[name] <= rows * columns for name, (rows, columns) in SHAPES.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_steps", "is_refused"),
+    [
+        ({"update_every_steps": 100}, 8, True),
+        ({"update_every_steps": 6}, 8, True),  # masks rest from step 6 on
+        ({"update_every_steps": 5}, 8, False),
+        ({"update_every_steps": 100, "drop_fraction": 0.0}, 8, False),
+    ],
+)
+def test_updates_that_never_come_are_refused(fields, num_steps, is_refused):
+    problems = list(parse_technique({"type": "rigl", **fields}).problems_in_a_run_of(num_steps))
+    assert bool(problems) == is_refused
+    schedule = Schedule(
+        every_steps=fields["update_every_steps"], drop_fraction=fields.get("drop_fraction", 0.3), until=0.75
+    )
+    comes = any(schedule.is_due(step, num_steps) for step in range(num_steps))
+    assert comes != is_refused or "drop_fraction" in fields
+    if problems:
+        assert "set it to at most 5, or type drop_fraction: 0" in problems[0]

@@ -14,7 +14,7 @@ from tests.distributed import run_ranks
 
 NUM_STEPS = 11
 RIGL = {"type": "rigl", "density": 0.3, "update_every_steps": 2, "drop_fraction": 0.5, "update_until": 1.0}
-AT_REST = RIGL | {"update_every_steps": 100}
+AT_REST = RIGL | {"drop_fraction": 0.0}
 VARIANTS = {
     "rigl": [RIGL],
     "set": [RIGL | {"method": "set"}],

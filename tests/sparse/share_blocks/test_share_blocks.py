@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from leanmill.core.errors import RunError
 from leanmill.core.registry import parse_pass
 from leanmill.models.config import ModelConfig
 from leanmill.trainer.passes.foresight import after_passes
@@ -87,3 +88,14 @@ def test_it_folds_plain_families_only():
 def test_a_pass_that_is_written_out_is_read_again():
     config = parse_pass({"type": "share_blocks", "group_size": [1, 2, 1]})
     assert parse_pass(config.model_dump(mode="json")) == config
+
+
+def test_weights_that_are_no_numbers_are_refused(text, tokenizer, tmp_path):  # noqa: F811
+    model = save(tmp_path / "in", tokenizer, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "in")
+    config = recipe(tmp_path / "in", text, tmp_path, {"type": "share_blocks", "group_size": 2, "weights": "mean"})
+    with pytest.raises(RunError, match="mlp.up_proj.weight of block 1 holds what is not finite"):
+        compress(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
