@@ -164,7 +164,8 @@ class FsdpEngine(TorchEngine):
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocasts:
-            return torch.autocast(self.device.type, torch.bfloat16)
+            # Casts that it keeps until the forward ends would be the whole model, gathered, in bf16.
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         return nullcontext()  # the mixed-precision policy casts at module boundaries instead
 
     @contextmanager

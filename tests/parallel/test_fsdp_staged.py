@@ -150,3 +150,19 @@ def test_a_pytorch_with_one_policy_a_module_gathers_all_in_fp32(monkeypatch):
     start, end = (reference(True, num_steps)["parameters"] for num_steps in (0, NUM_STEPS))
     for name, value in end.items():
         assert (got["parameters"][name] - value).norm() <= 0.2 * (value - start[name]).norm(), name
+
+
+def test_autocast_over_gathered_weights_keeps_no_casts(monkeypatch):
+    """They would last until the forward ends, by when the gathered weights are long gone."""
+    monkeypatch.setattr("leanmill.parallel.fsdp.has_groups_of_their_own", lambda: False)
+
+    def body():
+        engine, loop = train(recipe({"type": "fsdp"}, 2, lora=False), ranks_here(), num_steps=0)
+        seen = []
+        engine.module.register_forward_pre_hook(
+            lambda module, args: seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+        )
+        loop.train_step()
+        return set(seen)
+
+    assert run_ranks(body, 2) == [{(True, False)}] * 2
