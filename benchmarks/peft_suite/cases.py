@@ -18,6 +18,10 @@ TUNERS: dict[str, dict[str, dict[str, Any]]] = {
         "whole": {"r": 2, "pool_rank": 2, "num_shards": 1, "private_rank": 2},
     },
     "nola": {"basis": {"r": 2, "num_basis": 8, "alpha": 0.5}},
+    "bottleneck": {
+        "series": {"r": 2, "alpha": 2.0, "placement": "series"},
+        "parallel": {"r": 2, "alpha": 2.0, "placement": "parallel"},
+    },
 }
 """Name of the method -> name of a set-up -> options. Strengths suit the tests' fixed rates and inputs of up to 90."""
 
@@ -29,7 +33,6 @@ _WHOLE = (
     "test_training*_layer_indexing",
     "test_training*_gradient_checkpointing",
 )
-_CORE_ALONE = "its default trains the core alone, and the test asks that every tensor of an adapter trains"
 _OF_A_HUB = ("test_from_pretrained", "test_from_pretrained_cache_dir", "test_save_pretrained_with_runtime_config")
 DEPARTURES: tuple[tuple[str, set[str | None], tuple[str, ...], str], ...] = (
     ("core_lora", {"lora_xs"}, _IDENTITY, "it starts 1e-5 away from the base, as its paper says"),
@@ -54,6 +57,9 @@ DEPARTURES: tuple[tuple[str, set[str | None], tuple[str, ...], str], ...] = (
     *((name, {None}, _OF_A_HUB, "the test asks a model hub for another method's adapter") for name in TUNERS),
 )
 """(method, set-ups, None for the defaults of the class; patterns of tests that ask what it does not do; why)."""
+
+UNMERGEABLE = {"bottleneck": "it is no matrix and cannot be merged"}
+"""Tuners that cannot be merged, and why: PEFT's tests ask by class, and merge no further where one cannot."""
 
 LAYERS: dict[str, dict[str, Any]] = {
     "1": {"target_modules": "lin0"},

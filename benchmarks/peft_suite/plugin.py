@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import DEPARTURES, LAYERS, SAME_AND_DIFFERENT, STRONGER, TUNERS
+from cases import DEPARTURES, LAYERS, SAME_AND_DIFFERENT, STRONGER, TUNERS, UNMERGEABLE
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
@@ -46,7 +46,23 @@ CLASSES = {config_of(name): name for name in WANTED}
 def pytest_collection(session: pytest.Session) -> None:
     for path in session.config.args:
         module = importlib.import_module(f"tests.{Path(path).stem}")
+        _tell_what_merges(module)
         {"test_custom_models": _custom, "test_config": _configs}.get(Path(path).stem, _models)(module)
+
+
+def _tell_what_merges(module: Any) -> None:
+    """Have tests stop where PEFT's own stop for its methods that cannot be merged."""
+    common = importlib.import_module("tests.testing_common")
+    pefts_own = common._skip_if_merging_not_supported
+
+    def skip_if_not_supported(model_id: str, config_cls: Any, config_kwargs: Any) -> None:
+        reason = UNMERGEABLE.get(CLASSES.get(config_cls, ""))
+        if reason is not None:
+            pytest.skip(reason)
+        pefts_own(model_id, config_cls, config_kwargs)
+
+    for asked in (common, module):
+        asked._skip_if_merging_not_supported = skip_if_not_supported
 
 
 def _custom(module: Any) -> None:

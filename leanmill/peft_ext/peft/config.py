@@ -30,8 +30,8 @@ class Peft(TrainedTechniqueConfig):
     type: Literal["peft"] = "peft"
     """Name of the technique."""
     method: Literal[
-        "beft", "boft", "c3a", "core_lora", "deft", "delora", "fourierft", "glora", "gralora", "hira", "hra", "ia3",
-        "lily", "ln_tuning", "loha", "lokr", "lora", "miss", "mos", "nola", "oft", "peanut", "psoft", "pvera",
+        "beft", "boft", "bottleneck", "c3a", "core_lora", "deft", "delora", "fourierft", "glora", "gralora", "hira",
+        "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "lora", "miss", "mos", "nola", "oft", "peanut", "psoft", "pvera",
         "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera",
         "waveft",
     ] = "lora"  # fmt: skip

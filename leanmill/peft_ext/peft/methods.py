@@ -21,6 +21,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "beft": Method(),
     "boft": Method(),
+    "bottleneck": Method(),
     "c3a": Method(),
     "core_lora": Method(starts_from_weight=True),
     "deft": Method(starts_from_weight=True),

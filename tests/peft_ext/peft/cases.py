@@ -7,6 +7,7 @@ from typing import Any
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "boft": {"boft_block_size": 4},
+    "bottleneck": {"r": 4},
     "c3a": {"block_size": 8},
     "core_lora": {"r": 4},
     "deft": {"r": 4},

@@ -33,6 +33,8 @@ VARIANTS = {
     "lora_sb": raw_of("core_lora", variant="lora_sb", gradient_step=1e-2),
     "moslora": raw_of("core_lora", variant="moslora"),
     "nlora": raw_of("core_lora", variant="nlora"),
+    "parallel": raw_of("bottleneck", placement="parallel"),
+    "before": raw_of("bottleneck", targets=["up_proj", "down_proj"]),
     "dora": raw_of("lora", r=4, use_dora=True),
     "pissa": raw_of("lora", r=4, init_lora_weights="pissa"),
 }
