@@ -28,18 +28,20 @@ def branched_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def branch_modules(layer: nn.Module) -> list[nn.Module]:
-    """All modules below a branched layer but its base."""
+    """All modules below a branched layer but its base, and what techniques stood around some of them."""
     children = [child for key, child in layer._modules.items() if key != BASE and child is not None]
-    return [module for child in children for module in child.modules()]
+    below = [module for child in children for module in child.modules()]
+    stood = {id(inner) for module in below if isinstance(module, TechniqueModule) for inner in module.modules()}
+    return [module for module in below if id(module) not in stood]
 
 
 def branch_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """Yield (path, tensor, whether files hold it) of every parameter and buffer of adapters, shared ones once."""
     seen: set[int] = set()
     for path, layer in branched_layers(model):
-        base = {id(module) for module in base_of(layer).modules()}
+        own = {id(layer)} | {id(module) for module in branch_modules(layer)}
         for below, module in layer.named_modules(prefix=path):
-            if id(module) in base | seen:
+            if id(module) not in own or id(module) in seen:
                 continue
             seen.add(id(module))
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):

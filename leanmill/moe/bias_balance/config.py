@@ -29,7 +29,7 @@ class BiasBalance(TechniqueConfig):
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Have every router's bias moved after each optimizer step."""
-        from leanmill.moe.bias_balance.rule import move_biases
+        from leanmill.moe.bias_balance.install import move_biases
 
         move_biases(sites, context, rate=self.rate, until=self.until)
         return Installation()

@@ -106,18 +106,27 @@ class Loads(StepRule):
         self._listeners: list[Callable[[], None]] = []
         self._reduces_each = self._looks_ahead = self._remembers = False
         self._remembered: Mapping[str, Any] = {}
-        self.layers = [self._count(index, *router) for index, router in enumerate(routers)]
+        self.layers: list[RouterLoads] = []
         """What counts each router's choices, in the order of the model."""
+        for index, (place, decision) in enumerate(routers):
+            self.count(index if place.layer is None else place.layer, place.name, decision)
         ledger.before_forward(self._begin_forward)
         ledger.after_forward(self._end_forward)
 
-    def _count(self, index: int, place: Place, decision: Decision) -> RouterLoads:
-        counts = self.open(f"counts/{place.name}", decision.policy.num_experts)
-        layer = index if place.layer is None else place.layer
-        decision.tell(found := RouterLoads(layer, decision.policy, counts, self.demand))
-        return found
-
     # What techniques ask for, at installation.
+
+    def count(self, layer: int, name: str, decision: Decision) -> RouterLoads:
+        """Count what another router chooses.
+
+        Args:
+            layer: Its number, for what is logged.
+            name: Of it.
+            decision: Around it.
+        """
+        counts = self.open(f"counts/{name}", decision.policy.num_experts)
+        decision.tell(found := RouterLoads(layer, decision.policy, counts, self.demand))
+        self.layers.append(found)
+        return found
 
     def open(self, name: str, size: int) -> Sum:
         """Have `size` more numbers added up and reduced along with the counts.

@@ -91,8 +91,8 @@ class RouterBalance(TechniqueConfig):
 
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Stand around every router."""
-        from leanmill.moe.router_balance.balance import Kind
-        from leanmill.moe.router_balance.factors import Devices
+        from leanmill.moe.balancing.factors import Devices
+        from leanmill.moe.balancing.losses import Kind
         from leanmill.moe.router_balance.install import balance_routers
 
         weights: dict[Kind, float] = {"router_balance": self.weight}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from leanmill.core.errors import ConfigError
 from leanmill.core.sites import Sites
 from leanmill.core.technique import InstallContext
+from leanmill.moe.balancing.factors import Devices
+from leanmill.moe.balancing.losses import Balance, Kind
+from leanmill.moe.balancing.rule import BalanceRule, Estimator, Scope
 from leanmill.moe.loads.loads import loads_of
-from leanmill.moe.router_balance.balance import Balance, Kind
-from leanmill.moe.router_balance.factors import Devices
-from leanmill.moe.router_balance.rule import BalanceRule, Estimator, Scope
 from leanmill.moe.routing.install import decisions
 
 

@@ -14,8 +14,8 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.registry import parse_technique
 from leanmill.core.rules import StepContext
 from leanmill.export import export_model
+from leanmill.moe.balancing.bias import bias_step
 from leanmill.moe.bias_balance.config import BiasBalance
-from leanmill.moe.bias_balance.rule import bias_step
 from leanmill.moe.loads.loads import Loads
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import install_techniques

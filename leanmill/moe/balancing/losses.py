@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from leanmill.core.account import Account, add_once
 from leanmill.core.ledger import Ledger
 from leanmill.kernels.topk_router import naive
+from leanmill.moe.balancing.factors import Devices, of_experts
 from leanmill.moe.loads.loads import RouterLoads, Sum
 from leanmill.moe.loads.tokens import TokenShare
-from leanmill.moe.router_balance.factors import Devices, of_experts
 from leanmill.moe.routing.decision import Reader, Routing
 
 
@@ -48,6 +48,7 @@ class Balance(Reader):
         over_rows: Whether the balance loss is a mean over rows, each by itself.
         devices: For the losses of devices, if there are some.
         sent: Where to count what is sent to devices, if that is needed.
+        prefix: Of the names that its losses are logged as.
     """
 
     technique = "router_balance"
@@ -65,18 +66,20 @@ class Balance(Reader):
         over_rows: bool,
         devices: Devices | None,
         sent: Sum | None,
+        prefix: str = "",
     ) -> None:
         super().__init__()
         self.policy, self.tokens, self.over_rows, self.devices = loads.policy, tokens, over_rows, devices
         self.losses = nn.ModuleDict(
             {
                 kind: Balanced(
-                    ledger.open(f"{kind}/{loads.layer}", per="micro_batch", weight=weight), self.policy.num_experts
+                    ledger.open(f"{prefix}{kind}/{loads.layer}", per="micro_batch", weight=weight),
+                    self.policy.num_experts,
                 )
                 for kind, weight in weights.items()
             }
         )
-        self.z = ledger.open(f"router_z/{loads.layer}", per="micro_batch", weight=z_weight)
+        self.z = ledger.open(f"{prefix}router_z/{loads.layer}", per="micro_batch", weight=z_weight)
         self.sent = sent
         self.register_buffer("shares", torch.zeros(self.policy.num_experts), persistent=False)
 

@@ -11,9 +11,9 @@ from leanmill.core.account import write_late
 from leanmill.core.batches import Batch
 from leanmill.core.ledger import Ledger
 from leanmill.core.rules import StepRule
+from leanmill.moe.balancing.factors import Devices, of_experts
+from leanmill.moe.balancing.losses import Balance
 from leanmill.moe.loads.loads import Loads, RouterLoads
-from leanmill.moe.router_balance.balance import Balance
-from leanmill.moe.router_balance.factors import Devices, of_experts
 
 
 Scope = Literal["sequence", "micro_batch", "data_parallel", "global_batch"]
