@@ -18,6 +18,10 @@ TUNERS: dict[str, dict[str, dict[str, Any]]] = {
         "whole": {"r": 2, "pool_rank": 2, "num_shards": 1, "private_rank": 2},
     },
     "nola": {"basis": {"r": 2, "num_basis": 8, "alpha": 0.5}},
+    "moe_lora": {
+        "experts": {"r": 2, "num_experts": 3, "top_k": 1, "alpha": 8.0},
+        "ranks": {"r": 1, "num_experts": 6, "top_k": 2, "alpha": 1.0, "balance": "bias"},
+    },
     "bottleneck": {
         "series": {"r": 2, "alpha": 2.0, "placement": "series"},
         "parallel": {"r": 2, "alpha": 2.0, "placement": "parallel"},
@@ -58,7 +62,10 @@ DEPARTURES: tuple[tuple[str, set[str | None], tuple[str, ...], str], ...] = (
 )
 """(method, set-ups, None for the defaults of the class; patterns of tests that ask what it does not do; why)."""
 
-UNMERGEABLE = {"bottleneck": "it is no matrix and cannot be merged"}
+UNMERGEABLE = {
+    "bottleneck": "it is no matrix and cannot be merged",
+    "moe_lora": "experts that each token chooses are no matrix and cannot be merged",
+}
 """Tuners that cannot be merged, and why: PEFT's tests ask by class, and merge no further where one cannot."""
 
 LAYERS: dict[str, dict[str, Any]] = {

@@ -18,6 +18,7 @@ from typing import Any
 TUNERS: dict[str, str] = {
     "bottleneck": "leanmill.peft_ext.tuners.bottleneck",
     "core_lora": "leanmill.peft_ext.tuners.core_lora",
+    "moe_lora": "leanmill.peft_ext.tuners.moe_lora",
     "mos": "leanmill.peft_ext.tuners.mos",
     "nola": "leanmill.peft_ext.tuners.nola",
 }

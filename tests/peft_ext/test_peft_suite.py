@@ -18,4 +18,4 @@ def test_every_tuner_passes_what_it_is_given():
     assert result["tuners"].keys() == TUNERS.keys() == cases["TUNERS"].keys()
     for name, counts in result["tuners"].items():
         assert counts["failed"] == 0, name
-        assert counts["passed"] > 300 * len(cases["TUNERS"][name]) > 2 * counts["skipped"], name
+        assert counts["passed"] > 280 * len(cases["TUNERS"][name]) > 2 * counts["skipped"], name

@@ -31,9 +31,9 @@ class Peft(TrainedTechniqueConfig):
     """Name of the technique."""
     method: Literal[
         "beft", "boft", "bottleneck", "c3a", "core_lora", "deft", "delora", "fourierft", "glora", "gralora", "hira",
-        "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "lora", "miss", "mos", "nola", "oft", "peanut", "psoft", "pvera",
-        "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera",
-        "waveft",
+        "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "lora", "miss", "moe_lora", "mos", "nola", "oft",
+        "peanut", "psoft", "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens",
+        "unilora", "vblora", "vera", "waveft",
     ] = "lora"  # fmt: skip
     """PEFT's name of the method, in lower case."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -121,6 +121,10 @@ class Peft(TrainedTechniqueConfig):
             seed=context.seed or 0,
             start=self._start(context),
         )
+        if method.routes_tokens:
+            from leanmill.peft_ext.peft.routing import balanced
+
+            return balanced(installation, self.options, context.ledger)
         if self.gradient_step is None:
             return installation
         from leanmill.peft_ext.peft.gradient_start import GradientStart

@@ -16,6 +16,8 @@ class Method:
     """Whether its forward computes from the wrapped layer's weight, and not only from its output."""
     starts_from_weight: bool = False
     """Whether its start, or what it keeps fixed, depends on the wrapped layer's values."""
+    routes_tokens: bool = False
+    """Whether its adapters choose experts by the token, whose loads are to be balanced."""
 
 
 METHODS: dict[str, Method] = {
@@ -38,6 +40,7 @@ METHODS: dict[str, Method] = {
     "lokr": Method(),
     "lora": Method(),
     "miss": Method(),
+    "moe_lora": Method(routes_tokens=True),
     "mos": Method(),
     "nola": Method(),
     "oft": Method(),

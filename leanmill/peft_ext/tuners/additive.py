@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -164,6 +164,28 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
         """The dtype that an adapter computes in."""
         dtype: torch.dtype = getattr(self, self.adapter_layer_names[0])[adapter].dtype
         return dtype
+
+
+class UnmergeableLayer(AdditiveLayer):
+    """Such a layer whose adapters depend on the token, so that no matrix adds the same."""
+
+    why_no_matrix: ClassVar[str]
+    """For messages."""
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        raise NotImplementedError(self.why_no_matrix)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse."""
+        raise NotImplementedError(self.why_no_matrix)
+
+    def unmerge(self) -> None:
+        """Refuse."""
+        raise NotImplementedError(self.why_no_matrix)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Never."""
+        return False
 
 
 class AdditiveModel(BaseTuner):

@@ -11,6 +11,7 @@ U starts at zero, so that the model starts as the base.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ from peft.utils import PeftType
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveLayer, AdditiveModel
+from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveModel, UnmergeableLayer
 
 
-ACTIVATIONS = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+_ACTIVATION = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, _ACTIVATION] = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _WHERE = ("series", "parallel")
 
 
@@ -55,9 +57,10 @@ class BottleneckConfig(AdditiveConfig):
             raise ValueError(f"before must be a list of names of layers, got {self.before!r}")
 
 
-class BottleneckLayer(AdditiveLayer):
+class BottleneckLayer(UnmergeableLayer):
     """A linear layer with bottleneck adapters."""
 
+    why_no_matrix = "a bottleneck with a non-linearity is no matrix"
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("rank", "scaling", "side", "activation", "dropouts")
 
@@ -101,18 +104,6 @@ class BottleneckLayer(AdditiveLayer):
                 own = self._cast_input_dtype(tokens, self.dtype_of(adapter))
                 sum_ = sum_ + self.added(adapter, self.dropouts[adapter](own))
         return sum_.to(tokens.dtype) if side == "before" else sum_
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        raise NotImplementedError("a bottleneck with a non-linearity is no matrix")
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError("a bottleneck with a non-linearity is no matrix")
-
-    def unmerge(self) -> None:
-        raise NotImplementedError("a bottleneck with a non-linearity is no matrix")
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
 
     def __repr__(self) -> str:
         return "bottleneck." + super().__repr__()

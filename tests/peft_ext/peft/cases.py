@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ia3": {"feedforward_modules": ["down_proj"]},
     "lily": {"r": 4},
     "miss": {"r": 4},
+    "moe_lora": {"r": 2, "num_experts": 3},
     "mos": {"r": 4},
     "nola": {"r": 4, "num_basis": 8},
     "oft": {"oft_block_size": 8},

@@ -33,6 +33,7 @@ VARIANTS = {
     "lora_sb": raw_of("core_lora", variant="lora_sb", gradient_step=1e-2),
     "moslora": raw_of("core_lora", variant="moslora"),
     "nlora": raw_of("core_lora", variant="nlora"),
+    "smora": raw_of("moe_lora", r=1, num_experts=6, top_k=2, balance="bias", bias_rate=1e-2),
     "parallel": raw_of("bottleneck", placement="parallel"),
     "before": raw_of("bottleneck", targets=["up_proj", "down_proj"]),
     "dora": raw_of("lora", r=4, use_dora=True),
