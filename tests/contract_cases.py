@@ -40,6 +40,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "residual_expert": True,
     },
+    "linear_llama": MODEL
+    | {
+        "model_type": "linear_llama",
+        "head_dim": 16,
+        "sliding_window": 4,
+        "feature_dim": 6,
+    },
     "pruned_llama": MODEL
     | {
         "model_type": "pruned_llama",
@@ -489,6 +496,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "multi_token": ("multi_token",),
     "latent attention": ("deepseek_v3", "multi_token", "router_balance", "nm_sparsity"),
     "pyramid of experts": ("pr_moe", "router_balance"),
+    "linear attention": ("linear_llama", "nm_sparsity"),
     "layers of their own sizes": ("pruned_llama", "lora"),
     "layers that share": ("folded_llama", "nm_sparsity", "lsq_row", "lora"),
     "adapted experts": ("mixtral", "router_balance", "lora"),

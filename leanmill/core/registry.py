@@ -333,6 +333,11 @@ PASSES: dict[str, Entry] = {
         "surgery: fewer channels, after a rotation of the residual stream to its principal components",
         "Ashkboos et al. 2024, arXiv:2401.15024",
     ),
+    "lolcats": Entry(
+        "leanmill.architecture.lolcats.config:Lolcats",
+        "surgery: linear attention behind a window of softmax, taught what attention put out (Hedgehog maps)",
+        "Zhang et al. 2024, arXiv:2410.10254",
+    ),
     "transmla": Entry(
         "leanmill.architecture.transmla.config:TransMla",
         "surgery: latent attention in the place of grouped-query attention, for a smaller cache",

@@ -24,7 +24,12 @@ def logits(model, rows):
     [
         ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}, {"kv_lora_rank": 9}),
         ("qwen2", {"num_key_value_heads": 1}, {"kv_lora_rank": 9, "q_lora_rank": 49, "balance": False}),
-        ("llama", {"num_key_value_heads": 1, "attention_bias": True}, {"kv_lora_rank": 9, "q_lora_rank": 49}),
+        pytest.param(
+            "llama",
+            {"num_key_value_heads": 1, "attention_bias": True},
+            {"kv_lora_rank": 9, "q_lora_rank": 49},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_key_value_head_and_whole_ranks_change_nothing(family, changes, options, text, tokenizer, tmp_path):  # noqa: F811

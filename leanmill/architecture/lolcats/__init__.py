@@ -1,0 +1,1 @@
+"""LoLCATs: softmax attention becomes a window of it and linear attention behind."""

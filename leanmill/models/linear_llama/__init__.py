@@ -1,0 +1,1 @@
+"""Llama with linear attention beside a window: `import leanmill.models.linear_llama.register` makes it known."""
