@@ -73,8 +73,14 @@ class Latent:
         return found
 
     def norm_weight(self) -> Tensor:
-        """Return the weights of the norm [rank]: a power of two, such that about the latent itself leaves it."""
-        return torch.full((self.rank,), 2.0 ** round(math.log2(self.constant / math.sqrt(self.rank))))
+        """Return the weights of the norm [rank], powers of two.
+
+        About the latent itself leaves it, and a constant of the size of its other numbers: one as large as it is before
+        the norm would have every step of an optimizer on what reads it count a thousandfold.
+        """
+        found = torch.full((self.rank,), _power_of_two(self.constant / math.sqrt(self.rank)))
+        found[-1] = _power_of_two(self.constant / _CONSTANT / self.rank)
+        return found
 
     def up(self, read: Callable[[Tensor], Tensor], bias: Tensor) -> Tensor:
         """Return what makes, of the normed latent, what is read of y [m, rank].
@@ -84,8 +90,13 @@ class Latent:
             bias: b [out] fp64.
         """
         constant = self.offset - self.components @ (self.components.t() @ self.offset) + bias
-        columns = torch.cat([self.components, constant[:, None] / self.constant], dim=1)
-        return read(columns) * (self.constant / (float(self.norm_weight()[0]) * math.sqrt(self.rank)))
+        # What leaves the norm for one that enters, and for the constant as a whole.
+        gain = self.norm_weight().double() * math.sqrt(self.rank)
+        return read(torch.cat([self.components * (self.constant / gain[0]), constant[:, None] / gain[-1]], dim=1))
+
+
+def _power_of_two(size: float) -> float:
+    return float(2.0 ** round(math.log2(size)))
 
 
 def latent_of(weight: Tensor, inputs: Inputs, rank: int) -> Latent:
