@@ -5,8 +5,8 @@ Imports nothing of Leanmill, so that it can travel with a model's weights.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ CHUNK = 64
 def in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep autocast, which would have matmuls give bf16, out of a function of tensors."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Tensor:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         with torch.autocast(device, enabled=False):
