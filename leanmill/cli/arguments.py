@@ -69,11 +69,15 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "action", choices=["preview", "prepare"], help="preview: print the first rows; prepare: tokenise once to --out"
+        "action",
+        choices=["preview", "prepare", "score"],
+        help="preview: print the first rows; prepare: tokenise once to --out; score: rate prepared documents to --out",
     )
     _recipe(parser)
     parser.add_argument("--rows", type=positive, default=3, metavar="N", help="rows to print (3)")
-    parser.add_argument("--out", metavar="DIR", help="folder that prepare writes, or goes on with")
+    parser.add_argument("--out", metavar="DIR", help="folder that prepare or score writes, or goes on with")
+    parser.add_argument("--teacher", metavar="MODEL", help="model whose likelihood score compares")
+    parser.add_argument("--reference", metavar="MODEL", help="smaller model that it is compared with")
     parser.add_argument(
         "--shard-tokens", type=positive, default=1 << 26, metavar="N", help="tokens of a file that prepare writes"
     )

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 def run(args: argparse.Namespace) -> int:
     """Print the first rows that `args.recipe` trains on, documents apart and what is predicted marked.
 
-    Of a recipe with phases, those of each phase that trains; of phases with the same rows once. Or tokenise its data.
+    Of a recipe with phases, those of each phase that trains; of phases with the same rows once. Or tokenise its data,
+    or score what is tokenised.
     """
     from leanmill.recipe.io import load_recipe
     from leanmill.recipe.local_files import check_files
 
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.action == "score":
+        return _score(recipe, args)
     check_files(recipe)
     if args.action == "prepare":
         return _prepare(recipe, args.out, args.shard_tokens)
@@ -43,6 +46,38 @@ def _prepare(recipe: Recipe, out: str | None, shard_tokens: int) -> int:
     kept = f" ({found.num_kept:,} were there)" if found.num_kept else ""
     print(f"{found.folder}: {found.num_tokens:,} tokens in {found.num_shards:,} shards{kept}")
     print(f"train on it: data.source={{type: prepared, path: {found.folder}}} and no data.tokenizer")
+    return 0
+
+
+def _score(recipe: Recipe, args: argparse.Namespace) -> int:
+    from leanmill.core.errors import ConfigError
+    from leanmill.core.paths import expand_user
+    from leanmill.evaluate.document_scores import model_folder, score_documents
+    from leanmill.parallel.launch import finish, init_processes
+
+    if args.out is None or args.teacher is None or args.reference is None:
+        raise ConfigError("data score compares two models: --teacher MODEL --reference MODEL --out scores")
+    out, teacher, reference = (
+        expand_user(args.out),
+        model_folder(args.teacher, "teacher"),
+        model_folder(args.reference, "reference"),
+    )
+    ranks = init_processes(recipe.device, recipe.cluster)
+    try:
+        found = score_documents(
+            recipe.data,
+            out,
+            teacher=teacher,
+            reference=reference,
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+    finally:
+        finish()
+    kept = f" ({found.num_kept:,} were there)" if found.num_kept else ""
+    print(f"{out}: {found.num_documents:,} documents scored in {found.num_shards:,} shards{kept}")
+    print(f"train on the best half: data.source.scores={out} data.source.kept_share=0.5")
     return 0
 
 

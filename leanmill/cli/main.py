@@ -22,7 +22,7 @@ _VERBS: dict[str, str] = {
     "launch": "train a recipe on all GPUs of this machine, through torchrun",
     "plan": "predict parameters, memory per rank, tokens and FLOPs without touching a device",
     "check": "validate a recipe and explain it in plain words",
-    "data": "show the rows that a recipe trains on, or tokenise its data once for many runs",
+    "data": "show the rows that a recipe trains on, tokenise its data once for many runs, or score its documents",
     "methods": "list the techniques",
     "schema": "write the JSON schema of a recipe, for editors",
     "eval": "score a checkpoint or a model folder on held-out text",

@@ -117,6 +117,19 @@ class Prepared(Config):
     """The folder; without `data.tokenizer.path` its tokenizer is the run's."""
     weight: float = Field(default=1.0, gt=0)
     """Multiplies the sampling weights of its domains."""
+    scores: str | None = None
+    """Folder that `leanmill data score` wrote of this text; only the best documents of each domain are trained on."""
+    kept_share: float | None = Field(default=None, gt=0, le=1)
+    """Share of a domain's tokens that its best documents have together, with `scores`; None is then 0.5."""
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> Self:
+        if self.kept_share is not None and self.scores is None:
+            raise ValueError(
+                "kept_share: it chooses documents by their scores; give scores, the folder of `leanmill data score`, "
+                "or remove it"
+            )
+        return self
 
 
 Source = LocalCorpus | HfDataset | Prepared

@@ -19,7 +19,7 @@ HARMLESS: Mapping[type, frozenset[str]] = {
     DataConfig: frozenset({"cache_dir", "tokenizer", "long_documents"}),
     # Files may move; what they hold is compared.
     HfDataset: frozenset({"path"}),
-    Prepared: frozenset({"path"}),
+    Prepared: frozenset({"path", "scores"}),
 }
 """Fields that may change between a checkpoint and its resume. Any other field, a new one too, may not."""
 

@@ -15,6 +15,7 @@ from leanmill.data.cache import fingerprint, read_json
 from leanmill.data.config import DataConfig, Prepared
 from leanmill.data.documents import DocumentReader
 from leanmill.data.encoding import Document, Encoded, Measured
+from leanmill.data.selection import choose, read_scores
 from leanmill.data.store import TokenStore
 from leanmill.data.tally import Tally
 
@@ -59,6 +60,32 @@ class PreparedDomain:
         self.key = fingerprint([facts["text"], facts.get("held_out"), kind, facts["shards"]])
         self.note = f"prepared in {folder}"
         self.warnings: list[str] = []
+        self.scores: Path | None = None
+        self.kept_share = 0.5
+
+    @property
+    def text(self) -> str:
+        """Fingerprint of the training text, whatever the tokenizer."""
+        return str(self._facts["text"])
+
+    @property
+    def tokenizer_key(self) -> str:
+        """Fingerprint of the tokenizer that its tokens are of."""
+        return str(self._kind["tokenizer"])
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of training tokens."""
+        return len(self._facts["shards"])
+
+    def shard_documents(self, shard: int) -> list[NDArray[Any]]:
+        """Return the tokens of each document of a shard, memory-mapped.
+
+        Raises:
+            ConfigError: The shard is missing or cut.
+        """
+        ends = np.cumsum(self._loaded("lengths", shard))[:-1]
+        return np.split(self._mapped("tokens", shard, np.dtype(self._kind["dtype"])), ends)
 
     def train(self) -> DocumentReader:
         """Return what names rows; the documents themselves are gone."""
@@ -68,12 +95,21 @@ class PreparedDomain:
         """Nothing; see `held_out`."""
 
     def store(self, tokenizer_key: str) -> TokenStore:
-        """Return the training tokens.
+        """Return the training tokens, of the best documents only where there are scores.
 
         Raises:
-            ConfigError: They are another tokenizer's, or a shard is missing or cut.
+            ConfigError: They are another tokenizer's, a shard is missing or cut, or the scores do not fit.
         """
         self._check(tokenizer_key)
+        whole = self._whole_store()
+        if self.scores is None:
+            return whole
+        scores = read_scores(self.scores, domain=self.name, text=self.text, num_documents=whole.num_documents)
+        chosen, num_kept = choose(whole, scores, self.kept_share)
+        self.note = f"{self.note}, {num_kept:,} of {len(scores):,} documents chosen by {self.scores}"
+        return chosen
+
+    def _whole_store(self) -> TokenStore:
         has_targets, is_paired = self._kind["task"] in ("sft", "preference"), self._kind["num_pieces"] > 1
         lengths = np.concatenate([self._loaded("lengths", shard) for shard in self._shards])
         return TokenStore(
@@ -102,7 +138,7 @@ class PreparedDomain:
 
     @property
     def _shards(self) -> range:
-        return range(len(self._facts["shards"]))
+        return range(self.num_shards)
 
     def _mapped(self, name: str, shard: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         path, num_tokens = self._folder / shard_file(name, shard, "bin"), self._facts["shards"][shard]
@@ -152,6 +188,10 @@ def open_prepared(config: Prepared, data: DataConfig) -> list[PreparedDomain]:
     kind = manifest["kind"]
     if manifest["version"] != VERSION:
         raise ConfigError(f"data.source.path: {config.path!r} was prepared by another version; prepare the data anew")
+    if config.scores is not None and data.task != "pretrain":
+        raise ConfigError(
+            f"data.source.scores: scores are of text, and the recipe has data.task={data.task}; remove it"
+        )
     wanted = {"task": data.task, "num_pieces": data.num_pieces}
     if any(kind[key] != value for key, value in wanted.items()):
         given = f"data.task={data.task}" + (" with mismatched answers" if data.mismatched_answers else "")
@@ -159,7 +199,11 @@ def open_prepared(config: Prepared, data: DataConfig) -> list[PreparedDomain]:
             f"data.source.path: {config.path!r} was prepared for task {kind['task']} ({kind['num_pieces']} to a "
             f"document), and the recipe has {given}; change data.task, or prepare the data anew"
         )
-    return [PreparedDomain(folder, facts, config.weight * facts["weight"], kind) for facts in manifest["domains"]]
+    found = [PreparedDomain(folder, facts, config.weight * facts["weight"], kind) for facts in manifest["domains"]]
+    for domain in found:
+        domain.scores = None if config.scores is None else expand_user(config.scores)
+        domain.kept_share = 0.5 if config.kept_share is None else config.kept_share
+    return found
 
 
 def shard_file(name: str, shard: int, ending: str) -> str:

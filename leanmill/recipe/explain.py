@@ -123,7 +123,8 @@ def _data(data: DataConfig) -> list[str]:
 
 def _source(source: Source) -> str:
     if isinstance(source, Prepared):
-        return f"tokens prepared in {source.path}"
+        kept = "" if source.scores is None else f", the best {source.kept_share or 0.5:.0%} by {source.scores}"
+        return f"tokens prepared in {source.path}{kept}"
     if isinstance(source, LocalCorpus):
         weights = ", ".join(f"{name} x {weight:g}" for name, weight in source.domains.items())
         return f"text found on this machine ({weights})"

@@ -79,7 +79,7 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for index, part in enumerate(sources_of(recipe.data)):
         key = f"data.source.sources.{index}" if is_mixture else "data.source"
         if isinstance(part, Prepared):
-            named[f"{key}.path"] = part.path
+            named |= {f"{key}.path": part.path, f"{key}.scores": part.scores}
         elif isinstance(part, HfDataset):
             named |= {f"{key}.path": part.path, f"{key}.validation_path": part.validation_path}
     for key, path in named.items():

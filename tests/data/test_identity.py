@@ -45,7 +45,7 @@ def cases():
         (HF, "data.source.", lambda c: DataConfig(source=c)),
         (LocalCorpus(), "data.source.", lambda c: DataConfig(source=c)),
         (MaskingConfig(), "data.masking.", lambda c: DataConfig(masking=c)),
-        (Prepared(path="p"), "data.source.", lambda c: DataConfig(source=c)),
+        (Prepared(path="p", scores="s", kept_share=0.25), "data.source.", lambda c: DataConfig(source=c)),
         (HF, "data.source.sources.0.", lambda c: DataConfig(source=mixture.model_copy(update={"sources": [c]}))),
     ):
         for name in type(owner).model_fields:
@@ -74,7 +74,7 @@ def test_any_changed_setting_is_refused_by_name_with_what_to_type(owner, name, k
 def test_harmless_fields_exist_and_are_few():
     for owner, names in HARMLESS.items():
         assert names <= set(owner.model_fields)
-    assert sum(map(len, HARMLESS.values())) == 5
+    assert sum(map(len, HARMLESS.values())) == 6
 
 
 def test_harmless_fields_may_change():
