@@ -76,8 +76,12 @@ def _data(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--rows", type=positive, default=3, metavar="N", help="rows to print (3)")
     parser.add_argument("--out", metavar="DIR", help="folder that prepare or score writes, or goes on with")
-    parser.add_argument("--teacher", metavar="MODEL", help="model whose likelihood score compares")
-    parser.add_argument("--reference", metavar="MODEL", help="smaller model that it is compared with")
+    parser.add_argument(
+        "--teacher", dest="teacher_model", metavar="MODEL", help="model whose likelihood score compares"
+    )
+    parser.add_argument(
+        "--reference", dest="reference_model", metavar="MODEL", help="smaller model that it is compared with"
+    )
     parser.add_argument(
         "--shard-tokens", type=positive, default=1 << 26, metavar="N", help="tokens of a file that prepare writes"
     )

@@ -55,12 +55,12 @@ def _score(recipe: Recipe, args: argparse.Namespace) -> int:
     from leanmill.evaluate.document_scores import model_folder, score_documents
     from leanmill.parallel.launch import finish, init_processes
 
-    if args.out is None or args.teacher is None or args.reference is None:
+    if args.out is None or args.teacher_model is None or args.reference_model is None:
         raise ConfigError("data score compares two models: --teacher MODEL --reference MODEL --out scores")
     out, teacher, reference = (
         expand_user(args.out),
-        model_folder(args.teacher, "teacher"),
-        model_folder(args.reference, "reference"),
+        model_folder(args.teacher_model, "teacher"),
+        model_folder(args.reference_model, "reference"),
     )
     ranks = init_processes(recipe.device, recipe.cluster)
     try:

@@ -113,7 +113,7 @@ def document_losses(model: Any, documents: Sequence[NDArray[Any]], sequence_leng
             # Padding stands behind the text, where no causal model sees it.
             logits = model(input_ids=inputs.to(device), use_cache=False).logits.float()
         losses = F.cross_entropy(logits.transpose(1, 2), targets.to(device), ignore_index=-100, reduction="none")
-        np.add.at(sums, numbers, losses.double().sum(1).cpu().numpy())
+        sums += np.bincount(numbers, losses.double().sum(1).cpu().numpy(), minlength=len(sums))
     with np.errstate(invalid="ignore"):
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
