@@ -17,6 +17,7 @@ from leanmill.core.rules import StepContext
 from leanmill.core.technique import InstallContext
 from leanmill.core.vocabulary import check_vocabulary
 from leanmill.parallel.collectives import sum_over_ranks
+from leanmill.preference.reference_cache import ReferenceCache
 
 
 REFERENCE_LOSSES = "reference_losses"
@@ -72,6 +73,7 @@ class PairLoss(BatchRule):
         context: Loads the reference.
         technique: Registered name.
         reference: Folder or hub name; None turns adapters off.
+        cache_dir: Folder where what the reference says is kept; None keeps nothing.
         weight: Of the loss.
         num_pieces: Conversations of a document.
     """
@@ -86,12 +88,14 @@ class PairLoss(BatchRule):
         *,
         technique: str,
         reference: str | None,
+        cache_dir: str | None,
         weight: float,
         num_pieces: int,
     ) -> None:
         self.name, self.weight, self.num_pieces = technique, weight, num_pieces
         self._model, self._context, self._path = model, context, reference
         self._reference: nn.Module | None = None
+        self._cache = None if cache_dir is None else ReferenceCache(context, technique, str(reference), cache_dir)
         self._per_pair: Tensor | None = None
         self._per_chosen_token: Tensor | None = None
         self._counted: Tensor | None = None
@@ -115,7 +119,8 @@ class PairLoss(BatchRule):
             raise RunError(f"{self.name}: a step has no pair; raise batch.tokens_per_step")
         # The trainer divides by the number of labels.
         self._per_pair, self._per_chosen_token = num_tokens / num_pairs, num_tokens / num_chosen
-        return [{**batch, REFERENCE_LOSSES: self._of_reference(batch, score)} for batch in batches]
+        found = self._of_batches(batches, score)
+        return [{**batch, REFERENCE_LOSSES: losses} for batch, losses in zip(batches, found, strict=True)]
 
     def of_token_losses(self, losses: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of the step's pairs x the step's labels; see `TokenLossTerm`."""
@@ -152,8 +157,9 @@ class PairLoss(BatchRule):
             self._metrics = {name: value / num_pairs for name, value in zip(self.metric_names, sums, strict=True)}
 
     def metrics(self) -> Mapping[str, float]:
-        """Return means over the pairs of the last step that was counted."""
-        return self._metrics
+        """Return means over the pairs of the last step that was counted, and the share of its rows that was read."""
+        read = {} if self._cache is None else self._cache.metrics()
+        return {**self._metrics, **read}
 
     @torch.no_grad()
     def _note(self, metrics: Sequence[Tensor], is_pair: Tensor) -> None:
@@ -164,6 +170,11 @@ class PairLoss(BatchRule):
     def _counts(self, batch: Batch) -> Tensor:
         counts = num_labels(batch, self.num_pieces)
         return torch.stack([counts.sum(), (counts > 0).all(-1).sum().float(), counts[..., 0].sum()])
+
+    def _of_batches(self, batches: Sequence[Batch], score: Score) -> list[Tensor]:
+        if self._cache is None:
+            return [self._of_reference(batch, score) for batch in batches]
+        return self._cache.losses(batches, lambda batch: self._of_reference(batch, score))
 
     def _of_reference(self, batch: Batch, score: Score) -> Tensor:
         if self._path is None:

@@ -6,10 +6,13 @@ from torch.nn import functional as F
 
 from leanmill.core.adapters import adapters_off
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.registry import parse_technique
 from leanmill.core.rules import StepContext
+from leanmill.core.sites import Sites
+from leanmill.preference.answers import REFERENCE_LOSSES
 from leanmill.trainer.scoring import TokenLosses
 from leanmill.trainer.train_module import TrainModule
-from tests.core.tiny import install, tiny
+from tests.core.tiny import context, install, tiny
 from tests.preference.pairs import conversations, log_probability, rows
 
 
@@ -155,3 +158,47 @@ def test_a_step_without_a_pair_is_refused():
     batch = rows(2)
     with pytest.raises(RunError, match="a step has no pair"):
         found.step_rules[0].change_batches([{**batch, "labels": torch.full_like(batch["labels"], -100)}], STEP, None)
+
+
+def with_cache(folder, batch, score, *, kind="dpo", weights="w", **offered):
+    """The rule's metrics and losses of the reference; `score` is asked for what is missing."""
+    model = tiny()
+    raw = {"type": kind, "reference": "it", "cache_dir": str(folder)}
+    given = context(tiny(seed=5), data_fingerprint="d", fingerprint_of_model=lambda path: weights, **offered)
+    rule = parse_technique(raw).install(Sites(model), given).step_rules[0]
+    found = torch.cat([part[REFERENCE_LOSSES] for part in rule.change_batches(_halves(batch), STEP, score)])
+    return found, rule.metrics()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_what_the_reference_said_is_read(tmp_path, kind):
+    batch, asked = rows(3 if kind == "kto" else 2), []
+
+    def score(part, which):
+        asked.append(part["row_ids"].tolist())
+        return TokenLosses(which)(part)
+
+    written, metrics = with_cache(tmp_path, batch, score, kind=kind)
+    assert torch.equal(written, torch.cat([TokenLosses(tiny(seed=5))(part) for part in _halves(batch)]))
+    assert (asked, metrics) == ([[0, 1], [2]], {"share_read": 0.0})
+    again, metrics = with_cache(tmp_path, batch, lambda *_: pytest.fail("asked"), kind=kind)
+    assert torch.equal(again, written)
+    assert metrics == {"share_read": 1.0}
+    (path,) = tmp_path.glob("rows-*.bin")
+    path.write_bytes(path.read_bytes()[:-1])  # a kill in mid-write
+    again, _ = with_cache(tmp_path, batch, score, kind=kind)
+    assert torch.equal(again, written)
+    assert asked[2:] == [[2]]
+
+
+def _halves(batch):
+    return [{name: value[part] for name, value in batch.items()} for part in torch.arange(3).chunk(2)]
+
+
+def test_what_another_reference_said_is_refused(tmp_path):
+    batch = rows(2)
+    with_cache(tmp_path, batch, lambda part, which: torch.zeros(part["labels"].shape))
+    with pytest.raises(ConfigError, match=r"dpo\.cache_dir .* weights of the reference w, and this run has v"):
+        with_cache(tmp_path, batch, None, weights="v")
+    with pytest.raises(ValueError, match=r"set dpo\.reference to the folder that training starts from"):
+        parse_technique({"type": "dpo", "cache_dir": "c"})

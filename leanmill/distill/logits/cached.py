@@ -14,7 +14,8 @@ from leanmill.core.errors import RunError
 from leanmill.core.rules import StepContext
 from leanmill.distill.logits.cache import Record, TopKCache
 from leanmill.kernels.linear_kl.op import TopK
-from leanmill.parallel.collectives import reduced, sum_over_ranks
+from leanmill.parallel.collectives import reduced
+from leanmill.parallel.row_reading import read_rows
 
 
 class CachedTeacher(BatchRule):
@@ -47,17 +48,11 @@ class CachedTeacher(BatchRule):
         """
         if self._cache is None:
             self._cache = self._opened(batches[0]["input_ids"].shape[1])
-        rows = [batch["row_ids"].tolist() for batch in batches]
-        found = {row: self._cache.read(row) for of_batch in rows for row in of_batch}
-        self._records = {row: record for row, record in found.items() if record is not None}
-        # Where the teacher is sharded its forward is a collective: a micro-batch that one rank misses all compute.
-        missing = torch.tensor([sum(row not in self._records for row in of_batch) for of_batch in rows])
-        missing = sum_over_ranks(missing)
-        for batch, num_missing in zip(batches, missing.tolist(), strict=True):
-            if num_missing:
+        read = read_rows(batches, self._cache.read)
+        self._records, self._share_read = read.records, read.share_read
+        for batch, is_missing in zip(batches, read.is_missing, strict=True):
+            if is_missing:
                 self._add(self._cache, batch)
-        num_rows = int(sum_over_ranks(torch.tensor(len(found))))
-        self._share_read = 1 - int(missing.sum()) / num_rows
         return batches
 
     def _add(self, cache: TopKCache, batch: Batch) -> None:

@@ -49,6 +49,7 @@ class Dpo(PreferenceConfig):
             sites.model,
             context,
             reference=self.reference,
+            cache_dir=self.cache_dir,
             weight=self.weight,
             beta=self.beta,
             kind=self.loss,

@@ -46,13 +46,22 @@ class DpoLoss(PairLoss):
         context: InstallContext,
         *,
         reference: str | None,
+        cache_dir: str | None,
         weight: float,
         beta: float,
         kind: Kind,
         label_smoothing: float,
         chosen_weight: float,
     ) -> None:
-        super().__init__(model, context, technique="dpo", reference=reference, weight=weight, num_pieces=2)
+        super().__init__(
+            model,
+            context,
+            technique="dpo",
+            reference=reference,
+            cache_dir=cache_dir,
+            weight=weight,
+            num_pieces=2,
+        )
         self.beta, self.kind, self.label_smoothing, self.chosen_weight = beta, kind, label_smoothing, chosen_weight
 
     def of_answers(self, ratios: Tensor, counts: Tensor, is_pair: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

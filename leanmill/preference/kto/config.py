@@ -39,6 +39,7 @@ class Kto(PreferenceConfig):
             sites.model,
             context,
             reference=self.reference,
+            cache_dir=self.cache_dir,
             weight=self.weight,
             beta=self.beta,
             chosen_weight=self.chosen_weight,

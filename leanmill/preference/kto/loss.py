@@ -27,12 +27,21 @@ class KtoLoss(PairLoss):
         context: InstallContext,
         *,
         reference: str | None,
+        cache_dir: str | None,
         weight: float,
         beta: float,
         chosen_weight: float,
         rejected_weight: float,
     ) -> None:
-        super().__init__(model, context, technique="kto", reference=reference, weight=weight, num_pieces=3)
+        super().__init__(
+            model,
+            context,
+            technique="kto",
+            reference=reference,
+            cache_dir=cache_dir,
+            weight=weight,
+            num_pieces=3,
+        )
         self.beta, self.chosen_weight, self.rejected_weight = beta, chosen_weight, rejected_weight
 
     def of_answers(self, ratios: Tensor, counts: Tensor, is_pair: Tensor) -> tuple[Tensor, Sequence[Tensor]]:

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.row_records import ROWS_PER_FILE
 from leanmill.core.rules import StepContext
-from leanmill.distill.logits.cache import ROWS_PER_FILE, Contents, Record, TopKCache, open_cache
+from leanmill.distill.logits.cache import Contents, Record, TopKCache, open_cache
 from leanmill.distill.logits.config import Distill
 from leanmill.plan.plan import plan
 from leanmill.recipe.root import Recipe
