@@ -211,8 +211,8 @@ CLAIMS: dict[str, Claim] = {
         },
         also={_RISE: "rise"},
         bounds=[Bound(variant="quest W1A1", what=_RISE, limit=0.1)],
-        remark="QuEST is stable, and so is LSQ, which ends lower in every seed, as at 4 bits and for what may be the same "
-        "reason: each weight trains a step besides.",
+        remark="QuEST is stable, and so is LSQ, which ends lower in every seed, as at 4 bits and for what may be the "
+        "same reason: each weight trains a step besides.",
     ),
     "trilm_schedule": Claim(
         says="ternary weights end lower with a lower peak in the second half and no weight decay in the last third",
@@ -390,7 +390,7 @@ CLAIMS: dict[str, Claim] = {
             "lora, 328k": _LORA,
             "lora, 41k": _adapted(type="lora", rank=4, alpha=4),
         },
-        remark="MoS is below LoRA of as many parameters by 0.31 in every seed, and does not reach LoRA of eight times as "
-        "many: a model of 1.8M that goes from Python to C++ has more to learn than 41,000 parameters hold.",
+        remark="MoS is below LoRA of as many parameters by 0.31 in every seed, and does not reach LoRA of eight "
+        "times as many: a model of 1.8M that goes from Python to C++ has more to learn than 41,000 parameters hold.",
     ),
 }
