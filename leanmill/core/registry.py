@@ -73,6 +73,11 @@ TECHNIQUES: dict[str, Entry] = {
         "weights and activations of 1 to 8 bits with learned step sizes and offsets: LSQ, LSQ+",
         "Esser et al. 2020, arXiv:1902.08153; Bhalgat et al. 2020, arXiv:2004.09576",
     ),
+    "pv_tuning": Entry(
+        "leanmill.quant.pv_tuning.config:PvTuning",
+        "few-bit codes that move a few at a time, and their levels by gradient",
+        "Malinovskii et al. 2024, arXiv:2405.14852",
+    ),
     "paretoq": Entry(
         "leanmill.quant.paretoq.config:ParetoQ",
         "weights of 1, 1.58, 2, 3 or 4 bits, one learned scale a row, for each the grid that suits it",

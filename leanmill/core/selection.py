@@ -116,6 +116,42 @@ def largest_of_all(
     return [a | (t & (f >= bound)) for a, t, f in zip(above, tied, first_ones, strict=True)]
 
 
+@torch.no_grad()
+def largest_within(score: Tensor, cost: Tensor, budget: float, *, among: Tensor, view: View | None = None) -> Tensor:
+    """Mark elements of the whole tensor from the largest score down, as long as their costs add up to `budget`.
+
+    Of equal scores all are marked or none; those with the largest always are. Costs are added in fp64, so that two
+    cuttings of a tensor differ only where a sum meets the budget to its last bits.
+
+    Args:
+        score: This rank's piece, fp32, not negative.
+        cost: What marking takes, shaped like it, not negative.
+        budget: Of the whole.
+        among: Bool: what may be marked.
+        view: Whose piece it is; None means that `score` is whole. A collective with a view.
+    """
+    keys = score.abs().view(torch.int32).masked_fill(~among, -1)
+    held, costs = keys[among], cost[among].double()
+    threshold, bits, spent = 0, _MAGNITUDE_BITS, 0.0
+    while bits:
+        width = min(_WIDE_DIGIT_BITS, bits)
+        bits -= width
+        digits = ((held >> bits) & (2**width - 1)).long()
+        sums = torch.bincount(digits, weights=costs, minlength=2**width)
+        from_top = spent + (sums if view is None else view.reduce(sums, "sum")).flip(0).cumsum(0)
+        place = int((from_top <= budget).sum())
+        if place == len(from_top):
+            # All that is left, which only at the first digit is more than rounding.
+            return keys >= threshold
+        spent = float(from_top[place - 1]) if place else spent
+        digit = 2**width - 1 - place
+        threshold |= digit << bits
+        held, costs = held[digits == digit], costs[digits == digit]
+    top = keys.max().reshape(1) if keys.numel() else keys.new_full((1,), -1)
+    top = top if view is None else view.reduce(top, "max")
+    return (keys > threshold) | ((keys == top) & among)
+
+
 def _ordered(score: Tensor) -> Tensor:
     """Return int64 in [0, 2^32) in the order of fp32 numbers, of which only the negative ones have it reversed."""
     bits = (score + 0.0).view(torch.int32).long()  # 0.0 joins -0.0

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from leanmill.core.facets import Statistic
-from leanmill.quant.grids import Grid
+from leanmill.kernels.fake_quant.grid import make_grid
+from leanmill.quant.grids import Grid, UniformGrid
 from leanmill.quant.scales import ScaleKind, fitted_scale
 from leanmill.quant.sharing import Sharing
 
@@ -58,6 +59,27 @@ class LeastSquares:
 
     def scale_of_part(self, part: Tensor, grid: Grid) -> None:
         return None
+
+
+def step_of_levels(weight: Tensor, grid: UniformGrid, sharing: Sharing) -> Tensor:
+    """Return max |w| / k, k the code magnitude of least squared error, the largest such step where several are as good.
+
+    Args:
+        weight: [..., out, in].
+        grid: Its outermost code bounds k.
+        sharing: What shares a step.
+    """
+    codes = make_grid(grid.num_bits, grid.kind)
+    exact = weight.float()
+    outermost = sharing.largest(exact)
+    best, least = outermost, torch.full_like(outermost, torch.inf)
+    for code in range(max(1, -codes.low)):
+        tried = outermost / (code + 1 - codes.shift)
+        error = sharing.total((grid.rounded(exact, tried) - exact).square())
+        # What differs by the rounding of its storage alone is as good.
+        is_better = error < least - 1e-4 * tried.square()
+        best, least = torch.where(is_better, tried, best), torch.where(is_better, error, least)
+    return best
 
 
 def largest_of_parts(part: Tensor) -> ScaleOfPart:

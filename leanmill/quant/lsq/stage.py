@@ -10,6 +10,7 @@ from torch import Tensor
 from leanmill.kernels.fake_quant.grid import Kind, make_grid
 from leanmill.kernels.fake_quant.op import initial_scale
 from leanmill.quant.grids import UniformGrid
+from leanmill.quant.rules import step_of_levels
 from leanmill.quant.scales import Granularity
 from leanmill.quant.sharing import Sharing
 from leanmill.quant.stages import LearnedScale
@@ -69,27 +70,6 @@ def unclipped_start(weight: Tensor, grid: UniformGrid, sharing: Sharing) -> Tens
     codes = make_grid(grid.num_bits, grid.kind)
     below, above = (sharing.largest(side.clamp(min=0)) for side in (-weight, weight))
     return torch.maximum(below / abs(codes.low + codes.shift), above / (codes.high + codes.shift))
-
-
-def step_of_levels(weight: Tensor, grid: UniformGrid, sharing: Sharing) -> Tensor:
-    """Return max |w| / k, k the code magnitude of least squared error, the largest such step where several are as good.
-
-    Args:
-        weight: [..., out, in].
-        grid: Its outermost code bounds k.
-        sharing: What shares a step.
-    """
-    codes = make_grid(grid.num_bits, grid.kind)
-    exact = weight.float()
-    outermost = sharing.largest(exact)
-    best, least = outermost, torch.full_like(outermost, torch.inf)
-    for code in range(max(1, -codes.low)):
-        tried = outermost / (code + 1 - codes.shift)
-        error = sharing.total((grid.rounded(exact, tried) - exact).square())
-        # What differs by the rounding of its storage alone is as good.
-        is_better = error < least - 1e-4 * tried.square()
-        best, least = torch.where(is_better, tried, best), torch.where(is_better, error, least)
-    return best
 
 
 def three_sigma_start(weight: Tensor, num_bits: int, sharing: Sharing) -> Tensor:

@@ -10,7 +10,7 @@ from leanmill.core.registry import parse_pass
 from leanmill.kernels.fake_quant.grid import make_grid
 from leanmill.quant.cbq.outliers import cut_off
 from leanmill.quant.grids import UniformGrid
-from leanmill.quant.lsq.stage import step_of_levels
+from leanmill.quant.rules import step_of_levels
 from leanmill.quant.sharing import Sharing
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from leanmill.core.registry import parse_pass
-from leanmill.quant.squeezellm.solver import nearest, weighted_levels
+from leanmill.quant.clusters import nearest, weighted_levels
 from leanmill.trainer.passes.run import compress
 from tests.sparse.minitron.test_minitron import rows_of, save
 from tests.trainer.passes.test_run import recipe, text, tokenizer  # noqa: F401  (fixtures)

@@ -1,0 +1,1 @@
+"""Codes that move a few at a time, under levels that train."""
