@@ -114,6 +114,13 @@ def has_eight_levels_a_row(run: Trained) -> None:
         assert all(row.unique().numel() <= 8 for row in weight), name
 
 
+def has_seven_levels_a_group(run: Trained) -> None:
+    """Every weight is what its code stands for, of at most seven levels in a group."""
+    for name, (site, weight) in run.sites.items():
+        assert int(site.stages["quant"].chosen.max()) <= 6, name
+        assert all(len(group.unique()) <= 7 for group in weight.reshape(-1, 8)), name
+
+
 def has_sixteen_levels_a_group(run: Trained) -> None:
     """Four bits a weight; 8 weights share their levels, evenly spaced around 0."""
     for name, (site, weight) in run.sites.items():
@@ -186,6 +193,7 @@ PROMISES: dict[str, tuple[Promise, ...]] = {
     "dual_binary": (has_four_levels_a_group,),
     "fp_quant": (has_eight_magnitudes_a_block,),
     "lsq_row": (has_eight_levels_a_row,),
+    "pv_tuning": (has_seven_levels_a_group,),
     "peqa": (has_sixteen_levels_a_group,),
     "galore": (trains_in_orthonormal_subspaces,),
     "matformer": (trains_the_first_half_of_neurons,),

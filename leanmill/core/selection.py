@@ -137,7 +137,8 @@ def largest_within(score: Tensor, cost: Tensor, budget: float, *, among: Tensor,
         width = min(_WIDE_DIGIT_BITS, bits)
         bits -= width
         digits = ((held >> bits) & (2**width - 1)).long()
-        sums = torch.bincount(digits, weights=costs, minlength=2**width)
+        # bincount would give integers where a rank holds nothing.
+        sums = costs.new_zeros(2**width).index_add_(0, digits, costs)
         from_top = spent + (sums if view is None else view.reduce(sums, "sum")).flip(0).cumsum(0)
         place = int((from_top <= budget).sum())
         if place == len(from_top):

@@ -170,6 +170,8 @@ def test_costs_add_up_to_the_budget():
         want = torch.zeros(500, dtype=torch.bool)
         want[order[: max(1, int((running <= budget).sum()))]] = True
         assert torch.equal(largest_within(score, cost, budget, among=among), want)
+    nothing = torch.empty(0)
+    assert not largest_within(nothing, nothing, 1.0, among=nothing.bool()).numel()
 
 
 def test_rows_of_zeros_and_constant_ones():
