@@ -22,6 +22,7 @@ LIBRARIES = {
     "_disable_adapters": "where PEFT's layers keep whether they are off",
     "find_spec": "how Python finds a module",
     "init": "what starts a run of Weights & Biases",
+    "accumulate": "what NumPy's functions of two numbers do along an array",
     **dict.fromkeys(
         (
             "intermediate_size",
