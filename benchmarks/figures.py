@@ -90,6 +90,10 @@ def figures(kind: str) -> Iterator[Figure]:
             yield Figure(f"step time over transformers' Trainer, {precision}", over_trainer, 1.00)
         for num_micro_batches, target in ((1, 1.10), (2, 1.06)):
             yield from technique_figures(kind, precision, num_micro_batches, target)
+        if result := load(kind, f"weight_stages_{precision}"):
+            for name, over_dense in result["figures"]["over_dense"].items():
+                bare = f"step time over dense, 2 micro-batches, {precision}, all in one run: `{name}`"
+                yield Figure(bare, over_dense, 1.40 if name == "quest_w4a4" else 1.06)
     if result := load(kind, "command_line"):
         yield Figure("`leanmill --help`", result["figures"]["help_seconds_median"], 0.6, " s")
         yield Figure("`leanmill check`", result["figures"]["check_seconds_median"], 1.5, " s")

@@ -12,6 +12,7 @@ BENCHMARKS = (
     "command_line",
     "step_time",
     "techniques",
+    "weight_stages",
     "checkpoint_stall",
     "data_prepare",
     "data_scale",

@@ -109,6 +109,9 @@ class PulseWatch:
                 self._beat_once()
             except RuntimeError:
                 return  # The host of the store has left, and with it everybody.
+            except Exception as error:  # noqa: BLE001 (the run goes on without being watched, and it is said)
+                log.warning("ranks that hang will not be named: %s: %s", type(error).__name__, error)
+                return
             self._asked = None
 
     def _beat_once(self) -> None:

@@ -29,6 +29,10 @@ from leanmill.trainer.stop import Stop, agreement_for
 from leanmill.trainer.troubles import NON_FINITE, SPIKE, Action, Kind, Troubles, error_of
 
 
+MAX_RECENT_BYTES = 64 << 20
+"""What batches since the last record may take on the device, besides the last one."""
+
+
 @dataclass(kw_only=True)
 class Loop:
     """Everything one run's loop touches."""
@@ -146,7 +150,7 @@ class Loop:
             rule.after_optimizer(replace(context, skipped=skip))
         self.meter.update(losses, num_valid, norm, skip)
         if self._troubles.actions:
-            self._recent[self.step + 1] = micro_batches, num_valid
+            self._keep(micro_batches, num_valid)
             self._troubles.see(self.step + 1, flags)
             if self._reads_at_once:
                 self._look_for_trouble()
@@ -200,12 +204,19 @@ class Loop:
             return torch.zeros_like(norm, dtype=torch.bool)
         return self.spikes.stands_out(sum_over_ranks(losses["total"].detach()) / num_valid, norm)
 
+    def _keep(self, micro_batches: Sequence[Batch], num_valid: Tensor) -> None:
+        """Keep a step's batch until it is known to have been finite, as long as that takes little memory."""
+        self._recent[self.step + 1] = micro_batches, num_valid
+        size = sum(value.numel() * value.element_size() for batch in micro_batches for value in batch.values())
+        while len(self._recent) * size > MAX_RECENT_BYTES and len(self._recent) > 1:
+            self._recent.pop(min(self._recent))
+
     def _look_for_trouble(self) -> None:
         """End the loop where a step since the last look asks for it."""
         trouble = self._troubles.read()
         if trouble is not None:
             where = ""
-            if trouble.kind == NON_FINITE:
+            if trouble.kind == NON_FINITE and trouble.step in self._recent:
                 seed_step(self.recipe.seed, trouble.step - 1, self.engine.data_rank)
                 where = f": {source_of(self.engine, *self._recent[trouble.step])}"
             raise error_of(trouble, where, self.data.position_tokens // self.recipe.data.sequence_length)

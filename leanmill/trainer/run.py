@@ -233,6 +233,7 @@ class _Run:
             raise
         except RewindError as rewind:
             self.manager.drain()
+            self.manager.close()  # two managers of one run would take each other's uploads for another run's
             self._end("rewound", rewind.why)
             raise
         except BaseException as error:

@@ -250,6 +250,16 @@ def test_the_step_named_is_the_one_that_was_not_finite(
     assert run.loop.engine.steps == (bad[0] if at_once else 10)
 
 
+def test_batches_are_kept_as_far_as_there_is_room(monkeypatch: pytest.MonkeyPatch, asked_about: list[Any]) -> None:
+    monkeypatch.setattr(Loop, "_reads_at_once", property(lambda self: False))
+    monkeypatch.setattr(loop_module, "MAX_RECENT_BYTES", 3 * 64 * 8)
+    with pytest.raises(RunError, match=r"gradient in step 9: somewhere;"):
+        Run(bad=(9,)).go()
+    with pytest.raises(RunError, match=r"gradient in step 4; its update"):
+        Run(bad=(4,)).go()
+    assert len(asked_about) == 1
+
+
 def test_steps_before_the_last_record_are_not_named() -> None:
     run = Run(bad=(4, 12), non_finite="skip")
     run.go()

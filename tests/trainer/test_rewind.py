@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.cli.main import main
 from leanmill.core.errors import RunError
+from leanmill.parallel.collectives import max_over_ranks
 from leanmill.parallel.single import SingleEngine
+from leanmill.parallel.torch_engine import TorchEngine
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.rewind import RewindError, Rewinds
+from tests.distributed import run_ranks
 
 
 class Saves:
@@ -124,6 +128,39 @@ def test_a_run_goes_back_and_past_the_rows_and_resumes_bitwise(
     ended, resumed = (read_full_state(folder / "checkpoints/step-00000010") for folder in (run, again))
     assert ended.keys() == resumed.keys()
     assert all(torch.equal(ended[name], resumed[name]) for name in ended)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_ranks_go_back_to_the_same_checkpoint(engine: str, tmp_path: Path, cache: Path) -> None:
+    def body() -> tuple[list[int], list[int]]:
+        steps, rows = [], []
+        next_batch, clip = Loop._next_batch, TorchEngine.clip
+
+        def watched(self: Loop, context: Any) -> Any:
+            micro_batches, num_valid = next_batch(self, context)
+            steps.append(self.step + 1)
+            rows.extend(torch.cat([batch["row_ids"] for batch in micro_batches]).tolist())
+            return micro_batches, num_valid
+
+        def spoilt(self: TorchEngine, max_norm: float | None) -> Tensor:
+            found = clip(self, max_norm)
+            # On the rank that has the row; a norm is the same on all.
+            is_bad = max_over_ranks(torch.tensor(float(45 in rows[-4:])))
+            return torch.full_like(found, float("nan")) if is_bad else found
+
+        Loop._next_batch, TorchEngine.clip = watched, spoilt  # type: ignore[method-assign]
+        recipe = tmp_path / f"recipe-{dist.get_rank()}.yaml"
+        recipe.write_text(RECIPE.format(run_dir=tmp_path / "run", cache=cache))
+        lisa = "techniques=[{type: lisa, num_layers: 1, every_steps: 2}]"
+        length = ["train.steps=null", "train.total_tokens=6144", "batch.tokens_per_micro_batch=128"]
+        assert main(["train", str(recipe), f"engine={engine}", "model.config.num_hidden_layers=2", lisa, *length]) == 0
+        return steps, rows
+
+    found = run_ranks(body, 2)
+    # Rows that were left out count as read, so that the run has two steps less.
+    assert [steps for steps, _ in found] == [[1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]] * 2
+    assert sorted(row for _, rows in found for row in rows) == list(range(96))
 
 
 def test_a_trouble_that_stays_ends_the_run(
