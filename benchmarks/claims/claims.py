@@ -383,8 +383,8 @@ CLAIMS: dict[str, Claim] = {
             "lora, 328k": _LORA,
             "lora-xs, 16k": _adapted(_CORE_RATE, type="peft", method="core_lora", variant="lora_xs", r=24, alpha=24),
         },
-        remark="LoRA-SB is below LoRA-XS in every seed (by 0.10), as the paper has it; neither comes near LoRA of twenty "
-        "times as many parameters, for what is said of MoS below.",
+        remark="LoRA-SB is below LoRA-XS in every seed (by 0.10), as the paper has it; neither comes near LoRA of "
+        "twenty times as many parameters, for what is said of MoS below.",
     ),
     "mos": Claim(
         says="MoS, with an 8th of LoRA's parameters, ends no higher than LoRA; LoRA of as many does not",
