@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from leanmill.core.errors import RunError
 
 
 _ROWS = 256
@@ -20,12 +23,19 @@ def outlier_share(layers: Sequence[tuple[Tensor, Tensor]], threshold: float) -> 
     Args:
         layers: Weight [out, in] and sum of squares of each input feature [in] of each linear layer, fp32.
         threshold: The paper's tau.
+
+    Raises:
+        RunError: A weight, or what goes into a layer, is not finite.
     """
     number = sum(weight.numel() for weight, _ in layers)
     norms = [squares.double().sqrt() for _, squares in layers]
-    # Exact sums: processors must agree on what is above.
+    # In fp64, so that processors agree on what is above but for a tie.
     sums = [weight.abs().double().sum(0) for weight, _ in layers]
     total = sum(float((of_weights * norm).sum()) for of_weights, norm in zip(sums, norms, strict=True))
+    if not math.isfinite(total):
+        raise RunError(
+            "outliers: a weight or the inputs of a layer are not finite; give a model from before it diverged"
+        )
     limit = threshold * total / number
     above = sum(
         int((rows.abs().double() * norm > limit).sum())

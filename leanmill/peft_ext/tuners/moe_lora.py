@@ -12,6 +12,7 @@ A router's decisions are made in the router's module, so that a trainer may stan
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,9 +58,12 @@ class MoeLoraConfig(AdditiveConfig):
         for key, allowed in _ALLOWED.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
-        for key in ("balance_weight", "bias_rate"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key} must be above 0, got {getattr(self, key)!r}; for none set balance: none")
+        for key, balance in (("balance_weight", "loss"), ("bias_rate", "bias")):
+            value = getattr(self, key)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{key} must be above 0 and finite, got {value!r}; for none set balance: none")
+            if self.balance != balance and value != type(self).__dataclass_fields__[key].default:
+                raise ValueError(f"{key}={value} is read with balance={balance} alone, and balance={self.balance}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
         if self.normalise and self.top_k == 1:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from leanmill.core.errors import ConfigError
+from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.registry import parse_technique
 from leanmill.core.sites import Sites
 from leanmill.models.config import ModelConfig
@@ -40,6 +40,13 @@ def test_the_share_is_that_of_the_definition(dtype):
         expected = float((scores > threshold * scores.mean()).float().mean())
         layers = [(weight, x.square().sum(0)) for weight, x in zip(weights, tokens, strict=True)]
         assert outlier_share(layers, threshold) == pytest.approx(expected, abs=1e-7)
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    weight = torch.ones(3, 4)
+    weight[1, 2] = float("nan")
+    with pytest.raises(RunError, match="not finite"):
+        outlier_share([(weight, torch.ones(4))], 5.0)
 
 
 def test_layers_are_drawn_in_proportion_one_after_another():

@@ -203,6 +203,9 @@ def test_biases_are_saved_and_it_is_no_matrix(tmp_path):
         ({"balance": "luck"}, "balance must be one of loss, bias, none"),
         ({"balance_weight": 0.0}, "balance_weight must be above 0"),
         ({"normalise": True}, "set top_k=2"),
+        ({"bias_rate": 0.1}, "bias_rate=0.1 is read with balance=bias alone"),
+        ({"balance": "none", "balance_weight": 0.1}, "balance_weight=0.1 is read with balance=loss alone"),
+        ({"balance": "bias", "bias_rate": float("inf")}, "bias_rate must be above 0 and finite"),
     ],
 )
 def test_what_is_refused(options: dict, expected: str):
