@@ -145,11 +145,11 @@ def test_the_record_holds_every_place_their_mean_and_the_whole_objective():
     first, second = (ledger.open(f"balance/{n}", per="micro_batch", weight=0.5) for n in range(2))
     distance = ledger.open("distance", per="token", weight=2.0)
     meter = Meter(torch.device("cpu"), ledger=ledger)
-    for step in range(2):
+    for _ in range(2):
         for account, value in ((first, 1.0), (first, 3.0), (second, 5.0), (second, 7.0), (distance, 20.0)):
             account.note(torch.tensor([value]))
         losses = {"total": torch.tensor(30.0), "cross_entropy": torch.tensor(30.0)}
-        meter.update(losses, torch.tensor(10.0), torch.ones(()), torch.tensor(False), step=step)
+        meter.update(losses, torch.tensor(10.0), torch.ones(()), torch.tensor(False))
     record = meter.record(step=2, tokens=0, lr=0.1, tokens_per_step=10, metrics={})
     assert record.losses == pytest.approx(
         {

@@ -90,6 +90,8 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
         sizes = TINY_SIZES | ({"num_key_value_heads": 4} if is_latent else {"head_dim": head_dim})
         if recipe.model.task == "embedding":
             sizes = {name: value for name, value in sizes.items() if name not in ("num_key_value_heads", "head_dim")}
+        if any(one.type == "share_blocks" for phase in recipe.phases for one in phase.passes):
+            sizes = sizes | {"num_hidden_layers": 6}
         overrides += [f"model.config.{name}={value}" for name, value in sizes.items()]
     else:
         overrides.append(f"model.path={files / 'model'}")
@@ -132,6 +134,7 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     ]
     overrides += [f"techniques.{i}.group_size=16" for i in grouped]
     overrides += [f"techniques.{i}.rank=8" for i, technique in techniques if technique.type == "galore"]
+    overrides += [f"techniques.{i}.update_every_steps=1" for i, technique in techniques if technique.type == "rigl"]
     frozen = [f"{i}.{key}" for i, technique in techniques for key in technique.frozen_models()]
     return overrides + [f"techniques.{key}={files / 'model'}" for key in frozen]
 

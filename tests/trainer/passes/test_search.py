@@ -157,7 +157,7 @@ def test_layer_errors_are_those_of_the_layers_outputs(given, tmp_path):
         ({"sparsity": 0.9}, "levels take 4 to 12"),
         ({"levels": ["drop", "dense"]}, "set unit: part"),
         ({"levels": ["dense", {"type": "upcycle", "num_experts": 2, "top_k": 1}]}, "no level of a layer"),
-        ({"levels": ["dense", {"type": "gptq", "tokens": "attention"}]}, "counts tokens by attention"),
+        ({"levels": ["dense", {"type": "gptq", "tokens": "attention"}]}, "gptq does not count all tokens alike"),
         ({"levels": ["dense", {"type": "wanda", "sparsity": 0.5, "targets": ["mlp.*"]}]}, "set them beside levels"),
         ({"levels": ["dense", "wandaa"]}, "did you mean wanda"),
         ({"levels": [{"type": "dense", "sparsity": 0.5}, "drop"], "unit": "part"}, "sparsity"),
