@@ -148,16 +148,30 @@ def _chunked(
     pairs = (_with_previous(tensor) for tensor in (key, value, key_features))
     keys, values, features = pairs
     total = _dense(query, keys, values, query_features, features, gain[:, None], same, distance, window, scaling)
-    # Sums over whole chunks, of the document that a chunk ends in, and over chunks of that document up to two back.
-    last = owner[..., -1]
+    # Sums over each chunk's tokens of the document that it ends in, whatever padding there is in between.
+    last = owner.amax(-1).cummax(dim=1).values
     ending = (owner == last[..., None])[:, None, ..., None]
     sums = (key_features * ending).transpose(-1, -2) @ value
-    rows = torch.arange(last.shape[1], device=last.device)
-    reach = (rows[:, None] - 2 >= rows) & (last.roll(2, dims=1)[..., None] == last[:, None, :])
-    far = torch.einsum("bnm,bhmfe->bhnfe", reach.to(sums), sums)
-    theirs = (owner == last.roll(2, dims=1)[..., None])[:, None, ..., None]
+    # What a chunk's queries meet as one sum ends two chunks back.
+    far = F.pad(_summed_over_documents(sums, last)[:, :, :-2], (0, 0, 0, 0, 2, 0))
+    theirs = (owner == F.pad(last[:, :-2], (2, 0), value=-2)[..., None])[:, None, ..., None]
     total = total + theirs * (query_features @ far)
     return total.flatten(2, 3)[:, :, :length]
+
+
+def _summed_over_documents(sums: Tensor, last: Tensor) -> Tensor:
+    """Add to the sum of each chunk those of all earlier chunks that end in its document [B, heads, chunks, f, n].
+
+    As many times as the number of chunks has bits, what has been added up is taken from twice as far: no difference of
+    large sums, and nothing that grows with the square of the length.
+    """
+    step = 1
+    while step < last.shape[1]:
+        is_same = last == F.pad(last[:, :-step], (step, 0), value=-2)
+        earlier = F.pad(sums[:, :, :-step], (0, 0, 0, 0, step, 0))
+        sums = sums + earlier * is_same[:, None, :, None, None]
+        step *= 2
+    return sums
 
 
 def _in_chunks(tensor: Tensor, chunk: int) -> Tensor:

@@ -80,6 +80,23 @@ def test_it_is_the_papers_equation(length, window, chunk, dtype) -> None:
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("hole", [slice(7, 8), slice(4, 8), slice(5, 17), slice(0, 6), slice(38, 45)])
+def test_holes_in_a_text_change_nothing_of_what_is_around_them(hole: slice) -> None:
+    """Tokens that an attention mask takes out, wherever chunks end."""
+    length, window = 45, 3
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 2, length, 5, generator=g) for _ in range(3))
+    fq, fk = (torch.randn(2, 2, length, 4, generator=g).softmax(-1) for _ in range(2))
+    documents = torch.zeros(2, length, dtype=torch.long)
+    documents[0, 9:], documents[1, 40:] = 1, 3
+    documents[:, hole] = -1
+    factor = torch.tensor([0.1, 0.7])
+    found = hybrid_attention(q, k, v, fq, fk, factor, documents, window=window, scaling=0.3, chunk=4)
+    want = by_hand(*(tensor.double() for tensor in (q, k, v, fq, fk, factor)), documents, window)
+    is_real = (documents >= 0)[:, None, :, None].expand_as(want)
+    torch.testing.assert_close(found.double()[is_real], want[is_real], rtol=1e-5, atol=1e-6)
+
+
 def test_documents_of_a_row_do_not_see_each_other() -> None:
     model, ids = built(), torch.arange(150).remainder(97)[None]
     positions = torch.cat([torch.arange(11), torch.arange(139)])[None]
