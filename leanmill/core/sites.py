@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from torch import nn
 
@@ -16,7 +17,10 @@ from leanmill.core.experts import attach_expert_site, is_stacked_experts, stacke
 from leanmill.core.names import clean_name
 from leanmill.core.places import Kind, Place, find_modules
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
-from leanmill.core.stage import Stage
+from leanmill.core.stage import Slot, Stage
+
+
+AnyStage = TypeVar("AnyStage", bound=Stage)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,21 @@ def iter_sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     for _, module in model.named_modules():
         if isinstance(module, Site):
             yield module.site_name, module
+
+
+def iter_stages(model: nn.Module, kind: type[AnyStage]) -> Iterator[tuple[Site, AnyStage]]:
+    """Yield each stage of a kind once, with its (first) site: tied weights share theirs."""
+    seen: set[int] = set()
+    for _, site in iter_sites(model):
+        for stage in site.weight_stages():
+            if isinstance(stage, kind) and id(stage) not in seen:
+                seen.add(id(stage))
+                yield site, stage
+
+
+def changed_before(site: Site, slot: Slot) -> str | None:
+    """Return the technique that changes the weight of a site before a slot, None where it comes there as it is."""
+    return next((stage.technique for stage in site.weight_stages() if stage.slot < slot), None)
 
 
 def staged_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

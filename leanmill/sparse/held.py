@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.rules import StepContext, StepRule, check_trained
 from leanmill.core.site import Site
-from leanmill.core.sites import iter_sites
+from leanmill.core.sites import changed_before, iter_stages
 from leanmill.core.stage import Slot, Stage
 from leanmill.core.views import View
 
@@ -72,10 +72,10 @@ class HeldMaskRule(StepRule):
     def check(self) -> None:
         for site, _ in self.masks():
             check_trained(self.name, site.site_name, site.raw_weight.requires_grad)
-            before = [stage.technique for stage in site.weight_stages() if stage.slot < Slot.MASK]
-            if before:
+            before = changed_before(site, Slot.MASK)
+            if before is not None:
                 raise ConfigError(
-                    f"{self.name} zeroes entries of {site.site_name}, which {before[0]!r} changes before the mask; "
+                    f"{self.name} zeroes entries of {site.site_name}, which {before!r} changes before the mask; "
                     f"remove one of the two techniques, or add {site.site_name!r} to {self.name}.exclude"
                 )
 
@@ -95,13 +95,8 @@ class HeldMaskRule(StepRule):
         """See the dense gradient of a weight before it is masked."""
 
     def masks(self) -> Iterator[tuple[Site, Any]]:
-        """Yield each mask of `stage_type` once, with its (first) site."""
-        seen: set[int] = set()
-        for _, site in iter_sites(self.model):
-            stage = site.stage(Slot.MASK)
-            if isinstance(stage, self.stage_type) and id(stage) not in seen:  # tied weights share theirs
-                seen.add(id(stage))
-                yield site, stage
+        """See `iter_stages`."""
+        return iter_stages(self.model, self.stage_type)
 
     def views(self, context: StepContext) -> Iterator[tuple[Site, View, View]]:
         """Yield each site with the views of its weight and, beside that, of its mask."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leanmill.core.noise import derive_seed
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.site import Site
-from leanmill.core.sites import iter_sites
+from leanmill.core.sites import iter_stages
 from leanmill.core.views import View, Views
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.peft_ext.galore.natural import natural_gradient
@@ -160,13 +160,7 @@ class RefreshSubspaces(StepRule):
                 yield site, stage
 
     def _stages(self) -> Iterator[tuple[Site, GaLoreStage]]:
-        """Yield each stage once, with its (first) site."""
-        seen: set[int] = set()
-        for _, site in iter_sites(self.model):
-            for stage in site.weight_stages():
-                if isinstance(stage, GaLoreStage) and id(stage) not in seen:  # tied weights share theirs
-                    seen.add(id(stage))
-                    yield site, stage
+        return iter_stages(self.model, GaLoreStage)
 
     def state_dict(self) -> dict[str, Any]:
         return {"settled": sorted(self._settled), "share": self._share}

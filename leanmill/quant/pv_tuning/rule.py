@@ -13,7 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.rules import StepContext, StepRule, check_trained
 from leanmill.core.selection import largest, largest_within
 from leanmill.core.site import Site
-from leanmill.core.sites import iter_sites
+from leanmill.core.sites import changed_before, iter_stages
 from leanmill.core.stage import Slot
 from leanmill.core.views import View
 from leanmill.quant.pv_tuning.stage import PvStage
@@ -83,10 +83,10 @@ class MoveCodes(StepRule):
     def check(self) -> None:
         for site, _ in self._stages():
             check_trained(self.name, site.site_name, site.raw_weight.requires_grad)
-            before = [stage.technique for stage in site.weight_stages() if stage.slot < Slot.QUANT]
-            if before:
+            before = changed_before(site, Slot.QUANT)
+            if before is not None:
                 raise ConfigError(
-                    f"{self.name} moves codes of {site.site_name}, whose weight {before[0]!r} changes before; remove "
+                    f"{self.name} moves codes of {site.site_name}, whose weight {before!r} changes before; remove "
                     f"one of the two techniques, or add {site.site_name!r} to {self.name}.exclude"
                 )
 
@@ -132,12 +132,7 @@ class MoveCodes(StepRule):
         return torch.where(largest_within(difference, cost, budget, among=picked, view=weight), moved, codes)
 
     def _stages(self) -> Iterator[tuple[Site, PvStage]]:
-        seen: set[int] = set()
-        for _, site in iter_sites(self.model):
-            stage = site.stage(Slot.QUANT)
-            if isinstance(stage, PvStage) and id(stage) not in seen:  # tied weights share theirs
-                seen.add(id(stage))
-                yield site, stage
+        return iter_stages(self.model, PvStage)
 
     def _pieces(self, context: StepContext) -> Iterator[tuple[View, View, Decoder]]:
         """Yield this rank's piece of each weight, that of its codes, and what decodes them."""

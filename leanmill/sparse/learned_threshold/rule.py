@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from leanmill.core.rules import StepContext, StepRule, check_trained
 from leanmill.core.site import Site
-from leanmill.core.sites import iter_sites
-from leanmill.core.stage import Slot
+from leanmill.core.sites import iter_stages
 from leanmill.core.views import View, Views
 from leanmill.sparse.learned_threshold.stage import LearnedThreshold
 
@@ -64,12 +63,7 @@ class PushThresholds(StepRule):
         return 1 - num_kept / num_weights if num_weights else None
 
     def _stages(self) -> Iterator[tuple[Site, LearnedThreshold]]:
-        seen: set[int] = set()
-        for _, site in iter_sites(self.model):
-            stage = site.stage(Slot.MASK)
-            if isinstance(stage, LearnedThreshold) and id(stage) not in seen:  # tied weights share theirs
-                seen.add(id(stage))
-                yield site, stage
+        return iter_stages(self.model, LearnedThreshold)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._sparsity is None else {"sparsity": self._sparsity}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError
 from leanmill.core.rules import StepContext, StepRule, check_trained
 from leanmill.core.site import Site
-from leanmill.core.sites import iter_sites
+from leanmill.core.sites import changed_before, iter_sites
 from leanmill.core.stage import Slot
 from leanmill.core.views import View
 from leanmill.sparse.groups import PieceMasks
@@ -95,10 +95,10 @@ class FollowMasks(FollowSchedule):
     def check(self) -> None:
         for site, _ in self._own():
             check_trained(self.name, site.site_name, site.raw_weight.requires_grad)
-            before = [stage.technique for stage in site.weight_stages() if stage.slot < Slot.MASK]
-            if before:
+            before = changed_before(site, Slot.MASK)
+            if before is not None:
                 raise ConfigError(
-                    f"nm_sparsity looks at the mask of {site.site_name} beside the optimizer, and {before[0]!r} "
+                    f"nm_sparsity looks at the mask of {site.site_name} beside the optimizer, and {before!r} "
                     f"changes the weight before the mask; set nm_sparsity.decay_on: gradient and log_flips: false, or "
                     f"remove one of the two techniques"
                 )
