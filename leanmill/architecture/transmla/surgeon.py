@@ -14,6 +14,7 @@ from leanmill.architecture.transmla.latent import Inputs, Latent, latent_of
 from leanmill.architecture.transmla.rotation import Rotation, rotation_of
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.gram import Gram
+from leanmill.core.llama_like import check_family
 from leanmill.core.surgery import CalibratedModel, LookingSurgeon, StoredBlock
 
 
@@ -100,7 +101,7 @@ class TransMlaSurgeon(LookingSurgeon):
         return self._plan
 
     def config(self, before: Any) -> Any:
-        _check_family(before)
+        _check_model(before)
         self._plan = plan = self._sizes(before)
         if plan.q_rank is None and _has_query_bias(before):
             raise ConfigError(
@@ -251,18 +252,8 @@ def _check_rank(name: str, given: int, most: int) -> None:
         raise ConfigError(f"transmla: {name}={given} is more than there is to hold here, {most}; give at most that")
 
 
-def _check_family(before: Any) -> None:
-    if before.model_type not in _FAMILIES:
-        raise ConfigError(
-            f"transmla turns the attention of {', '.join(_FAMILIES)} into latent attention, and {before.model_type!r} "
-            f"is none of them; give a model of one of these"
-        )
-    window = getattr(before, "sliding_window", None) if getattr(before, "use_sliding_window", True) else None
-    if window is not None and window < before.max_position_embeddings:
-        raise ConfigError(
-            f"transmla: this {before.model_type} attends to windows of {window} tokens, which deepseek_v3 has not; "
-            f"give a model without sliding_window"
-        )
+def _check_model(before: Any) -> None:
+    check_family("transmla", before, _FAMILIES, "latent attention")
     if getattr(before, "mlp_bias", False):
         raise ConfigError(
             "transmla: the MLPs of this model have biases, which those of deepseek_v3 have not; give a model without "

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError, RunError
+from leanmill.core.llama_like import completed, own_config
 from leanmill.core.surgery import StoredBlock, Surgeon
-from leanmill.sparse.structured.widths import FOLDED_FAMILY, OWN_FAMILY, completed, own_config, widths_of
+from leanmill.sparse.structured.widths import OWN_FAMILY, widths_of
 
 
+_FAMILY = "folded_llama"
+"""Of Leanmill's own, whose neighbouring layers share weights; see `leanmill.models.folded_llama`."""
 _OF_A_LAYER = ("input_layernorm.weight", "post_attention_layernorm.weight")
 """What each layer of a group keeps for itself."""
 
@@ -48,7 +51,7 @@ class Sharing(Surgeon):
         self.members = [list(range(start, start + number)) for start, number in zip(starts, numbers, strict=True)]
         self.after = own_config(
             "share_blocks",
-            FOLDED_FAMILY,
+            _FAMILY,
             before,
             head_dim=sizes.head_dim,
             num_hidden_layers=sizes.layers,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from leanmill.core.errors import RunError
 from leanmill.core.gram import Gram
+from leanmill.core.llama_like import completed
 from leanmill.core.surgery import CalibratedModel, LookingSurgeon, SeenBlock, StoredBlock
 from leanmill.sparse.structured.anatomy import Sizes, check_hidden, sizes_of
 from leanmill.sparse.structured.cut import smaller_config
 from leanmill.sparse.structured.importance import NORMS
 from leanmill.sparse.structured.targets import Targets
-from leanmill.sparse.structured.widths import Widths, completed, config_with, widths_of
+from leanmill.sparse.structured.widths import Widths, config_with, widths_of
 
 
 @dataclass(frozen=True)

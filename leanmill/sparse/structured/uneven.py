@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from leanmill.core.llama_like import completed
 from leanmill.core.surgery import CalibratedModel, LookingSurgeon, StoredBlock
 from leanmill.sparse.structured.anatomy import Sizes
 from leanmill.sparse.structured.cut import Cutter, Kept
-from leanmill.sparse.structured.widths import Widths, completed, config_with, widths_of
+from leanmill.sparse.structured.widths import Widths, config_with, widths_of
 
 
 _NORM_OF = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}

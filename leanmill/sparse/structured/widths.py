@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from leanmill.core.errors import ConfigError
+from leanmill.core.llama_like import LLAMA_LIKE, check_family, own_config
 from leanmill.sparse.structured.anatomy import Sizes, sizes_of
 from leanmill.sparse.structured.cut import smaller_config
 
 
 OWN_FAMILY = "pruned_llama"
 """The family of Leanmill's own that has layers of any size; see `leanmill.models.pruned_llama`."""
-FOLDED_FAMILY = "folded_llama"
-"""That whose neighbouring layers share weights; see `leanmill.models.folded_llama`."""
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Whose blocks are of their kind."""
-_COPIED = (
-    "vocab_size",
-    "hidden_size",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "attention_dropout",
-    "mlp_bias",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "use_cache",
-    "dtype",
-    "residual_rotations",
-    "qk_norm",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +44,7 @@ def widths_of(technique: str, config: Any) -> tuple[Sizes, Widths]:
     Raises:
         ConfigError: A family whose layers cannot have sizes of their own, or windows of attention.
     """
-    if config.model_type not in (*_FAMILIES, OWN_FAMILY):
-        raise ConfigError(
-            f"{technique} makes layers of different sizes out of {', '.join(_FAMILIES)}, and {config.model_type!r} is "
-            f"none of them; give a model of one of these"
-        )
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window is not None and window < config.max_position_embeddings:
-        raise ConfigError(
-            f"{technique}: this {config.model_type} attends to windows of {window} tokens, which {OWN_FAMILY} has not; "
-            f"give a model without sliding_window"
-        )
+    check_family(technique, config, (*LLAMA_LIKE, OWN_FAMILY), "layers of different sizes")
     if config.model_type != OWN_FAMILY:
         sizes = sizes_of(technique, config)
         layers = sizes.layers
@@ -142,45 +105,3 @@ def config_with(technique: str, before: Any, widths: Widths, layers: Sequence[in
         num_key_value_heads_by_layer=widths.groups,
         intermediate_size_by_layer=widths.neurons,
     )
-
-
-def own_config(technique: str, family: str, before: Any, **settings: Any) -> Any:
-    """Return the transformers configuration of a model of a family of Leanmill's own, as `before` but for `settings`.
-
-    Raises:
-        ConfigError: The family refuses them.
-    """
-    from transformers import AutoConfig
-
-    copied = {name: getattr(before, name) for name in _COPIED if hasattr(before, name)}
-    if before.model_type == "qwen3":
-        copied["qk_norm"] = True
-    if before.model_type == "qwen2":
-        copied["attention_bias"] = True
-    try:
-        return AutoConfig.for_model(family, **copied | settings)
-    except Exception as error:
-        text = str(error.__cause__ or error).splitlines()[-1]
-        raise ConfigError(f"{technique}: no {family} has these sizes: {text}; ask for other sizes") from error
-
-
-def completed(after: Any, hidden: int, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a block, and biases of zeros that its new family has and its old one had not.
-
-    Args:
-        after: Configuration of the new model.
-        hidden: Channels of its residual stream.
-        tensors: Of one block, by name relative to it.
-    """
-    dtypes = {}
-    for name, tensor in tensors:
-        dtypes[name] = tensor.dtype
-        yield name, tensor
-    weight, bias = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
-    if (
-        after.model_type in (OWN_FAMILY, FOLDED_FAMILY)
-        and after.attention_bias
-        and weight in dtypes
-        and bias not in dtypes
-    ):
-        yield bias, torch.zeros(hidden, dtype=dtypes[weight])

@@ -60,7 +60,7 @@ def test_maps_learn_what_attention_put_out(text, tokenizer, tmp_path):  # noqa: 
     ("family", "changes", "message"),
     [
         ("gemma2", {}, "none of them; give a model"),
-        ("mistral", {"sliding_window": 8}, "windows of 8 tokens already"),
+        ("mistral", {"sliding_window": 8}, "windows of 8 tokens"),
         ("llama", {"attention_dropout": 0.1}, "no maps to drop out of"),
     ],
 )
