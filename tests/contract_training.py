@@ -21,18 +21,12 @@ from tests.contract_cases import (
     BF16_COMBINATIONS,
     CHUNK_TOKENS,
     COMBINATIONS,
-    ENCODERS,
     EXTRA_TECHNIQUES,
     FROZEN_DTYPES,
-    MODEL,
-    MODELS,
-    NUM_ROWS,
-    NUM_STEPS,
     OF_PRUNED,
-    SEQUENCE_LENGTH,
     TECHNIQUES,
-    VOCAB_SIZE,
 )
+from tests.contract_models import ENCODERS, MODEL, MODELS, NUM_ROWS, NUM_STEPS, SEQUENCE_LENGTH, VOCAB_SIZE
 
 
 class FixedRows:

@@ -13,13 +13,13 @@ from tests.contract_cases import (
     BF16_COMBINATIONS,
     COMBINATIONS,
     ENGINES,
-    NUM_STEPS,
     SLOW_COMBINATIONS,
     WITH_REPRESENTATIVES,
     cells,
     is_refused,
     of_engine,
 )
+from tests.contract_models import NUM_STEPS
 from tests.contract_promises import Trained, check_promises
 from tests.contract_training import (
     exported_weights,

@@ -14,7 +14,7 @@ from leanmill.core.ledger import ledger_of
 from leanmill.core.rules import StepContext, StepRule, metrics_of
 from leanmill.data.build import TrainData
 from leanmill.optim.schedules import decays, lr_factor
-from leanmill.parallel.collectives import sum_over_ranks
+from leanmill.parallel.collectives import max_over_ranks, sum_over_ranks
 from leanmill.parallel.engine import Engine, Losses
 from leanmill.parallel.pulse import Pulse
 from leanmill.recipe.root import Recipe
@@ -216,7 +216,9 @@ class Loop:
         trouble = self._troubles.read()
         if trouble is not None:
             where = ""
-            if trouble.kind == NON_FINITE and trouble.step in self._recent:
+            # What a rank keeps may depend on what its batches hold, and looking is a collective.
+            is_lost = max_over_ranks(torch.tensor(float(trouble.step not in self._recent)))
+            if trouble.kind == NON_FINITE and not is_lost:
                 seed_step(self.recipe.seed, trouble.step - 1, self.engine.data_rank)
                 where = f": {source_of(self.engine, *self._recent[trouble.step])}"
             raise error_of(trouble, where, self.data.position_tokens // self.recipe.data.sequence_length)

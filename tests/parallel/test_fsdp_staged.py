@@ -11,7 +11,7 @@ from torch import nn
 
 from leanmill.plan.plan import plan
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import NUM_ROWS, NUM_STEPS, SEQUENCE_LENGTH
+from tests.contract_models import NUM_ROWS, NUM_STEPS, SEQUENCE_LENGTH
 from tests.contract_training import FixedRows, exported_weights, full_parameters, recipe_of, staged_in_forward, train
 from tests.distributed import run_ranks
 from tests.parallel.cases import ranks_here

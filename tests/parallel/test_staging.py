@@ -15,7 +15,7 @@ from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
 from leanmill.parallel.staging import extra_bytes, fits
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import NUM_STEPS
+from tests.contract_models import NUM_STEPS
 from tests.contract_training import FixedRows, full_parameters, recipe_of, train
 from tests.distributed import run_ranks
 from tests.parallel.cases import ranks_here

@@ -14,6 +14,7 @@ from leanmill.data.build import build_tokenizer
 from leanmill.data.config import DataConfig
 from leanmill.phases.run import run as run_phases
 from leanmill.recipe.io import load_recipe
+from leanmill.recipe.root import Recipe
 from leanmill.trainer.run import run
 
 
@@ -58,6 +59,30 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**TINY_SIZES)).save_pretrained(folder / "model")
     assert len(AutoTokenizer.from_pretrained(folder / "model")) <= VOCAB_SIZE
     return folder
+
+
+def of_phases(recipe: Recipe, files: Path) -> list[str]:
+    """The same of each phase."""
+    overrides: list[str] = []
+    for index, phase in enumerate(recipe.phases):
+        if phase.trains:
+            given = f"phases.{index}.overrides"
+            overrides += [f"{given}.train.total_tokens=null", f"{given}.train.steps={NUM_STEPS}"]
+            overrides.append(f"{given}.schedule.warmup_steps=1")
+            named = list(enumerate((phase.overrides or {}).get("techniques", [])))
+            overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one.get("init") == "stored"]
+            overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one["type"] == "galore"]
+            overrides += [f"{given}.techniques.{i}.num_layers=1" for i, one in named if one["type"] == "lisa"]
+            teachers = [i for i, one in named if not str(one.get("teacher", "phase:")).startswith("phase:")]
+            overrides += [f"{given}.techniques.{i}.teacher={files / 'model'}" for i in teachers]
+        overrides.append(f"phases.{index}.calibration.num_rows=8")
+        taken_apart = [i for i, one in enumerate(phase.passes) if one.type == "lq_lora"]
+        overrides += [f"phases.{index}.passes.{i}.{key}" for i in taken_apart for key in ("rank=8", "iterations=3")]
+        grouped = [i for i, one in enumerate(phase.passes) if getattr(one, "group_size", None) == 64]
+        overrides += [f"phases.{index}.passes.{i}.group_size=16" for i in grouped]
+        if phase.rewind_to is not None:
+            overrides.append(f"phases.{index}.rewind_to={phase.rewind_to.partition('@')[0]}@2")
+    return overrides
 
 
 def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
@@ -107,24 +132,7 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
     else:
         overrides += ["data.source.max_bytes=200000", "data.source.validation_fraction=0.2"]
         overrides.append(f"data.tokenizer.vocab_size={VOCAB_SIZE}")
-    for index, phase in enumerate(recipe.phases):
-        if phase.trains:
-            given = f"phases.{index}.overrides"
-            overrides += [f"{given}.train.total_tokens=null", f"{given}.train.steps={NUM_STEPS}"]
-            overrides.append(f"{given}.schedule.warmup_steps=1")
-            named = list(enumerate((phase.overrides or {}).get("techniques", [])))
-            overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one.get("init") == "stored"]
-            overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one["type"] == "galore"]
-            overrides += [f"{given}.techniques.{i}.num_layers=1" for i, one in named if one["type"] == "lisa"]
-            teachers = [i for i, one in named if not str(one.get("teacher", "phase:")).startswith("phase:")]
-            overrides += [f"{given}.techniques.{i}.teacher={files / 'model'}" for i in teachers]
-        overrides.append(f"phases.{index}.calibration.num_rows=8")
-        taken_apart = [i for i, one in enumerate(phase.passes) if one.type == "lq_lora"]
-        overrides += [f"phases.{index}.passes.{i}.{key}" for i in taken_apart for key in ("rank=8", "iterations=3")]
-        grouped = [i for i, one in enumerate(phase.passes) if getattr(one, "group_size", None) == 64]
-        overrides += [f"phases.{index}.passes.{i}.group_size=16" for i in grouped]
-        if phase.rewind_to is not None:
-            overrides.append(f"phases.{index}.rewind_to={phase.rewind_to.partition('@')[0]}@2")
+    overrides += of_phases(recipe, files)
     techniques = list(enumerate(recipe.techniques))
     chosen = [i for i, technique in techniques if isinstance(getattr(technique, "layers", None), list)]
     overrides += [f"techniques.{i}.layers=[1]" for i in chosen]

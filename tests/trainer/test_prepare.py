@@ -13,7 +13,8 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import prepare
-from tests.contract_cases import ENGINES, MODEL
+from tests.contract_cases import ENGINES
+from tests.contract_models import MODEL
 from tests.contract_training import recipe_of, save_teacher
 from tests.distributed import run_ranks
 

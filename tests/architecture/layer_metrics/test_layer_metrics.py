@@ -13,7 +13,8 @@ from leanmill.core.rules import StepContext, metrics_of
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.views import NativeViews
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import ENGINES, MODEL, NUM_ROWS, SEQUENCE_LENGTH
+from tests.contract_cases import ENGINES
+from tests.contract_models import MODEL, NUM_ROWS, SEQUENCE_LENGTH
 from tests.contract_training import train
 from tests.core.tiny import tiny
 from tests.distributed import run_ranks

@@ -21,7 +21,7 @@ from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.run import run
 from leanmill.trainer.train_module import TrainModule
-from tests.contract_cases import MODELS
+from tests.contract_models import MODELS
 from tests.core.tiny import context, tiny
 from tests.data.samples import write_jsonl
 from tests.moe.batches import batch_of, counts_of, step

@@ -14,7 +14,8 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import prepare
-from tests.contract_cases import ENGINES, MODELS, VOCAB_SIZE
+from tests.contract_cases import ENGINES
+from tests.contract_models import MODELS, VOCAB_SIZE
 from tests.distributed import run_ranks
 from tests.parallel.cases import ranks_here
 

@@ -16,7 +16,7 @@ from leanmill.peft_ext.galore.rule import RefreshSubspaces, aligned
 from leanmill.peft_ext.galore.stage import OVERSAMPLE
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.prepare import install_techniques
-from tests.contract_cases import MODEL
+from tests.contract_models import MODEL
 from tests.contract_training import recipe_of, train
 from tests.core.tiny import context, install, tiny, tokens
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from leanmill.parallel.launch import Ranks
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import MODEL
+from tests.contract_models import MODEL
 from tests.contract_training import full_parameters, recipe_of, train
 
 

@@ -14,7 +14,7 @@ from leanmill.parallel.launch import Ranks
 from leanmill.parallel.tensors import full
 from leanmill.peft_ext.peft.methods import METHODS
 from leanmill.recipe.root import Recipe
-from tests.contract_cases import MODEL, NUM_ROWS, NUM_STEPS, SEQUENCE_LENGTH
+from tests.contract_models import MODEL, NUM_ROWS, NUM_STEPS, SEQUENCE_LENGTH
 from tests.contract_training import full_parameters, train
 from tests.distributed import run_ranks
 from tests.peft_ext.peft.cases import raw_of

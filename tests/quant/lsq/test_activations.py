@@ -13,7 +13,8 @@ from leanmill.models.materialise import initialise_stages
 from leanmill.parallel.launch import Ranks
 from leanmill.quant.lsq.activations import LsqActivations
 from leanmill.quant.lsq.calibration import CalibrateSteps
-from tests.contract_cases import ENGINES, NUM_ROWS
+from tests.contract_cases import ENGINES
+from tests.contract_models import NUM_ROWS
 from tests.contract_training import FixedRows, recipe_of, train
 from tests.core.tiny import install, loss_of, tiny, tokens
 from tests.distributed import run_ranks
