@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.paths import expand_user
+from leanmill.data.agreement import on_every_rank
 from leanmill.data.cache import read_json
 from leanmill.data.config import DataConfig, Prepared
 from leanmill.data.prepared import PreparedDomain, open_prepared
@@ -58,7 +60,7 @@ def score_documents(
 ) -> Scored:
     """Write the score of every training document of a prepared folder; shards that have theirs are kept.
 
-    Ranks share the shards and never wait for each other.
+    Ranks share the shards and wait for each other at the start alone.
 
     Args:
         config: The `data` section; its source is prepared. Long documents are read `sequence_length` tokens at a time.
@@ -81,7 +83,7 @@ def score_documents(
         _check(models[name], name, path, key, config.sequence_length)
     of_models = {name: fingerprint_folder(path) for name, path in _named(teacher, reference)}
     facts = {"tokenizer": key, "sequence_length": config.sequence_length, **of_models}
-    _begin(out, {**facts, "domains": [_facts(domain, index) for index, domain in enumerate(domains)]})
+    begin_together(out, {**facts, "domains": [_facts(domain, index) for index, domain in enumerate(domains)]}, rank)
     work = [(domain, index, shard) for index, domain in enumerate(domains) for shard in range(domain.num_shards)]
     mine, num_documents, num_kept = work[rank::world_size], 0, 0
     for domain, index, shard in mine:
@@ -175,6 +177,18 @@ def _facts(domain: PreparedDomain, index: int) -> dict[str, Any]:
         "name": domain.name, "text": domain.text, "num_shards": domain.num_shards,
         "folder": f"domain-{index}", "prepared": domain.key,
     }  # fmt: skip
+
+
+def begin_together(out: Path, facts: dict[str, Any], rank: int) -> None:
+    """Begin a folder of scores, or go on with one of the same facts; every rank must call it.
+
+    The first rank goes first: another one would take a folder that is just being made for somebody else's.
+
+    Raises:
+        ConfigError: It is of something else; on all ranks.
+    """
+    for is_turn in (rank == 0, rank > 0):
+        on_every_rank(partial(_begin, out, facts) if is_turn else lambda: None)
 
 
 def _begin(out: Path, facts: dict[str, Any]) -> None:

@@ -48,6 +48,11 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank]) -> None:
     save_file(tensors, folder / _TENSORS, {"format": "pt"})
 
 
+def has_adapter(folder: Path) -> bool:
+    """Whether `write_adapter` has left a part of a model's weights in its folder."""
+    return (folder / ADAPTER / _TENSORS).is_file()
+
+
 def stored_adapter(model: ModelConfig) -> dict[str, StoredFactors]:
     """Return what `write_adapter` has written into a model's folder, by the plain name of the layer.
 
@@ -55,7 +60,7 @@ def stored_adapter(model: ModelConfig) -> dict[str, StoredFactors]:
         ConfigError: There is none, or it is no plain LoRA.
     """
     folder = expand_user(model.path or "") / ADAPTER
-    if model.path is None or not (folder / _TENSORS).is_file():
+    if model.path is None or not has_adapter(folder.parent):
         raise ConfigError(
             f"lora.init=stored starts from the adapter that the pass lq_lora leaves in a model's folder, and "
             f"model.path={model.path} has none; set model.path to a folder that it wrote, or lora.init=kaiming"

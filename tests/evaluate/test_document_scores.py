@@ -1,10 +1,12 @@
 """Scores of prepared documents against the formula, whatever the batches and ranks; going on; and what is refused."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.cli.main import main
@@ -14,7 +16,9 @@ from leanmill.data.config import DataConfig
 from leanmill.data.prepare import prepare_data
 from leanmill.data.prepared import open_prepared
 from leanmill.data.selection import read_scores, score_file
-from leanmill.evaluate.document_scores import document_losses, score_documents
+from leanmill.evaluate import document_scores
+from leanmill.evaluate.document_scores import begin_together, document_losses, score_documents
+from tests.distributed import run_ranks
 
 
 SEQUENCE_LENGTH = 12
@@ -131,3 +135,23 @@ def test_what_cannot_be_scored_is_refused(files, tmp_path):
     text = config_of(files).model_copy(update={"task": "sft"})
     with pytest.raises(ConfigError, match="data score reads prepared text"):
         score_documents(text, tmp_path, teacher=tmp_path, reference=tmp_path, device=torch.device("cpu"))
+
+
+def test_a_folder_that_another_rank_is_making_is_no_strangers(tmp_path, monkeypatch):
+    facts = {"domains": [{"folder": "domain-0"}]}
+
+    def body():
+        write = document_scores.write_whole
+
+        def slowly(path, given):
+            time.sleep(0.3)
+            write(path, given)
+
+        monkeypatch.setattr(document_scores, "write_whole", slowly)
+        time.sleep(0.1 * dist.get_rank())  # comes while the first one is at it
+        begin_together(tmp_path / "scores", facts, dist.get_rank())
+        with pytest.raises(ConfigError, match="has scores of other data"):
+            begin_together(tmp_path / "scores", {**facts, "rank": dist.get_rank()}, dist.get_rank())
+        return True
+
+    assert run_ranks(body, 2) == [True, True]

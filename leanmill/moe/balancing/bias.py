@@ -68,7 +68,7 @@ class BiasRule(StepRule):
         for one in self._routers:
             if not any(parameter.requires_grad for parameter in one.router.parameters()):
                 raise ConfigError(
-                    f"bias_balance moves the bias of {one.path}, whose weight another technique freezes, so that a "
+                    f"{self.name} moves the bias of {one.path}, whose weight another technique freezes, so that a "
                     f"checkpoint of what trains would lose it; remove the technique that freezes, such as lora"
                 )
 

@@ -28,6 +28,7 @@ from leanmill.core.surgery import SurgeryConfig
 from leanmill.data.build import build_tokenizer, build_train_data
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import local_folder, pretrained_config
+from leanmill.models.stored_adapter import has_adapter
 from leanmill.parallel.collectives import barrier, broadcast_object
 from leanmill.parallel.launch import Ranks, finish, init_processes
 from leanmill.parallel.precision import resolve_precision
@@ -79,7 +80,7 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
     """Do what `compress` does in processes that were joined before and are kept; see there."""
     pretrained_config(recipe.model)  # says what is wrong with the path in one line
     folder = local_folder(str(recipe.model.path), recipe.model.revision)
-    if (folder / ADAPTER).is_dir():
+    if has_adapter(folder):
         raise ConfigError(
             f"{folder} has a part of its weights in {ADAPTER}/, which passes would leave out; train with lora "
             f"{{init: stored}} and export first, or give the model that was taken apart"
