@@ -91,8 +91,12 @@ class Encoder:
         """Whether documents say which of their tokens may be predicted."""
         self._chat = None if is_text else ChatRenderer(tokenizer)
 
-    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
+    def encode(self, documents: Sequence[Document], before: Document | None = None) -> list[Encoded]:
         """Encode documents on all cores.
+
+        Args:
+            documents: To encode.
+            before: The one ahead of them, if any: whose answer a single pair gets as its mismatched one.
 
         Raises:
             BadDocument: The chat template refuses one.
@@ -103,7 +107,8 @@ class Encoder:
             encodings = self._backend.encode_batch_fast(list(documents), add_special_tokens=False)
             return [Encoded(self._framed(encoding.ids), None) for encoding in encodings]
         if self.task == "preference":
-            return self._encode_pairs([document for document in documents if isinstance(document, Pair)])
+            pairs = [document for document in documents if isinstance(document, Pair)]
+            return self._encode_pairs(pairs, before if isinstance(before, Pair) else None)
         return self._encode_rendered([self._render(document, index) for index, document in enumerate(documents)])
 
     def _encode_sentences(self, pairs: Sequence[SentencePair]) -> list[Encoded]:
@@ -124,8 +129,8 @@ class Encoder:
             for (text, spans), (ids, offsets) in zip(rendered, map(_arrays, encodings), strict=True)
         ]
 
-    def _encode_pairs(self, pairs: Sequence[Pair]) -> list[Encoded]:
-        others = [pair.chosen for pair in (*pairs[1:], *pairs[:1])] if self.num_pieces == 3 else [None] * len(pairs)
+    def _encode_pairs(self, pairs: Sequence[Pair], before: Pair | None) -> list[Encoded]:
+        others = _mismatched(pairs, before) if self.num_pieces == 3 else [None] * len(pairs)
         rendered = [
             self._render_answer(turns, num_answers, index)
             for index, (pair, other) in enumerate(zip(pairs, others, strict=True))
@@ -192,6 +197,13 @@ class Encoder:
             is_target |= inside
         is_target[:1] = False  # nothing comes before the first token that could predict it
         return is_target
+
+
+def _mismatched(pairs: Sequence[Pair], before: Pair | None) -> list[Turns]:
+    """Return an answer of another pair for each: of the next one, in a circle; of a single one that `before` it."""
+    if len(pairs) == 1 and before is not None:
+        return [before.chosen]
+    return [pair.chosen for pair in (*pairs[1:], *pairs[:1])]
 
 
 def _joined(pieces: Sequence[Encoded]) -> Encoded:

@@ -22,6 +22,7 @@ from leanmill.data.documents import open_documents
 from leanmill.data.encoding import Encoder
 from leanmill.data.prepared import MANIFEST, TOKENIZER, VERSION
 from leanmill.data.shard_writer import DomainWriter, sync, write_whole
+from leanmill.data.store import MISMATCH_VERSION
 from leanmill.data.tokenizer import tokenizer_fingerprint
 
 
@@ -97,7 +98,8 @@ def _kind(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, A
     """What decides which tokens a document becomes, and how they lie."""
     dtype = "uint16" if len(tokenizer) <= 1 << 16 else "uint32"
     key = tokenizer_fingerprint(tokenizer)
-    return {"task": config.task, "num_pieces": config.num_pieces, "tokenizer": key, "dtype": dtype}
+    kind = {"task": config.task, "num_pieces": config.num_pieces, "tokenizer": key, "dtype": dtype}
+    return {**kind, "mismatch": MISMATCH_VERSION} if config.mismatched_answers else kind
 
 
 @contextmanager

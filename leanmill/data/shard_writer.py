@@ -33,6 +33,8 @@ class _Batch:
 
     documents: list[Document]
     rows: list[int]
+    before: Document | None
+    """The one ahead of them."""
     num_read: int
     digest: str
 
@@ -115,7 +117,7 @@ class DomainWriter:
         pending: tuple[_Batch, Future[list[Encoded]]] | None = None
         with ThreadPoolExecutor(1) as pool:
             for batch in self._batches(reader, last):
-                future = pool.submit(encode_rows, self._encoder, batch.documents, batch.rows, reader)
+                future = pool.submit(encode_rows, self._encoder, batch.documents, batch.rows, reader, batch.before)
                 if pending is not None:
                     yield pending[0], pending[1].result()
                 pending = batch, future
@@ -124,10 +126,12 @@ class DomainWriter:
 
     def _batches(self, reader: DocumentReader, last: dict[str, Any] | None) -> Iterator[_Batch]:
         text, num_read = hashlib.blake2b(digest_size=8), 0
+        before: Document | None = None
         if last is not None:
             for document in islice(reader, last["num_read"]):
                 text.update(document_digest(document))
                 num_read += 1
+                before = document
             if text.hexdigest() != last["digest"]:
                 raise ConfigError(
                     f"the text of {self._documents.name!r} is not what {self._folder.parent} was begun with; name a "
@@ -144,8 +148,9 @@ class DomainWriter:
         # Grouped as elsewhere: with which other answer a pair goes depends on its group.
         for documents in batches(hashed()):
             num_read += len(documents)
-            yield _Batch(documents, rows.copy(), num_read, text.hexdigest())
+            yield _Batch(documents, rows.copy(), before, num_read, text.hexdigest())
             rows.clear()
+            before = documents[-1]
 
     def _kept(self, batch: _Batch, encoded: list[Encoded]) -> tuple[list[Encoded], list[int]]:
         kept, rows = [], []

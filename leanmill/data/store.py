@@ -20,6 +20,8 @@ from leanmill.data.tally import NO_ANSWER, Tally
 
 _VERSION = 2
 """Raise when the same documents would give other tokens."""
+MISMATCH_VERSION = 2
+"""Raise when the same pairs would get other mismatched answers."""
 
 
 class Tokens(Protocol):
@@ -63,7 +65,11 @@ def token_store(
         ConfigError: The domain is empty or cannot be read.
     """
     parts = [_VERSION, documents.key, documents.name, encoder.task, tokenizer_key, vocab_size]
-    key = fingerprint([*parts, encoder.num_pieces] if encoder.num_pieces > 1 else parts)
+    if encoder.num_pieces > 1:
+        parts.append(encoder.num_pieces)
+    if encoder.task == "preference" and encoder.num_pieces == 3:
+        parts.append(MISMATCH_VERSION)
+    key = fingerprint(parts)
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     folder = cached_folder(root, "tokens", key, lambda path: _build(documents, encoder, dtype, path))
     facts = read_json(folder / "facts.json")
@@ -84,6 +90,7 @@ def token_store(
 def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedinteger[Any]], folder: Path) -> None:
     text, lengths, reader = hashlib.blake2b(digest_size=8), list[int](), documents.train()
     tally, rows, kept, scores = reader.tally, list[int](), list[int](), list[float]()
+    before: Document | None = None
 
     def hashed() -> Iterator[Document]:
         for document in reader:
@@ -93,7 +100,7 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
 
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "is_target.bin").open("wb") as targets:
         for batch in batches(hashed()):
-            for row, encoded in zip(rows, encode_rows(encoder, batch, rows, reader), strict=True):
+            for row, encoded in zip(rows, encode_rows(encoder, batch, rows, reader, before), strict=True):
                 if encoded.is_target is not None:
                     if not encoded.is_target.any():
                         tally.drop(NO_ANSWER, row)
@@ -104,6 +111,7 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
                 kept.append(row)
                 scores.append(encoded.score)
             rows.clear()
+            before = batch[-1]
     tally.locate(reader.locate)
     if not lengths:
         raise tally.nothing_left(documents.name, documents.column)
@@ -121,14 +129,18 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
 
 
 def encode_rows(
-    encoder: Encoder, documents: list[Document], rows: Sequence[int], reader: DocumentReader
+    encoder: Encoder,
+    documents: list[Document],
+    rows: Sequence[int],
+    reader: DocumentReader,
+    before: Document | None = None,
 ) -> list[Encoded]:
-    """Encode documents that came from `rows` of `reader`.
+    """Encode documents that came from `rows` of `reader`; see `Encoder.encode` for `before`.
 
     Raises:
         ConfigError: The chat template refuses one; the message names the row.
     """
     try:
-        return encoder.encode(documents)
+        return encoder.encode(documents, before)
     except BadDocument as error:
         raise ConfigError(f"{reader.locate(rows[error.index])}: {error}") from error

@@ -97,6 +97,25 @@ def test_a_pair_lies_in_one_row_and_answers_alone_are_predicted(tmp_path, tokeni
     assert sorted(seen) == list(range(20))
 
 
+def _mismatched(data, tokenizer, num_rows):
+    """Number of the pair whose answer each pair got, by its own number."""
+    rows, found = data.next_rows(num_rows), {}
+    for labels, positions in zip(rows["labels"], rows["position_ids"], strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(labels)]
+        spans = [labels[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        answers = [tokenizer.decode(ids[ids != -100], skip_special_tokens=True) for ids in spans if (ids != -100).any()]
+        numbers = [int(text.split()[1]) if text.startswith("yes") else -1 for text in answers]
+        found |= dict(zip(numbers[::3], numbers[2::3], strict=True))
+    return found
+
+
+def test_a_pair_that_is_left_alone_gets_the_answer_of_the_one_before_it(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("leanmill.data.encoding._BATCH_CHARS", 40)
+    given = config(tmp_path, pairs(6), mismatched_answers=True)
+    found = _mismatched(build_train_data(given, tokenizer, seed=0), tokenizer, 6)
+    assert found == {0: 1, 1: 2, 2: 0, 3: 4, 4: 3, 5: 4}
+
+
 def test_earlier_answers_of_a_prompt_are_not_predicted(tmp_path, tokenizer):
     talk = [USER, {"role": "assistant", "content": "earlier"}, {"role": "user", "content": "and"}]
     rows = [{"prompt": talk, "chosen": [GOOD], "rejected": [BAD]}] * 2

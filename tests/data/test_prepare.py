@@ -88,8 +88,12 @@ class Ended(Exception):
     pass
 
 
-def test_an_ended_preparation_goes_on_and_comes_to_the_same(tmp_path, tokenizer):
+@pytest.mark.parametrize("task", ["sft", "mismatched"])
+def test_an_ended_preparation_goes_on_and_comes_to_the_same(task, tmp_path, tokenizer, monkeypatch):
     config = text_config(tmp_path, "sft", tokenizer)
+    if task == "mismatched":  # every pair by itself: the one before it lies in another shard
+        config = text_config(tmp_path, "preference", tokenizer, mismatched_answers=True)
+        monkeypatch.setattr("leanmill.data.encoding._BATCH_CHARS", 1)
     whole = prepare(config, tmp_path / "whole")
     left = 2
 
