@@ -50,7 +50,7 @@ def is_plain_head(head: nn.Module | None) -> bool:
     """Whether the head is nothing but a matmul with one weight, staged or not."""
     if isinstance(head, LinearSite) and any(stage.has_backward_weight for stage in head.weight_stages()):
         return False
-    if head is None or type(head) not in (nn.Linear, LinearSite):
+    if head is None or type(head) not in (nn.Linear, LinearSite) or getattr(head, "split", None) is not None:
         return False
     return all(isinstance(around, LossPlace) for around in arounds(head))
 

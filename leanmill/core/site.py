@@ -21,6 +21,7 @@ from leanmill.core.expert_shards import part_here
 from leanmill.core.operands import Operands, lend, recomputed
 from leanmill.core.product import compute_dtype, linear
 from leanmill.core.stage import InputSlot, InputStage, Slot, Stage
+from leanmill.core.weight_split import WeightSplit, split_linear, split_lookup, staged_part
 
 
 class Site(ABC):
@@ -38,6 +39,8 @@ class Site(ABC):
     """The staged weight of this optimizer step, where an engine staged it ahead of its uses."""
     arrives_staged: bool = False
     """Whether the weight that a sharding engine gathers for a forward is the staged one."""
+    split: WeightSplit | None = None
+    """How ranks share the weight, where they do; a copy with whole tensors is not to be called."""
     leaves_deltas_out: bool = False
     """Whether forwards do without the tenants of `Slot.DELTA` for now, see `leanmill.core.adapters`."""
 
@@ -158,7 +161,7 @@ class Site(ABC):
     @property
     def _weight_here(self) -> Tensor:
         """What of the weight a matmul here takes."""
-        return self.raw_weight
+        return self.raw_weight if self.split is None else part_here(self.raw_weight)
 
 
 class LinearSite(Site, nn.Linear):
@@ -179,6 +182,9 @@ class LinearSite(Site, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Linear uses)
         """Apply the staged weight to the staged `input` [..., in]."""
+        if self.split is not None:
+            bias = None if self.bias is None else part_here(self.bias)
+            return split_linear(self.split, input, self.operands(), bias)
         if not self.is_staged:
             return F.linear(input, self.weight, self.bias)
         operands = self.operands()
@@ -226,6 +232,8 @@ class EmbeddingSite(Site, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name nn.Embedding uses)
         """Look `input` [...] int64 up in the staged table."""
+        if self.split is not None:
+            return self._split_lookup(self.split, input)
         if not self.is_staged:
             return self._lookup(input, self.weight)
         operands = self.operands()
@@ -239,6 +247,14 @@ class EmbeddingSite(Site, nn.Embedding):
             return self._lookup(ids, operands.bound(tensors).weight())
 
         return recomputed(lookup, input, *operands.tensors)
+
+    def _split_lookup(self, split: WeightSplit, ids: Tensor) -> Tensor:
+        operands = self.operands()
+
+        def lookup(ids: Tensor, *tensors: Tensor) -> Tensor:
+            return split_lookup(split, ids, staged_part(split, operands, tensors), self.padding_idx)
+
+        return lookup(ids, *operands.tensors) if operands.is_plain else recomputed(lookup, ids, *operands.tensors)
 
     def _lookup(self, input: Tensor, weight: Tensor) -> Tensor:  # noqa: A002
         return F.embedding(input, weight, self.padding_idx)

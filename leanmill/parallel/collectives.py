@@ -13,9 +13,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+_data_group: dist.ProcessGroup | None = None
+"""The ranks that `sum_over_ranks` adds up; None for all."""
+
+
+def set_data_group(group: dist.ProcessGroup | None) -> None:
+    """Say which ranks read different data, this one among them; None where all do."""
+    global _data_group  # noqa: PLW0603 (as process groups themselves, it is one of the process)
+    _data_group = group
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Return the element-wise sum of `tensor` over all ranks; the argument is left as it is."""
-    return reduced(tensor, "sum")
+    """Return the element-wise sum of `tensor` over the ranks that read different data; the argument is left as it is.
+
+    Ranks of a tensor-parallel group read the same, and what they count counts once.
+    """
+    return reduced(tensor, "sum", _data_group)
 
 
 def max_over_ranks(tensor: Tensor) -> Tensor:

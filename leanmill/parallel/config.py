@@ -137,7 +137,7 @@ class FullyShardedExperts(Config):
 
 
 class LayoutConfig(Config):
-    """How ranks share the work: dp_replicate x dp_shard are all ranks, and groups of `ep` among them share experts."""
+    """How ranks share the work: dp_replicate x dp_shard x tp are all ranks, and groups of `ep` among them share experts."""
 
     ep: int = Field(default=1, ge=1)
     """Ranks that share the experts of each layer: each holds num_experts / ep of them, and tokens travel to their
@@ -152,6 +152,9 @@ class LayoutConfig(Config):
     """Ranks that a parameter is sharded over, under `engine=fsdp`; the same as `engine.shard_size`. None: all ranks."""
     dp_replicate: int | None = Field(default=None, ge=1)
     """Replicas of the sharded model. None: whatever dp_shard leaves of the ranks."""
+    tp: int = Field(default=1, ge=1)
+    """Neighbouring ranks that share each layer's matmuls (tensor parallel): each holds some attention heads, some of the
+    MLP's width and some of the vocabulary. They read the same data. 1 shares none."""
     experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
     """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
 

@@ -52,9 +52,9 @@ class DdpEngine(TorchEngine):
         precision: Literal["fp32", "bf16"],
         layout: Layout | None = None,
     ) -> None:
-        super().__init__(ranks=ranks, precision=precision)
-        self.config, self.layout = config, layout or Layout(ranks.world_size)
         ensure_process_group(ranks)
+        super().__init__(ranks=ranks, precision=precision, layout=layout)
+        self.config = config
         self._replica: DistributedDataParallel | None = None
         self._experts = ExpertReduction((), None)
 
@@ -63,16 +63,17 @@ class DdpEngine(TorchEngine):
             self._owned = OwnedExperts(module.model, self.layout)  # type: ignore[arg-type]
         elif self.layout.ep > 1:
             spread_experts(module.model, self.layout, *replicated_experts(self.layout))  # type: ignore[arg-type]
+        self._split_matmuls(module, replicated=True)
         self.staging = ReplicaStaging(self._staged_once(module, self.config.staging), self.precision)
         preparation.materialise(module)
         self.module = module.to(self.device)
         own = [p for weight in self.staging.weights for p in weight.own]
         if self._owned is not None:
             own += self._owned.parameters()
-        elif self.layout.ep > 1:
+        elif self.layout.ep > 1 or self.layout.tp > 1:
             experts = [p for p in self.module.parameters() if is_spread(p)]
             staged = {id(p) for p in own}
-            group = self.layout.experts.get_group("replicate")
+            group = self.layout.data_group or self.layout.experts.get_group("replicate")
             self._experts = ExpertReduction([p for p in experts if p.requires_grad and id(p) not in staged], group)
             own += experts
         _leave_out(self.module, own)
@@ -88,6 +89,7 @@ class DdpEngine(TorchEngine):
                 # buffers; gloo could not broadcast every dtype either.
                 init_sync=False,
                 gradient_as_bucket_view=True,
+                process_group=self.layout.data_group,
                 **_NO_BUFFERS,
             )
         return self._replica

@@ -68,10 +68,10 @@ class FsdpEngine(TorchEngine):
         precision: Literal["fp32", "bf16"],
         layout: Layout | None = None,
     ) -> None:
-        super().__init__(ranks=ranks, precision=precision)
-        self.config = config
-        self.layout = layout or resolve_layout(LayoutConfig(), config, ranks.world_size, self.device.type)
         ensure_process_group(ranks)
+        layout = layout or resolve_layout(LayoutConfig(), config, ranks.world_size, ranks.device.type)
+        super().__init__(ranks=ranks, precision=precision, layout=layout)
+        self.config = config
         self.mesh = self.layout.dense
         self._experts: ExpertSharding | None = None
         self.autocasts = False
@@ -84,6 +84,7 @@ class FsdpEngine(TorchEngine):
             self._owned = OwnedExperts(module.model, self.layout)  # type: ignore[arg-type]
         elif self.layout.ep > 1:
             self._experts = self._spread_experts(module.model)  # type: ignore[arg-type]
+        self._split_matmuls(module, replicated=False)
         group = self.mesh.get_group("shard")
         against = {} if self._experts is None else {"reason_against": self._experts.reason_against}
         weights = self._staged_once(module, self.config.staging, num_shards=group.size(), **against)

@@ -10,7 +10,9 @@ it, depends on the family of a parameter:
 
 Fully sharded experts are those of an `ep` of all ranks, more on one rank than on another.
 
-Every rank reads data of its own, those that share experts too. The tokens of all `ep` ranks of a group
+Ranks of a tensor-parallel group (`tp`, neighbours) share each layer's matmuls and read the same data. A weight that
+they split is dense in everything else: the mean is over the ranks with the same part. Other ranks read data of their
+own, those that share experts too. The tokens of all `ep` ranks of a group
 meet at one expert, whose gradient is therefore the sum of theirs.
 """
 
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from leanmill.core.errors import ConfigError
@@ -39,6 +42,8 @@ class Layout:
     """Ranks that a dense parameter is sharded over."""
     ep: int = 1
     """Ranks that share the experts of a layer; neighbours, since tokens travel between them."""
+    tp: int = 1
+    """Ranks that share each layer's matmuls; neighbours, since activations travel between them."""
     device_type: str = "cpu"
     expert_chunks: int = 1
     """Pieces of a rank's tokens that travel to experts one after the other."""
@@ -48,12 +53,25 @@ class Layout:
     @property
     def data_size(self) -> int:
         """Ranks that read different data; the loss is a mean over them, and all of them step together."""
-        return self.world_size
+        return self.world_size // self.tp
+
+    def data_rank(self, rank: int) -> int:
+        """Return which share of the data a rank reads, in [0, data_size)."""
+        return rank // self.tp
+
+    @cached_property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that read different data and share matmuls as this one does; None where those are all ranks."""
+        if self.tp == 1:
+            return None
+        if 1 in (self.dp_replicate, self.dp_shard):
+            return self.grid.get_group("shard" if self.dp_replicate == 1 else "replicate")
+        return self.grid["replicate", "shard"]._flatten("data").get_group()
 
     @property
     def dp_replicate(self) -> int:
         """Replicas of a dense parameter."""
-        return self.world_size // self.dp_shard
+        return self.data_size // self.dp_shard
 
     @property
     def expert_shard(self) -> int:
@@ -72,10 +90,18 @@ class Layout:
     @cached_property
     def dense(self) -> DeviceMesh:
         """Mesh of a dense parameter: `shard`, or `replicate` x `shard`; neighbours share, they are on one machine."""
+        if self.tp > 1:
+            return self.grid["shard"] if self.dp_replicate == 1 else self.grid["replicate", "shard"]
         if self.dp_shard == self.world_size:
             return init_device_mesh(self.device_type, (self.world_size,), mesh_dim_names=("shard",))
         shape = (self.dp_replicate, self.dp_shard)
         return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+    @cached_property
+    def grid(self) -> DeviceMesh:
+        """All ranks, where matmuls are shared: `replicate` x `shard` x `tp`."""
+        shape = (self.dp_replicate, self.dp_shard, self.tp)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard", "tp"))
 
     @cached_property
     def experts(self) -> DeviceMesh:
@@ -96,13 +122,20 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
     Raises:
         ConfigError: The sizes do not fit the ranks, or each other; the message names the nearest that do.
     """
+    tp = config.tp
+    if world_size % tp:
+        raise ConfigError(
+            f"layout.tp={tp} does not divide the {_ranks(world_size)}; set layout.tp={near_divisors(tp, world_size)}"
+        )
+    if tp > 1:
+        return Layout(world_size, _dp_shard(config, engine, world_size // tp, tp), tp=tp, device_type=device_type)
     dp_shard = _dp_shard(config, engine, world_size)
     if isinstance(config.experts, FullyShardedExperts):
         if world_size == 1:
             raise ConfigError(
                 "layout.experts=fully_sharded shards experts over ranks, and there is one; start several, or remove it"
             )
-        return Layout(world_size, dp_shard, world_size, device_type, fully_sharded=config.experts)
+        return Layout(world_size, dp_shard, world_size, device_type=device_type, fully_sharded=config.experts)
     ep = config.ep
     if world_size % ep:
         raise ConfigError(
@@ -113,11 +146,18 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
             f"layout.ep={ep} neither divides the {dp_shard} ranks that parameters are sharded over nor is a multiple "
             f"of them; set layout.ep={near_divisors(ep, dp_shard)}, or layout.dp_shard={ep}"
         )
-    return Layout(world_size, dp_shard, ep, device_type, config.expert_chunks)
+    return Layout(world_size, dp_shard, ep, device_type=device_type, expert_chunks=config.expert_chunks)
 
 
-def _dp_shard(config: LayoutConfig, engine: EngineConfig, world_size: int) -> int:
-    """Ranks that a dense parameter is sharded over; 1 where an engine keeps replicas or shards in its own way."""
+def _dp_shard(config: LayoutConfig, engine: EngineConfig, world_size: int, tp: int = 1) -> int:
+    """Ranks that a dense parameter is sharded over; 1 where an engine keeps replicas or shards in its own way.
+
+    Args:
+        config: The recipe's layout section.
+        engine: Its engine section.
+        world_size: Ranks that read different data.
+        tp: Ranks that share the matmuls of each of them.
+    """
     if not isinstance(engine, FsdpEngine):
         if config.dp_replicate not in (None, world_size) and not isinstance(engine, DeepSpeedEngine):
             raise ConfigError(

@@ -15,13 +15,16 @@ from leanmill.core.errors import RunError
 from leanmill.core.names import state_name
 from leanmill.core.staging import StagedOnce
 from leanmill.core.views import Views
+from leanmill.parallel.collectives import set_data_group
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks
+from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.optimizer_state import allocate_state, pulled
 from leanmill.parallel.rank_memory import smallest_rank_memory
 from leanmill.parallel.staging import ReplicaStaging, Staging, StepStaging, choose
+from leanmill.parallel.tensor_parallel import PartialGradients, split_model
 from leanmill.parallel.tensors import assign, full, global_norm, scale_to_norm
 from leanmill.parallel.views import NativeViews
 
@@ -32,12 +35,16 @@ class TorchEngine(Engine):
     Args:
         ranks: Which process this is.
         precision: `bf16` computes in bf16 over fp32 master weights.
+        layout: Of the run, after the process group is there; None spreads nothing.
     """
 
-    def __init__(self, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(self, *, ranks: Ranks, precision: Literal["fp32", "bf16"], layout: Layout | None = None) -> None:
         self.device, self._ranks = ranks.device, ranks
-        self.data_rank, self.data_size = ranks.rank, ranks.world_size
+        self.layout = layout or Layout(ranks.world_size, device_type=ranks.device.type)
+        self.data_rank, self.data_size = self.layout.data_rank(ranks.rank), self.layout.data_size
+        set_data_group(self.layout.data_group)
         self.precision = precision
+        self._partial = PartialGradients((), None)
         self._optimizer: torch.optim.Optimizer | None = None
         self.staging: StepStaging = ReplicaStaging((), precision)
         """The weights that are staged once a step; those of `prepare`."""
@@ -88,6 +95,12 @@ class TorchEngine(Engine):
         self.notes = (line,) if line else ()
         return weights
 
+    def _split_matmuls(self, module: nn.Module, *, replicated: bool) -> None:
+        """Let groups of ranks share matmuls where the layout asks for it, before anything else is sharded."""
+        if self.layout.tp > 1:
+            self._partial = split_model(module.model, self.layout, replicated=replicated)  # type: ignore[arg-type]
+            self._partial.find(module)
+
     def _make_optimizer(self, preparation: Preparation) -> None:
         self._optimizer = preparation.make_optimizer(self.module)
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -110,6 +123,7 @@ class TorchEngine(Engine):
                 (losses["total"] * scale).backward()
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        self._partial.add_up()
         self.staging.finish()
         return sums
 

@@ -1,0 +1,117 @@
+"""What travels between the ranks of a tensor-parallel group, forward and backward (Megatron-LM, arXiv:1909.08053).
+
+Four pairs of collectives, each the other's gradient: nothing and a sum, a sum and nothing, all parts and a cut,
+a cut and all parts. torch's functional collectives are waited for where they are used, and compile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from leanmill.core.weight_split import WeightSplit
+
+
+class GroupSplit(WeightSplit):
+    """A weight whose rows or columns the ranks of a group have evenly.
+
+    Args:
+        group: The ranks, in the order of their parts.
+        by_rows: See `WeightSplit`.
+        gathers_output: See `WeightSplit`.
+        splits_input: See `WeightSplit`.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, *, by_rows: bool, gathers_output: bool = False, splits_input: bool = False
+    ) -> None:
+        super().__init__(by_rows=by_rows, gathers_output=gathers_output, splits_input=splits_input)
+        self.group, self._rank = group, group.rank()
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        return _Enter.apply(tensor, self.group)  # type: ignore[no-any-return]
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return _Total.apply(tensor, self.group)  # type: ignore[no-any-return]
+
+    def whole(self, part: Tensor, dim: int) -> Tensor:
+        return _Whole.apply(part, dim, self.group)  # type: ignore[no-any-return]
+
+    def part(self, whole: Tensor, dim: int) -> Tensor:
+        return _Part.apply(whole, dim, self.group)  # type: ignore[no-any-return]
+
+
+def summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum over the ranks of `group`; the argument is left as it is."""
+    result = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, group=group)
+    return result
+
+
+def gathered(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Return the parts of all ranks of `group` along `dim`."""
+    mine = part.detach().contiguous()
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine, group=group)
+    return torch.cat(parts, dim)
+
+
+def cut(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's part along `dim`, in memory of its own."""
+    size = whole.shape[dim] // group.size()
+    return whole.narrow(dim, group.rank() * size, size).clone(memory_format=torch.contiguous_format)
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return summed(grad, ctx.group), None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return summed(tensor, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return gathered(part, dim, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return cut(grad, ctx.dim, ctx.group), None, None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return cut(whole, dim, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return gathered(grad, ctx.dim, ctx.group), None, None

@@ -1,0 +1,142 @@
+"""Which matmuls of a model the ranks of a tensor-parallel group share, and how.
+
+transformers' families say so themselves (`base_model_tp_plan`). What follows is the same for all of them: the
+vocabulary is shared where embedding and head are plain and it divides, and models whose heads or widths do not
+divide are refused before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from leanmill.core.branches import plain_modules
+from leanmill.core.errors import ConfigError
+from leanmill.core.names import clean_name
+from leanmill.core.near import near_divisors
+from leanmill.core.site import EmbeddingSite, LinearSite
+
+
+Kind = Literal["rows", "columns", "table", "partial"]
+"""Rows or columns of a linear layer, rows of a table, or a module whose gradient ranks see parts of."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How ranks share one module."""
+
+    name: str
+    path: str
+    """Where it sits now."""
+    kind: Kind
+    gathers_output: bool = False
+    splits_input: bool = False
+
+
+_STYLES: dict[str, Share] = {
+    "colwise": Share("", "", "rows"),
+    "colwise_gather_output": Share("", "", "rows", gathers_output=True),
+    "rowwise": Share("", "", "columns"),
+    "rowwise_split_input": Share("", "", "columns", splits_input=True),
+    "replicated_with_grad_allreduce": Share("", "", "partial"),
+}
+"""transformers' names, which are those of the transposed weight. Others are for experts and rarer attentions."""
+_OLDER = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+_OF_VOCABULARY = ("embedding_rowwise", "embedding_colwise")
+
+
+def tensor_plan(model: nn.Module, tp: int) -> list[Share]:
+    """Return the modules that `tp` ranks share, in the model's order.
+
+    Args:
+        model: The causal LM, perhaps on meta, with or without what techniques add.
+        tp: Ranks of a group.
+
+    Raises:
+        ConfigError: The family has no plan, or one with parts that are not known here, or sizes do not divide.
+    """
+    _check_heads(model, tp)
+    modules = dict(plain_modules(model))
+    by_name = {clean_name(path): path for path in modules}
+    plan = _own_plan(model, tp)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    shares = [
+        Share(name, path, style.kind, style.gathers_output, style.splits_input)
+        for name, path in by_name.items()
+        if (style := _style(plan, name, tp)) is not None and modules[path] not in (head, embedding)
+    ]
+    if not any(share.kind == "columns" for share in shares):
+        raise ConfigError(f"layout.tp={tp}: the plan of model type {_kind_of(model)!r} names no layer here; {_REMEDY}")
+    for share in shares:
+        _check(share, modules[share.path], tp)
+    return [*shares, *_vocabulary(model, {id(module): path for path, module in modules.items()}, tp)]
+
+
+_REMEDY = "set layout.tp=1, and engine=fsdp where a model does not fit a rank"
+
+
+def _own_plan(model: Any, tp: int) -> Mapping[str, str]:
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    if not any(not style.startswith("embedding") and name != "lm_head" for name, style in plan.items()):
+        raise ConfigError(
+            f"layout.tp={tp} shares matmuls as transformers plans it, and it has no plan for model type "
+            f"{_kind_of(model)!r}; {_REMEDY}"
+        )
+    return plan
+
+
+def _style(plan: Mapping[str, str], name: str, tp: int) -> Share | None:
+    general = ".".join("*" if part.isdigit() else part for part in name.split("."))
+    asked = plan.get(name, plan.get(general))
+    if asked is None or asked in _OF_VOCABULARY:
+        return None
+    style = _STYLES.get(_OLDER.get(asked, asked))
+    if style is None:
+        raise ConfigError(f"layout.tp={tp}: {name} would be shared as {asked!r}, which is not known here; {_REMEDY}")
+    return style
+
+
+def _kind_of(model: Any) -> str:
+    return str(model.config.model_type)
+
+
+def _check_heads(model: Any, tp: int) -> None:
+    config = model.config.get_text_config()
+    for key in _HEADS:
+        number = getattr(config, key, None)
+        if isinstance(number, int) and number % tp:
+            raise ConfigError(
+                f"layout.tp={tp} does not divide model.config.{key}={number}; set layout.tp={near_divisors(tp, number)}"
+            )
+
+
+def _check(share: Share, module: nn.Module, tp: int) -> None:
+    if share.kind == "partial":
+        return
+    if type(module) not in (nn.Linear, LinearSite):
+        raise ConfigError(
+            f"layout.tp={tp} shares linear layers, and {share.name} is a {type(module).__name__}; {_REMEDY}"
+        )
+    size = module.weight.shape[0 if share.kind == "rows" else 1]
+    if size % tp:
+        side = "outputs" if share.kind == "rows" else "inputs"
+        raise ConfigError(
+            f"layout.tp={tp} does not divide the {size} {side} of {share.name}; set layout.tp={near_divisors(tp, size)}"
+        )
+
+
+def _vocabulary(model: Any, paths: Mapping[int, str], tp: int) -> Iterator[Share]:
+    """Share head and embedding where both can be; a vocabulary that does not divide stays whole on every rank."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head_is_plain = type(head) in (nn.Linear, LinearSite) and head.weight.shape[0] % tp == 0
+    table_is_plain = type(embedding) in (nn.Embedding, EmbeddingSite) and embedding.weight.shape[0] % tp == 0
+    is_tied = head is not None and head.weight is embedding.weight
+    both = head_is_plain and table_is_plain
+    if table_is_plain and (both or not is_tied):
+        yield Share(clean_name(paths[id(embedding)]), paths[id(embedding)], "table")
+    if head_is_plain and (both or not is_tied):
+        yield Share(clean_name(paths[id(head)]), paths[id(head)], "rows", gathers_output=True)

@@ -1,0 +1,91 @@
+"""Tiny dense models with everything that ranks sharing matmuls could get wrong, trained from a recipe's own parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanmill.models.activation_checkpointing import apply_activation_checkpointing
+from leanmill.models.config import ModelConfig
+from leanmill.models.materialise import make_materialiser
+from leanmill.parallel.build import build_engine
+from leanmill.parallel.config import EngineConfig, LayoutConfig
+from leanmill.parallel.engine import Engine, Preparation
+from leanmill.trainer.train_module import TrainModule
+from tests.parallel import cases
+from tests.parallel.expert_cases import MAX_NORM, optimizer, train
+
+
+VOCAB_SIZE = cases.VOCAB_SIZE + 1
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 5,
+    "tie_word_embeddings": True,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen3": {"head_dim": 8, "tie_word_embeddings": False},
+    "olmo2": {},
+    "phi3": {},
+    "gemma2": {"head_dim": 8},
+}
+"""With biases; with norms inside heads; with norms across heads; with fused projections; with scaled embeddings."""
+
+
+def model_on_meta(dtype: torch.dtype = torch.float64, *, family: str = "llama", **sizes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES.get(family, {}), **sizes})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def prepared(
+    config: EngineConfig,
+    *,
+    layout: LayoutConfig | None = None,
+    dtype: torch.dtype = torch.float64,
+    num_micro_batches: int = 1,
+    recompute: str = "none",
+    install: Callable[[Any], object] = lambda model: None,
+    family: str = "llama",
+    compiles: bool = False,
+    fused_loss: bool = False,
+    **sizes: Any,
+) -> Engine:
+    engine, _ = build_engine(config, ranks=cases.ranks_here(), precision="fp32", model_bytes=0, layout=layout)
+    model = model_on_meta(dtype, family=family, **sizes)
+    module: nn.Module = TrainModule(model) if fused_loss else cases.SumLoss(model)
+    install(model)
+    apply_activation_checkpointing(model, recompute, keeps_received=False)  # type: ignore[arg-type]
+    if compiles:
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
+    materialise = make_materialiser(ModelConfig(config={"model_type": family}), seed=3)
+    engine.prepare(
+        module,
+        Preparation(
+            materialise=materialise,
+            make_optimizer=optimizer,
+            num_micro_batches=num_micro_batches,
+            max_grad_norm=MAX_NORM,
+        ),
+    )
+    return engine
+
+
+def trained(config: EngineConfig, *, num_micro_batches: int = 1, **options: Any) -> dict[str, Any]:
+    engine = prepared(config, num_micro_batches=num_micro_batches, **options)
+    return {**train(engine, num_micro_batches=num_micro_batches), "data_rank": engine.data_rank}
+
+
+tp_2 = partial(LayoutConfig, tp=2)
