@@ -123,7 +123,9 @@ def _writes(tensor: Tensor, rank: int) -> bool:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
-    first = all(c == 0 for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
+    # A mesh of some ranks is one of several that each have the tensor; the first of them holds the first rank.
+    first = int(tensor.device_mesh.mesh.flatten()[0]) == 0
+    first = first and all(c == 0 for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
     # A rank past the end of an uneven tensor has nothing; a tensor without elements is written once.
     return first and (tensor.to_local().numel() > 0 or (tensor.numel() == 0 and not any(coordinate)))
 

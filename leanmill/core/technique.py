@@ -186,6 +186,10 @@ class TechniqueConfig(Config):
         """Whether every rank must hold all experts of a weight that it takes."""
         return False
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Whether it has been shown to train what one process trains where ranks share matmuls (`layout.tp`)."""
+        return False
+
     def reads_second_moments(self) -> str | None:
         """Where it needs AdamW's second moments of gradients, return what to set so that it does not."""
         return None

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
+from leanmill.core.near import near_divisors
 
 
 class TorchEngineConfig(Config):
@@ -137,7 +138,7 @@ class FullyShardedExperts(Config):
 
 
 class LayoutConfig(Config):
-    """How ranks share the work: dp_replicate x dp_shard x tp are all ranks, and groups of `ep` among them share experts."""
+    """How ranks share the work: all are dp_replicate x dp_shard x tp, and groups of `ep` among them share experts."""
 
     ep: int = Field(default=1, ge=1)
     """Ranks that share the experts of each layer: each holds num_experts / ep of them, and tokens travel to their
@@ -153,8 +154,8 @@ class LayoutConfig(Config):
     dp_replicate: int | None = Field(default=None, ge=1)
     """Replicas of the sharded model. None: whatever dp_shard leaves of the ranks."""
     tp: int = Field(default=1, ge=1)
-    """Neighbouring ranks that share each layer's matmuls (tensor parallel): each holds some attention heads, some of the
-    MLP's width and some of the vocabulary. They read the same data. 1 shares none."""
+    """Neighbouring ranks that share each layer's matmuls (tensor parallel): each holds some attention heads,
+    some of the MLP's width and some of the vocabulary. They read the same data. 1 shares none."""
     experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
     """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
 
@@ -170,6 +171,18 @@ class LayoutConfig(Config):
     def tokens_travel(self) -> bool:
         """Whether tokens may go to experts of other ranks."""
         return self.ep > 1 or isinstance(self.experts, FullyShardedExperts)
+
+    def data_size(self, world_size: int) -> int:
+        """Return how many ranks read different data.
+
+        Raises:
+            ConfigError: `tp` does not divide the ranks.
+        """
+        if world_size % self.tp:
+            near = near_divisors(self.tp, world_size)
+            ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+            raise ConfigError(f"layout.tp={self.tp} does not divide the {ranks}; set layout.tp={near}")
+        return world_size // self.tp
 
     def num_expert_ranks(self, world_size: int) -> int:
         """Return how many ranks share the experts of a layer."""

@@ -122,13 +122,9 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
     Raises:
         ConfigError: The sizes do not fit the ranks, or each other; the message names the nearest that do.
     """
-    tp = config.tp
-    if world_size % tp:
-        raise ConfigError(
-            f"layout.tp={tp} does not divide the {_ranks(world_size)}; set layout.tp={near_divisors(tp, world_size)}"
-        )
+    tp, data_size = config.tp, config.data_size(world_size)
     if tp > 1:
-        return Layout(world_size, _dp_shard(config, engine, world_size // tp, tp), tp=tp, device_type=device_type)
+        return Layout(world_size, _dp_shard(config, engine, data_size, tp), tp=tp, device_type=device_type)
     dp_shard = _dp_shard(config, engine, world_size)
     if isinstance(config.experts, FullyShardedExperts):
         if world_size == 1:

@@ -60,6 +60,7 @@ def tensor_plan(model: nn.Module, tp: int) -> list[Share]:
         ConfigError: The family has no plan, or one with parts that are not known here, or sizes do not divide.
     """
     _check_heads(model, tp)
+    _check_dropout(model, tp)
     modules = dict(plain_modules(model))
     by_name = {clean_name(path): path for path in modules}
     plan = _own_plan(model, tp)
@@ -111,6 +112,16 @@ def _check_heads(model: Any, tp: int) -> None:
         if isinstance(number, int) and number % tp:
             raise ConfigError(
                 f"layout.tp={tp} does not divide model.config.{key}={number}; set layout.tp={near_divisors(tp, number)}"
+            )
+
+
+def _check_dropout(model: Any, tp: int) -> None:
+    config = model.config.get_text_config()
+    for key in ("attention_dropout", "attn_pdrop"):
+        if getattr(config, key, 0.0):
+            raise ConfigError(
+                f"layout.tp={tp}: heads on different ranks would drop the same places by model.config.{key}="
+                f"{getattr(config, key)}; set it to 0, or layout.tp=1"
             )
 
 

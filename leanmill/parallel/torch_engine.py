@@ -84,6 +84,8 @@ class TorchEngine(Engine):
         self, module: nn.Module, staging: Staging, num_shards: int | None = None, **options: Any
     ) -> list[StagedOnce]:
         """The weights to stage once a step, chosen before anything is sharded; `options` are those of `choose`."""
+        if self.layout.tp > 1:
+            options["reason_against"] = _reason_against_shared
         weights, line = choose(
             module,
             staging,
@@ -274,3 +276,7 @@ class TorchEngine(Engine):
 
     def close(self) -> None:
         self._optimizer = None
+
+
+def _reason_against_shared(weight: StagedOnce) -> str | None:
+    return None if weight.sites[0].split is None else "ranks share its matmul"

@@ -115,7 +115,8 @@ def plan(
     per_node = gpus_per_node or world_size
     if world_size % per_node:
         raise ConfigError(f"{world_size} ranks do not fill machines of {per_node}; give --nodes and --gpus-per-node")
-    num_micro_batches, num_steps = micro_batches_of_step(recipe, world_size), known_steps(recipe)
+    num_micro_batches = micro_batches_of_step(recipe, recipe.layout.data_size(world_size))
+    num_steps = known_steps(recipe)
     subject, available = Subject.of(recipe, world_size, to_come), int(rank_memory_gib * 2**30)
     engine, why = engine_of(recipe, world_size, per_node, 4 * subject.num_held, rank_memory_gib)
     asked = Case(recipe=recipe, engine=engine, world_size=world_size)

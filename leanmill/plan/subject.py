@@ -130,7 +130,7 @@ class Subject:
             weights,
             world_size=case.world_size,
             precision=changed.train.precision,
-            num_micro_batches=micro_batches_of_step(changed, case.world_size),
+            num_micro_batches=micro_batches_of_step(changed, layout.data_size),
         )
         if layout.fully_sharded is not None:
             memory.add("transient", "fetched experts", self._fetched_bytes(changed, layout.fully_sharded))

@@ -170,6 +170,11 @@ def _layout(recipe: Recipe) -> list[str]:
             f"ep {layout.ep}: groups of {layout.ep} ranks share the experts of each layer; tokens travel to them"
             f"{pieces}{again}"
         )
+    if layout.tp > 1:
+        lines.append(
+            f"tp {layout.tp}: groups of {layout.tp} neighbouring ranks share the matmuls of each layer and read the "
+            f"same data; activations travel between them"
+        )
     return lines
 
 
@@ -179,8 +184,8 @@ def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
         f"{batch.tokens_per_step:,} tokens an optimizer step = {batch.tokens_per_step // row:,} rows of {row:,}; "
         f"{batch.tokens_per_micro_batch:,} tokens = {batch.tokens_per_micro_batch // row:,} rows a forward on one rank"
     ]
-    for size in world_sizes:
-        share = batch.tokens_per_micro_batch * size
+    for size in (size for size in world_sizes if size % recipe.layout.tp == 0):
+        share = batch.tokens_per_micro_batch * recipe.layout.data_size(size)
         ranks = f"{size} rank{'s' if size > 1 else ''}"
         if batch.tokens_per_step % share == 0:
             rounds = batch.tokens_per_step // share

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def layout_problems(recipe: Sections) -> Iterator[str]:
     """Yield what cannot hold on any number of ranks; the rest is for `leanmill.parallel.layout`."""
     yield from _sharding(recipe)
+    if recipe.layout.tp > 1:
+        yield from _shared_matmuls(recipe)
     if recipe.layout.experts.type == "fully_sharded":
         yield from _fully_sharded(recipe)
     elif recipe.layout.ep > 1:
@@ -41,6 +43,32 @@ def _sharding(recipe: Sections) -> Iterator[str]:
             f"layout.dp_shard={layout.dp_shard} shards parameters, and engine={engine.type} keeps whole ones; type "
             f"engine=fsdp, or remove it"
         )
+
+
+def _shared_matmuls(recipe: Sections) -> Iterator[str]:
+    layout, engine = recipe.layout, recipe.engine
+    asked = f"layout.tp={layout.tp}"
+    if engine.type == "single":
+        yield f"{asked} shares matmuls among ranks, and engine=single is one; type engine=ddp or engine=fsdp"
+    if engine.type == "deepspeed":
+        yield f"{asked} is for engines on torch alone, not for DeepSpeed; type engine=fsdp, or remove it"
+    if layout.tokens_travel:
+        yield f"{asked} does not go together with experts that ranks share; set layout.tp=1, or keep experts whole"
+    if engine.type == "fsdp" and engine.gather == "packed":
+        yield f"{asked} stages weights at every use, and engine.gather=packed sends staged ones; set engine.gather=full"
+    if engine.type != "deepspeed" and engine.staging == "per_step":
+        yield f"{asked} stages weights that ranks share at every use; set engine.staging=auto"
+    if recipe.optimizer.type == "adamw8bit":
+        yield (
+            f"{asked} cuts weights where optimizer.type=adamw8bit keeps whole blocks of state; set optimizer.type=adamw"
+        )
+    if recipe.model.task != "causal_lm":
+        yield f"{asked} is for causal language models, and model.task={recipe.model.task}; set layout.tp=1"
+    config = recipe.model.family_config or {}
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        number = config.get(key)
+        if isinstance(number, int) and number > 0 and number % layout.tp:
+            yield f"{asked} does not divide model.config.{key}={number}; set layout.tp={near_divisors(layout.tp, number)}"
 
 
 def _experts(recipe: Sections) -> Iterator[str]:

@@ -22,6 +22,7 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
     yield from _modules_left_out(recipe)
     yield from _references(recipe)
     yield from _experts(recipe)
+    yield from _shared_matmuls(recipe)
     yield from _own_text(recipe)
     for technique in recipe.techniques:
         yield from technique.problems_with_rows_of(recipe.data.sequence_length)
@@ -36,6 +37,14 @@ def _losses(recipe: Sections) -> Iterator[str]:
             f"{shares[0]} is cross-entropy with a share of train.cross_entropy_weight=0, which is nothing; remove "
             f"{shares[0]}, or set train.cross_entropy_weight above 0, e.g. 1"
         )
+
+
+def _shared_matmuls(recipe: Sections) -> Iterator[str]:
+    tp = recipe.layout.tp
+    for config in recipe.techniques:
+        if tp > 1 and not config.holds_where_matmuls_are_shared():
+            name: str = config.type  # type: ignore[attr-defined]
+            yield f"{name} has not been shown to hold where ranks share matmuls; set layout.tp=1, or remove {name}"
 
 
 def _own_text(recipe: Sections) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
+from leanmill.optim.config import AdamW
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import EngineConfig, LayoutConfig
 from leanmill.parallel.engine import Engine, Preparation
@@ -75,7 +76,8 @@ def prepared(
         module,
         Preparation(
             materialise=materialise,
-            make_optimizer=optimizer,
+            # A large eps keeps Adam from turning the rounding of gradients near zero into steps.
+            make_optimizer=partial(optimizer, config=AdamW(lr=1e-2, weight_decay=0.1, eps=1e-3)),
             num_micro_batches=num_micro_batches,
             max_grad_norm=MAX_NORM,
         ),

@@ -47,6 +47,10 @@ class Lora(TrainedTechniqueConfig):
         """Return all: weights are weights."""
         return ALL_TASKS
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Return whether nothing is drawn in forward: ranks with parts of an input would drop the same places of it."""
+        return self.dropout == 0
+
     @property
     def scaling(self) -> float:
         """Factor s of the product B A."""

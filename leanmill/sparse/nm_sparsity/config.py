@@ -117,6 +117,10 @@ class NMSparsity(TechniqueConfig):
         """Return all: weights are weights."""
         return ALL_TASKS
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Return whether no rule looks at masks of weights that ranks have parts of."""
+        return self.decay_on == "gradient" and not self.log_flips
+
     @model_validator(mode="before")
     @classmethod
     def _flows_through_the_mask(cls, raw: Any) -> Any:
