@@ -68,7 +68,8 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
     for key in ("num_attention_heads", "num_key_value_heads"):
         number = config.get(key)
         if isinstance(number, int) and number > 0 and number % layout.tp:
-            yield f"{asked} does not divide model.config.{key}={number}; set layout.tp={near_divisors(layout.tp, number)}"
+            near = near_divisors(layout.tp, number)
+            yield f"{asked} does not divide model.config.{key}={number}; set layout.tp={near}"
 
 
 def _experts(recipe: Sections) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from leanmill.core.technique import InstallContext, TechniqueConfig
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
@@ -16,6 +16,8 @@ from leanmill.optim.config import AdamW
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import EngineConfig, LayoutConfig
 from leanmill.parallel.engine import Engine, Preparation
+from leanmill.recipe.root import Recipe
+from leanmill.trainer.prepare import install_techniques
 from leanmill.trainer.train_module import TrainModule
 from tests.parallel import cases
 from tests.parallel.expert_cases import MAX_NORM, optimizer, train
@@ -42,6 +44,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """With biases; with norms inside heads; with norms across heads; with fused projections; with scaled embeddings."""
 
 
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "nm_sparsity": {"type": "nm_sparsity", "decay": 0.0},
+    "ternary": {"type": "ternary"},
+    "lora": {"type": "lora", "rank": 4},
+    "lora_branch": {"type": "lora", "rank": 4, "where": "branch"},
+}
+"""Without what a rule schedules over a run, which is for the tests that have one."""
+
+
+def parsed(raw: dict[str, Any]) -> TechniqueConfig:
+    (config,) = Recipe.model_validate(
+        {"model": {"config": {"model_type": "llama"}}, "techniques": [raw], "train": {"steps": 3}}
+    ).techniques
+    return config
+
+
+def _no_model(path: str) -> nn.Module:
+    raise AssertionError(path)
+
+
 def model_on_meta(dtype: torch.dtype = torch.float64, *, family: str = "llama", **sizes: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,7 +79,7 @@ def prepared(
     dtype: torch.dtype = torch.float64,
     num_micro_batches: int = 1,
     recompute: str = "none",
-    install: Callable[[Any], object] = lambda model: None,
+    technique: str = "none",
     family: str = "llama",
     compiles: bool = False,
     fused_loss: bool = False,
@@ -66,7 +88,9 @@ def prepared(
     engine, _ = build_engine(config, ranks=cases.ranks_here(), precision="fp32", model_bytes=0, layout=layout)
     model = model_on_meta(dtype, family=family, **sizes)
     module: nn.Module = TrainModule(model) if fused_loss else cases.SumLoss(model)
-    install(model)
+    if technique != "none":
+        context = InstallContext(load_frozen_model=_no_model, vocab_size=VOCAB_SIZE)
+        install_techniques([parsed(TECHNIQUES[technique])], model, context)
     apply_activation_checkpointing(model, recompute, keeps_received=False)  # type: ignore[arg-type]
     if compiles:
         for layer in model.model.layers:

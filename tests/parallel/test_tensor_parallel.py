@@ -75,3 +75,13 @@ def test_families(name: str, family: str) -> None:
 def test_four_ranks_share_matmuls_and_data(name: str, family: str, num_micro_batches: int, recompute: str) -> None:
     check(name, 4, num_micro_batches, family=family, recompute=recompute)
     check(name, 4, num_micro_batches, family=family, recompute=recompute, dtype=torch.float32, tolerance=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("technique", list(tensors.TECHNIQUES))
+@pytest.mark.parametrize(("name", "world_size"), [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
+def test_techniques(name: str, world_size: int, technique: str, num_micro_batches: int) -> None:
+    same = {"technique": technique, "num_micro_batches": num_micro_batches}
+    check(name, world_size, **same)
+    check(name, world_size, **same, dtype=torch.float32, tolerance=2e-5)
