@@ -91,6 +91,11 @@ def has_factors(layer: Any) -> bool:
     return bool(factors) and is_plain and all(isinstance(factor, nn.Linear) for factor in factors)
 
 
+def factor_layers(layer: Any) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Return the linear layers A and B of a layer that `has_factors`, by adapter; others may be put in their places."""
+    return layer.lora_A, layer.lora_B
+
+
 def has_adapters(model: Any) -> bool:
     """Whether PEFT has wrapped `model`, or layers of it."""
     return hasattr(model, "peft_config") or any(is_branched(module) for module in model.modules())

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
-from leanmill.core.head_loss import is_plain_head, loss_of_head
-from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
+from leanmill.core.head_loss import head_cross_entropy, is_plain_head, loss_of_head
 
 
 class SharedHead:
@@ -59,8 +58,6 @@ class SharedHead:
         flat, form = labels.reshape(-1), self.form
 
         def loss(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return linear_cross_entropy(
-                rows, weight, flat, bias, reduction="sum", logit_scale=form.scale, softcap=form.softcap
-            )
+            return head_cross_entropy(self.module, (rows, weight, bias), flat, reduction="sum", form=form)
 
         return loss_of_head(self.module, hidden, loss).float()

@@ -60,6 +60,10 @@ class WeightSplit(ABC):
     def part(self, whole: Tensor, dim: int) -> Tensor:
         """Return this rank's part along `dim` of what all ranks have; its gradient is gathered from them."""
 
+    @abstractmethod
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Return the element-wise maximum over ranks, without a gradient."""
+
 
 def split_linear(split: WeightSplit, tokens: Tensor, operands: Operands, bias: Tensor | None) -> Tensor:
     """Apply the staged weight, of which a part is here, to the staged tokens.

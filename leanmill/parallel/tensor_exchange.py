@@ -48,6 +48,11 @@ class GroupSplit(WeightSplit):
     def part(self, whole: Tensor, dim: int) -> Tensor:
         return _Part.apply(whole, dim, self.group)  # type: ignore[no-any-return]
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        result = tensor.detach().clone()
+        dist.all_reduce(result, op=dist.ReduceOp.MAX, group=self.group)
+        return result
+
 
 def summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum over the ranks of `group`; the argument is left as it is."""

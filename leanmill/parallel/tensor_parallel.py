@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from leanmill.core.around import arounds, put_around
-from leanmill.core.branches import base_of, branched_layers, has_factors
+from leanmill.core.branches import base_of, branched_layers, factor_layers, has_factors
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
@@ -126,9 +126,10 @@ def _split_branches(name: str, layer: Any, group: dist.ProcessGroup, places: _Pl
             f"layout.tp shares {name}, and the adapter beside it is more than two factors; use lora without variants, "
             f"leave {name} out of its targets, or set layout.tp=1"
         )
-    factors = layer.lora_B if split.by_rows else layer.lora_A
+    inner, outer = factor_layers(layer)
+    factors = outer if split.by_rows else inner
     for adapter, factor in list(factors.items()):
-        site = LinearSite.adopt(factor, f"{name}.{'lora_B' if split.by_rows else 'lora_A'}")
+        site = LinearSite.adopt(factor, f"{name}.{adapter}")  # type: ignore[arg-type]
         factors[adapter] = site
         own = GroupSplit(
             group, by_rows=split.by_rows, gathers_output=split.gathers_output, splits_input=split.splits_input

@@ -132,7 +132,8 @@ def _check(share: Share, module: nn.Module, tp: int) -> None:
         raise ConfigError(
             f"layout.tp={tp} shares linear layers, and {share.name} is a {type(module).__name__}; {_REMEDY}"
         )
-    size = module.weight.shape[0 if share.kind == "rows" else 1]
+    assert isinstance(module, nn.Linear)
+    size = module.out_features if share.kind == "rows" else module.in_features
     if size % tp:
         side = "outputs" if share.kind == "rows" else "inputs"
         raise ConfigError(

@@ -18,10 +18,9 @@ from leanmill.core.batches import Batch
 from leanmill.core.encoders import is_encoder
 from leanmill.core.errors import ConfigError
 from leanmill.core.head import HeadForm, head_extras, known_head_form
-from leanmill.core.head_loss import HeadLoss, is_plain_head
+from leanmill.core.head_loss import HeadLoss, head_cross_entropy, is_plain_head, is_split_head
 from leanmill.core.losses import GroupLossTerm, HeadLossTerm, LmLossTerm, LossTerm, TokenLossTerm
 from leanmill.core.operands import recomputed
-from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
 from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
 
 
@@ -68,9 +67,16 @@ def choose_path(
         shares_output: Whether losses inside the model take a share of the output's weight.
     """
     form = known_head_form(model.config)
-    one_in_head = len(terms) == 1 and isinstance(terms[0], HeadLossTerm) and form is None and not shares_output
+    head = _head_of(model)
+    one_in_head = (
+        not is_split_head(head)
+        and len(terms) == 1
+        and isinstance(terms[0], HeadLossTerm)
+        and form is None
+        and not shares_output
+    )
     of_tokens = all(isinstance(term, TokenLossTerm) for term in terms)
-    if not is_plain_head(model.get_output_embeddings()) or not (of_tokens or one_in_head):  # type: ignore[operator]
+    if not is_plain_head(head) or not (of_tokens or one_in_head):
         return FromLogits(model, chunk_tokens)
     if form is not None:
         return OnBody(model, chunk_tokens, form)
@@ -87,7 +93,8 @@ class InHead:
         """See `LossPath`."""
         losses: dict[str, Tensor] = {}
         is_of_head = bool(job.terms) and isinstance(job.terms[0], HeadLossTerm)
-        loss = (_both_of if is_of_head else _token_losses)(job, self._chunk, HeadForm(), losses)
+        settings = (job, self._chunk, HeadForm(), losses)
+        loss = _both_of(*settings) if is_of_head else _token_losses(_head_of(self._model), *settings)
         total = loss_in_head(self._model, model_inputs(self._model, job.batch), job.labels.numel(), loss)
         return None if total is None else losses | {"total": total}
 
@@ -101,7 +108,7 @@ class OnBody:
     def __call__(self, job: Job) -> dict[str, Tensor]:
         """See `LossPath`."""
         losses: dict[str, Tensor] = {}
-        loss = _token_losses(job, self._chunk, self._form, losses)
+        loss = _token_losses(_head_of(self._model), job, self._chunk, self._form, losses)
         return losses | {"total": loss_on_body(self._model, model_inputs(self._model, job.batch), loss)}
 
 
@@ -202,21 +209,18 @@ def _with_token_terms(job: Job, parts: Sequence[Tensor], num_others: int) -> lis
     return [of_tokens.sum(), *terms]
 
 
+def _head_of(model: nn.Module) -> nn.Module:
+    return model.get_output_embeddings()  # type: ignore[no-any-return, operator]
+
+
 def _fused_chunk(chunk_tokens: ChunkTokens) -> int | None:
     return None if chunk_tokens == "auto" else chunk_tokens
 
 
-def _cross_entropy(job: Job, chunk: int | None, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
+def _cross_entropy(head: nn.Module, job: Job, chunk: int | None, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        found = linear_cross_entropy(
-            hidden,
-            weight,
-            job.labels,
-            bias,
-            reduction="sum",
-            logit_scale=form.scale,
-            softcap=form.softcap,
-            chunk_tokens=chunk,
+        found = head_cross_entropy(
+            head, (hidden, weight, bias), job.labels, reduction="sum", form=form, chunk_tokens=chunk
         ).float()
         losses["cross_entropy"] = found.detach()
         return job.output_weight * found
@@ -224,21 +228,14 @@ def _cross_entropy(job: Job, chunk: int | None, form: HeadForm, losses: dict[str
     return loss
 
 
-def _token_losses(job: Job, chunk: int | None, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
+def _token_losses(head: nn.Module, job: Job, chunk: int | None, form: HeadForm, losses: dict[str, Tensor]) -> HeadLoss:
     """Cross-entropy, and terms of the tokens' losses where there are some."""
     if not job.terms:
-        return _cross_entropy(job, chunk, form, losses)
+        return _cross_entropy(head, job, chunk, form, losses)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        of_tokens = linear_cross_entropy(
-            hidden,
-            weight,
-            job.labels,
-            bias,
-            reduction="none",
-            logit_scale=form.scale,
-            softcap=form.softcap,
-            chunk_tokens=chunk,
+        of_tokens = head_cross_entropy(
+            head, (hidden, weight, bias), job.labels, reduction="none", form=form, chunk_tokens=chunk
         ).float()
         values = [of_tokens.sum(), *_of_tokens(job, of_tokens)]
         losses.update(zip(["cross_entropy", *job.names], (value.detach() for value in values), strict=True))

@@ -11,9 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.adapters import adapters_off
 from leanmill.core.batches import Batch
-from leanmill.core.head import HeadForm, head_extras, known_head_form
-from leanmill.core.head_loss import is_plain_head
-from leanmill.kernels.linear_cross_entropy.op import linear_cross_entropy
+from leanmill.core.head import head_extras, known_head_form
+from leanmill.core.head_loss import head_cross_entropy, is_plain_head
 from leanmill.parallel.engine import Engine
 from leanmill.trainer.losses import loss_in_head, loss_on_body, model_inputs
 
@@ -51,16 +50,14 @@ class TokenLosses:
         labels, found = batch["labels"].reshape(-1), []
 
         def losses(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            its_form = form or HeadForm()
+            head: nn.Module = self._model.get_output_embeddings()  # type: ignore[operator]
             found.append(
-                linear_cross_entropy(
-                    hidden,
-                    weight,
+                head_cross_entropy(
+                    head,
+                    (hidden, weight, bias),
                     labels,
-                    bias,
                     reduction="none",
-                    logit_scale=its_form.scale,
-                    softcap=its_form.softcap,
+                    form=form,
                     chunk_tokens=self._chunk_tokens,
                 )
             )

@@ -52,13 +52,16 @@ def check(
         lambda: tensors.trained(ENGINES[name], layout=layout, num_micro_batches=num_micro_batches, **options),
         world_size,
     )
-    same = {key: value for key, value in options.items() if key not in ("recompute", "compiles")}
+    same = {key: value for key, value in options.items() if key not in ("recompute", "compiles", "fused_loss")}
     assert_like_one_process(results, reference(**same), tolerance)
 
 
 @pytest.mark.parametrize(("name", "family"), [("ddp", "llama"), ("fsdp", "qwen3")])
 def test_two_ranks_share_matmuls(name: str, family: str) -> None:
-    check(name, 2, num_micro_batches=3, family=family, recompute="full" if name == "ddp" else "none")
+    """One of the two with losses in the head's place, from logits on one process."""
+    is_ddp = name == "ddp"
+    recompute = "full" if is_ddp else "none"
+    check(name, 2, num_micro_batches=3, family=family, recompute=recompute, fused_loss=is_ddp)
 
 
 @pytest.mark.slow
@@ -85,3 +88,12 @@ def test_techniques(name: str, world_size: int, technique: str, num_micro_batche
     same = {"technique": technique, "num_micro_batches": num_micro_batches}
     check(name, world_size, **same)
     check(name, world_size, **same, dtype=torch.float32, tolerance=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_losses_of_a_shared_vocabulary_are_those_of_logits(name: str, family: str) -> None:
+    """One process takes them from whole logits. Norms of Gemma round to fp32, whatever the model's dtype."""
+    tolerance = 1e-6 if family == "gemma2" else 1e-9
+    check(name, 2, num_micro_batches=3, family=family, fused_loss=True, tolerance=tolerance)
