@@ -21,6 +21,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.views import Views
 from leanmill.parallel import config as configs
 from leanmill.parallel import deepspeed_storage as storage
+from leanmill.parallel.collectives import set_data_group
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
 from leanmill.parallel.deepspeed_experts import LocalExperts, marker
 from leanmill.parallel.deepspeed_start import start_deepspeed
@@ -66,6 +67,7 @@ class DeepSpeedEngine(Engine):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
+        set_data_group(None)
         self._mesh = cpu_mesh()
         self.layout = layout or Layout(self.data_size)
         start_deepspeed(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -28,13 +28,21 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
             yield clean_name(path), module, getattr(module, stacked_parameters(module)[0]).shape[0]
 
 
-def num_held_parameters(model: nn.Module, ep: int) -> int:
-    """Return the parameters that a rank without sharding holds, where `ep` ranks share experts; tied ones once.
+def num_held_parameters(model: nn.Module, ep: int, split: Collection[str] = (), tp: int = 1) -> int:
+    """Return the parameters that a rank without sharding holds, tied ones once.
 
     The mean over ranks where they do not share evenly.
+
+    Args:
+        model: The causal LM.
+        ep: Ranks that share its experts.
+        split: Names of the parameters whose matmuls ranks share.
+        tp: Ranks that share those.
     """
     shared = sum(p.numel() for _, module, _ in expert_modules(model) for p in module.parameters())
-    return sum(p.numel() for p in model.parameters()) - shared + shared // ep
+    split_numel = sum(p.numel() for name, p in model.named_parameters() if clean_name(name) in split)
+    whole = sum(p.numel() for p in model.parameters()) - shared - split_numel
+    return whole + shared // ep + split_numel // tp
 
 
 def check_experts(model: nn.Module, ep: int, *, is_even: bool = True) -> None:

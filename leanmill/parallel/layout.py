@@ -123,6 +123,8 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         ConfigError: The sizes do not fit the ranks, or each other; the message names the nearest that do.
     """
     tp, data_size = config.tp, config.data_size(world_size)
+    if tp > 1 and isinstance(engine, DeepSpeedEngine):
+        raise ConfigError(f"layout.tp={tp} is for engines on torch alone, not for DeepSpeed; type engine=fsdp")
     if tp > 1:
         return Layout(world_size, _dp_shard(config, engine, data_size, tp), tp=tp, device_type=device_type)
     dp_shard = _dp_shard(config, engine, world_size)
@@ -154,11 +156,12 @@ def _dp_shard(config: LayoutConfig, engine: EngineConfig, world_size: int, tp: i
         world_size: Ranks that read different data.
         tp: Ranks that share the matmuls of each of them.
     """
+    ranks = _ranks(world_size) if tp == 1 else f"{_ranks(world_size)} that layout.tp={tp} leaves"
     if not isinstance(engine, FsdpEngine):
         if config.dp_replicate not in (None, world_size) and not isinstance(engine, DeepSpeedEngine):
             raise ConfigError(
                 f"layout.dp_replicate={config.dp_replicate}, and engine={engine.type} keeps a replica on each of the "
-                f"{_ranks(world_size)}; remove it, or type engine=fsdp"
+                f"{ranks}; remove it, or type engine=fsdp"
             )
         return 1
     key = "engine.shard_size" if engine.shard_size is not None else "layout.dp_shard"
@@ -168,16 +171,16 @@ def _dp_shard(config: LayoutConfig, engine: EngineConfig, world_size: int, tp: i
     if asked is None:
         if world_size % config.dp_replicate:  # type: ignore[operator]
             raise ConfigError(
-                f"layout.dp_replicate={config.dp_replicate} does not divide the {_ranks(world_size)}; "
+                f"layout.dp_replicate={config.dp_replicate} does not divide the {ranks}; "
                 f"set layout.dp_replicate={near_divisors(config.dp_replicate or 1, world_size)}"
             )
         asked, key = world_size // (config.dp_replicate or 1), "layout.dp_shard"
     elif world_size % asked:
         divisors = [d for d in range(2, world_size + 1) if world_size % d == 0]
-        raise ConfigError(f"{key}={asked} does not divide the {world_size} ranks; set one of {divisors or [1]}")
+        raise ConfigError(f"{key}={asked} does not divide the {ranks}; set one of {divisors or [1]}")
     elif config.dp_replicate is not None and config.dp_replicate * asked != world_size:
         raise ConfigError(
-            f"layout.dp_replicate={config.dp_replicate} x {key}={asked} are not the {_ranks(world_size)}; "
+            f"layout.dp_replicate={config.dp_replicate} x {key}={asked} are not the {ranks}; "
             f"set layout.dp_replicate={world_size // asked}"
         )
     if asked == 1 and world_size > 1:

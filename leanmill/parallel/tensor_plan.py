@@ -60,7 +60,6 @@ def tensor_plan(model: nn.Module, tp: int) -> list[Share]:
         ConfigError: The family has no plan, or one with parts that are not known here, or sizes do not divide.
     """
     _check_heads(model, tp)
-    _check_dropout(model, tp)
     modules = dict(plain_modules(model))
     by_name = {clean_name(path): path for path in modules}
     plan = _own_plan(model, tp)
@@ -72,9 +71,25 @@ def tensor_plan(model: nn.Module, tp: int) -> list[Share]:
     ]
     if not any(share.kind == "columns" for share in shares):
         raise ConfigError(f"layout.tp={tp}: the plan of model type {_kind_of(model)!r} names no layer here; {_REMEDY}")
+    _check_dropout(model, tp)
     for share in shares:
         _check(share, modules[share.path], tp)
     return [*shares, *_vocabulary(model, {id(module): path for path, module in modules.items()}, tp)]
+
+
+def split_dims(model: nn.Module, tp: int) -> dict[str, int]:
+    """Return the dim along which `tp` ranks split each parameter that they share, by its plain name; tied ones both.
+
+    Raises:
+        ConfigError: See `tensor_plan`.
+    """
+    found: dict[str, int] = {}
+    for share in tensor_plan(model, tp) if tp > 1 else ():
+        if share.kind != "partial":
+            found[f"{share.name}.weight"] = 1 if share.kind == "columns" else 0
+            if share.kind == "rows":
+                found[f"{share.name}.bias"] = 0
+    return found
 
 
 _REMEDY = "set layout.tp=1, and engine=fsdp where a model does not fit a rank"

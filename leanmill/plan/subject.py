@@ -31,6 +31,7 @@ from leanmill.parallel.expert_parallel import check_experts, expert_modules, num
 from leanmill.parallel.layout import resolve_layout
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.staging import fits, is_table
+from leanmill.parallel.tensor_plan import split_dims
 from leanmill.plan.fit import Case
 from leanmill.plan.memory import estimate, optimizer_bytes, staged_copies
 from leanmill.plan.transient import activation_bytes, logits_bytes
@@ -86,7 +87,8 @@ class Subject:
         num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
         num_sharers = recipe.layout.num_expert_ranks(world_size)
         check_experts(model, num_sharers, is_even=recipe.layout.experts.type == "spread")
-        num_held = num_held_parameters(model, num_sharers)
+        split = split_dims(model, recipe.layout.tp)
+        num_held = num_held_parameters(model, num_sharers, split, recipe.layout.tp)
         shares = token_shares(recipe.techniques, len(decoder_blocks(model)))
         further = sum(technique.further_tokens() for technique in recipe.techniques)
         flops = flops_per_token(model, recipe.data.sequence_length, shares, further_tokens=further)
@@ -104,7 +106,9 @@ class Subject:
             num_active=num_active,
             num_held=num_held,
             flops_per_token=flops,
-            weights=list(_weights(recipe, model, techniques)),
+            weights=[
+                replace(weight, split_dim=split.get(name)) for name, weight in _weights(recipe, model, techniques)
+            ],
             teacher_sizes=_teacher_sizes(recipe, to_come),
             token_shares=shares,
             config=model.config,
@@ -123,12 +127,12 @@ class Subject:
         if isinstance(case.engine, FsdpEngine):
             case = replace(case, engine=case.engine.model_copy(update={"shard_size": layout.dp_shard}))
         sharers = layout.world_size // layout.ep if isinstance(case.engine, DeepSpeedEngine) else layout.expert_shard
-        weights = [weight.on_rank(layout.ep, sharers) for weight in self.weights]
+        weights = [weight.on_rank(layout.ep, sharers).shared_by(layout.tp) for weight in self.weights]
         memory = estimate(
             _with_staging_settled(case.engine, weights, case, rank_memory_bytes),
             changed.optimizer,
             weights,
-            world_size=case.world_size,
+            world_size=layout.data_size,
             precision=changed.train.precision,
             num_micro_batches=micro_batches_of_step(changed, layout.data_size),
         )
@@ -153,8 +157,8 @@ class Subject:
         return largest + (sum(layers.values()) if is_kept else largest)
 
 
-def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) -> Iterator[Weight]:
-    """Every parameter; of those that take turns, the set that takes the most memory counts as trained."""
+def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) -> Iterator[tuple[str, Weight]]:
+    """Every parameter by its name; of those that take turns, the set that takes the most memory counts as trained."""
     schedule = techniques.trainable_schedule
     at_once = None if schedule is None else Turns(schedule, model).heaviest()
     blocks = [*decoder_blocks(model), *added_blocks(model)]
@@ -171,7 +175,7 @@ def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) 
     saved = saved_names(recipe, model, trained, freezes_base=techniques.freeze_base)
     settings = settings_by_name(techniques.param_rules, [clean_name(name) for name, _ in named])
     for name, parameter in named:
-        yield Weight(
+        weight = Weight(
             tuple(parameter.shape),
             parameter.element_size(),
             parameter.requires_grad and (at_once is None or name in at_once),
@@ -187,6 +191,7 @@ def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) 
             decoded=decoded.get(id(parameter), 0),
             watched=watched.get(id(parameter), 0),
         )
+        yield clean_name(name), weight
 
 
 def _watched(model: nn.Module) -> dict[int, int]:

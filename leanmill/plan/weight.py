@@ -39,6 +39,9 @@ class Weight:
     sharers: int | None = None
     """Ranks that share what is counted of it, where those are not the ones that share other weights."""
 
+    split_dim: int | None = None
+    """The dim along which ranks that share matmuls have parts of it; None where each has all."""
+
     @property
     def numel(self) -> int:
         """Elements."""
@@ -62,6 +65,14 @@ class Weight:
         if ep == 1 or not self.is_expert:
             return self
         return replace(self, shape=(-(-self.shape[0] // ep), *self.shape[1:]), sharers=sharers)
+
+    def shared_by(self, tp: int) -> Weight:
+        """Return what a rank has of it, where `tp` ranks share matmuls; they stage their parts at every use."""
+        if tp == 1 or self.split_dim is None:
+            return self
+        dim = self.split_dim
+        shape = (*self.shape[:dim], self.shape[dim] // tp, *self.shape[dim + 1 :])
+        return replace(self, shape=shape, once_whole=False, once_in_parts=False)
 
 
 @dataclass

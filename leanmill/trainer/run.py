@@ -29,6 +29,7 @@ from leanmill.parallel.expert_parallel import check_experts, num_held_parameters
 from leanmill.parallel.launch import set_timeout
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
+from leanmill.parallel.tensor_plan import split_dims
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import micro_batches_of_step, with_length_in_tokens
 from leanmill.recipe.rules import num_steps as steps_of_run
@@ -204,7 +205,8 @@ class _Run:
             recipe.engine,
             ranks=ranks,
             precision=resolve_precision(recipe.train.precision, ranks.device.type),
-            model_bytes=4 * num_held_parameters(model, num_sharers),
+            model_bytes=4
+            * num_held_parameters(model, num_sharers, split_dims(model, recipe.layout.tp), recipe.layout.tp),
             layout=recipe.layout,
         )
         return why

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leanmill.core.errors import ConfigError
-from leanmill.parallel.config import AutoEngine, DdpEngine, EngineConfig, FsdpEngine, LayoutConfig
+from leanmill.parallel.config import AutoEngine, DdpEngine, DeepSpeedEngine, EngineConfig, FsdpEngine, LayoutConfig
 from leanmill.parallel.layout import resolve_layout
 
 
@@ -30,6 +30,27 @@ def test_sizes(layout: dict[str, int], engine: EngineConfig, world_size: int, si
     assert (found.divisor("dense"), found.divisor("expert")) == (1, found.ep)
 
 
+@pytest.mark.parametrize(
+    ("layout", "engine", "world_size", "sizes"),
+    [
+        ({"tp": 2}, DdpEngine(), 2, (1, 1, 1)),
+        ({"tp": 2}, DdpEngine(), 8, (1, 4, 4)),
+        ({"tp": 4}, FsdpEngine(), 8, (2, 1, 2)),
+        ({"tp": 2, "dp_replicate": 2}, FsdpEngine(), 16, (4, 2, 8)),
+        ({"tp": 8, "dp_shard": 16}, FsdpEngine(), 1024, (16, 8, 128)),
+    ],
+)
+def test_sizes_where_matmuls_are_shared(
+    layout: dict[str, int], engine: EngineConfig, world_size: int, sizes: tuple[int, ...]
+) -> None:
+    found = resolve_layout(LayoutConfig(**layout), engine, world_size)
+    assert (found.dp_shard, found.dp_replicate, found.data_size) == sizes
+    assert found.dp_shard * found.dp_replicate * found.tp == world_size
+    shares = [found.data_rank(rank) for rank in range(world_size)]
+    assert shares == sorted(shares)
+    assert {shares.count(share) for share in range(found.data_size)} == {found.tp}
+
+
 def test_fully_sharded_experts_are_on_all_ranks() -> None:
     found = resolve_layout(LayoutConfig(experts="fully_sharded"), FsdpEngine(shard_size=2), 6)  # type: ignore[arg-type]
     assert (found.dp_shard, found.ep, found.expert_shard, found.expert_replicate) == (2, 6, 1, 1)
@@ -43,6 +64,9 @@ def test_fully_sharded_experts_are_on_all_ranks() -> None:
         ({"experts": "fully_sharded"}, AutoEngine(), 1, r"and there is one; start several, or remove it"),
         ({"ep": 2}, AutoEngine(), 1, r"layout.ep=2 does not divide the 1 rank; set layout.ep=1"),
         ({"ep": 6}, FsdpEngine(shard_size=4), 12, r"nor is a multiple of them; set layout.ep=4, or layout.dp_shard=6"),
+        ({"tp": 3}, DdpEngine(), 8, r"layout.tp=3 does not divide the 8 ranks; set layout.tp=2 or 4"),
+        ({"tp": 2}, DeepSpeedEngine(), 8, r"layout.tp=2 is for engines on torch alone, not for DeepSpeed"),
+        ({"tp": 2, "dp_shard": 3}, FsdpEngine(), 8, r"the 4 ranks that layout.tp=2 leaves; set one of \[2, 4\]"),
         ({"dp_shard": 3}, FsdpEngine(), 8, r"layout.dp_shard=3 does not divide the 8 ranks; set one of \[2, 4, 8\]"),
         ({"dp_shard": 1}, FsdpEngine(), 8, r"layout.dp_shard=1 shards nothing; type engine=ddp"),
         ({"dp_replicate": 3}, FsdpEngine(), 8, r"set layout.dp_replicate=2 or 4"),

@@ -1,0 +1,78 @@
+"""What ranks share of a model, and what is refused before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from leanmill.core.errors import ConfigError
+from leanmill.parallel.tensor_plan import split_dims, tensor_plan
+from leanmill.recipe.root import Recipe
+from tests.parallel.tensor_cases import model_on_meta
+
+
+def test_a_plan_has_the_layers_of_the_family_and_the_vocabulary() -> None:
+    dims = split_dims(model_on_meta(family="llama"), 2)
+    assert {name for name, dim in dims.items() if dim == 1} == {
+        f"model.layers.{layer}.{name}.weight" for layer in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    assert dims["lm_head.weight"] == dims["model.embed_tokens.weight"] == dims["model.layers.1.mlp.up_proj.bias"] == 0
+
+
+def test_norms_inside_heads_see_parts_of_their_gradient() -> None:
+    partial = [share.name for share in tensor_plan(model_on_meta(family="qwen3"), 2) if share.kind == "partial"]
+    assert partial == [f"model.layers.{layer}.self_attn.{name}_norm" for layer in (0, 1) for name in "qk"]
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
+    names = split_dims(model_on_meta(vocab_size=67), 2)
+    assert "model.layers.0.mlp.up_proj.weight" in names
+    assert not {"lm_head.weight", "model.embed_tokens.weight"} & names.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "tp", "message"),
+    [
+        ("llama", {}, 4, r"does not divide model.config.num_key_value_heads=2; set layout.tp=2"),
+        ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3}, 2, r"num_attention_heads=3; set layout.tp=1"),
+        ("llama", {"intermediate_size": 41}, 2, r"the 41 outputs of model.layers.0.mlp.gate_proj; set layout.tp=1"),
+        ("llama", {"attention_dropout": 0.1}, 2, r"would drop the same places by model.config.attention_dropout=0.1"),
+        ("gpt2", {"n_head": 4, "n_embd": 24}, 2, r"it has no plan for model type 'gpt2'"),
+        ("mixtral", {}, 2, r"layout.tp=2: model.layers.0.mlp.* would be shared as '.*', which is not known here"),
+    ],
+)
+def test_what_does_not_divide_or_is_not_known_is_refused(
+    family: str, sizes: dict[str, Any], tp: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tensor_plan(model_on_meta(family=family, **sizes), tp)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "single"}, "layout.tp=2 shares matmuls among ranks, and engine=single is one"),
+        ({"engine": "deepspeed"}, "layout.tp=2 is for engines on torch alone"),
+        ({"engine": {"type": "ddp", "staging": "per_step"}}, "set engine.staging=auto"),
+        ({"engine": {"type": "fsdp", "gather": "packed"}}, "set engine.gather=full"),
+        ({"optimizer": {"type": "adamw8bit"}}, "set optimizer.type=adamw"),
+        ({"layout": {"tp": 2, "ep": 2}}, "does not go together with experts that ranks share"),
+        ({"techniques": [{"type": "rigl"}]}, "rigl has not been shown to hold where ranks share matmuls"),
+        (
+            {"techniques": [{"type": "lora", "where": "branch", "dropout": 0.1}]},
+            "lora has not been shown to hold where ranks share matmuls",
+        ),
+        ({"model": {"config": {"model_type": "llama", "num_attention_heads": 3}}}, "num_attention_heads=3; set"),
+    ],
+)
+def test_a_recipe_says_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:
+    raw: dict[str, Any] = {
+        "model": {"config": {"model_type": "llama"}},
+        "engine": "ddp",
+        "layout": {"tp": 2},
+        "train": {"steps": 3},
+    }
+    with pytest.raises(ValueError, match=message):
+        Recipe.model_validate({**raw, **changes})
+    Recipe.model_validate(raw)
