@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from leanmill.core.around import arounds, put_around
 from leanmill.core.branches import base_of, branched_layers, factor_layers, has_factors
+from leanmill.core.compact import CodedWeight
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
@@ -38,6 +40,8 @@ def split_model(model: nn.Module, layout: Layout, *, replicated: bool) -> Partia
     Raises:
         ConfigError: See `tensor_plan`; or a technique's part cannot be shared.
     """
+    # It calls gathering over two dims of a mesh slow, whoever asks for a whole weight, and says so on every rank.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     group = layout.grid.get_group("tp")
     mesh, leading = (layout.grid["replicate", "tp"], (Replicate(),)) if replicated else (layout.grid["tp"], ())
     partial: list[nn.Parameter] = []
@@ -103,10 +107,9 @@ def _split_of(share: Share, group: dist.ProcessGroup) -> GroupSplit:
 
 
 def _split_site(site: Site, split: GroupSplit, places: _Places, name: str) -> None:
-    if site.stage(Slot.COMPACT) is not None:
+    if isinstance(site.stage(Slot.COMPACT), CodedWeight):
         raise ConfigError(
-            f"layout.tp shares {name}, whose frozen weight is kept in fewer bytes; set model.frozen_dtype=fp32, or "
-            f"layout.tp=1"
+            f"layout.tp shares {name}, whose frozen weight is kept as codes; set model.frozen_dtype=bf16, or layout.tp=1"
         )
     module: Any = site
     module.weight = places.shard(module.weight, split.dim)

@@ -62,6 +62,8 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
         yield (
             f"{asked} cuts weights where optimizer.type=adamw8bit keeps whole blocks of state; set optimizer.type=adamw"
         )
+    if recipe.train.compile:
+        yield f"{asked} sends activations in the middle of compiled blocks, which fails; set train.compile=false"
     if recipe.model.task != "causal_lm":
         yield f"{asked} is for causal language models, and model.task={recipe.model.task}; set layout.tp=1"
     config = recipe.model.family_config or {}

@@ -97,10 +97,3 @@ def test_losses_of_a_shared_vocabulary_are_those_of_logits(name: str, family: st
     """One process takes them from whole logits. Norms of Gemma round to fp32, whatever the model's dtype."""
     tolerance = 1e-6 if family == "gemma2" else 1e-9
     check(name, 2, num_micro_batches=3, family=family, fused_loss=True, tolerance=tolerance)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("technique", ["none", "nm_sparsity", "lora_branch"])
-@pytest.mark.parametrize("name", list(ENGINES))
-def test_compiled_blocks(name: str, technique: str) -> None:
-    check(name, 2, num_micro_batches=3, technique=technique, recompute="full", compiles=True)
