@@ -136,6 +136,29 @@ def test_a_run_continues_on_another_number_of_ranks(tmp_path, cache):
     assert all(abs(expected[step] - got[step]) < 1e-4 for step in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("end_to_end")
+def test_a_run_goes_on_where_other_numbers_of_ranks_share_matmuls(tmp_path, cache):
+    """Bitwise at the same layout; from one process to two ranks that share matmuls, and to four that share data too."""
+    names = ("whole", "broken", "moved")
+    whole, broken, moved = (write_recipe(tmp_path, cache, "ddp", 6, name) for name in names)
+    options = ("schedule.type=constant", "layout.tp=2")
+    finish(launch(whole, *options))
+    finish(launch(broken, *options, "train.steps=3"))
+    assert "resumed" in finish(launch(broken, *options))
+    finish(launch(moved, "schedule.type=constant", "engine=single", "train.steps=2", num_ranks=1))
+    finish(launch(moved, *options, "train.steps=4"))
+    assert "resumed" in finish(launch(moved, *options, "engine=fsdp", num_ranks=4))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    for part in ("model", "optimizer"):
+        states = [read_full_state(tmp_path / name / "checkpoints/step-00000006", part) for name in names]
+        assert states[0].keys() == states[1].keys() == states[2].keys()
+        for key, value in states[0].items():
+            assert torch.equal(states[1][key], value)
+            torch.testing.assert_close(states[2][key], value, rtol=0, atol=2e-5)
+
+
 @pytest.mark.xdist_group("end_to_end")
 def test_sigterm_finishes_the_step_and_saves(tmp_path, cache):
     process = launch(write_recipe(tmp_path, cache, "ddp", 100_000))

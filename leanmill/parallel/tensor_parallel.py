@@ -14,11 +14,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from leanmill.core.around import arounds, put_around
 from leanmill.core.branches import base_of, branched_layers, factor_layers, has_factors
-from leanmill.core.compact import CodedWeight
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
-from leanmill.core.stage import Slot
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.tensor_exchange import GroupSplit
 from leanmill.parallel.tensor_plan import Share, tensor_plan
@@ -107,11 +105,12 @@ def _split_of(share: Share, group: dist.ProcessGroup) -> GroupSplit:
 
 
 def _split_site(site: Site, split: GroupSplit, places: _Places, name: str) -> None:
-    if isinstance(site.stage(Slot.COMPACT), CodedWeight):
-        raise ConfigError(
-            f"layout.tp shares {name}, whose frozen weight is kept as codes; set model.frozen_dtype=bf16, or layout.tp=1"
-        )
     module: Any = site
+    if not module.weight.is_floating_point():
+        raise ConfigError(
+            f"layout.tp shares {name}, whose frozen weight is kept as codes; set model.frozen_dtype=bf16, or "
+            f"layout.tp=1"
+        )
     module.weight = places.shard(module.weight, split.dim)
     if split.by_rows and getattr(module, "bias", None) is not None:
         module.bias = places.shard(module.bias, 0)
