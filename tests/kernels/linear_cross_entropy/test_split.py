@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.fsdp  # once here instead of in every forked rank
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
