@@ -137,19 +137,24 @@ def test_a_run_continues_on_another_number_of_ranks(tmp_path, cache):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.xdist_group("end_to_end")
-def test_a_run_goes_on_where_other_numbers_of_ranks_share_matmuls(tmp_path, cache):
-    """Bitwise at the same layout; from one process to two ranks that share matmuls, and to four that share data too."""
+def test_a_run_goes_on_where_other_numbers_of_ranks_share_matmuls(tmp_path, cache, capsys):
+    """Bitwise at the same layout; from one process to two ranks that share matmuls, back, and to four with shards too.
+
+    What is scored and said in training is what a process scores and says that reads the checkpoint.
+    """
     names = ("whole", "broken", "moved")
     whole, broken, moved = (write_recipe(tmp_path, cache, "ddp", 6, name) for name in names)
-    options = ("schedule.type=constant", "layout.tp=2")
-    finish(launch(whole, *options))
-    finish(launch(broken, *options, "train.steps=3"))
-    assert "resumed" in finish(launch(broken, *options))
-    finish(launch(moved, "schedule.type=constant", "engine=single", "train.steps=2", num_ranks=1))
-    finish(launch(moved, *options, "train.steps=4"))
-    assert "resumed" in finish(launch(moved, *options, "engine=fsdp", num_ranks=4))
+    options = ("schedule.type=constant", "eval.prompts=[def main, import]", "eval.prompt_tokens=4")
+    shared = (*options, "layout.tp=2")
+    finish(launch(whole, *shared))
+    finish(launch(broken, *shared, "train.steps=3"))
+    assert "resumed" in finish(launch(broken, *shared))
+    finish(launch(moved, *options, "engine=single", "train.steps=2", num_ranks=1))
+    assert "resumed" in finish(launch(moved, *shared, "train.steps=4"))
+    assert "resumed" in finish(launch(moved, *options, "engine=single", "train.steps=5", num_ranks=1))
+    assert "resumed" in finish(launch(moved, *shared, "engine=fsdp", num_ranks=4))
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
     for part in ("model", "optimizer"):
         states = [read_full_state(tmp_path / name / "checkpoints/step-00000006", part) for name in names]
@@ -157,6 +162,14 @@ def test_a_run_goes_on_where_other_numbers_of_ranks_share_matmuls(tmp_path, cach
         for key, value in states[0].items():
             assert torch.equal(states[1][key], value)
             torch.testing.assert_close(states[2][key], value, rtol=0, atol=2e-5)
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(tmp_path / "whole"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = (tmp_path / "whole/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = [record for record in map(json.loads, lines) if record["kind"] == "eval"][-1]
+    assert found["domains"]["all"]["loss"] == pytest.approx(last["domains"]["all"]["loss"], rel=1e-6)
+    assert found["samples"] == last["samples"]
+    assert main(["export", "--checkpoint", str(tmp_path / "whole"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
 
 
 @pytest.mark.xdist_group("end_to_end")

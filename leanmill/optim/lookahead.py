@@ -66,13 +66,16 @@ class Lookahead(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Step the inner optimizer, and the slow weights when it is their turn."""
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # Group by group: operations on many tensors at once take those of one mesh.
+        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        params = [p for group in groups for p in group]
         # Kept aside until the inner step is done: torch's optimizers take a non-empty state for theirs.
         starts = [(p, p.detach().clone()) for p in params if "slow" not in self.state[p]]
         loss = self.inner.step(closure)
         for param, start in starts:
             self.state[param].update(slow=start, slow_step=torch.zeros((), dtype=torch.float32))
-        self._update_slow(params)
+        for group in groups:
+            self._update_slow(group)
         return loss
 
     def _update_slow(self, params: list[Tensor]) -> None:

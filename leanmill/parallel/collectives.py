@@ -18,7 +18,11 @@ _data_group: dist.ProcessGroup | None = None
 
 
 def set_data_group(group: dist.ProcessGroup | None) -> None:
-    """Say which ranks read different data, this one among them; None where all do."""
+    """Say which ranks read different data, this one among them; None where all do.
+
+    An engine says it for as long as it is there, and takes it back when it is closed: what a process does between
+    two engines (passes, reading data) is shared out over all ranks.
+    """
     global _data_group  # noqa: PLW0603 (as process groups themselves, it is one of the process)
     _data_group = group
 

@@ -14,11 +14,11 @@ from leanmill.core.batches import Batch
 from leanmill.parallel.config import DdpEngine as DdpConfig
 from leanmill.parallel.engine import Losses, Preparation
 from leanmill.parallel.expert_parallel import is_spread, replicated_experts, spread_experts
-from leanmill.parallel.expert_reduction import ExpertReduction
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks, ensure_process_group
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.single import freeze
+from leanmill.parallel.spread_reduction import SpreadReduction
 from leanmill.parallel.staging import ReplicaStaging
 from leanmill.parallel.torch_engine import TorchEngine
 
@@ -33,7 +33,8 @@ _NO_BUFFERS: dict[str, Any] = {
 class DdpEngine(TorchEngine):
     """Replicas whose gradients are averaged in the last micro-batch's backward. bf16 is autocast.
 
-    Experts that a layout spreads over ranks have replicas on some ranks only, which average them among themselves.
+    What a layout spreads over ranks (experts, parts of matmuls) has replicas on some ranks only, which average it
+    among themselves.
 
     Args:
         config: The recipe's engine section.
@@ -55,8 +56,9 @@ class DdpEngine(TorchEngine):
         ensure_process_group(ranks)
         super().__init__(ranks=ranks, precision=precision, layout=layout)
         self.config = config
-        self._replica: DistributedDataParallel | None = None
-        self._experts = ExpertReduction((), None)
+        self._replica: nn.Module | None = None
+        self._spread = SpreadReduction((), None)
+        self._left_out: set[int] = set()
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
         if self.layout.fully_sharded is not None:
@@ -71,28 +73,37 @@ class DdpEngine(TorchEngine):
         if self._owned is not None:
             own += self._owned.parameters()
         elif self.layout.ep > 1 or self.layout.tp > 1:
-            experts = [p for p in self.module.parameters() if is_spread(p)]
+            spread = [p for p in self.module.parameters() if is_spread(p)]
             staged = {id(p) for p in own}
             group = self.layout.data_group or self.layout.experts.get_group("replicate")
-            self._experts = ExpertReduction([p for p in experts if p.requires_grad and id(p) not in staged], group)
-            own += experts
+            self._spread = SpreadReduction([p for p in spread if p.requires_grad and id(p) not in staged], group)
+            own += spread
         _leave_out(self.module, own)
+        self._left_out = {id(p) for p in own}
         self._make_optimizer(preparation)
 
     @property
-    def _replicated(self) -> DistributedDataParallel:
-        """The wrapper, made when a step begins: its buckets are for the parameters that train in it."""
+    def _replicated(self) -> nn.Module:
+        """The wrapper, made when a step begins: its buckets are for the parameters that train in it.
+
+        The module itself where none do, for which DDP raises: a family whose norms have no weights, say, beside
+        matmuls that ranks share.
+        """
         if self._replica is None:
-            self._replica = DistributedDataParallel(
-                self.module,
-                # Materialised values are equal on all ranks, and no layer of a causal LM trains its
-                # buffers; gloo could not broadcast every dtype either.
-                init_sync=False,
-                gradient_as_bucket_view=True,
-                process_group=self.layout.data_group,
-                **_NO_BUFFERS,
-            )
+            reduces = any(p.requires_grad and id(p) not in self._left_out for p in self.module.parameters())
+            self._replica = self._wrapped() if reduces else self.module
         return self._replica
+
+    def _wrapped(self) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            self.module,
+            # Materialised values are equal on all ranks, and no layer of a causal LM trains its
+            # buffers; gloo could not broadcast every dtype either.
+            init_sync=False,
+            gradient_as_bucket_view=True,
+            process_group=self.layout.data_group,
+            **_NO_BUFFERS,
+        )
 
     def _trainable_changed(self) -> None:
         # Its hooks and buckets go with it; it would wait for gradients of parameters that rest.
@@ -100,12 +111,14 @@ class DdpEngine(TorchEngine):
 
     @contextmanager
     def _micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        with nullcontext() if is_last else self._replicated.no_sync():
+        replica = self._replicated
+        waits = not is_last and isinstance(replica, DistributedDataParallel)
+        with replica.no_sync() if waits else nullcontext():  # type: ignore[operator]
             if is_last:
-                self._experts.begin()
+                self._spread.begin()
             yield
         if is_last:
-            self._experts.finish()
+            self._spread.finish()
 
     def _train_forward(self, batch: Batch) -> Losses:
         return self._replicated(batch)  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from leanmill.core.branches import base_of, branched_layers, factor_layers, has_
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
+from leanmill.parallel.collectives import reduced
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.tensor_exchange import GroupSplit
 from leanmill.parallel.tensor_plan import Share, tensor_plan
@@ -168,7 +169,6 @@ class PartialGradients:
         gradients = [local(p.grad) for p in found if p is not None and p.grad is not None]
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
             same = [gradient for gradient in gradients if gradient.dtype == dtype]
-            flat = torch.cat([gradient.reshape(-1) for gradient in same])
-            dist.all_reduce(flat, group=self._group)
+            flat = reduced(torch.cat([gradient.reshape(-1) for gradient in same]), "sum", self._group)
             for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
                 gradient.copy_(part.view_as(gradient))

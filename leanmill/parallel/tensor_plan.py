@@ -74,6 +74,7 @@ def tensor_plan(model: nn.Module, tp: int) -> list[Share]:
     _check_dropout(model, tp)
     for share in shares:
         _check(share, modules[share.path], tp)
+        _check_owner(share, model, tp)
     return [*shares, *_vocabulary(model, {id(module): path for path, module in modules.items()}, tp)]
 
 
@@ -154,6 +155,15 @@ def _check(share: Share, module: nn.Module, tp: int) -> None:
         raise ConfigError(
             f"layout.tp={tp} does not divide the {size} {side} of {share.name}; set layout.tp={near_divisors(tp, size)}"
         )
+
+
+def _check_owner(share: Share, model: nn.Module, tp: int) -> None:
+    """Refuse a block with numbers of its own beside shared layers: one a head, say, of which a rank has some."""
+    owner = share.path.rpartition(".")[0]
+    own = next(iter(model.get_submodule(owner)._parameters), None)
+    if share.kind != "partial" and own is not None:
+        name = clean_name(f"{owner}.{own}")
+        raise ConfigError(f"layout.tp={tp} shares {share.name}, and not {name} beside it, in no known way; {_REMEDY}")
 
 
 def _vocabulary(model: Any, paths: Mapping[int, str], tp: int) -> Iterator[Share]:

@@ -276,6 +276,7 @@ class TorchEngine(Engine):
 
     def close(self) -> None:
         self._optimizer = None
+        set_data_group(None)
 
 
 def _reason_against_shared(weight: StagedOnce) -> str | None:

@@ -12,7 +12,7 @@ from leanmill.core.technique import InstallContext, TechniqueConfig
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
-from leanmill.optim.config import AdamW
+from leanmill.optim.config import AdamW, OptimizerConfig
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import EngineConfig, LayoutConfig
 from leanmill.parallel.engine import Engine, Preparation
@@ -40,8 +40,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "phi3": {},
     "gemma2": {"head_dim": 8},
+    "olmo": {},
+    "phi": {"hidden_size": 32, "partial_rotary_factor": 0.5},
 }
-"""With biases; with norms inside heads; with norms across heads; with fused projections; with scaled embeddings."""
+"""With biases; with norms inside heads; with norms across heads; with fused projections; with scaled embeddings; with
+norms without weights; with attention and MLP side by side."""
 
 
 TECHNIQUES: dict[str, dict[str, Any]] = {
@@ -72,9 +75,14 @@ def model_on_meta(dtype: torch.dtype = torch.float64, *, family: str = "llama", 
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+ADAMW = AdamW(lr=1e-2, weight_decay=0.1, eps=1e-3)
+"""Its large eps keeps Adam from turning the rounding of gradients near zero into steps."""
+
+
 def prepared(
     config: EngineConfig,
     *,
+    optimizer_config: OptimizerConfig = ADAMW,
     layout: LayoutConfig | None = None,
     dtype: torch.dtype = torch.float64,
     num_micro_batches: int = 1,
@@ -100,8 +108,7 @@ def prepared(
         module,
         Preparation(
             materialise=materialise,
-            # A large eps keeps Adam from turning the rounding of gradients near zero into steps.
-            make_optimizer=partial(optimizer, config=AdamW(lr=1e-2, weight_decay=0.1, eps=1e-3)),
+            make_optimizer=partial(optimizer, config=optimizer_config),
             num_micro_batches=num_micro_batches,
             max_grad_norm=MAX_NORM,
         ),

@@ -12,12 +12,23 @@ import pytest
 import torch
 import torch.distributed.fsdp  # once here instead of in every forked rank
 
+from leanmill.optim.config import AdamW, Lion, OptimizerConfig
+from leanmill.parallel.build import build_engine
+from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.parallel.config import DdpEngine, EngineConfig, FsdpEngine, LayoutConfig, SingleEngine
 from tests.distributed import run_ranks
+from tests.parallel import cases
 from tests.parallel import tensor_cases as tensors
 
 
-ENGINES: dict[str, EngineConfig] = {"ddp": DdpEngine(), "fsdp": FsdpEngine()}
+ENGINES: dict[str, EngineConfig] = {
+    "ddp": DdpEngine(),
+    "fsdp": FsdpEngine(),
+    "offload": FsdpEngine(cpu_offload=True),
+    "not resharded": FsdpEngine(reshard_after_forward=False),
+}
+BOTH = ("ddp", "fsdp")
+TP_2 = LayoutConfig(tp=2)
 
 
 @cache
@@ -45,12 +56,16 @@ def assert_like_one_process(results: list[dict[str, Any]], wanted: dict[str, Any
 
 
 def check(
-    name: str, world_size: int, num_micro_batches: int = 1, tolerance: float = 1e-9, dp: int = 1, **options: Any
+    name: str,
+    world_size: int,
+    num_micro_batches: int = 1,
+    tolerance: float = 1e-9,
+    layout: LayoutConfig = TP_2,
+    **options: Any,
 ) -> None:
-    layout = LayoutConfig(tp=2)
+    engine = ENGINES[name]
     results = run_ranks(
-        lambda: tensors.trained(ENGINES[name], layout=layout, num_micro_batches=num_micro_batches, **options),
-        world_size,
+        lambda: tensors.trained(engine, layout=layout, num_micro_batches=num_micro_batches, **options), world_size
     )
     same = {key: value for key, value in options.items() if key not in ("recompute", "compiles", "fused_loss")}
     assert_like_one_process(results, reference(**same), tolerance)
@@ -64,17 +79,52 @@ def test_two_ranks_share_matmuls(name: str, family: str) -> None:
     check(name, 2, num_micro_batches=3, family=family, recompute=recompute, fused_loss=is_ddp)
 
 
+def test_counts_are_of_the_ranks_with_different_data_while_the_engine_is_there() -> None:
+    def sums() -> list[float]:
+        engine, _ = build_engine(DdpEngine(), ranks=cases.ranks_here(), precision="fp32", model_bytes=0, layout=TP_2)
+        during = sum_over_ranks(torch.ones(()))
+        engine.close()
+        return [float(during), float(sum_over_ranks(torch.ones(())))]
+
+    assert run_ranks(sums, 2) == [[1.0, 2.0]] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", list(tensors.FAMILIES))
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize("name", BOTH)
 def test_families(name: str, family: str) -> None:
     check(name, 2, family=family)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["offload", "not resharded"])
+def test_options_of_fsdp(name: str) -> None:
+    check(name, 4, num_micro_batches=3, recompute="selective")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [Lion(lr=1e-3), AdamW(lr=1e-2, eps=1e-3, lookahead={"every": 2})])  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", BOTH)
+def test_other_optimizers(name: str, optimizer: OptimizerConfig) -> None:
+    check(name, 4, optimizer_config=optimizer)
+
+
+@pytest.mark.slow
+def test_parts_that_shards_do_not_divide() -> None:
+    """Two ranks have 21 rows each of the MLP, and FSDP cuts those into 11 and 10; of the vocabulary 35."""
+    check("fsdp", 4, intermediate_size=42, vocab_size=70)
+
+
+@pytest.mark.slow
+def test_hybrid_shards_of_parts() -> None:
+    """Replicas of shards of parts: eight ranks."""
+    check("fsdp", 8, num_micro_batches=3, layout=LayoutConfig(tp=2, dp_replicate=2), family="qwen3")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_micro_batches", "recompute"), [(1, "none"), (3, "full")])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize("name", BOTH)
 def test_four_ranks_share_matmuls_and_data(name: str, family: str, num_micro_batches: int, recompute: str) -> None:
     check(name, 4, num_micro_batches, family=family, recompute=recompute)
     check(name, 4, num_micro_batches, family=family, recompute=recompute, dtype=torch.float32, tolerance=2e-5)
@@ -92,7 +142,7 @@ def test_techniques(name: str, world_size: int, technique: str, num_micro_batche
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize("name", BOTH)
 def test_losses_of_a_shared_vocabulary_are_those_of_logits(name: str, family: str) -> None:
     """One process takes them from whole logits. Norms of Gemma round to fp32, whatever the model's dtype."""
     tolerance = 1e-6 if family == "gemma2" else 1e-9

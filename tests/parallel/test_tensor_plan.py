@@ -39,6 +39,7 @@ def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
         ("llama", {"intermediate_size": 41}, 2, r"the 41 outputs of model.layers.0.mlp.gate_proj; set layout.tp=1"),
         ("llama", {"attention_dropout": 0.1}, 2, r"would drop the same places by model.config.attention_dropout=0.1"),
         ("gpt2", {"n_head": 4, "n_embd": 24}, 2, r"it has no plan for model type 'gpt2'"),
+        ("doge", {}, 2, r"shares model.layers.0.self_attn.q_proj, and not model.layers.0.self_attn.A beside it"),
         ("mixtral", {}, 2, r"layout.tp=2: model.layers.0.mlp.* would be shared as '.*', which is not known here"),
     ],
 )

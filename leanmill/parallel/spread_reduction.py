@@ -1,4 +1,4 @@
-"""Averaging gradients of experts over the ranks that hold the same ones, beside DDP's own reduction."""
+"""Averaging gradients of what a layout spreads over the ranks that hold the same parts, beside DDP's own reduction."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from leanmill.parallel.tensors import local
 
 
-class ExpertReduction:
+class SpreadReduction:
     """Reduces each gradient as soon as the last micro-batch's backward has it, beside what is left of that backward.
 
     Args:
-        parameters: Experts as DTensors, replicated over the ranks of `group`.
-        group: The ranks with the same experts; None where there are none to reduce.
+        parameters: Experts, or parts of matmuls, as DTensors, replicated over the ranks of `group`.
+        group: The ranks with the same parts; None where there are none to reduce.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
