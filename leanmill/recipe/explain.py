@@ -87,12 +87,15 @@ def _model(recipe: Recipe) -> list[str]:
     if model.path is not None:
         revision = f" at revision {model.revision}" if model.revision else ""
         remote = ", running Python code that comes with it" if model.trust_remote_code else ""
-        return [f"weights and configuration of {model.path}{revision}{remote}"]
+        dropout = "" if model.dropout is None else f", dropout {model.dropout:g}"
+        return [f"weights and configuration of {model.path}{revision}{remote}{dropout}"]
     config, mixture = model.family_config or {}, model.mixture
     sizes = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
     known = [f"{config[key]} {name}" for name, key in sizes.items() if key in config]
     tied = ", tied embeddings" if config.get("tie_word_embeddings") else ""
-    family = f"{config.get('model_type')} with random weights of seed {recipe.seed}: {', '.join(known)}{tied}"
+    tied += "" if model.dropout is None else f", dropout {model.dropout:g}"
+    said = f"{', '.join(known)}{tied}"
+    family = f"{config.get('model_type')} with random weights of seed {recipe.seed}{': ' if known else ''}{said}"
     return [family, *(mixture.lines() if mixture else [])]
 
 
