@@ -52,8 +52,8 @@ class DdpEngine(TorchEngine):
         precision: Literal["fp32", "bf16"],
         layout: Layout | None = None,
     ) -> None:
-        super().__init__(ranks=ranks, precision=precision)
-        self.config, self.layout = config, layout or Layout(ranks.world_size)
+        super().__init__(ranks=ranks, precision=precision, layout=layout)
+        self.config = config
         ensure_process_group(ranks)
         self._replica: DistributedDataParallel | None = None
         self._experts = ExpertReduction((), None)
@@ -88,6 +88,7 @@ class DdpEngine(TorchEngine):
                 # buffers; gloo could not broadcast every dtype either.
                 init_sync=False,
                 gradient_as_bucket_view=True,
+                process_group=self.layout.inside,
                 **_NO_BUFFERS,
             )
         return self._replica

@@ -68,9 +68,9 @@ class FsdpEngine(TorchEngine):
         precision: Literal["fp32", "bf16"],
         layout: Layout | None = None,
     ) -> None:
-        super().__init__(ranks=ranks, precision=precision)
+        layout = layout or resolve_layout(LayoutConfig(), config, ranks.world_size, ranks.device.type)
+        super().__init__(ranks=ranks, precision=precision, layout=layout)
         self.config = config
-        self.layout = layout or resolve_layout(LayoutConfig(), config, ranks.world_size, self.device.type)
         ensure_process_group(ranks)
         self.mesh = self.layout.dense
         self._experts: ExpertSharding | None = None

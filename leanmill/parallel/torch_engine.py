@@ -18,6 +18,7 @@ from leanmill.core.views import Views
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks
+from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.optimizer_state import allocate_state, pulled
 from leanmill.parallel.rank_memory import smallest_rank_memory
@@ -32,11 +33,13 @@ class TorchEngine(Engine):
     Args:
         ranks: Which process this is.
         precision: `bf16` computes in bf16 over fp32 master weights.
+        layout: Of the run; None is that of replicas.
     """
 
-    def __init__(self, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
+    def __init__(self, *, ranks: Ranks, precision: Literal["fp32", "bf16"], layout: Layout | None = None) -> None:
         self.device, self._ranks = ranks.device, ranks
-        self.data_rank, self.data_size = ranks.rank, ranks.world_size
+        self.layout = layout or Layout(ranks.world_size)
+        self.data_rank, self.data_size, self.step_size = ranks.rank, ranks.world_size, self.layout.step_size
         self.precision = precision
         self._optimizer: torch.optim.Optimizer | None = None
         self.staging: StepStaging = ReplicaStaging((), precision)

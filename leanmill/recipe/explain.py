@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from leanmill.checkpoint.phases import MODEL
+from leanmill.core.near import near_multiples
 from leanmill.core.registry import PASSES, known_techniques
 from leanmill.data.config import DataConfig, LocalCorpus, Prepared, Source, sources_of
 from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import FRESH, PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.rules import known_steps, nearest_multiples
+from leanmill.recipe.rules import known_steps
 
 
 def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
@@ -173,6 +174,8 @@ def _layout(recipe: Recipe) -> list[str]:
             f"ep {layout.ep}: groups of {layout.ep} ranks share the experts of each layer; tokens travel to them"
             f"{pieces}{again}"
         )
+    if layout.low_comm is not None:
+        lines += layout.low_comm.lines()
     return lines
 
 
@@ -192,7 +195,7 @@ def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
         else:
             lines.append(
                 f"on {ranks}: impossible, {share:,} tokens a round; "
-                f"set batch.tokens_per_step={nearest_multiples(batch.tokens_per_step, share)}"
+                f"set batch.tokens_per_step={near_multiples(batch.tokens_per_step, share)}"
             )
     return lines
 

@@ -108,6 +108,8 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
         "log.every_steps=1",
         "log.tensorboard=false",
     ]
+    if recipe.layout.low_comm is not None:
+        overrides += ["layout.low_comm.workers=1", "layout.low_comm.every_steps=1"]
     if recipe.model.config is not None:
         is_latent = "kv_lora_rank" in recipe.model.config  # attention whose heads have other sizes
         becomes_latent = any(hasattr(one, "kv_lora_rank") for phase in recipe.phases for one in phase.passes)

@@ -47,6 +47,10 @@ class Lora(TrainedTechniqueConfig):
         """Return all: weights are weights."""
         return ALL_TASKS
 
+    def holds_where_workers_drift(self) -> bool:
+        """Return True: adapters are weights that train, and travel alone."""
+        return True
+
     @property
     def scaling(self) -> float:
         """Factor s of the product B A."""

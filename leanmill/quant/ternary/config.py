@@ -29,6 +29,10 @@ class Ternary(BitNetInputs, Warmup, WeightTechniqueConfig):
     granularity: Literal["tensor", "row"] = "tensor"
     """What shares a scale: a whole weight (each expert of a stacked one), or one output row."""
 
+    def holds_where_workers_drift(self) -> bool:
+        """Return True: scales come from the weights that travel."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a quantiser stage on every target, and what its input goes through."""
         from leanmill.quant.inputs import put_inputs

@@ -117,6 +117,10 @@ class NMSparsity(TechniqueConfig):
         """Return all: weights are weights."""
         return ALL_TASKS
 
+    def holds_where_workers_drift(self) -> bool:
+        """Return True: masks come from the weights that travel."""
+        return True
+
     @model_validator(mode="before")
     @classmethod
     def _flows_through_the_mask(cls, raw: Any) -> Any:
