@@ -75,10 +75,9 @@ class Subject:
         Raises:
             ConfigError: A technique does not fit the model, or a frozen model is not there.
         """
-        trained_tokenizer = recipe.data.tokenizer.path is None
         model = build_on_meta(
             recipe.model,
-            vocab_size=recipe.data.tokenizer.vocab_size if trained_tokenizer else None,
+            vocab_size=recipe.data.trained_vocab_size,
             sequence_length=recipe.data.text_length,
             device_type="cpu" if recipe.device == "cpu" else "cuda",
         )

@@ -24,6 +24,8 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
     for index, name in enumerate(phase_names(recipe.phases)):
         lines += ["", f"phase {index + 1}, {name}: {_start(recipe, index)}"]
         lines += [f"  pass {line}" for line in _passes(recipe.phases[index])]
+        if score := recipe.phases[index].score:
+            lines.append(f"  documents are scored by {score.teacher_model} against {score.reference_model} first")
         if rewound := recipe.phases[index].rewind_to:
             values = "values drawn anew" if rewound == FRESH else f"the values it had in {rewound}"
             lines += [f"  what is left takes {values}"]
@@ -40,7 +42,8 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
 def _start(recipe: Recipe, index: int) -> str:
     source, step = source_of(recipe.phases, index)
     if source is None:
-        return "starts from the model of the recipe"
+        is_own = "model" in (recipe.phases[index].overrides or {})
+        return "starts from a model of its own" if is_own else "starts from the model of the recipe"
     recipes = [recipe.of_phase(i) if phase.trains else recipe for i, phase in enumerate(recipe.phases)]
     carries, keep = recipe.carries_state(index, recipes), recipe.phases[index].keep
     what = "the checkpoint itself" if carries else "the model, techniques folded,"
@@ -109,11 +112,10 @@ def _data(data: DataConfig) -> list[str]:
         "sentence_pairs": f"pairs of texts with {data.num_negatives} negatives, in {data.num_pieces} parts of rows",
     }[data.task]
     mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
-    is_prepared = any(isinstance(source, Prepared) for source in sources_of(data))
     trained = (
         "that of the prepared data"
-        if is_prepared
-        else f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
+        if data.trained_vocab_size is None
+        else f"byte-level BPE of {data.trained_vocab_size:,} tokens, trained on the data"
     )
     tokenizer = data.tokenizer.path or trained
     if data.tokenizer.trust_remote_code:
