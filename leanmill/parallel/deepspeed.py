@@ -23,6 +23,7 @@ from leanmill.parallel import config as configs
 from leanmill.parallel import deepspeed_storage as storage
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
 from leanmill.parallel.deepspeed_experts import LocalExperts, marker
+from leanmill.parallel.deepspeed_gathers import gather_unseen
 from leanmill.parallel.deepspeed_start import start_deepspeed
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, share
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
@@ -107,6 +108,8 @@ class DeepSpeedEngine(Engine):
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         module._modules.pop("shares_experts", None)
+        if self.config.stage == 3:
+            gather_unseen(self._optimizer)
         self._zero = ZeroState(self._optimizer, self.config.stage)
         self._client_optimizer = optimizer
         if has_pulls:
