@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
-from leanmill.parallel.low_comm_config import DiLoCo
+from leanmill.parallel.low_comm_config import OuterConfig
 
 
 class TorchEngineConfig(Config):
@@ -155,7 +155,7 @@ class LayoutConfig(Config):
     """Replicas of the sharded model. None: whatever dp_shard leaves of the ranks."""
     experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
     """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
-    low_comm: DiLoCo | None = None
+    low_comm: OuterConfig | None = None
     """Workers that step without each other and exchange what they learned now and then; the rest of the layout is
     that of one worker. null: all ranks step together."""
 

@@ -178,9 +178,10 @@ class Agreement:
 def agreement_for(device: torch.device, outer: OuterSteps | None = None) -> Agreement:
     """Return the agreement that costs a loop on `device` no waiting it does not do anyway.
 
-    Workers that step without each other ask where they meet; `outer` is what they do there.
+    Workers that step without each other ask where they meet; `outer` is what they do there. Where training goes on
+    meanwhile, they learn it where they meet next.
     """
     if outer is not None:
-        return Agreement(deferred=False, begin=outer.begin_max)
+        return Agreement(deferred=outer.overlaps, begin=outer.begin_max)
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Agreement(deferred=device.type == "cuda" and several)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.checkpoint.reading import read_full_state
 from leanmill.recipe.root import Recipe
+from leanmill.trainer.loop import Loop
 from leanmill.trainer.processes import processes
 from leanmill.trainer.run import run_in
 from tests.data.samples import write_texts
@@ -73,29 +76,46 @@ def _state(run_dir: Path, step: int = 5) -> dict[str, Tensor]:
 
 
 TECHNIQUES = [{"type": "nm_sparsity"}, {"type": "ternary"}]
+DILOCO = {"type": "diloco", "workers": 2, "every_steps": 3}
+STREAMING = {"type": "streaming_diloco", "workers": 2, "every_steps": 3, "layers_per_fragment": 1, "overlap_steps": 1}
 
 
 @pytest.mark.parametrize(
-    ("engine", "techniques", "num_ranks"),
+    ("low_comm", "engine", "techniques", "num_ranks"),
     [
-        ("fsdp", TECHNIQUES, 4),
-        pytest.param("single", [{"type": "lora", "rank": 2}], 2, marks=pytest.mark.slow),
-        pytest.param("ddp", TECHNIQUES, 4, marks=pytest.mark.slow),
+        (STREAMING, "fsdp", TECHNIQUES, 4),
+        pytest.param(DILOCO, "single", [{"type": "lora", "rank": 2}], 2, marks=pytest.mark.slow),
+        pytest.param(DILOCO, "ddp", TECHNIQUES, 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_resume_between_two_exchanges_is_bitwise(
-    home: Path, tmp_path: Path, engine: str, techniques: Any, num_ranks: int
+    home: Path, tmp_path: Path, low_comm: dict[str, Any], engine: str, techniques: Any, num_ranks: int
 ) -> None:
-    whole, resumed = (recipe_of(home, tmp_path / name, techniques, engine) for name in ("whole", "resumed"))
+    layout = {"low_comm": low_comm}
+    whole, resumed = (
+        recipe_of(home, tmp_path / name, techniques, engine, layout=layout) for name in ("whole", "resumed")
+    )
 
-    def body() -> None:
-        with processes(whole) as given:
+    def body() -> list[int]:
+        with processes(whole) as given, pytest.MonkeyPatch.context() as patch:
+            numbers: list[int] = []
+            step = Loop.train_step
+
+            def counted(loop: Loop) -> None:
+                numbers.append(dist.group.WORLD._get_sequence_number_for_group())  # type: ignore[union-attr]
+                step(loop)
+
+            patch.setattr(Loop, "train_step", counted)
             run_in(given, whole)
+            found = [later - earlier for earlier, later in itertools.pairwise(numbers)]
             if given.ranks.rank == 0:
                 _go_on(tmp_path / "whole", tmp_path / "resumed", 4)
             run_in(given, resumed)
+            return found
 
-    run_ranks(body, num_ranks)
+    for found in run_ranks(body, num_ranks):
+        # After the first step time-outs change, and after the third all ranks evaluate.
+        assert num_ranks == 2 or found[1] == 0 < min(found[0], found[2])
     expected, found = _state(tmp_path / "whole"), _state(tmp_path / "resumed")
     assert expected.keys() == found.keys()
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []

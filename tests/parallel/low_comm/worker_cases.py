@@ -17,7 +17,9 @@ from tests.parallel.cases import adamw, make_module, materialise, preparation, r
 
 
 def layout_of(**low_comm: Any) -> LayoutConfig:
-    return LayoutConfig.model_validate({"low_comm": {"type": "diloco", **low_comm}})
+    """DiLoCo, or Streaming DiLoCo where one of its options is given."""
+    kind = "streaming_diloco" if "keep_local" in low_comm else "diloco"
+    return LayoutConfig.model_validate({"low_comm": {"type": kind, **low_comm}})
 
 
 def workers_here(
@@ -92,4 +94,48 @@ def diloco(
         for worker in range(workers):
             for name, weight in plain.weights(worker).items():
                 weight.copy_(shared[name].detach())
+    return {name: value.detach() for name, value in shared.items()}
+
+
+def streaming(
+    workers: int, num_steps: int, fragments: dict[str, int], *, tau: int, alpha: float, lr: float, momentum: float
+) -> dict[str, Tensor]:
+    """Algorithm 2 of Streaming DiLoCo, a weight at a time.
+
+    Args:
+        workers: M.
+        num_steps: Of the run.
+        fragments: After which step of each four a weight is sent, by a part of its name.
+        tau: Steps until its mean comes in.
+        alpha: Share of the local weight that is kept then.
+        lr: Of the outer SGD.
+        momentum: Of it.
+    """
+    plain = Plain(workers)
+    shared = {name: nn.Parameter(value.clone()) for name, value in plain.weights(0).items()}
+    outer = {name: torch.optim.SGD([p], lr=lr, momentum=momentum, nesterov=True) for name, p in shared.items()}
+    under_way: dict[str, tuple[int, Tensor]] = {}
+
+    def send(name: str, due: int) -> None:
+        went = [shared[name].detach() - plain.weights(worker)[name] for worker in range(workers)]
+        under_way[name] = due, torch.stack(went).mean(0)
+
+    def take_in(name: str, kept: float) -> None:
+        shared[name].grad = under_way.pop(name)[1]
+        outer[name].step()
+        for worker in range(workers):
+            own = plain.weights(worker)[name]
+            own.copy_(kept * own + (1 - kept) * shared[name].detach())
+
+    for step in range(1, num_steps + 1):
+        plain.inner_step(step - 1)
+        is_last = step == num_steps
+        for name in [name for name, (due, _) in under_way.items() if due == step or is_last]:
+            take_in(name, alpha)
+        for name in shared:
+            offset = next((offset for part, offset in fragments.items() if part in name), fragments[""])
+            if step % 4 == offset or is_last:
+                send(name, step + tau)
+            if is_last or (tau == 0 and name in under_way):
+                take_in(name, 0.0 if is_last else alpha)
     return {name: value.detach() for name, value in shared.items()}
