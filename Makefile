@@ -14,7 +14,7 @@ BENCHMARKS ?=
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 TEST_JOBS ?= 2
 
-.PHONY: train train-moe test test-cpus test-slow peft-suite checks style docs bench claims setup clean
+.PHONY: train train-moe test test-cpus test-slow parity peft-suite checks style docs bench claims setup clean
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ test-cpus: $(READY)
 
 test-slow: $(READY)
 	$(TEST_ENV) $(BIN)/python -m pytest -m slow
+
+# Every layout beside one process, parameter by parameter; goes on where it was cut off. A part: ARGS="--share 0.1".
+parity: $(READY)
+	$(TEST_ENV) $(BIN)/python -m tests.parity.run $(ARGS)
 
 # PEFT's own tests, of its source distribution, on the methods that it has from us.
 peft-suite: $(READY)

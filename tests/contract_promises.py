@@ -166,6 +166,7 @@ TRAINS: dict[str, tuple[str, ...]] = {
     "lora": _OWN,
     "lora_branch": _OWN,
     "second_lora": _OWN,
+    "peft_ranks": _OWN,
     "mask_llm": _OWN,
     "mask_llm_tied": _OWN,
     "router_tuning": _OWN,

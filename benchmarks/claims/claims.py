@@ -35,6 +35,11 @@ class Variant:
         return self.passes is not None or self.continues
 
     @property
+    def is_prepared(self) -> bool:
+        """Whether it trains on the larger corpus that is tokenised beforehand, `{prepared}` in overrides and phases."""
+        return any("{prepared}" in one for one in self.settings)
+
+    @property
     def settings(self) -> list[str]:
         """Every change of the recipe but the techniques."""
         return [*self.overrides, *([f"phases={json.dumps(list(self.phases))}"] if self.phases else [])]
@@ -110,6 +115,23 @@ def _sparse(group_size: int) -> dict[str, Variant]:
         "progressive gradient flow": Variant(techniques=[one | {"progressive": progressive}]),
         "sr-ste": Variant(techniques=[one]),
     }
+
+
+_PREPARED = ["data.source={type: prepared, path: '{prepared}'}"]
+
+
+def _best(kept_share: float) -> Variant:
+    """A model that trains on the share which a larger model finds easier than a smaller one."""
+
+    def model(name: str, steps: int, **sizes: int) -> dict[str, Any]:
+        return {"name": name, "start_from": "base", "overrides": {"train.steps": steps, "model.config": sizes}}
+
+    teacher = model("teacher", 900, hidden_size=192, intermediate_size=576, num_hidden_layers=6, num_attention_heads=6)
+    teacher["overrides"]["model.config"]["num_key_value_heads"] = 6
+    score = {"teacher_model": "phase:teacher", "reference_model": "phase:reference", "kept_share": kept_share}
+    phases = [teacher, model("reference", 150, num_hidden_layers=2)]
+    best = {"name": "best", "start_from": "base", "score": score, "overrides": {"train.steps": 450}}
+    return Variant(phases=[*phases, best], overrides=_PREPARED)
 
 
 _SMALL = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3}
@@ -303,6 +325,12 @@ CLAIMS: dict[str, Claim] = {
         "counted, as the paper has it. Cut and distilled is below from scratch in every seed, and so is cut and "
         "trained without a teacher, by more: the larger model itself is at 4.251 on average, above where its students "
         "get to, so that imitating it holds them back here.",
+    ),
+    "miniplm": Claim(
+        says="a model trained on the half that a teacher finds easier than a reference does (MiniPLM) ends below one "
+        "trained on as much of the whole",
+        source="Gu et al. 2024, arXiv:2410.17215",
+        variants={"the best half": _best(0.5), "as much of all": Variant(overrides=_PREPARED)},
     ),
     "moe_balance_scope": Claim(
         says="experts balanced over the global batch end below experts balanced within each micro-batch",

@@ -71,6 +71,10 @@ def prepare(folder: Path, tasks: Sequence[Task], overrides: Sequence[str], pool:
         for name, variant, seed in tasks
         if CLAIMS[name].variants[variant].starts_trained
     }
+    for base in {
+        FOLDER / CLAIMS[name].base for name, variant, _ in tasks if CLAIMS[name].variants[variant].is_prepared
+    }:
+        _prepare(_prepared(folder, base), base)
     list(pool.map(lambda key: _train(_dense(folder, *key), key[0], Variant(), key[1], overrides), sorted(wanted)))
 
 
@@ -167,6 +171,17 @@ def _exported(run_dir: Path) -> Path:
     return exported
 
 
+def _prepared(folder: Path, base: Path) -> Path:
+    return folder / f"prepared-{base.stem}"
+
+
+def _prepare(out: Path, base: Path) -> None:
+    """Tokenise twice the corpus of the other claims, so that half of it is as long as one of their runs."""
+    if not (out / "manifest.json").exists():
+        size = 2 * load_recipe(base).data.source.max_bytes
+        _leanmill("data", "prepare", str(base), f"data.source.max_bytes={size}", "--out", str(out))
+
+
 def _compress(
     model: Path, base: Path, given: list[dict[str, Any]], overrides: Sequence[str], seed: int, out: Path
 ) -> None:
@@ -185,7 +200,8 @@ def _train(run_dir: Path, base: Path, variant: Variant, seed: int, overrides: Se
     if found is not None:
         return found
     given = [f"run_dir={run_dir}", f"seed={seed}", f"techniques={json.dumps(variant.techniques)}"]
-    _leanmill("train", str(base), *given, *variant.settings, *overrides)
+    settings = [one.replace("{prepared}", str(_prepared(run_dir.parent, base).absolute())) for one in variant.settings]
+    _leanmill("train", str(base), *given, *settings, *overrides)
     found = _measured(measured)
     assert found is not None
     print(f"{run_dir.name}: {found['loss']:.4f}", flush=True)

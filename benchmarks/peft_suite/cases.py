@@ -22,6 +22,10 @@ TUNERS: dict[str, dict[str, dict[str, Any]]] = {
         "experts": {"r": 2, "num_experts": 3, "top_k": 1, "alpha": 8.0},
         "ranks": {"r": 1, "num_experts": 6, "top_k": 2, "alpha": 1.0, "balance": "bias"},
     },
+    "rank_lora": {
+        "earned": {"r": 4, "target_r": 3.0, "init_r": 2, "alpha": 1.0},
+        "nested": {"r": 4, "variant": "dylora", "used_r": 3, "alpha": 1.0},
+    },
     "bottleneck": {
         "series": {"r": 2, "alpha": 2.0, "placement": "series"},
         "parallel": {"r": 2, "alpha": 2.0, "placement": "parallel"},

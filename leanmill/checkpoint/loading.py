@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -18,14 +18,23 @@ from leanmill.checkpoint.storage import SafetensorsReader
 from leanmill.core.errors import ConfigError, RunError
 
 
-def read_part(folder: Path, state: Mapping[str, Tensor], group: SaveGroup) -> None:
+def read_part(
+    folder: Path, state: Mapping[str, Tensor], group: SaveGroup, *, only: Callable[[str], bool] = lambda name: True
+) -> None:
     """Read a part of a checkpoint into the tensors of `state`, in place; collective.
+
+    Args:
+        folder: Of the part.
+        state: Names to tensors.
+        group: Of all ranks.
+        only: Which of the part's names are meant.
 
     Raises:
         ConfigError: It holds other tensors.
         RunError: A file is damaged.
     """
-    problem = compare(read_index(folder), state, folder)
+    stored = {name: entry for name, entry in read_index(folder).items() if only(name)}
+    problem = compare(stored, state, folder)
     if problem:
         raise ConfigError(problem)
     error = ""

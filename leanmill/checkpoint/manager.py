@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leanmill.checkpoint.components import take_apart
 from leanmill.checkpoint.config import CheckpointConfig
@@ -27,13 +27,10 @@ from leanmill.checkpoint.remote import RemoteFolder, is_url
 from leanmill.checkpoint.retention import Retention
 from leanmill.checkpoint.snapshot import Snapshot, Snapshots
 from leanmill.checkpoint.uploads import Uploads, fetch_newest
+from leanmill.checkpoint.workers import OUTER, WORKERS, Stateful, WorkersState, load_workers, named
 from leanmill.checkpoint.writing import Job, Writer, versions
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.redact import redact_tree
-
-
-if TYPE_CHECKING:
-    from leanmill.parallel.engine import Engine
 
 
 log = logging.getLogger(__name__)
@@ -50,6 +47,8 @@ class CheckpointManager:
             forward and backward passes instead of while `save` runs.
         before_write: Called on rank 0 before a save writes anything; a RunError from it ends the save.
         remote: Where copies go, a URL; None keeps none.
+        worker: Which of several groups of ranks this one is of, each with all of the model (`layout.low_comm`), and its
+            rank in there. What is equal on all of them, the first writes.
     """
 
     def __init__(
@@ -60,6 +59,7 @@ class CheckpointManager:
         overlap: bool = False,
         before_write: Callable[[], None] = lambda: None,
         remote: str | None = None,
+        worker: tuple[int, int] | None = None,
     ) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.config = config
@@ -77,7 +77,8 @@ class CheckpointManager:
             before_write=before_write,
             highest_elsewhere=lambda: 0 if self._uploads is None else self._uploads.highest_at_start,
         )
-        self._snapshots = Snapshots(self.group.rank)
+        self._is_first_worker = worker is None or worker[0] == 0
+        self._snapshots = Snapshots(self.group.rank if worker is None else worker[1])
         self._thread: threading.Thread | None = None
         self._job: Job | None = None
         self._error: BaseException | None = None
@@ -85,7 +86,7 @@ class CheckpointManager:
     def save(
         self,
         step: int,
-        engine: Engine,
+        engine: Stateful,
         train_state: Mapping[str, Any],
         recipe_json: Mapping[str, Any],
         *,
@@ -97,7 +98,7 @@ class CheckpointManager:
 
         Args:
             step: Optimizer steps done.
-            engine: Whose model and optimizer to save.
+            engine: Whose model and optimizer to save, and what workers have of their own.
             train_state: What `load` gives back, JSON-able.
             recipe_json: The resolved recipe; credentials in it are redacted.
             score: Validation loss of this step, where known; lower is better.
@@ -133,13 +134,18 @@ class CheckpointManager:
             self._write(job)
         return time.perf_counter() - started
 
-    def _take(self, engine: Engine, names: Collection[str] | None) -> dict[str, Snapshot]:
+    def _take(self, engine: Stateful, names: Collection[str] | None) -> dict[str, Snapshot]:
         """Hold on to the tensors of this moment; those that training writes later may be copied later."""
         model = engine.model_state()
         kept = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
         states = {"model": kept, "optimizer": take_apart(engine.optimizer_state())}
         trained = {name.rpartition("/")[0] for name in states["optimizer"]}
-        put_off = {"model": trained.__contains__, "optimizer": lambda _: True} if self.overlap else {}
+        if not self._is_first_worker:
+            states = dict.fromkeys(states, {})
+        if isinstance(engine, WorkersState):
+            states[OUTER] = engine.outer_state() if self._is_first_worker else {}
+            states[WORKERS] = named(engine.worker_state(), engine.worker)
+        put_off = dict.fromkeys(states, lambda _: True) | {"model": trained.__contains__} if self.overlap else {}
         return {
             part: self._snapshots.take(
                 part, state, copy=self.config.asynchronous, put_off=put_off.get(part, lambda _: False)
@@ -299,7 +305,7 @@ class CheckpointManager:
     def load(
         self,
         path: str | Path,
-        engine: Engine,
+        engine: Stateful,
         *,
         names: Collection[str] | None = None,
         base: str | None = None,
@@ -329,6 +335,8 @@ class CheckpointManager:
             state = engine.optimizer_state()
             read_part(folder / "optimizer", take_apart(state), self.group)
             engine.load_optimizer_state(state)
+            if isinstance(engine, WorkersState):
+                load_workers(folder, engine, self.group, manifest.step)
         return self.train_state(folder)
 
     def train_state(self, path: str | Path) -> dict[str, Any]:

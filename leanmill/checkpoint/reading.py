@@ -15,7 +15,7 @@ from leanmill.core.errors import RunError
 
 
 INDEX = "index.json"
-Part = Literal["model", "optimizer"]
+Part = Literal["model", "optimizer", "outer", "workers"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def read_full_state(path: str | Path, part: Part = "model") -> dict[str, Tensor]
     Args:
         path: The checkpoint folder.
         part: `model`, or `optimizer` whose names are `"<parameter>/<state key>"`. A partial
-            checkpoint (see `Manifest.partial`) holds the trained parameters only.
+            checkpoint (see `Manifest.partial`) holds the trained parameters only. What workers add is in `workers.py`.
 
     Raises:
         RunError: The folder is no finished checkpoint, or damaged.

@@ -59,8 +59,8 @@ def _score(recipe: Recipe, args: argparse.Namespace) -> int:
         raise ConfigError("data score compares two models: --teacher MODEL --reference MODEL --out scores")
     out, teacher, reference = (
         expand_user(args.out),
-        model_folder(args.teacher_model, "teacher"),
-        model_folder(args.reference_model, "reference"),
+        model_folder(args.teacher_model, "--teacher"),
+        model_folder(args.reference_model, "--reference"),
     )
     ranks = init_processes(recipe.device, recipe.cluster)
     try:

@@ -28,5 +28,11 @@ def near_divisors(given: int, *numbers: int) -> str:
     return " or ".join(map(str, near))
 
 
+def near_multiples(given: int, unit: int) -> str:
+    """Return the multiples of `unit` around `given`, as a remedy says them: `4096 or 8192`."""
+    below = given // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("-", "_")

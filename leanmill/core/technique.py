@@ -190,6 +190,14 @@ class TechniqueConfig(Config):
         """Whether it has been shown to train what one process trains where ranks share matmuls (`layout.tp`)."""
         return False
 
+    def holds_where_workers_drift(self) -> bool:
+        """Whether it has been shown to hold where workers step without each other (`layout.low_comm`).
+
+        All it changes in training is weights that train, which workers exchange; what else it keeps is the same
+        whatever they did, such as a schedule.
+        """
+        return False
+
     def reads_second_moments(self) -> str | None:
         """Where it needs AdamW's second moments of gradients, return what to set so that it does not."""
         return None

@@ -139,6 +139,27 @@ class Views(ABC):
         """
 
 
+def whole_of(view: View, piece: Tensor | None) -> Tensor:
+    """Return a tensor of which each rank has such a piece, in the dtype of the view's value or fp32. A collective.
+
+    Args:
+        view: Of a parameter of the tensor's shape.
+        piece: `view.value`, `view.grad` or another tensor like them; for None this rank adds nothing.
+    """
+    import torch
+
+    dtype = view.value.dtype if view.value.is_floating_point() else torch.float32
+    flat = view.value.new_zeros(view.numel, dtype=dtype)
+    if piece is not None:
+        flat[view.index().flatten()] = piece.flatten().to(flat.dtype)
+    return view.reduce(flat, "sum").view(view.piece.shape)
+
+
+def part_of(view: View, whole: Tensor) -> Tensor:
+    """Return those elements of a whole tensor that lie where the view's do."""
+    return whole.flatten().to(view.value.device)[view.index()].view(view.value.shape)
+
+
 def check_same_shape(view: View, shape: Iterable[int]) -> None:
     """Refuse a parameter that cannot lie beside a view.
 

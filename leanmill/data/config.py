@@ -205,6 +205,12 @@ class DataConfig(Config):
         return self.task in ("pretrain", "masked")
 
     @property
+    def trained_vocab_size(self) -> int | None:
+        """Vocabulary of the tokenizer that is trained on the data; None where one is named or lies in prepared data."""
+        is_there = self.tokenizer.path is not None or any(isinstance(one, Prepared) for one in sources_of(self))
+        return None if is_there else self.tokenizer.vocab_size
+
+    @property
     def text_length(self) -> int:
         """The most tokens that a text has: of sentence pairs its share of a row."""
         return self.sequence_length // self.num_pieces if self.task == "sentence_pairs" else self.sequence_length

@@ -8,7 +8,7 @@ share is kept; ours are documents of any length, of whose tokens a share is kept
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from leanmill.data.config import DataConfig, Prepared
 from leanmill.data.prepared import PreparedDomain, open_prepared
 from leanmill.data.selection import SCORES, score_file
 from leanmill.data.shard_writer import sync, write_whole
-from leanmill.data.tokenizer import tokenizer_fingerprint
+from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from leanmill.evaluate.models import Opened, open_for_evaluation
 
 
@@ -77,12 +77,11 @@ def score_documents(
         RunError: A model gives no number.
     """
     domains = _domains(config)
-    models = {name: open_for_evaluation(path, device) for name, path in _named(teacher, reference)}
-    key = domains[0].tokenizer_key
-    for name, path in _named(teacher, reference):
-        _check(models[name], name, path, key, config.sequence_length)
-    of_models = {name: fingerprint_folder(path) for name, path in _named(teacher, reference)}
-    facts = {"tokenizer": key, "sequence_length": config.sequence_length, **of_models}
+    paths = {"teacher": teacher, "reference": reference}
+    check_models(config, paths)
+    models = {name: open_for_evaluation(path, device) for name, path in paths.items()}
+    of_models = {name: fingerprint_folder(path) for name, path in paths.items()}
+    facts = {"tokenizer": domains[0].tokenizer_key, "sequence_length": config.sequence_length, **of_models}
     begin_together(out, {**facts, "domains": [_facts(domain, index) for index, domain in enumerate(domains)]}, rank)
     work = [(domain, index, shard) for index, domain in enumerate(domains) for shard in range(domain.num_shards)]
     mine, num_documents, num_kept = work[rank::world_size], 0, 0
@@ -156,20 +155,26 @@ def _domains(config: DataConfig) -> list[PreparedDomain]:
     return open_prepared(config.source.model_copy(update={"scores": None, "kept_share": None}), config)
 
 
-def _named(teacher: Path, reference: Path) -> list[tuple[str, Path]]:
-    return [("teacher", teacher), ("reference", reference)]
+def check_models(config: DataConfig, models: Mapping[str, Path]) -> None:
+    """Refuse models that cannot score prepared data, without reading their weights.
 
+    Args:
+        config: See `score_documents`.
+        models: Their folders, by what a person calls them.
 
-def _check(opened: Opened, name: str, path: Path, key: str, sequence_length: int) -> None:
-    if tokenizer_fingerprint(opened.tokenizer) != key:
-        raise ConfigError(
-            f"--{name} {path} has another tokenizer than the prepared data; prepare the text with data.tokenizer.path="
-            f"{path} (scores serve the same text under any tokenizer)"
-        )
-    if opened.longest is not None and opened.longest < sequence_length:
-        raise ConfigError(
-            f"--{name} {path} has {opened.longest} positions; type data.sequence_length={opened.longest} or less"
-        )
+    Raises:
+        ConfigError: The data is not prepared text, or a model has another tokenizer or too few positions.
+    """
+    key, length = _domains(config)[0].tokenizer_key, config.sequence_length
+    for name, path in models.items():
+        if tokenizer_fingerprint(load_tokenizer(str(path))) != key:
+            raise ConfigError(
+                f"{name} {path} has another tokenizer than the prepared data; prepare the text with "
+                f"data.tokenizer.path={path} (scores serve the same text under any tokenizer)"
+            )
+        longest = read_json(path / "config.json").get("max_position_embeddings")
+        if longest is not None and longest < length:
+            raise ConfigError(f"{name} {path} has {longest} positions; type data.sequence_length={longest} or less")
 
 
 def _facts(domain: PreparedDomain, index: int) -> dict[str, Any]:
@@ -211,8 +216,8 @@ def _save(path: Path, scores: NDArray[np.float64]) -> None:
     os.replace(temporary, path)
 
 
-def model_folder(path: str, name: str) -> Path:
-    """Return the folder of a model that a person named.
+def model_folder(path: str, key: str) -> Path:
+    """Return the folder of a model that a person named as `key`.
 
     Raises:
         ConfigError: There is no model.
@@ -220,7 +225,7 @@ def model_folder(path: str, name: str) -> Path:
     folder = expand_user(path)
     if not (folder / "config.json").is_file():
         raise ConfigError(
-            f"--{name} {path} is no Hugging Face folder; download the model, or write one with "
+            f"{key} {path} is no Hugging Face folder; download the model, or write one with "
             f"`leanmill export --checkpoint RUN_DIR --to hf --out FOLDER`"
         )
     return folder

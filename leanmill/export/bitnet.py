@@ -25,6 +25,7 @@ from leanmill.core.errors import RunError
 from leanmill.core.site import LinearSite
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
+from leanmill.core.transposed import NOT_LINEAR, transposed_weights
 from leanmill.export.compare import allowed, check_same, largest_difference, reload, sample_logits
 from leanmill.export.folded import FoldedFormat, prepare_config
 from leanmill.export.formats import Checked
@@ -48,6 +49,8 @@ def _quantised(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def _why_not(model: nn.Module) -> str | None:
     """Return why the format does not hold this model, and what to type."""
+    if transposed_weights(model):
+        return NOT_LINEAR
     weights = dict(_quantised(model))
     if not weights:
         return "no linear weight of this run is quantised, so there is nothing to pack; use --to hf"

@@ -21,6 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from leanmill.core.errors import RunError
 from leanmill.core.facets import Codes, FloatCodes
 from leanmill.core.quiet import ignore_warning
+from leanmill.core.transposed import NOT_LINEAR, transposed_weights
 from leanmill.export.compare import allowed, check_same, largest_difference, reload, sample_logits
 from leanmill.export.float_layers import form_of
 from leanmill.export.float_words import FloatWords, covers_floats
@@ -118,6 +119,8 @@ class CompressedTensorsFormat(FoldedFormat):
                 "compressed-tensors is not installed, and an export counts only once it was loaded back; type pip "
                 "install 'leanmill[formats]', or use --packing int4"
             )
+        if transposed_weights(model):
+            return NOT_LINEAR
         found = False
         for name, _, codes in packable_linears(model):
             found = True

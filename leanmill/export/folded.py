@@ -13,6 +13,7 @@ from leanmill.core.around import Beside, iter_arounds
 from leanmill.core.errors import RunError
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
+from leanmill.core.transposed import as_linears
 from leanmill.export.activations import settle_activations
 from leanmill.export.compare import check_same, largest_difference, sample_logits
 from leanmill.export.folding import fold, folded_weights
@@ -77,6 +78,7 @@ class FoldedFormat(Format):
         Raises:
             RunError: One is another.
         """
+        as_linears(reloaded)
         for name in self.staged.keys() - but:
             _check_weight(name, reloaded.get_parameter(name), self.staged[name], self.masked)
 

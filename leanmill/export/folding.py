@@ -13,6 +13,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.site import ExpertSite, Site
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
+from leanmill.core.transposed import as_stored
 
 
 def reshaping_stages(module: nn.Module) -> list[str]:
@@ -78,7 +79,7 @@ def detach_adapters(model: Any) -> None:
 
 
 def fold_sites(model: Any) -> None:
-    """Fold what stands around modules and every site, in place; adapters stay where they are.
+    """Fold what stands around modules and every site, in place, into the family's own layers; adapters stay.
 
     Raises:
         ConfigError: No plain model computes what something around a module does.
@@ -96,6 +97,7 @@ def fold_sites(model: Any) -> None:
             del module._modules["sites"]
     if tied:
         _tie_again(model)
+    as_stored(model)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.registry import parse_technique
 from leanmill.core.rules import StepContext, load_state, metrics_of, state_of
 from leanmill.core.technique import InstallContext, InstalledTechniques, TechniqueConfig
+from leanmill.core.transposed import as_linears
 from leanmill.core.views import Views
 from leanmill.data.tokenizer import other_tokens, tokenizer_fingerprint
 from leanmill.integrations.losses import AttachedLosses
@@ -125,6 +126,7 @@ class Attached:
         context = dataclasses.replace(context, check_base=self._check_base)
         # On a copy first: what is refused is refused before the model is touched.
         self._install(self.plain_on_meta().train(), context)
+        as_linears(model)
         with without_storage(model):
             self.installed = self._install(model, context)
         fill_added(
@@ -182,7 +184,7 @@ class Attached:
     def plain_on_meta(self) -> Any:
         """Build the plain model without storage."""
         with torch.device("meta"):
-            return self.model_class._from_config(copy.deepcopy(self.plain_config), dtype=torch.float32)
+            return as_linears(self.model_class._from_config(copy.deepcopy(self.plain_config), dtype=torch.float32))
 
     def on_meta(self) -> Any:
         """Build the model with its techniques, without storage."""

@@ -8,7 +8,9 @@ import torch
 
 from leanmill.core.encoders import first_position, takes_ready_masks
 from leanmill.core.errors import ConfigError
+from leanmill.core.transposed import as_linears
 from leanmill.models.config import ModelConfig
+from leanmill.models.dropout import set_dropout
 from leanmill.models.mapping import check_forward, check_num_parameters, mapped_config, refuse_build
 from leanmill.models.pretrained import pretrained_config
 from leanmill.models.tasks import auto_class, class_of, options_of
@@ -35,7 +37,7 @@ def build_on_meta(
         pad_token_id: Of the run's tokenizer; that of an encoder must be the same.
 
     Returns:
-        The `PreTrainedModel`.
+        The `PreTrainedModel`, whose layers all have their weight [out, in] (`leanmill.core.transposed`).
 
     Raises:
         ConfigError: The section cannot be built; the message says what to change.
@@ -47,6 +49,8 @@ def build_on_meta(
     )
     _check_sizes(hf_config, config, vocab_size, sequence_length)
     hf_config.use_cache = False
+    if config.dropout is not None:
+        set_dropout(hf_config, config.dropout)
     try:
         with torch.device("meta"):
             model = auto_class(config.task).from_config(
@@ -58,6 +62,7 @@ def build_on_meta(
             )
     except Exception as error:
         raise refuse_build(error, hf_config.model_type, mapping, config.task) from error
+    as_linears(model)
     check_num_parameters(model)
     if config.task != "causal_lm":
         _check_encoder(model, sequence_length, pad_token_id)

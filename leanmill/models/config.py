@@ -43,6 +43,8 @@ class ModelConfig(Config):
     """Attention implementation; `auto` is flex_attention on CUDA when documents are packed, else sdpa."""
     max_context: int | None = Field(default=None, ge=1)
     """Longest context, tokens; None reads `max_position_embeddings`."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Share dropped in every dropout that the family has; None is what the model's config says (GPT-2 and OPT: 0.1)."""
 
     frozen_dtype: FrozenDtype = "auto"
     """How weights that a technique freezes (`lora`, say) are kept; the run computes with what that decodes to.

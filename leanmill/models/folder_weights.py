@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.technique import ModelTask
+from leanmill.core.transposed import as_linears, transposed_weights
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import incomplete, weights_folder
 from leanmill.models.tasks import auto_class, options_of
@@ -34,6 +35,8 @@ class Source:
     """Names in the folder: one; or, stacked, of each expert's parts in order, expert by expert."""
     num_parts: int = 0
     """Of an expert, one below the other: gate and up, or down alone; 0 for a tensor that is stored as it is."""
+    is_transposed: bool = False
+    """Whether the folder has it [in, out]."""
 
 
 class FolderWeights:
@@ -102,7 +105,10 @@ class FolderWeights:
             files: dict[str, Any] = {}
             if not source.num_parts:
                 stored = self._file(source.keys[0], files, stack).get_slice(source.keys[0])
-                out.copy_(stored[tuple(box)] if box else stored[...])
+                if source.is_transposed:
+                    out.copy_(stored[box[1], box[0]].t())
+                else:
+                    out.copy_(stored[tuple(box)] if box else stored[...])
                 return
             for row, expert in zip(out, range(box[0].start, box[0].stop), strict=True):
                 first = expert * source.num_parts
@@ -124,7 +130,7 @@ class FolderWeights:
             for source in self.sources.values():
                 shapes = [self._file(key, files, stack).get_slice(key).get_shape() for key in source.keys]
                 if not source.num_parts:
-                    is_alike = shapes[0] == list(source.shape)
+                    is_alike = shapes[0] == list(source.shape[::-1] if source.is_transposed else source.shape)
                 else:
                     one = shapes[: source.num_parts]
                     is_alike = shapes == one * source.shape[0] and all(len(shape) == 2 for shape in one)
@@ -176,7 +182,7 @@ def _sources(path: str, hf_config: Any, keys: list[str], task: ModelTask) -> dic
     except ImportError:  # another version of transformers
         return None
     with torch.device("meta"):
-        model = auto_class(task).from_config(hf_config, **options_of(hf_config, task))
+        model = as_linears(auto_class(task).from_config(hf_config, **options_of(hf_config, task)))
     state: dict[str, Tensor] = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -191,10 +197,11 @@ def _sources(path: str, hf_config: Any, keys: list[str], task: ModelTask) -> dic
         found.setdefault(name, {}).setdefault(pattern or "", []).append(key)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     sources: dict[str, Source] = {}
+    turned = transposed_weights(model)
     for name, tensor in state.items():
         source = _source(path, found.get(name, {}), tuple(tensor.shape), by_pattern)
         if source is not None:
-            sources[name] = source
+            sources[name] = replace(source, is_transposed=name in turned)
     for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         for one, twin in ((name, other), (other, name)):
             if one in state and one not in sources and twin in sources:

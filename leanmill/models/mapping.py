@@ -20,6 +20,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
 from leanmill.core.secrets import shown
 from leanmill.core.technique import ModelTask
+from leanmill.models.dropout import SHARE
 from leanmill.models.expert_sizes import check_expert_sizes
 from leanmill.models.pretrained import one_line, quiet_transformers
 from leanmill.models.tasks import auto_class, class_of
@@ -56,7 +57,6 @@ _EXAMPLES: dict[ModelTask, list[str]] = {
     "masked_lm": ["bert", "modernbert", "roberta"],
     "embedding": ["bert", "modernbert", "roberta"],
 }
-_SHARE = re.compile(r"(dropout|dropout_(rate|p|prob)|_pdrop)$")
 _POSITIVE = re.compile(r"(_eps|epsilon|rope_theta|^factor)$")
 _WORDS = {"int": "a whole number", "float": "a number with a point, e.g. 1.0", "bool": "true or false", "str": "text"}
 
@@ -201,7 +201,7 @@ def _check_value(path: str, value: Any) -> None:
         raise ConfigError(f"{path}={shown(key, value)} changes what a model returns to the trainer; remove it")
     if key in ("dtype", "torch_dtype") and value is not None and not _is_dtype(value):
         raise ConfigError(f"{path}={shown(key, value)} is no dtype; remove it, since train.precision decides")
-    share, positive = _SHARE.search(key), _POSITIVE.search(key)
+    share, positive = SHARE.search(key), _POSITIVE.search(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         if positive or (share and value is not None):
             raise ConfigError(f"{path}={shown(key, value)} is not allowed; give a number")

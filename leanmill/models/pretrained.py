@@ -16,6 +16,7 @@ from torch import nn
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.paths import expand_user
 from leanmill.core.technique import ModelTask
+from leanmill.core.transposed import as_linears
 from leanmill.models.config import ModelConfig
 from leanmill.models.expert_sizes import check_expert_sizes
 from leanmill.models.tasks import auto_class, class_of, options_of
@@ -45,7 +46,7 @@ def load_frozen(
 
 
 def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
-    """Load `config.path` with transformers' own loader, on the CPU, never unpickling.
+    """Load `config.path` with transformers' own loader, on the CPU, never unpickling; every layer's weight [out, in].
 
     Raises:
         ConfigError: No safetensors weights, keys missing from them, or other shapes.
@@ -72,7 +73,7 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
         raise _hub_error(config, error) from error
     model, report = loaded
     _check_report(str(config.path), report)
-    return model
+    return as_linears(model)
 
 
 def local_folder(path: str, revision: str | None) -> Path:

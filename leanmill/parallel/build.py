@@ -57,7 +57,8 @@ def build_engine(
     resolved = resolve_layout(layout, config, ranks.world_size, ranks.device.type)
     _check_ranks_agree(resolved)
     engine = _make(config, ranks, precision, resolved)
-    places = "1 process" if ranks.world_size == 1 else f"{ranks.world_size} ranks"
+    places = "1 process" if resolved.step_size == 1 else f"{resolved.step_size} ranks"
+    places = places if resolved.workers == 1 else f"{places} of each of {resolved.workers} workers"
     experts = f", experts over groups of {resolved.ep}" if resolved.ep > 1 else ""
     experts = ", experts sharded over all of them" if resolved.fully_sharded else experts
     experts = f"{experts}, matmuls shared by groups of {resolved.tp}" if resolved.tp > 1 else experts
@@ -71,11 +72,11 @@ def _check_ranks_agree(layout: Layout) -> None:
         RunError: They were started with other layouts; the same on all ranks.
     """
     options = None if layout.fully_sharded is None else layout.fully_sharded.model_dump(mode="json")
-    sizes = [layout.dp_shard, layout.tp, layout.ep, layout.expert_chunks, options]
+    sizes = [layout.dp_shard, layout.tp, layout.ep, layout.expert_chunks, options, layout.workers]
     if not same_on_all_ranks(sizes):
         found = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(sizes)))
         raise RunError(
-            f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts] is {found}; "
+            f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts, workers] is {found}; "
             f"start every rank with the same recipe"
         )
 
@@ -97,7 +98,7 @@ def choose_engine(
         memory_bytes: Memory of one rank; None asks the machine, and takes the smallest rank's.
         layout: The recipe's layout section; one that shards gets an engine that does.
     """
-    if ranks.world_size == 1:
+    if ranks.world_size <= (1 if layout is None else layout.num_workers):
         return SingleEngine(), "one process needs no sharding"
     if layout is not None and layout.dp_shard is not None:
         return FsdpEngine(), "layout.dp_shard shards parameters"
@@ -119,7 +120,7 @@ def _make(config: EngineConfig, ranks: Ranks, precision: Literal["fp32", "bf16"]
     if isinstance(config, SingleEngine):
         from leanmill.parallel.single import SingleEngine as Single
 
-        return Single(config, ranks=ranks, precision=precision)
+        return Single(config, ranks=ranks, precision=precision, layout=layout)
     if isinstance(config, DdpEngine):
         from leanmill.parallel.ddp import DdpEngine as Ddp
 

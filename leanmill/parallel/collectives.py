@@ -1,10 +1,11 @@
-"""Small collectives over all ranks; each is a no-op on one process. Every rank must call them."""
+"""Small collectives over all ranks, or those that `among` names; no-ops on one process. Every one of them must call."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,21 @@ def set_data_group(group: dist.ProcessGroup | None) -> None:
     _data_group = group
 
 
+_among: dist.ProcessGroup | None = None
+"""The ranks that collectives here are over; None for all."""
+
+
+@contextmanager
+def among(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Let "all ranks" in this module be those of `group`, this one among them; None changes nothing."""
+    global _among  # noqa: PLW0603 (as process groups themselves, it is one of the process)
+    before, _among = _among, group or _among
+    try:
+        yield
+    finally:
+        _among = before
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Return the element-wise sum of `tensor` over the ranks that read different data; the argument is left as it is.
 
@@ -42,11 +58,11 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 
 def reduced(tensor: Tensor, op: Literal["sum", "max", "min"], group: dist.ProcessGroup | None = None) -> Tensor:
     """Return `tensor` reduced element-wise over the ranks of `group` (all of them); the argument is left as it is."""
-    if not _is_distributed():
+    if not _is_distributed(group):
         return tensor.clone()
     device = collective_device() if tensor.device.type == "cpu" else tensor.device
     result = tensor.detach().to(device, copy=True)
-    dist.all_reduce(result, op=getattr(dist.ReduceOp, op.upper()), group=group)
+    dist.all_reduce(result, op=getattr(dist.ReduceOp, op.upper()), group=group or _among)
     return result.to(tensor.device)
 
 
@@ -59,7 +75,7 @@ def begin_max_over_ranks(tensor: Tensor) -> Callable[[], Tensor]:
         result = tensor.clone()
         return lambda: result
     result = tensor.detach().to(collective_device(), copy=True)
-    work = dist.all_reduce(result, op=dist.ReduceOp.MAX, async_op=True)
+    work = dist.all_reduce(result, op=dist.ReduceOp.MAX, group=_among, async_op=True)
 
     def wait() -> Tensor:
         work.wait()
@@ -78,14 +94,14 @@ def broadcast_object(value: Any = None) -> Any:
     if not _is_distributed():
         return json.loads(json.dumps(value))
     device = collective_device()
-    encoded = json.dumps(value).encode() if dist.get_rank() == 0 else b""
+    encoded = json.dumps(value).encode() if is_first_rank() else b""
     size = torch.tensor([len(encoded)], device=device)
-    dist.broadcast(size, src=0)
-    if dist.get_rank() == 0:
+    dist.broadcast(size, group=_among, group_src=0)
+    if is_first_rank():
         data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8).to(device)
     else:
         data = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(data, src=0)
+    dist.broadcast(data, group=_among, group_src=0)
     return json.loads(bytes(data.tolist()))
 
 
@@ -101,12 +117,12 @@ def gather_objects(value: Any) -> list[Any]:
     """Return every rank's `value`, by rank, on every rank; anything JSON can hold."""
     if not _is_distributed():
         return [json.loads(json.dumps(value))]
-    device, world_size = collective_device(), dist.get_world_size()
+    device, world_size = collective_device(), dist.get_world_size(_among)
     encoded = json.dumps(value).encode()
     longest = int(max_over_ranks(torch.tensor([len(encoded)])))
     mine = torch.frombuffer(bytearray(encoded.ljust(longest)), dtype=torch.uint8).to(device)
     everyone = [torch.empty_like(mine) for _ in range(world_size)]
-    dist.all_gather(everyone, mine)
+    dist.all_gather(everyone, mine, group=_among)
     return [json.loads(bytes(data.tolist())) for data in everyone]
 
 
@@ -126,9 +142,9 @@ def gathered(tensor: Tensor) -> Gathered:
         return Gathered(tensor.detach(), 0)
     device = collective_device() if tensor.device.type == "cpu" else tensor.device
     mine = tensor.detach().to(device).contiguous()
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    return Gathered(torch.cat(everyone).to(tensor.device), dist.get_rank())
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(_among))]
+    dist.all_gather(everyone, mine, group=_among)
+    return Gathered(torch.cat(everyone).to(tensor.device), dist.get_rank(_among))
 
 
 def is_alone() -> bool:
@@ -138,7 +154,7 @@ def is_alone() -> bool:
 
 def is_first_rank() -> bool:
     """Whether this is rank 0, or the only process."""
-    return not _is_distributed() or dist.get_rank() == 0
+    return not _is_distributed() or dist.get_rank(_among) == 0
 
 
 def barrier() -> None:
@@ -146,12 +162,12 @@ def barrier() -> None:
     if _is_distributed():
         # A reduction rather than dist.barrier, which guesses a device under NCCL.
         token = torch.zeros(1, device=collective_device())
-        dist.all_reduce(token)
+        dist.all_reduce(token, group=_among)
         token.item()
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def _is_distributed(group: dist.ProcessGroup | None = None) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group or _among) > 1
 
 
 def collective_device() -> torch.device:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_divisors
+from leanmill.parallel.low_comm_config import OuterConfig
 
 
 class TorchEngineConfig(Config):
@@ -158,6 +159,9 @@ class LayoutConfig(Config):
     some of the MLP's width and some of the vocabulary. They read the same data. 1 shares none."""
     experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
     """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
+    low_comm: OuterConfig | None = None
+    """Workers that step without each other and exchange what they learned now and then; the rest of the layout is
+    that of one worker. null: all ranks step together."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -166,6 +170,11 @@ class LayoutConfig(Config):
         if isinstance(value, str):
             return {"type": value}
         return {"type": "fully_sharded", **value} if isinstance(value, dict) else value
+
+    @property
+    def num_workers(self) -> int:
+        """Groups of ranks that step without each other; 1 where all step together."""
+        return 1 if self.low_comm is None else self.low_comm.workers
 
     @property
     def tokens_travel(self) -> bool:

@@ -101,7 +101,7 @@ class DdpEngine(TorchEngine):
             # buffers; gloo could not broadcast every dtype either.
             init_sync=False,
             gradient_as_bucket_view=True,
-            process_group=self.layout.data_group,
+            process_group=self.layout.data_group or self.layout.inside,
             **_NO_BUFFERS,
         )
 

@@ -24,6 +24,7 @@ from leanmill.parallel import deepspeed_storage as storage
 from leanmill.parallel.collectives import set_data_group
 from leanmill.parallel.deepspeed_config import PERSIST_BELOW, check_config, check_optimizer, derive_config
 from leanmill.parallel.deepspeed_experts import LocalExperts, marker
+from leanmill.parallel.deepspeed_gathers import gather_unseen
 from leanmill.parallel.deepspeed_start import start_deepspeed
 from leanmill.parallel.deepspeed_state import ZeroState, cpu_mesh, share
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
@@ -67,6 +68,7 @@ class DeepSpeedEngine(Engine):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
+        self.step_size = self.data_size
         set_data_group(None)
         self._mesh = cpu_mesh()
         self.layout = layout or Layout(self.data_size)
@@ -108,6 +110,8 @@ class DeepSpeedEngine(Engine):
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
         )
         module._modules.pop("shares_experts", None)
+        if self.config.stage == 3:
+            gather_unseen(self._optimizer)
         self._zero = ZeroState(self._optimizer, self.config.stage)
         self._client_optimizer = optimizer
         if has_pulls:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from leanmill.core.batches import Batch
 from leanmill.core.ledger import ledger_of
 from leanmill.core.views import Views
+from leanmill.parallel.layout import Layout
 
 
 Losses = dict[str, Tensor]
@@ -50,6 +51,10 @@ class Engine(ABC):
     data_rank: int
     """Which share of the data this process reads, in [0, data_size)."""
     data_size: int
+    step_size: int
+    """Ranks that step together, over which gradients are means; all that read data, or those of one worker."""
+    layout: Layout
+    """How the ranks share the work."""
     module: nn.Module
     """The train module, live (after sharding; not the DDP or DeepSpeed wrapper)."""
     notes: tuple[str, ...] = ()
@@ -67,7 +72,7 @@ class Engine(ABC):
 
         Args:
             micro_batches: This rank's micro-batches, on its device; as many on every rank.
-            num_valid_tokens: Targets in the whole global batch, fp32 scalar, equal on all ranks.
+            num_valid_tokens: Targets of all ranks that step together, fp32 scalar, equal on all of them.
 
         Returns:
             Losses summed over this rank's micro-batches (not over ranks), detached.
@@ -78,7 +83,7 @@ class Engine(ABC):
 
         Reductions over ranks average, so what is to be summed is scaled up by their number.
         """
-        scale = self.data_size / num_valid_tokens
+        scale = self.step_size / num_valid_tokens
         ledger = ledger_of(self.module)
         if ledger is not None:
             ledger.begin_step(token_scale=scale, num_micro_batches=len(micro_batches))

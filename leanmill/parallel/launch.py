@@ -135,10 +135,17 @@ def patient_group(timeout: timedelta) -> dist.ProcessGroup:
     return group  # type: ignore[no-any-return]
 
 
+def keep_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Give a group a time-out that `set_timeout` leaves as it is."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+    _keep_timeout.add(group)
+
+
 def set_timeout(seconds: int) -> None:
     """Set the time-out of collectives from now on: short once compilation and loading are over, long before others.
 
-    A `patient_group` keeps its own: what it waits for has nothing to do with the length of a step.
+    A `patient_group` keeps its own, as does one that `keep_timeout` was called with: what it waits for has nothing to
+    do with the length of a step.
     """
     if not dist.is_initialized():
         return

@@ -14,11 +14,14 @@ Ranks of a tensor-parallel group (`tp`, neighbours) share each layer's matmuls a
 they split is dense in everything else: the mean is over the ranks with the same part. Other ranks read data of their
 own, those that share experts too. The tokens of all `ep` ranks of a group
 meet at one expert, whose gradient is therefore the sum of theirs.
+
+Workers that train with little communication (`layout.low_comm`) are each such a grid: "all ranks" are then those of
+one worker.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -49,10 +52,12 @@ class Layout:
     """Pieces of a rank's tokens that travel to experts one after the other."""
     fully_sharded: FullyShardedExperts | None = None
     """How experts are sharded over all ranks, `ep` being all of them; None where ranks share them evenly."""
+    workers: int = 1
+    """Groups of neighbouring ranks that step without each other."""
 
     @property
     def data_size(self) -> int:
-        """Ranks that read different data; the loss is a mean over them, and all of them step together."""
+        """Ranks that read different data."""
         return self.world_size // self.tp
 
     def data_rank(self, rank: int) -> int:
@@ -69,9 +74,33 @@ class Layout:
         return self.grid["replicate", "shard"]._flatten("data").get_group()
 
     @property
+    def step_size(self) -> int:
+        """Ranks that step together, those of a worker; the loss is a mean over them."""
+        return self.world_size // self.workers
+
+    def worker(self, rank: int) -> int:
+        """Return which worker a rank is of."""
+        return rank // self.step_size
+
+    @property
+    def inside(self) -> dist.ProcessGroup | None:
+        """The ranks that step together with this one; None where those are all ranks."""
+        return None if self.workers == 1 else self._of_workers.get_group("rank")
+
+    @property
+    def across(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same of a model as this one, one of each worker; None where there is one worker."""
+        return None if self.workers == 1 else self._of_workers.get_group("worker")
+
+    @cached_property
+    def _of_workers(self) -> DeviceMesh:
+        shape = (self.workers, self.step_size)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("worker", "rank"))
+
+    @property
     def dp_replicate(self) -> int:
         """Replicas of a dense parameter."""
-        return self.data_size // self.dp_shard
+        return self.step_size // (self.dp_shard * self.tp)
 
     @property
     def expert_shard(self) -> int:
@@ -81,7 +110,7 @@ class Layout:
     @property
     def expert_replicate(self) -> int:
         """Replicas of an expert, or of each part of it."""
-        return self.world_size // (self.ep * self.expert_shard)
+        return self.step_size // (self.ep * self.expert_shard)
 
     def divisor(self, family: Family) -> int:
         """Return what a gradient is divided by before it is averaged over the ranks that hold the parameter."""
@@ -92,10 +121,9 @@ class Layout:
         """Mesh of a dense parameter: `shard`, or `replicate` x `shard`; neighbours share, they are on one machine."""
         if self.tp > 1:
             return self.grid["shard"] if self.dp_replicate == 1 else self.grid["replicate", "shard"]
-        if self.dp_shard == self.world_size:
-            return init_device_mesh(self.device_type, (self.world_size,), mesh_dim_names=("shard",))
-        shape = (self.dp_replicate, self.dp_shard)
-        return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        if self.dp_shard == self.step_size:
+            return self._mesh(shard=self.dp_shard)
+        return self._mesh(replicate=self.dp_replicate, shard=self.dp_shard)
 
     @cached_property
     def grid(self) -> DeviceMesh:
@@ -106,8 +134,15 @@ class Layout:
     @cached_property
     def experts(self) -> DeviceMesh:
         """Mesh of an expert parameter: `replicate` x `shard` x `ep`."""
-        shape = (self.expert_replicate, self.expert_shard, self.ep)
-        return init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard", "ep"))
+        return self._mesh(replicate=self.expert_replicate, shard=self.expert_shard, ep=self.ep)
+
+    def _mesh(self, **sizes: int) -> DeviceMesh:
+        """Return a mesh of the ranks that step together with this one."""
+        names = tuple(sizes)
+        if self.workers == 1:
+            return init_device_mesh(self.device_type, tuple(sizes.values()), mesh_dim_names=names)
+        shape = (self.workers, *sizes.values())
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("worker", *names))[names]
 
 
 def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, device_type: str = "cpu") -> Layout:
@@ -122,6 +157,16 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
     Raises:
         ConfigError: The sizes do not fit the ranks, or each other; the message names the nearest that do.
     """
+    workers = config.num_workers
+    if world_size % workers:
+        raise ConfigError(
+            f"layout.low_comm.workers={workers} does not divide the {_ranks(world_size)}; "
+            f"set layout.low_comm.workers={near_divisors(workers, world_size)}"
+        )
+    if workers > 1:
+        alone = config.model_copy(update={"low_comm": None})
+        inner = resolve_layout(alone, engine, world_size // workers, device_type)
+        return replace(inner, world_size=world_size, workers=workers)
     tp, data_size = config.tp, config.data_size(world_size)
     if tp > 1 and isinstance(engine, DeepSpeedEngine):
         raise ConfigError(f"layout.tp={tp} is for engines on torch alone, not for DeepSpeed; type engine=fsdp")

@@ -42,10 +42,13 @@ class Pulse:
     phase: str = "starting"
     step: int = 0
     since: float = field(default_factory=time.monotonic)
+    patience_seconds: float = 0.0
+    """How long the phase may wait for other ranks, whatever a watch is told."""
 
-    def enter(self, phase: str, step: int | None = None) -> None:
+    def enter(self, phase: str, step: int | None = None, *, patience_seconds: float = 0.0) -> None:
         """Say that `phase` begins, of `step` where it is one of a step's."""
         self.phase, self.step, self.since = phase, self.step if step is None else step, time.monotonic()
+        self.patience_seconds = patience_seconds
 
 
 class PulseWatch:
@@ -116,6 +119,7 @@ class PulseWatch:
 
     def _beat_once(self) -> None:
         still_seconds = time.monotonic() - max(self._moved, self.pulse.since)
+        limit_seconds = max(self.hang_seconds, self.pulse.patience_seconds)
         # Reading the record takes half a second of a core, so it waits until there is a reason.
         now = self._now(flight.standings() if still_seconds > self.hang_seconds / 2 else {})
         if self._has_moved(now):
@@ -123,7 +127,7 @@ class PulseWatch:
         self._last, self._asked = now, time.monotonic()
         self._store.set(str(self.rank), json.dumps(now.state()))
         is_waiting = any(not standing.is_done for standing in now.standings.values())
-        if is_waiting and still_seconds > self.hang_seconds:
+        if is_waiting and still_seconds > limit_seconds:
             self._name_who_is_missing(now)
         if self._store.check([_VERDICT]):
             told = self._store.get(_VERDICT).decode()

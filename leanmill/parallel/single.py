@@ -12,6 +12,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.parallel.config import SingleEngine as SingleConfig
 from leanmill.parallel.engine import Preparation
 from leanmill.parallel.launch import Ranks
+from leanmill.parallel.layout import Layout
 from leanmill.parallel.staging import ReplicaStaging
 from leanmill.parallel.torch_engine import TorchEngine
 
@@ -23,20 +24,29 @@ class SingleEngine(TorchEngine):
         config: The recipe's engine section.
         ranks: Which process this is.
         precision: Compute precision.
+        layout: Of the run; None has one process.
 
     Raises:
-        ConfigError: There is more than one process.
+        ConfigError: More than one process would step together.
     """
 
     name = "single"
 
-    def __init__(self, config: SingleConfig, *, ranks: Ranks, precision: Literal["fp32", "bf16"]) -> None:
-        if ranks.world_size != 1:
+    def __init__(
+        self,
+        config: SingleConfig,
+        *,
+        ranks: Ranks,
+        precision: Literal["fp32", "bf16"],
+        layout: Layout | None = None,
+    ) -> None:
+        super().__init__(ranks=ranks, precision=precision, layout=layout)
+        if self.step_size != 1:
+            of_worker = "" if self.layout.workers == 1 else " for each worker"
             raise ConfigError(
-                f"engine: single runs one process, but {ranks.world_size} were started; "
-                f"type engine=ddp or engine=fsdp, or start one process"
+                f"engine: single runs one process, but {self.step_size} were started{of_worker}; "
+                f"type engine=ddp or engine=fsdp, or start one process{of_worker}"
             )
-        super().__init__(ranks=ranks, precision=precision)
         self.config = config
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:

@@ -42,6 +42,7 @@ class TorchEngine(Engine):
         self.device, self._ranks = ranks.device, ranks
         self.layout = layout or Layout(ranks.world_size, device_type=ranks.device.type)
         self.data_rank, self.data_size = self.layout.data_rank(ranks.rank), self.layout.data_size
+        self.step_size = self.data_size // self.layout.workers
         set_data_group(self.layout.data_group)
         self.precision = precision
         self._partial = PartialGradients((), None)

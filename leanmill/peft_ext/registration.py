@@ -21,6 +21,7 @@ TUNERS: dict[str, str] = {
     "moe_lora": "leanmill.peft_ext.tuners.moe_lora",
     "mos": "leanmill.peft_ext.tuners.mos",
     "nola": "leanmill.peft_ext.tuners.nola",
+    "rank_lora": "leanmill.peft_ext.tuners.rank_lora",
 }
 """Name of the method -> module with its `Config` and `Model`."""
 

@@ -29,6 +29,7 @@ def asked_of(recipe: Recipe, index: int) -> dict[str, Any]:
             "carry": phase.carry,
             "rewind_to": phase.rewind_to,
             "keep": sorted(phase.keep),
+            "score": None if phase.score is None else phase.score.model_dump(mode="json"),
             "passes": [config.model_dump(mode="json") for config in phase.passes],
             "calibration": _calibration(recipe, index, data.model_dump(mode="json")) if phase.passes else None,
             "recipe": None if trained is None else trained.model_dump(mode="json"),
@@ -62,5 +63,7 @@ def _of_training(saved: Mapping[str, Any] | None, recipe: Recipe, index: int) ->
         return
     accepted = recipe.checkpoint.accept_changes
     for change in changes(saved, recipe.of_phase(index)):
+        if change.key == "data.source.scores":  # where they lie; what they are of stands in `score`
+            continue
         if not is_accepted(change, accepted) or is_accepted(change, _FIXED, free=()):
             yield str(change)

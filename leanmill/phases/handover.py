@@ -8,13 +8,14 @@ from pathlib import Path
 from leanmill.checkpoint.finding import locate
 from leanmill.checkpoint.folders import step_folder
 from leanmill.checkpoint.group import SaveGroup
-from leanmill.checkpoint.phases import DRAWN, MODEL, PASSED, SOLVED
+from leanmill.checkpoint.phases import DRAWN, MODEL, PASSED, SCORED, SOLVED
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import clear_unfinished
 from leanmill.core.noise import derive_seed
+from leanmill.evaluate.document_scores import model_folder
 from leanmill.export import export_model
 from leanmill.models.config import ModelConfig
-from leanmill.recipe.phases import FRESH, place_of, places_asked_for, source_of, trained_before
+from leanmill.recipe.phases import FRESH, OF_PHASE, place_of, places_asked_for, source_of, trained_before
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.beginning import Start
 from leanmill.trainer.passes.rewind import draw, rewind
@@ -60,6 +61,27 @@ class Handover:
 
         self.group.on_first_rank(write)
 
+    def scored(self, index: int) -> Path:
+        """Return where the scores of the documents of a phase's data are once they are whole."""
+        return self.folder(index) / SCORED
+
+    def models_to_score_with(self, index: int) -> dict[str, Path]:
+        """Return the folders of the two models that score a phase's documents; what an earlier phase left is written.
+
+        Raises:
+            ConfigError: There is no such model.
+        """
+        score = self.phases[index].score
+        assert score is not None, "asked of a phase that scores"
+        for read in self.recipe.phases_read_by(index):
+            self._folded(read, None)
+        return {
+            name: Path(self.recipe.model_of(path.removeprefix(OF_PHASE), index))
+            if path.startswith(OF_PHASE)
+            else model_folder(path, f"phases.{index}.score.{name}_model")
+            for name, path in score.models.items()
+        }
+
     def carries_state(self, index: int) -> bool:
         """Whether a phase begins with the checkpoint of another one itself."""
         return self.recipe.carries_state(index, self._recipes)
@@ -84,7 +106,7 @@ class Handover:
                 "resume": "auto",
                 "keep_steps": sorted({*asked.keep_steps, *self._steps_asked_of(index)}),
                 # Where an earlier phase's model lies is no choice of the user's: a run folder may be moved.
-                "accept_changes": [*asked.accept_changes, *([] if model == self.recipe.model else ["model"])],
+                "accept_changes": [*asked.accept_changes, *([] if model == recipe.model else ["model"])],
             }
         )
         data = recipe.data.model_copy(update={"tokenizer": tokenizer})
@@ -111,7 +133,7 @@ class Handover:
         if self.phases[index].passes:
             return self._at(self.passed(index))
         if source is None:
-            return self.recipe.model
+            return self._recipes[index].model
         return self._model(source) if self.carries_state(index) else self._at(self._folded(source, step))
 
     def _tokenizer(self, index: int) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from leanmill.checkpoint.phases import MODEL
 from leanmill.models.config import ModelConfig
 from leanmill.recipe.on_this_machine import local_model
-from leanmill.recipe.phases import source_of
+from leanmill.recipe.phases import has_own_model, source_of
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.passes.foresight import after_passes
 
@@ -13,13 +13,16 @@ from leanmill.trainer.passes.foresight import after_passes
 def model_before(recipe: Recipe, index: int) -> ModelConfig | None:
     """Return the section that describes what a phase's passes, or its training, begin with.
 
-    Where no pass changed the architecture it is the recipe's own; None where that model is not on this machine.
+    Where no pass changed the architecture it is the recipe's own, or that of the phase;
+    None where that model is not on this machine.
 
     Raises:
         ConfigError: A pass of an earlier phase does not fit its model.
     """
     source, _ = source_of(recipe.phases, index)
-    return local_model(recipe.model) if source is None else model_after(recipe, source)
+    if source is not None:
+        return model_after(recipe, source)
+    return local_model(recipe.of_phase(index).model if has_own_model(recipe.phases, index) else recipe.model)
 
 
 def model_after(recipe: Recipe, index: int) -> ModelConfig | None:
@@ -31,8 +34,9 @@ def model_after(recipe: Recipe, index: int) -> ModelConfig | None:
     before = model_before(recipe, index)
     if before is None:
         return None
-    vocab_size = recipe.data.tokenizer.vocab_size if recipe.data.tokenizer.path is None else None
-    return after_passes(before, recipe.phases[index].passes, seed=recipe.seed, vocab_size=vocab_size)
+    return after_passes(
+        before, recipe.phases[index].passes, seed=recipe.seed, vocab_size=recipe.data.trained_vocab_size
+    )
 
 
 def models_to_come(recipe: Recipe) -> dict[str, ModelConfig]:

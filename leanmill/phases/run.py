@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,17 @@ from typing import Any
 import torch
 
 from leanmill.checkpoint.group import SaveGroup
-from leanmill.checkpoint.phases import DONE, phase_folders
+from leanmill.checkpoint.phases import DONE, SCORING, phase_folders
 from leanmill.core.errors import ConfigError
 from leanmill.core.folders import clear_unfinished
+from leanmill.evaluate.document_scores import check_models, model_folder, score_documents
 from leanmill.parallel.collectives import max_over_ranks
 from leanmill.parallel.launch import set_timeout
 from leanmill.phases.check import check_phases
 from leanmill.phases.done import asked_of, differences
 from leanmill.phases.handover import Handover
 from leanmill.recipe.compress import CompressRecipe
-from leanmill.recipe.phases import phase_names, source_of
+from leanmill.recipe.phases import OF_PHASE, phase_names, source_of
 from leanmill.recipe.root import Recipe
 from leanmill.report.files import write_atomically
 from leanmill.trainer.passes.run import compress_in
@@ -71,6 +74,7 @@ class _Phases:
     def go(self) -> RunResult:
         done = self._read_done()
         check_phases(self.recipe, done.keys())
+        self._check_models_to_score_with(done)
         if self.given.ranks.rank == 0:
             write_recipe(self.run_dir, self.recipe)
         for index, name in enumerate(self.names):
@@ -95,14 +99,14 @@ class _Phases:
             self._pass(index)
         if not phase.trains:
             return {"steps": 0, "num_skipped": 0}
+        if phase.score is not None:
+            self._score(index)
+            _free_memory()
         recipe, start = self.handover.training(index)
         set_timeout(self.recipe.cluster.init_timeout_seconds)
         result = run_in(self.given, recipe, start)
         self.result = replace(self.result, status=result.status, scores=result.scores, interrupted=result.interrupted)
-        # What the next phase builds finds no memory taken by this one.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
         return {"steps": result.step, "num_skipped": result.num_skipped}
 
     def _pass(self, index: int) -> None:
@@ -128,6 +132,38 @@ class _Phases:
         self.group.on_first_rank(lambda: clear_unfinished(out))
         for report in compress_in(self.given.ranks, compressed, out):
             log.info("%s", report)
+
+    def _score(self, index: int) -> None:
+        """Score the documents of a phase's data, going on behind the shards that have theirs."""
+        out, ranks = self.handover.scored(index), self.given.ranks
+        if self.group.broadcast("there" if out.is_dir() else ""):
+            return
+        scoring = out.with_name(SCORING)
+        found = score_documents(
+            self.recipe.of_phase(index).data,
+            scoring,
+            **self.handover.models_to_score_with(index),
+            device=ranks.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            tell=log.info,
+        )
+        log.info("%d documents scored in %d shards", found.num_documents, found.num_shards)
+        max_over_ranks(torch.zeros(()))  # all have written theirs
+        self.group.on_first_rank(lambda: os.replace(scoring, out))
+
+    def _check_models_to_score_with(self, done: Collection[int]) -> None:
+        """Refuse models that exist and cannot score, before phases take their time; the others come of those."""
+        for index, phase in enumerate(self.recipe.phases):
+            if phase.score is None or index in done:
+                continue
+            named = {
+                f"phases.{index}.score.{k}_model": v
+                for k, v in phase.score.models.items()
+                if not v.startswith(OF_PHASE)
+            }
+            models = {key: model_folder(path, key) for key, path in named.items()}
+            check_models(self.recipe.of_phase(index).data, models)
 
     def _add(self, record: dict[str, Any]) -> None:
         self.result = replace(
@@ -175,3 +211,10 @@ class _Phases:
     def _mark_done(self, index: int, record: dict[str, Any]) -> None:
         text = json.dumps({"asked": asked_of(self.recipe, index), **record}, indent=2) + "\n"
         self.group.on_first_rank(lambda: write_atomically(self.handover.folder(index) / DONE, text))
+
+
+def _free_memory() -> None:
+    """What is built next finds no memory taken by what came before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

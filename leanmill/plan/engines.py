@@ -38,7 +38,7 @@ def engine_of(
             memory_bytes=int(rank_memory_gib * 2**30),
             layout=recipe.layout,
         )
-    if isinstance(engine, SingleEngine) and world_size > 1:
+    if isinstance(engine, SingleEngine) and world_size > recipe.layout.num_workers:
         raise ConfigError(f"engine=single runs one process, not {world_size}; type engine=ddp or engine=fsdp")
     if isinstance(engine, FsdpEngine) and engine.shard_size is not None and world_size % engine.shard_size:
         raise ConfigError(
@@ -49,11 +49,11 @@ def engine_of(
 
 def candidates(world_size: int, layout: LayoutConfig) -> list[EngineConfig]:
     """Return the engines that run on this many ranks with this layout."""
-    if world_size == 1:
+    if world_size <= layout.num_workers:
         return [SingleEngine()]
     if {layout.dp_shard, layout.dp_replicate} - {None}:
         return [FsdpEngine()]
-    if layout.experts.type == "fully_sharded" or layout.tp > 1:
+    if layout.experts.type == "fully_sharded" or layout.tp > 1 or layout.low_comm is not None:
         return [DdpEngine(), FsdpEngine()]
     stages: tuple[Any, ...] = (0, 1, 2, 3)
     return [DdpEngine(), FsdpEngine(), *(DeepSpeedEngine(stage=stage) for stage in stages)]

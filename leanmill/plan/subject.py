@@ -33,7 +33,7 @@ from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.staging import fits, is_table
 from leanmill.parallel.tensor_plan import split_dims
 from leanmill.plan.fit import Case
-from leanmill.plan.memory import estimate, optimizer_bytes, staged_copies
+from leanmill.plan.memory import estimate, optimizer_bytes, shard_numel, staged_copies
 from leanmill.plan.transient import activation_bytes, logits_bytes
 from leanmill.plan.weight import Memory, Weight
 from leanmill.recipe.root import Recipe
@@ -76,10 +76,9 @@ class Subject:
         Raises:
             ConfigError: A technique does not fit the model, or a frozen model is not there.
         """
-        trained_tokenizer = recipe.data.tokenizer.path is None
         model = build_on_meta(
             recipe.model,
-            vocab_size=recipe.data.tokenizer.vocab_size if trained_tokenizer else None,
+            vocab_size=recipe.data.trained_vocab_size,
             sequence_length=recipe.data.text_length,
             device_type="cpu" if recipe.device == "cpu" else "cuda",
         )
@@ -138,6 +137,8 @@ class Subject:
         )
         if layout.fully_sharded is not None:
             memory.add("transient", "fetched experts", self._fetched_bytes(changed, layout.fully_sharded))
+        if changed.layout.low_comm is not None:
+            _add_outer(memory, case.engine, [weight for weight in weights if weight.trainable])
         memory.add("transient", "activations", activation_bytes(changed, config, self.token_shares))
         memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
         memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
@@ -155,6 +156,15 @@ class Subject:
         largest = max(layers.values(), default=0)
         is_kept = not experts.rematerialise and recipe.train.activation_checkpointing == "none"
         return largest + (sum(layers.values()) if is_kept else largest)
+
+
+def _add_outer(memory: Memory, engine: EngineConfig, trained: Sequence[Weight]) -> None:
+    """Add what workers that step alone keep to meet by: where they met, the outer momentum, and how far they went."""
+    size = (engine.shard_size or 1) if isinstance(engine, FsdpEngine) else 1
+    num_bytes = sum(shard_numel(w, size) * w.itemsize for w in trained)
+    is_offloaded = isinstance(engine, FsdpEngine) and engine.cpu_offload
+    memory.add("host" if is_offloaded else "held", "outer optimizer state", 2 * num_bytes)
+    memory.add("host" if is_offloaded else "transient", "outer gradients", 2 * num_bytes)
 
 
 def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) -> Iterator[tuple[str, Weight]]:

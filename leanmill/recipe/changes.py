@@ -29,6 +29,10 @@ FREE = (
     "data", "seed",
 )  # fmt: skip
 """Keys, or sections whole, that may change; the run says so. Every other key, a new one too, must be accepted."""
+BOUND = ("layout.low_comm.",)
+"""What lies in one of them and must be accepted all the same."""
+FREE_AGAIN = ("layout.low_comm.workers", "layout.low_comm.patience_seconds")
+"""What of that may change after all."""
 _NOT_SET = "not set"
 
 
@@ -108,7 +112,8 @@ def check_accepted(found: Sequence[Change], accepted: Sequence[str], checkpoint:
 
 def is_accepted(change: Change, accepted: Sequence[str], *, free: Sequence[str] = FREE) -> bool:
     """Whether a change lies in one of the keys or sections that were accepted, or that need no acceptance."""
-    return _covers(free, change.key) or _covers(accepted, change.key)
+    is_bound = change.key.startswith(BOUND) and not _covers(FREE_AGAIN, change.key)
+    return (_covers(free, change.key) and not is_bound) or _covers(accepted, change.key)
 
 
 def _covers(keys: Sequence[str], key: str) -> bool:

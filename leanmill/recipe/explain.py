@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from leanmill.checkpoint.phases import MODEL
+from leanmill.core.near import near_multiples
 from leanmill.core.registry import PASSES, known_techniques
 from leanmill.data.config import DataConfig, LocalCorpus, Prepared, Source, sources_of
 from leanmill.parallel.config import FullyShardedExperts
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import FRESH, PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
-from leanmill.recipe.rules import known_steps, nearest_multiples
+from leanmill.recipe.rules import known_steps
 
 
 def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
@@ -23,6 +24,8 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
     for index, name in enumerate(phase_names(recipe.phases)):
         lines += ["", f"phase {index + 1}, {name}: {_start(recipe, index)}"]
         lines += [f"  pass {line}" for line in _passes(recipe.phases[index])]
+        if score := recipe.phases[index].score:
+            lines.append(f"  documents are scored by {score.teacher_model} against {score.reference_model} first")
         if rewound := recipe.phases[index].rewind_to:
             values = "values drawn anew" if rewound == FRESH else f"the values it had in {rewound}"
             lines += [f"  what is left takes {values}"]
@@ -39,7 +42,8 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
 def _start(recipe: Recipe, index: int) -> str:
     source, step = source_of(recipe.phases, index)
     if source is None:
-        return "starts from the model of the recipe"
+        is_own = "model" in (recipe.phases[index].overrides or {})
+        return "starts from a model of its own" if is_own else "starts from the model of the recipe"
     recipes = [recipe.of_phase(i) if phase.trains else recipe for i, phase in enumerate(recipe.phases)]
     carries, keep = recipe.carries_state(index, recipes), recipe.phases[index].keep
     what = "the checkpoint itself" if carries else "the model, techniques folded,"
@@ -87,12 +91,15 @@ def _model(recipe: Recipe) -> list[str]:
     if model.path is not None:
         revision = f" at revision {model.revision}" if model.revision else ""
         remote = ", running Python code that comes with it" if model.trust_remote_code else ""
-        return [f"weights and configuration of {model.path}{revision}{remote}"]
+        dropout = "" if model.dropout is None else f", dropout {model.dropout:g}"
+        return [f"weights and configuration of {model.path}{revision}{remote}{dropout}"]
     config, mixture = model.family_config or {}, model.mixture
     sizes = {"hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
     known = [f"{config[key]} {name}" for name, key in sizes.items() if key in config]
     tied = ", tied embeddings" if config.get("tie_word_embeddings") else ""
-    family = f"{config.get('model_type')} with random weights of seed {recipe.seed}: {', '.join(known)}{tied}"
+    tied += "" if model.dropout is None else f", dropout {model.dropout:g}"
+    said = f"{', '.join(known)}{tied}"
+    family = f"{config.get('model_type')} with random weights of seed {recipe.seed}{': ' if known else ''}{said}"
     return [family, *(mixture.lines() if mixture else [])]
 
 
@@ -105,11 +112,10 @@ def _data(data: DataConfig) -> list[str]:
         "sentence_pairs": f"pairs of texts with {data.num_negatives} negatives, in {data.num_pieces} parts of rows",
     }[data.task]
     mask = "no token attends across documents" if data.document_mask else "documents of a row attend to each other"
-    is_prepared = any(isinstance(source, Prepared) for source in sources_of(data))
     trained = (
         "that of the prepared data"
-        if is_prepared
-        else f"byte-level BPE of {data.tokenizer.vocab_size:,} tokens, trained on the data"
+        if data.trained_vocab_size is None
+        else f"byte-level BPE of {data.trained_vocab_size:,} tokens, trained on the data"
     )
     tokenizer = data.tokenizer.path or trained
     if data.tokenizer.trust_remote_code:
@@ -175,6 +181,8 @@ def _layout(recipe: Recipe) -> list[str]:
             f"tp {layout.tp}: groups of {layout.tp} neighbouring ranks share the matmuls of each layer and read the "
             f"same data; activations travel between them"
         )
+    if layout.low_comm is not None:
+        lines += layout.low_comm.lines()
     return lines
 
 
@@ -194,7 +202,7 @@ def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
         else:
             lines.append(
                 f"on {ranks}: impossible, {share:,} tokens a round; "
-                f"set batch.tokens_per_step={nearest_multiples(batch.tokens_per_step, share)}"
+                f"set batch.tokens_per_step={near_multiples(batch.tokens_per_step, share)}"
             )
     return lines
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from leanmill.core.near import near_divisors
+from leanmill.core.near import near_divisors, near_multiples
 from leanmill.models.expert_sizes import NUM_EXPERTS
 
 
@@ -23,6 +23,8 @@ def layout_problems(recipe: Sections) -> Iterator[str]:
     elif recipe.layout.ep > 1:
         yield from _experts(recipe)
     yield from _exchange(recipe)
+    if recipe.layout.low_comm is not None:
+        yield from _workers(recipe)
 
 
 def _sharding(recipe: Sections) -> Iterator[str]:
@@ -138,3 +140,29 @@ def _fully_sharded(recipe: Sections) -> Iterator[str]:
             f"{asked} moves experts one by one, and optimizer.type=adamw8bit keeps blocks of state across their ends; "
             f"set optimizer.type=adamw, or remove {asked}"
         )
+
+
+def _workers(recipe: Sections) -> Iterator[str]:
+    """What needs all ranks in each step, which workers are not."""
+    layout, engine, train, every = recipe.layout, recipe.engine, recipe.train, recipe.eval.every_steps
+    assert layout.low_comm is not None
+    asked, steps = f"layout.low_comm={layout.low_comm.type}", layout.low_comm.every_steps
+    if engine.type == "deepspeed":
+        yield f"{asked} has workers step alone, and DeepSpeed reduces over all ranks; type engine=ddp or engine=fsdp"
+    if layout.tokens_travel:
+        yield f"{asked} has not been shown to hold where ranks share experts; keep them whole, or remove it"
+    if layout.tp > 1:
+        yield f"{asked} has not been shown to hold where ranks share matmuls; set layout.tp=1, or remove it"
+    if train.non_finite != "stop" or train.spike is not None:
+        key = "train.spike" if train.non_finite == "stop" else f"train.non_finite={train.non_finite}"
+        remedy = "train.spike=null" if train.non_finite == "stop" else "train.non_finite=stop"
+        yield f"{key} keeps a step back on all ranks, and {asked} has workers step alone; set {remedy}"
+    if every is not None and every % steps:
+        yield (
+            f"eval.every_steps={every}: {asked} has all ranks meet every {steps} steps only; "
+            f"set eval.every_steps={near_multiples(every, steps)}"
+        )
+    for technique in recipe.techniques:
+        if not technique.holds_where_workers_drift():
+            name: str = technique.type  # type: ignore[attr-defined]
+            yield f"{name} has not been shown to hold where workers step alone; remove it, or layout.low_comm"

@@ -75,6 +75,9 @@ def _local_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for index, technique in enumerate(recipe.techniques):
         for key, model in {**technique.frozen_models(), **technique.read_models()}.items():
             named[f"techniques.{index}.{key}"] = model
+    for index, phase in enumerate(recipe.phases):
+        for name, model in ({} if phase.score is None else phase.score.models).items():
+            named[f"phases.{index}.score.{name}_model"] = model
     is_mixture = isinstance(recipe.data.source, Mixture)
     for index, part in enumerate(sources_of(recipe.data)):
         key = f"data.source.sources.{index}" if is_mixture else "data.source"

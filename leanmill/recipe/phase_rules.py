@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from leanmill.core.near import near_names
 from leanmill.core.surgery import lost_further
-from leanmill.recipe.phases import BASE, FRESH, OF_PHASE, phase_names, place_of, source_of, trained_before
+from leanmill.recipe.phases import (
+    BASE,
+    FRESH,
+    OF_PHASE,
+    has_own_model,
+    phase_names,
+    place_of,
+    source_of,
+    trained_before,
+)
 
 
 if TYPE_CHECKING:
@@ -27,7 +36,8 @@ _REFUSED = {
     "seed": _WHOLE_RECIPE,
     "run_dir": "a phase has its folder inside the run's; type phases.{index}.name to name it",
     "name": "it names the run; type phases.{index}.name for the phase",
-    "model": "a phase's model is what an earlier one left; type phases.{index}.start_from to choose which",
+    "model": "its model is what an earlier one or its passes left; type phases.{index}.start_from to choose which, or "
+    "base, without passes, for a model of its own",
     "phases": "phases hold no phases; list them one after another",
     "checkpoint.resume": "phases continue by themselves; remove it",
     "checkpoint.accept_changes": "give it on the command line of the resume, for the whole recipe",
@@ -45,7 +55,8 @@ def phase_problems(recipe: Sections) -> Iterator[str]:
     for index, phase in enumerate(recipe.phases):
         found = list(_problems(recipe, names, index))
         yield from (f"phases.{index} ({names[index]}): {line}" for line in found)
-        for key in _refused(phase.overrides or {}):
+        own = {"model"} if not found and has_own_model(recipe.phases, index) else set()
+        for key in (key for key in _refused(phase.overrides or {}) if key not in own):
             advice = _REFUSED[key].format(index=index)
             yield f"phases.{index}.overrides.{key} is nothing a phase changes: {advice}"
     if recipe.phases and recipe.checkpoint.resume not in ("auto", "never"):
@@ -71,6 +82,8 @@ def _problems(recipe: Sections, names: Sequence[str], index: int) -> Iterator[st
         return
     source, step = source_of(phases, index)
     trained = source is not None and phases[source].trains
+    if phase.score is not None and phase.passes:
+        yield "score is for a phase that only trains, and it has passes; give them a phase of their own"
     if lost := lost_further(phase.passes):
         yield lost
     if phase.passes and source is None and recipe.model.path is None:

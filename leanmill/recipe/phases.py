@@ -70,6 +70,22 @@ def with_models_of_phases(raw: Any, path_of: Callable[[str], str]) -> Any:
     return [with_models_of_phases(one, path_of) for one in raw] if isinstance(raw, list) else raw
 
 
+class ScoreConfig(Config):
+    """Two models whose difference scores documents: MiniPLM (Gu et al. 2024, arXiv:2410.17215)."""
+
+    teacher_model: str
+    """Folder of the model to learn from, or `phase:NAME`, what an earlier phase left."""
+    reference_model: str
+    """Folder of a small model that was trained on a sample of the text, or `phase:NAME`."""
+    kept_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a domain's tokens that its best documents have together."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The two models, by what each is."""
+        return {"teacher": self.teacher_model, "reference": self.reference_model}
+
+
 class PhaseConfig(Config):
     """One phase: passes over a model, then training, or one of the two."""
 
@@ -93,6 +109,9 @@ class PhaseConfig(Config):
     """After the passes, give all weights the values they had in an earlier phase, `name` or `name@step`, but for the
     zeros of the layers that the passes took: a lottery ticket (Frankle and Carbin 2019, arXiv:1803.03635). `fresh`
     draws them anew as the model's family does, from a seed of the phase: the paper's control."""
+    score: ScoreConfig | None = None
+    """Before it trains, score the documents of `data`, which is prepared text, by a teacher against a reference, as
+    `leanmill data score` does; it then trains on the best of them."""
     overrides: Annotated[dict[str, Any] | None, BeforeValidator(nested)] = None
     """What is otherwise than in the recipe while this phase trains: `{train.steps: 100, techniques: [...]}`, dotted
     or nested; a list replaces the whole list. A phase with passes trains only where this is given, `{}` too."""
@@ -119,6 +138,11 @@ class PhaseConfig(Config):
     def kind(self) -> str:
         """What it does, as a name: its passes, or `train`."""
         return "-".join(str(config.type) for config in self.passes) or "train"  # type: ignore[attr-defined]
+
+
+def has_own_model(phases: Sequence[PhaseConfig], index: int) -> bool:
+    """Whether a phase may train another model than the recipe's: one that begins with no model of before."""
+    return source_of(phases, index)[0] is None and not phases[index].passes
 
 
 def phase_names(phases: Sequence[PhaseConfig]) -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError, field_validator, model_validator
 
-from leanmill.checkpoint.phases import MODEL, phase_folder
+from leanmill.checkpoint.phases import MODEL, SCORED, phase_folder
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
+from leanmill.data.config import Prepared
 from leanmill.recipe.errors import describe
 from leanmill.recipe.phase_rules import phase_problems
 from leanmill.recipe.phases import (
@@ -55,7 +56,9 @@ class Recipe(Sections):
         return phase_folder(run_dir, index, phase_names(self.phases)[index])
 
     def of_phase(self, index: int) -> Recipe:
-        """Return the recipe that a phase trains with, by its index; its model is still that of the whole recipe.
+        """Return the recipe that a phase trains with, by its index.
+
+        Its model is still that of the whole recipe, but for a phase with one of its own.
 
         Raises:
             ConfigError: The phase's overrides do not make a recipe.
@@ -66,11 +69,10 @@ class Recipe(Sections):
             raw["train"] |= dict.fromkeys(LENGTHS)  # a phase of another length, in whatever unit
         folder = str(self.folder_of_phase(index)).replace("{", "{{").replace("}", "}}")
         raw = {**merged(raw, changes), "name": f"{self.name}-{name}", "run_dir": folder}
-
-        def path_of(earlier: str) -> str:
-            return str(self.folder_of_phase(self._earlier(earlier, index)) / MODEL)
-
-        raw["techniques"] = with_models_of_phases(raw["techniques"], path_of)
+        raw["techniques"] = with_models_of_phases(raw["techniques"], lambda earlier: self.model_of(earlier, index))
+        if phase.score is not None and raw["data"]["source"]["type"] == "prepared":
+            chosen = {"scores": str(self.folder_of_phase(index) / SCORED), "kept_share": phase.score.kept_share}
+            raw["data"]["source"] = {**raw["data"]["source"], **chosen}
         try:
             return Recipe.model_validate(raw)
         except ValidationError as error:
@@ -78,8 +80,16 @@ class Recipe(Sections):
             where = f"phases.{index} ({name})"
             raise ConfigError("\n".join(describe(error, Recipe, raw, where, {}))) from None
 
+    def model_of(self, earlier: str, index: int) -> str:
+        """Return the folder of what the phase `earlier` leaves, as the phase at `index` names it.
+
+        Raises:
+            ConfigError: It is no earlier phase.
+        """
+        return str(self.folder_of_phase(self._earlier(earlier, index)) / MODEL)
+
     def phases_read_by(self, index: int) -> list[int]:
-        """Return the phases whose models the techniques of one name as `phase:name`, by their indices."""
+        """Return the phases whose models one names as `phase:name`, in techniques or to score, by their indices."""
         found: list[int] = []
         techniques = [config.model_dump(mode="json") for config in self.techniques]
         raw = merged({"techniques": techniques}, self.phases[index].overrides or {})["techniques"]
@@ -89,6 +99,7 @@ class Recipe(Sections):
             return name
 
         with_models_of_phases(raw, note)
+        with_models_of_phases({} if (score := self.phases[index].score) is None else score.models, note)
         return list(dict.fromkeys(found))
 
     def _earlier(self, name: str, index: int) -> int:
@@ -117,11 +128,29 @@ class Recipe(Sections):
                 yield str(error)
                 return
             yield from (f"{where}: {line}" for line in self._steps_past_an_end(index, recipes))
+            yield from (f"{where}: {line}" for line in self._not_scored(index, recipes[index]))
             source, _ = trained_before(self.phases, index)
             if source is not None:
                 before, carries = recipes[source], self.carries_state(index, recipes)
                 for line in _handover_problems(before, recipes[index], phase.keep, carries_state=carries):
                     yield f"{where}: {line}"
+
+    def _not_scored(self, index: int, recipe: Recipe) -> Iterator[str]:
+        phase = self.phases[index]
+        if phase.score is None:
+            return
+        given = merged(self.data.model_dump(mode="json"), (phase.overrides or {}).get("data", {}))["source"]
+        if given.get("scores") is not None or given.get("kept_share") is not None:
+            yield "score writes the scores that it trains by; remove data.source.scores and data.source.kept_share"
+        if not isinstance(recipe.data.source, Prepared) or recipe.data.task != "pretrain":
+            yield (
+                f"score needs prepared text, and data.source is {recipe.data.source.type} and data.task "
+                f"{recipe.data.task}; run `leanmill data prepare` and type data.source={{type: prepared, path: DIR}}"
+            )
+        try:
+            self.phases_read_by(index)
+        except ConfigError as error:
+            yield str(error).partition(": ")[2]
 
     def _steps_past_an_end(self, index: int, recipes: Sequence[Recipe]) -> Iterator[str]:
         for place, step in places_asked_for(self.phases, index):

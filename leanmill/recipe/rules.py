@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from leanmill.core.errors import ConfigError
+from leanmill.core.near import near_multiples
 from leanmill.core.secrets import find_secrets, shown
 from leanmill.data.config import HfDataset, LocalCorpus, sources_of
 from leanmill.recipe.layout_rules import layout_problems
@@ -58,12 +59,6 @@ def _rewinds(recipe: Sections) -> Iterator[str]:
         )
 
 
-def nearest_multiples(value: int, unit: int) -> str:
-    """Return the multiples of `unit` around `value`, for a remedy: `4096 or 8192`."""
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)
-
-
 def micro_batches_of_step(recipe: Sections, data_size: int) -> int:
     """Return the micro-batches of an optimizer step on one rank.
 
@@ -80,7 +75,7 @@ def micro_batches_of_step(recipe: Sections, data_size: int) -> int:
         raise ConfigError(
             f"batch.tokens_per_step={batch.tokens_per_step} is no multiple of tokens_per_micro_batch="
             f"{batch.tokens_per_micro_batch} x {data_size} data ranks = {share}; set batch.tokens_per_step="
-            f"{nearest_multiples(batch.tokens_per_step, share)}, or a smaller tokens_per_micro_batch"
+            f"{near_multiples(batch.tokens_per_step, share)}, or a smaller tokens_per_micro_batch"
         )
     return batch.tokens_per_step // share
 
@@ -153,12 +148,12 @@ def _batch(recipe: Sections) -> Iterator[str]:
     if micro % row:
         yield (
             f"batch.tokens_per_micro_batch={micro} is no multiple of data.sequence_length={row}; "
-            f"set batch.tokens_per_micro_batch={nearest_multiples(micro, row)}"
+            f"set batch.tokens_per_micro_batch={near_multiples(micro, row)}"
         )
     if step % micro:
         yield (
             f"batch.tokens_per_step={step} is no multiple of batch.tokens_per_micro_batch={micro}; "
-            f"set batch.tokens_per_step={nearest_multiples(step, micro)}"
+            f"set batch.tokens_per_step={near_multiples(step, micro)}"
         )
 
 

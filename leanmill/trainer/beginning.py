@@ -12,6 +12,7 @@ from torch import nn
 from leanmill.checkpoint.fingerprint import fingerprint_folder
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.reading import optimized_names, read_document
+from leanmill.checkpoint.workers import Stateful
 from leanmill.core.branches import branch_tensors
 from leanmill.core.names import state_name
 from leanmill.core.stage import is_added_tensor
@@ -101,34 +102,35 @@ class Beginning:
             return self.state.get("rules", {})  # type: ignore[no-any-return]
         return self.manager.train_state(self.start.checkpoint).get("rules", {})  # type: ignore[no-any-return]
 
-    def load(self, prepared: Prepared, engine: Engine, saved: dict[str, Any]) -> int:
+    def load(self, prepared: Prepared, engine: Engine, saved: dict[str, Any], state: Stateful) -> int:
         """Fill the model, its optimizer and the position in the data; return how many rows a rewind leaves out.
 
         Args:
             prepared: The model in `engine`.
             engine: The engine.
             saved: See `saved_part`.
+            state: What is filled: the engine, or who stands for it.
         """
         if self.path is not None:
             if prepared.techniques.trainable_schedule is not None:
                 # What trained in the step that was saved, and so has state; the next step may change it.
                 engine.set_trainable(prepared.trained & optimized_names(self.path))
-            self.manager.load(self.path, engine, **saved)
+            self.manager.load(self.path, state, **saved)
             engine.load_state_dict(self.state.get("engine", {}))
             self.data.load_state_dict(self.state["data"])
         elif self.start is not None:
-            self._load_other(self.start, engine, saved)
+            self._load_other(self.start, state, saved)
         num_left_out = 0 if self.back is None else self.back.position_rows - self.data.position_rows
         self.data.skip_rows(num_left_out)
         return num_left_out
 
-    def _load_other(self, start: Start, engine: Engine, saved: dict[str, Any]) -> None:
+    def _load_other(self, start: Start, state: Stateful, saved: dict[str, Any]) -> None:
         if start.data:
             data = self.manager.train_state(start.checkpoint)["data"]
             self.data.identity.check(data["identity"])
             self.data.load_state_dict(data)
         if start.model:
-            self.manager.load(start.checkpoint, engine, optimizer=start.optimizer, **saved)
+            self.manager.load(start.checkpoint, state, optimizer=start.optimizer, **saved)
 
     @property
     def notes(self) -> list[str]:

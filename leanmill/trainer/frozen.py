@@ -31,11 +31,9 @@ def frozen_on_meta(recipe: Recipe, path: str, to_come: Mapping[str, ModelConfig]
     """
     key = next(key for one in recipe.techniques for key, named in one.frozen_models().items() if named == path)
     if to_come and str(expand_user(path)) in to_come:
-        tokenizer = recipe.data.tokenizer
-        vocab_size = tokenizer.vocab_size if tokenizer.path is None else None
         return build_on_meta(
             to_come[str(expand_user(path))],
-            vocab_size=vocab_size,
+            vocab_size=recipe.data.trained_vocab_size,
             sequence_length=recipe.data.text_length,
             device_type="cpu",
         )

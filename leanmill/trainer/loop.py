@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from leanmill.core.batches import Batch, BatchRule
@@ -14,8 +15,9 @@ from leanmill.core.ledger import ledger_of
 from leanmill.core.rules import StepContext, StepRule, metrics_of
 from leanmill.data.build import TrainData
 from leanmill.optim.schedules import decays, lr_factor
-from leanmill.parallel.collectives import max_over_ranks, sum_over_ranks
+from leanmill.parallel.collectives import among, max_over_ranks, sum_over_ranks
 from leanmill.parallel.engine import Engine, Losses
+from leanmill.parallel.low_comm.outer import OuterSteps
 from leanmill.parallel.pulse import Pulse
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer
@@ -52,6 +54,8 @@ class Loop:
     """Called once gradients are complete, before anything writes weights: a save may still be copying."""
     on_first_step: Callable[[], None] = lambda: None
     """Called once after the first step: long start-up time-outs end here."""
+    outer: OuterSteps | None = None
+    """What workers do together, where they step without each other; None where all ranks step together."""
     rows_per_epoch: int | None = None
     """Rows of a pass over the data; None where it is not known."""
     step: int = 0
@@ -84,14 +88,18 @@ class Loop:
             What ended the run early, or NOT_ASKED at its end.
         """
         self.start()
-        recipe, first, agreement = self.recipe, self.step, agreement_for(self.engine.device)
+        recipe, first, agreement = self.recipe, self.step, agreement_for(self.engine.device, self.outer)
         skips = SkipWatch(self.step, self.num_skipped)
         while self.step < self.num_steps:
-            self.train_step()
+            with among(self._step_group):
+                self.train_step()
             self.step += 1
+            self._outer_step()
             if self.step == first + 1:
                 self.on_first_step()
-            finished, stop, is_stuck = self.step == self.num_steps, agreement.reached(asked()), False
+            finished, stop, is_stuck = self.step == self.num_steps, Stop.NOT_ASKED, False
+            if self._meets(self.step):
+                stop = agreement.reached(asked())
             if stop or self._is_reported(self.step):
                 self._log()
                 is_stuck = skips.is_stuck(self.step, self.num_skipped)
@@ -155,6 +163,23 @@ class Loop:
             if self._reads_at_once:
                 self._look_for_trouble()
 
+    @property
+    def _step_group(self) -> dist.ProcessGroup | None:
+        """The ranks that step together, where those are not all."""
+        return None if self.outer is None else self.outer.layout.inside
+
+    def _meets(self, step: int) -> bool:
+        """Whether all ranks meet after `step` steps, so that a collective of all keeps none from stepping on."""
+        return self.outer is None or step == self.num_steps or self.outer.meets(step)
+
+    def _outer_step(self) -> None:
+        """Let workers exchange what is due, which one may wait for longer than for anything within a step."""
+        if self.outer is None:
+            return
+        if self._meets(self.step):
+            self.pulse.enter("exchange between workers", patience_seconds=self.outer.config.patience_seconds)
+        self.outer.after_step(self.step, is_last=self.step == self.num_steps)
+
     def _is_reported(self, step: int) -> bool:
         """Whether a record is due after `step` steps, unless the run is asked to stop before."""
         return step == self.num_steps or step % self.recipe.log.every_steps == 0
@@ -181,6 +206,10 @@ class Loop:
         return micro_batches, sum_over_ranks(torch.stack(targets).sum().float()).clamp(min=1)
 
     def _log(self) -> None:
+        with among(self._step_group):
+            self._record()
+
+    def _record(self) -> None:
         group = self.engine.param_groups[0]
         tokens, tokens_per_step = self.data.position_tokens, self.recipe.batch.tokens_per_step
         record = self.meter.record(
@@ -188,7 +217,7 @@ class Loop:
             tokens=tokens,
             lr=group["lr"],
             tokens_per_step=tokens_per_step,
-            metrics=metrics_of(self.step_rules),
+            metrics=metrics_of(self.step_rules) | ({} if self.outer is None else self.outer.metrics()),
             epoch=None
             if self.rows_per_epoch is None
             else tokens / self.recipe.data.sequence_length / self.rows_per_epoch,

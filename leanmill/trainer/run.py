@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from leanmill.checkpoint.manager import CheckpointManager
+from leanmill.checkpoint.workers import Stateful
 from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.rules import state_of
@@ -27,6 +29,7 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.expert_parallel import check_experts, num_held_parameters
 from leanmill.parallel.launch import set_timeout
+from leanmill.parallel.low_comm.outer import outer_steps
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
 from leanmill.parallel.tensor_plan import split_dims
@@ -166,7 +169,9 @@ class _Run:
         )
         self.saved = saved_part(recipe, model, prepared)
         self.probes = prepared.techniques.probes
-        rows_left_out = self.beginning.load(prepared, self.engine, self.saved)
+        low_comm = recipe.layout.low_comm
+        self.outer = None if low_comm is None else outer_steps(low_comm, self.engine)
+        rows_left_out = self.beginning.load(prepared, self.engine, self.saved, self._stateful)
         # Those count as read: what is left of the run is so much shorter.
         self.tokens_before = self.beginning.state.get("tokens", 0) + rows_left_out * recipe.data.sequence_length
         self.manager.clear_away()
@@ -194,7 +199,17 @@ class _Run:
     def _manager(self) -> CheckpointManager:
         asked = self.recipe.checkpoint
         remote = None if asked.remote is None else asked.remote.format(name=self.recipe.name)
-        return CheckpointManager(self.run_dir, asked, overlap=True, before_write=self.lock.check, remote=remote)
+        layout, rank, worker = self.engine.layout, self.ranks.rank, None
+        if layout.workers > 1:
+            worker = layout.worker(rank), rank % layout.step_size
+        return CheckpointManager(
+            self.run_dir, asked, overlap=True, before_write=self.lock.check, remote=remote, worker=worker
+        )
+
+    @property
+    def _stateful(self) -> Stateful:
+        """What is saved and loaded."""
+        return self.engine if self.outer is None else self.outer
 
     def _build_engine(self, model: nn.Module) -> str:
         """Build the engine and return why it is this one."""
@@ -281,6 +296,7 @@ class _Run:
             step=state.get("step", 0),
             num_skipped=state.get("num_skipped", 0),
             pulse=self.pulse,
+            outer=self.outer,
         )
         if self.loop.spikes is not None and state.get("spikes"):
             self.loop.spikes.load_state_dict(state["spikes"])
@@ -321,7 +337,7 @@ class _Run:
             state["spikes"] = self.loop.spikes.state_dict()
         score = self.scores["all"].loss if self.scores_step == step and self.scores else None
         recipe = self.recipe.model_dump(mode="json")
-        seconds = self.manager.save(step, self.engine, state, recipe, score=score, **self.saved)
+        seconds = self.manager.save(step, self._stateful, state, recipe, score=score, **self.saved)
         for observer in self.observers:
             observer.on_checkpoint(step, self.run_dir / "checkpoints" / f"step-{step:08d}", seconds)
 
@@ -330,7 +346,9 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         recipe = self.recipe
         rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
-        found = evaluate(self.engine, self.domains, rows, self.probes)
+        with nullcontext() if self.outer is None else self.outer.global_weights():
+            found = evaluate(self.engine, self.domains, rows, self.probes)
+            samples = self.sampler(self.engine)
         self.scores, self.scores_step = dict(found.scores), step
         record = EvalRecord(
             step=step,
@@ -339,7 +357,7 @@ class _Run:
             metrics=found.metrics,
             tables=found.tables,
             notes=found.notes,
-            samples=self.sampler(self.engine),
+            samples=samples,
         )
         for observer in self.observers:
             observer.on_eval(record)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from leanmill.core.errors import EXIT_INTERRUPTED
 from leanmill.parallel.collectives import begin_max_over_ranks
+from leanmill.parallel.low_comm.outer import OuterSteps
 
 
 log = logging.getLogger(__name__)
@@ -161,18 +162,26 @@ class Agreement:
     has travelled between the hosts (gloo, CPU tensors) meanwhile. No device is waited for.
     """
 
-    def __init__(self, *, deferred: bool) -> None:
-        self._deferred = deferred
+    def __init__(
+        self, *, deferred: bool, begin: Callable[[Tensor], Callable[[], Tensor]] = begin_max_over_ranks
+    ) -> None:
+        self._deferred, self._begin = deferred, begin
         self._pending: Callable[[], Tensor] | None = None
 
     def reached(self, level: Stop) -> Stop:
         """Return the highest level of any rank. A collective."""
-        result = begin_max_over_ranks(torch.tensor(float(level)))
+        result = self._begin(torch.tensor(float(level)))
         due, self._pending = (self._pending, result) if self._deferred else (result, None)
         return Stop.NOT_ASKED if due is None else Stop(int(due()))
 
 
-def agreement_for(device: torch.device) -> Agreement:
-    """Return the agreement that costs a loop on `device` no waiting it does not do anyway."""
+def agreement_for(device: torch.device, outer: OuterSteps | None = None) -> Agreement:
+    """Return the agreement that costs a loop on `device` no waiting it does not do anyway.
+
+    Workers that step without each other ask where they meet; `outer` is what they do there. Where training goes on
+    meanwhile, they learn it where they meet next.
+    """
+    if outer is not None:
+        return Agreement(deferred=outer.overlaps, begin=outer.begin_max)
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Agreement(deferred=device.type == "cuda" and several)

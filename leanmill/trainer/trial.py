@@ -33,7 +33,7 @@ def try_model(recipe: Recipe) -> nn.Module | None:
     uses_cuda = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
     model = build_on_meta(
         model_config,
-        vocab_size=recipe.data.tokenizer.vocab_size if recipe.data.tokenizer.path is None else None,
+        vocab_size=recipe.data.trained_vocab_size,
         sequence_length=recipe.data.text_length,
         device_type="cuda" if uses_cuda else "cpu",
         packed=recipe.data.document_mask,

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from leanmill.parallel.collectives import (
+    among,
     barrier,
     broadcast_object,
     gather_objects,
@@ -28,6 +29,22 @@ def body() -> dict[str, Any]:
     result["first"] = is_first_rank()
     barrier()
     return result
+
+
+def test_all_ranks_may_be_those_of_a_group() -> None:
+    def of_pairs() -> dict[str, Any]:
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        with among(pairs[dist.get_rank() // 2]):
+            inside = body()
+        return inside | {"outside": sum_over_ranks(torch.ones(()))}
+
+    for rank, result in enumerate(run_ranks(of_pairs, 4)):
+        first = 2 * (rank // 2)
+        assert result["sum"].tolist() == [2.0, 2 * first + 1]
+        assert result["objects"][0]["rank"] == first
+        assert result["outside"] == 4
+        assert [one["rank"] for one in result["gathered"]] == [first, first + 1]
+        assert result["first"] == (rank == first)
 
 
 def test_collectives() -> None:

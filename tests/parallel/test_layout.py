@@ -51,6 +51,15 @@ def test_sizes_where_matmuls_are_shared(
     assert {shares.count(share) for share in range(found.data_size)} == {found.tp}
 
 
+def test_workers_are_each_such_a_grid() -> None:
+    config = LayoutConfig.model_validate({"low_comm": {"type": "diloco", "workers": 4}, "dp_shard": 4})
+    found = resolve_layout(config, FsdpEngine(), 32)
+    assert (found.workers, found.data_size, found.step_size, found.dp_shard, found.dp_replicate) == (4, 32, 8, 4, 2)
+    assert [found.worker(rank) for rank in (0, 7, 8, 31)] == [0, 0, 1, 3]
+    with pytest.raises(ConfigError, match=r"workers=4 does not divide the 6 ranks; set layout.low_comm.workers=3 or 6"):
+        resolve_layout(config, FsdpEngine(), 6)
+
+
 def test_fully_sharded_experts_are_on_all_ranks() -> None:
     found = resolve_layout(LayoutConfig(experts="fully_sharded"), FsdpEngine(shard_size=2), 6)  # type: ignore[arg-type]
     assert (found.dp_shard, found.ep, found.expert_shard, found.expert_replicate) == (2, 6, 1, 1)

@@ -59,6 +59,10 @@ def test_what_does_not_divide_or_is_not_known_is_refused(
         ({"engine": {"type": "fsdp", "gather": "packed"}}, "set engine.gather=full"),
         ({"train": {"steps": 3, "compile": True}}, "set train.compile=false"),
         ({"optimizer": {"type": "adamw8bit"}}, "set optimizer.type=adamw"),
+        (
+            {"layout": {"tp": 2, "low_comm": {"type": "diloco", "workers": 2}}},
+            "low_comm=diloco has not been shown to hold where ranks",
+        ),
         ({"layout": {"tp": 2, "ep": 2}}, "does not go together with experts that ranks share"),
         ({"techniques": [{"type": "rigl"}]}, "rigl has not been shown to hold where ranks share matmuls"),
         (

@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "moe_lora": {"r": 2, "num_experts": 3},
     "mos": {"r": 4, "pool_rank": 2, "num_shards": 2},
     "nola": {"r": 3, "num_basis": 6},
+    "rank_lora": {"r": 3, "target_r": 2.0, "init_r": 2},
 }
 NO_MATRIX = ("bottleneck", "moe_lora")
 """These cannot be merged, see their own tests."""

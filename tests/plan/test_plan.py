@@ -402,3 +402,12 @@ def test_auto_counts_no_copies_that_do_not_fit():
     assert "staged weights" in plan(recipe, rank_memory_gib=1).memory.transient
     small = plan(recipe, rank_memory_gib=0.01)
     assert "staged weights" not in small.memory.transient
+
+
+def test_what_workers_keep_to_meet_by():
+    layout = {"low_comm": {"type": "diloco", "workers": 2}}
+    alone, (worker, sharded) = plan(_recipe("single")), (plan(_recipe(e, layout=layout), 4) for e in ("ddp", "fsdp"))
+    weights = sum(num_bytes for name, num_bytes in alone.memory.held.items() if name in ("weights", "embeddings"))
+    assert worker.memory.held["outer optimizer state"] == 2 * weights > 0
+    assert sharded.memory.held["outer optimizer state"] == pytest.approx(weights, rel=0.01)
+    assert set(worker.alternatives) == {"ddp", "fsdp"}

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from leanmill.core.errors import ConfigError
-from leanmill.recipe.changes import FREE, UNSAID, changes, check_accepted
+from leanmill.recipe.changes import FREE, UNSAID, changes, check_accepted, is_accepted
 from leanmill.recipe.earlier import as_meant, going_on
 from leanmill.recipe.io import apply_override, validate_recipe
 from leanmill.recipe.root import Recipe
@@ -48,6 +48,13 @@ def test_said_only(override):
     assert [change.key for change in found] == [override.partition("=")[0] + (".type" if "engine" in override else "")]
     assert str(found[0]).endswith(str(found[0].new))
     check_accepted(found, [], "step-1")
+
+
+def test_of_workers_only_their_number_changes_unasked():
+    low_comm = "layout.low_comm={type: diloco, workers: 2, every_steps: 10}"
+    for override, is_free in (("workers=4", True), ("patience_seconds=9", True), ("every_steps=20", False)):
+        (found,) = changes(saved(recipe_of(low_comm)), recipe_of(low_comm, f"layout.low_comm.{override}"))
+        assert is_accepted(found, []) == is_free
 
 
 @pytest.mark.parametrize(

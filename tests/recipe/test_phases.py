@@ -7,6 +7,7 @@ import pytest
 
 from leanmill.cli.main import main
 from leanmill.core.errors import ConfigError
+from leanmill.recipe.explain import explain
 from leanmill.recipe.io import apply_override, load_recipe, resolved_yaml, validate_recipe
 from leanmill.recipe.phases import merged, phase_names, source_of, trained_before
 from leanmill.recipe.schema import recipe_schema
@@ -195,6 +196,42 @@ def test_wrong_phases_are_refused_in_one_line(phases, says):
 
 def test_phases_are_not_kept_in_an_object_store():
     assert "put run_dir on storage that outlives the machine" in refused(DENSE, checkpoint={"remote": "s3://b/x"})
+
+
+def test_a_phase_that_begins_with_no_model_of_before_may_have_its_own():
+    own = {"start_from": "base", "overrides": {"train.steps": 1, "model.config.num_hidden_layers": 1}}
+    found = recipe(DENSE, own)
+    assert [one.model.config["num_hidden_layers"] for one in found.training_phases()] == [2, 1]
+    text = refused(DENSE, {**own, "start_from": None})
+    assert "type phases.1.start_from to choose which, or base" in text
+    assert "starts from a model of its own" in explain(found)
+
+
+PREPARED = {"source": {"type": "prepared", "path": "prepared"}}
+BEST = {"name": "best", "start_from": "base", "score": {"teacher_model": "phase:dense", "reference_model": "x"}}
+
+
+def test_a_phase_that_scores_trains_on_the_best_documents():
+    found = recipe(DENSE, {**BEST, "overrides": {"train.steps": 1}}, data=PREPARED)
+    source = found.of_phase(1).data.source
+    assert (source.scores, source.kept_share) == ("runs/run/phases/02-best/scored", 0.5)
+    assert found.of_phase(0).data.source.scores is None
+    assert found.phases_read_by(1) == [0]
+    assert "documents are scored by phase:dense against x first" in explain(found)
+
+
+@pytest.mark.parametrize(
+    ("phase", "data", "says"),
+    [
+        (BEST, {}, "score needs prepared text, and data.source is local_corpus"),
+        ({**BEST, "score": {"teacher_model": "phase:dens", "reference_model": "x"}}, PREPARED, "did you mean 'dense'?"),
+        ({**BEST, "start_from": None, "passes": [WANDA]}, PREPARED, "score is for a phase that only trains"),
+        ({**BEST, "overrides": {"data.source.scores": "x"}}, PREPARED, "remove data.source.scores"),
+    ],
+)
+def test_what_a_phase_cannot_score_is_refused(phase, data, says):
+    given = {**phase, "overrides": {"train.steps": 1, **phase.get("overrides", {})}}
+    assert says in refused(DENSE, given, data=data)
 
 
 def test_a_checkpoint_to_resume_is_each_phases_own():

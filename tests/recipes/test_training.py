@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from leanmill.checkpoint.phases import phase_folders
 from leanmill.data.build import build_tokenizer
 from leanmill.data.config import DataConfig
+from leanmill.data.prepare import prepare_data
 from leanmill.phases.run import run as run_phases
 from leanmill.recipe.io import load_recipe
 from leanmill.recipe.root import Recipe
@@ -61,6 +62,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def prepared(files: Path) -> Path:
+    """The text as `leanmill data prepare` leaves it."""
+    source = {"type": "hf", "path": str(files / "text.jsonl"), "validation_fraction": 0.1}
+    tokenizer = {"path": str(files / "model")}
+    config = {"source": source, "tokenizer": tokenizer, "cache_dir": str(files / "cache")}
+    prepare_data(DataConfig.model_validate(config), files / "prepared", tell=lambda line: None)
+    return files / "prepared"
+
+
 def of_phases(recipe: Recipe, files: Path) -> list[str]:
     """The same of each phase."""
     overrides: list[str] = []
@@ -108,6 +118,8 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
         "log.every_steps=1",
         "log.tensorboard=false",
     ]
+    if recipe.layout.low_comm is not None:
+        overrides += ["layout.low_comm.workers=1", "layout.low_comm.every_steps=1"]
     if recipe.model.config is not None:
         is_latent = "kv_lora_rank" in recipe.model.config  # attention whose heads have other sizes
         becomes_latent = any(hasattr(one, "kv_lora_rank") for phase in recipe.phases for one in phase.passes)
@@ -120,7 +132,9 @@ def tiny(path: Path, files: Path, run_dir: Path) -> list[str]:
         overrides += [f"model.config.{name}={value}" for name, value in sizes.items()]
     else:
         overrides.append(f"model.path={files / 'model'}")
-    if recipe.data.source.type == "hf":
+    if recipe.data.source.type == "prepared":
+        overrides.append(f"data.source.path={prepared(files)}")
+    elif recipe.data.source.type == "hf":
         names = {"pretrain": "text", "sft": "chats", "preference": "pairs", "sentence_pairs": "sentences"}
         name = names[recipe.data.task]
         overrides += [f"data.source.path={files / name}.jsonl", "data.source.validation_fraction=0.1"]

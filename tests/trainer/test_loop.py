@@ -225,7 +225,7 @@ def test_a_signal_to_one_rank_stops_all_in_the_same_step() -> None:
 
 def test_a_host_that_runs_ahead_stops_one_step_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of CUDA."""
-    monkeypatch.setattr(loop_module, "agreement_for", lambda device: Agreement(deferred=True))
+    monkeypatch.setattr(loop_module, "agreement_for", lambda device, outer: Agreement(deferred=True))
 
     def body() -> list[str]:
         run = Run("step 2" if dist.get_rank() == 1 else "")

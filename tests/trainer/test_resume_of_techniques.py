@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -35,10 +36,19 @@ TECHNIQUES = {
     # Half-way in full precision, the rest of the schedule after the resume.
     "bitnet": [{"type": "ternary", "activation_bits": 8, "warmup_steps": 3}],
     "lsq_plus": [{"type": "lsq", "activation_bits": 4, "activation_offset": True, "warmup_steps": 3}],
+    # Ranks are given in every step but the first.
+    "earned ranks": [
+        {"type": "peft", "method": "rank_lora", "r": 4, "target_r": 1.5, "grow_every": 1, "grow_after": 1}
+    ],
+    "routed adapters": [
+        {"type": "peft", "method": "moe_lora", "r": 1, "num_experts": 4, "balance": "bias", "bias_rate": 0.01}
+    ],
     # Over a base in codes.
     "lora": [{"type": "lora", "rank": 2}],
     "both": [{"type": "mask_llm"}, {"type": "lsq", "activation_bits": 8}],
 }
+SLOW = {"routed adapters"}
+"""Biases that move as those of a model's own routers do."""
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +125,9 @@ def test_a_run_whose_folder_is_lost_goes_on_from_the_store(home, tmp_path):
     assert [manifest.step for _, manifest in store.saves()] == [4, 2]
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TECHNIQUES]
+)
 def test_resume_is_bitwise(name, home, tmp_path):
     whole = run(recipe(home, TECHNIQUES[name], tmp_path / "whole"))
     last = "checkpoints/step-00000004"
@@ -133,7 +145,8 @@ def test_resume_is_bitwise(name, home, tmp_path):
         with pytest.raises(ConfigError, match="no plain transformers model"):
             export_model(tmp_path / "whole" / last, tmp_path / "out")
         return
-    report = export_model(tmp_path / "whole" / last, tmp_path / "out", activations="float")
+    to: dict[str, Any] = {"to": "adapter"} if name == "routed adapters" else {"activations": "float"}
+    report = export_model(tmp_path / "whole" / last, tmp_path / "out", **to)
     assert report.path.is_dir()
     if name in ("mask_llm", "both"):
         assert all(

@@ -13,7 +13,7 @@ from leanmill.core.noise import derive_seed
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.site import Site
 from leanmill.core.sites import iter_stages
-from leanmill.core.views import View, Views
+from leanmill.core.views import Views, part_of, whole_of
 from leanmill.parallel.collectives import sum_over_ranks
 from leanmill.peft_ext.galore.natural import natural_gradient
 from leanmill.peft_ext.galore.stage import OVERSAMPLE, GaLoreStage, Source, orthonormal
@@ -88,7 +88,7 @@ class RefreshSubspaces(StepRule):
             if seen is not None and not bool(torch.isfinite(seen).all()):
                 continue
             coordinates, basis = views.of(stage.coordinates), views.of(stage.basis)
-            old = whole(basis)
+            old = whole_of(basis, basis.value)
             if seen is not None:  # which is where backward ran, while an engine may keep parameters in host memory
                 old = old.to(seen.device)
             new = self._subspace(seen, stage, old, site, context.step, owner=number)
@@ -96,7 +96,7 @@ class RefreshSubspaces(StepRule):
             if seen is not None and self.source == "svd":
                 gradient = in_subspace(seen, new, is_left=stage.is_left)
                 if coordinates.grad is not None:
-                    coordinates.grad.copy_(part(coordinates, gradient))
+                    coordinates.grad.copy_(part_of(coordinates, gradient))
                 shares.append(gradient.square().sum() / seen.square().sum().clamp(min=torch.finfo(seen.dtype).tiny))
             self._settled.add(site.site_name)
         if shares:
@@ -105,10 +105,10 @@ class RefreshSubspaces(StepRule):
     def _take_up(self, views: Views, site: Site, stage: GaLoreStage, old: Tensor, new: Tensor) -> None:
         """Add what was trained to the weight, and begin in the new subspace."""
         weight, basis, coordinates = (views.of(p) for p in (site.raw_weight, stage.basis, stage.coordinates))  # type: ignore[arg-type]
-        trained = whole(coordinates).to(old.device)
+        trained = whole_of(coordinates, coordinates.value).to(old.device)
         delta = stage.delta_added(torch.zeros(stage.shape, dtype=old.dtype, device=old.device), old, trained)
-        weight.value.add_(part(weight, delta))
-        basis.value.copy_(part(basis, new))
+        weight.value.add_(part_of(weight, delta))
+        basis.value.copy_(part_of(basis, new))
         coordinates.value.zero_()
         views.publish([weight, basis, coordinates])
 
@@ -170,18 +170,6 @@ class RefreshSubspaces(StepRule):
 
     def metrics(self) -> Mapping[str, float]:
         return {} if self._share is None else {"gradient_in_subspace": self._share}
-
-
-def whole(view: View) -> Tensor:
-    """Return all of a parameter, which ranks hold pieces of. A collective."""
-    flat = torch.zeros(view.numel, dtype=view.value.dtype, device=view.value.device)
-    flat[view.index().flatten()] = view.value.flatten()
-    return view.reduce(flat, "sum").view(view.piece.shape)
-
-
-def part(view: View, value: Tensor) -> Tensor:
-    """Return those elements of a whole tensor that lie where the view's do."""
-    return value.flatten().to(view.value.device)[view.index()].view(view.value.shape)
 
 
 def aligned(new: Tensor, old: Tensor, *, is_left: bool) -> Tensor:

@@ -51,6 +51,10 @@ class Lora(TrainedTechniqueConfig):
         """Return whether nothing is drawn in forward: ranks with parts of an input would drop the same places of it."""
         return self.dropout == 0
 
+    def holds_where_workers_drift(self) -> bool:
+        """Return True: adapters are weights that train, and travel alone."""
+        return True
+
     @property
     def scaling(self) -> float:
         """Factor s of the product B A."""

@@ -32,8 +32,8 @@ class Peft(TrainedTechniqueConfig):
     method: Literal[
         "beft", "boft", "bottleneck", "c3a", "core_lora", "deft", "delora", "fourierft", "glora", "gralora", "hira",
         "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "lora", "miss", "moe_lora", "mos", "nola", "oft",
-        "peanut", "psoft", "pvera", "randlora", "road", "shira", "supertuning", "tinylora", "trainable_tokens",
-        "unilora", "vblora", "vera", "waveft",
+        "peanut", "psoft", "pvera", "randlora", "rank_lora", "road", "shira", "supertuning", "tinylora",
+        "trainable_tokens", "unilora", "vblora", "vera", "waveft",
     ] = "lora"  # fmt: skip
     """PEFT's name of the method, in lower case."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -125,6 +125,10 @@ class Peft(TrainedTechniqueConfig):
             from leanmill.peft_ext.peft.routing import balanced
 
             return balanced(installation, self.options, context.ledger)
+        if method.moves_ranks:
+            from leanmill.peft_ext.peft.ranks import with_moving_ranks
+
+            return with_moving_ranks(installation, self.options, sites.model, context.seed or 0)
         if self.gradient_step is None:
             return installation
         from leanmill.peft_ext.peft.gradient_start import GradientStart

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from leanmill.core.errors import RunError
 from leanmill.core.rules import StepContext, StepRule
-from leanmill.core.views import Views
+from leanmill.core.views import Views, part_of
 from leanmill.parallel.collectives import sum_over_ranks
 
 
@@ -70,6 +70,6 @@ def _write(views: Views, values: dict[nn.Parameter, Tensor]) -> None:
     found = []
     for parameter, value in values.items():
         view = views.of(parameter)
-        view.value.copy_(value.to(view.value.device).flatten()[view.index()])
+        view.value.copy_(part_of(view, value))
         found.append(view)
     views.publish(found)

@@ -18,6 +18,8 @@ class Method:
     """Whether its start, or what it keeps fixed, depends on the wrapped layer's values."""
     routes_tokens: bool = False
     """Whether its adapters choose experts by the token, whose loads are to be balanced."""
+    moves_ranks: bool = False
+    """Whether it uses other ranks of its adapters as training goes on."""
 
 
 METHODS: dict[str, Method] = {
@@ -48,6 +50,7 @@ METHODS: dict[str, Method] = {
     "psoft": Method(starts_from_weight=True),
     "pvera": Method(),
     "randlora": Method(),
+    "rank_lora": Method(moves_ranks=True),
     "road": Method(),
     "shira": Method(reads_weight=True),
     "supertuning": Method(reads_weight=True, starts_from_weight=True),
@@ -64,7 +67,7 @@ _PROMPTS = (
     "the data; use lora, or ia3 for as few parameters"
 )
 REFUSED: dict[str, str] = {
-    "adalora": "its ranks are moved by a call of PEFT's own training loop, from whole gradients; use lora",
+    "adalora": "its ranks are moved by a call of PEFT's own training loop, from whole gradients; use rank_lora",
     "adamss": "the shapes of its factors come from clustering the loaded weights, which are not there when a model is "
     "sharded; use psoft or tinylora, which start from singular vectors too",
     "adaption_prompt": "it takes the place of whole attention layers, and of LLaMA's and GPT-2's only; use lora",

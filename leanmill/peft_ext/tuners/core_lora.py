@@ -28,7 +28,8 @@ from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveLayer, AdditiveModel
+from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveModel
+from leanmill.peft_ext.tuners.collecting import CollectingLayer
 
 
 Variant = Literal["lora_xs", "lora_sb", "moslora", "nlora", "int_tune"]
@@ -60,14 +61,11 @@ class CoreLoraConfig(AdditiveConfig):
             raise ValueError(f"mixer must be orthogonal or kaiming, got {self.mixer!r}")
 
 
-class CoreLoraLayer(AdditiveLayer):
+class CoreLoraLayer(CollectingLayer):
     """A linear layer with adapters s B N A."""
 
     adapter_layer_names = ("core_lora_N", "core_lora_A", "core_lora_B")
     other_param_names = ("rank", "scaling", "variant", "dropouts", "core_lora_N0", "core_lora_A0", "core_lora_B0")
-
-    _collected: Tensor | None = None
-    """The weight's gradient, while `collect` is on."""
 
     def make_containers(self) -> None:
         self.rank: dict[str, int] = {}
@@ -168,26 +166,6 @@ class CoreLoraLayer(AdditiveLayer):
         b0 = self.core_lora_B0[adapter] if adapter in self.core_lora_B0 else self.core_lora_B[adapter]
         return b0, self.core_lora_N0[adapter], a0
 
-    def collect(self, wanted: bool) -> None:
-        """Add up the weight's gradient in every backward from now on, or forget it."""
-        self._collected = torch.zeros(self.out_features, self.in_features) if wanted else None
-
-    def collected(self) -> Tensor:
-        """Return the gradient [out, in] of the weight since `collect`, fp32."""
-        assert self._collected is not None
-        return self._collected
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = super().forward(x, *args, **kwargs)
-        if self._collected is None:
-            return result
-        return _Collected.apply(result, x, self)  # type: ignore[no-any-return]
-
-    def add_gradient(self, outer: Tensor) -> None:
-        """Add the weight's gradient [out, in] of one backward."""
-        assert self._collected is not None
-        self._collected = self._collected.to(outer.device).add_(outer)
-
     def parameters_in_order(self, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """N, A and B of an adapter."""
         n, a, b = (getattr(self, key)[adapter] for key in self.adapter_layer_names)
@@ -217,22 +195,6 @@ class CoreLoraLayer(AdditiveLayer):
 
     def __repr__(self) -> str:
         return "core_lora." + super().__repr__()
-
-
-class _Collected(torch.autograd.Function):
-    """Identity on a layer's output; backward adds the outer product of its gradient and the input to the layer."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, tokens: Tensor, layer: CoreLoraLayer) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.layer = layer
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (tokens,) = ctx.saved_tensors
-        ctx.layer.add_gradient(gradient.flatten(0, -2).float().t() @ tokens.flatten(0, -2).float())
-        return gradient, None, None
 
 
 class CoreLoraModel(AdditiveModel):

@@ -33,6 +33,10 @@ class Ternary(BitNetInputs, Warmup, WeightTechniqueConfig):
         """Return True: stages see whole weights and whole activations."""
         return True
 
+    def holds_where_workers_drift(self) -> bool:
+        """Return True: scales come from the weights that travel."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a quantiser stage on every target, and what its input goes through."""
         from leanmill.quant.inputs import put_inputs

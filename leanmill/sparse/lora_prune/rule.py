@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.site import Site
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
-from leanmill.core.views import View, Views
+from leanmill.core.views import View, Views, part_of, whole_of
 from leanmill.sparse.lora_prune.stage import StructureMask
 from leanmill.sparse.schedule import GrowingSparsity
 
@@ -85,17 +85,17 @@ class PruneByAdapters(StepRule):
         for half, step in zip(self._halves(), found, strict=True):
             (holder,) = (stage for _, stage in half if stage.importance is not None)
             mean = context.views.of(holder.importance)  # type: ignore[arg-type]
-            old = whole(mean, mean.value)
+            old = whole_of(mean, mean.value)
             new = self.smoothing * old + (1 - self.smoothing) * step
             new = torch.where(context.skipped | ~torch.isfinite(new).all(), old, new)
-            _write(mean, new)
+            mean.value.copy_(part_of(mean, new))
             written.append(mean)
             if is_due:
                 kept_view = context.views.of(holder.kept)
-                kept = still_kept(new, whole(kept_view, kept_view.value) > 0, sparsity)
+                kept = still_kept(new, whole_of(kept_view, kept_view.value) > 0, sparsity)
                 masks = [context.views.of(stage.kept) for _, stage in half]
                 for mask in masks:
-                    _write(mask, kept)
+                    mask.value.copy_(part_of(mask, kept))
                 written += masks
                 num_left[holder.part] += [int(kept.sum()), holder.count]
         context.views.publish(written)
@@ -140,8 +140,8 @@ def _importance(views: Views, site: Site, stage: StructureMask) -> Tensor:
     weight = views.of(site.raw_weight)  # type: ignore[arg-type]
     ((a, b, scaling),) = _factors(site)
     view_a, view_b = views.of(a), views.of(b)
-    whole_a, whole_b = whole(view_a, view_a.value), whole(view_b, view_b.value)
-    gradient = adapter_gradient(whole_a, whole_b, whole(view_a, view_a.grad), whole(view_b, view_b.grad))
+    whole_a, whole_b = whole_of(view_a, view_a.value), whole_of(view_b, view_b.value)
+    gradient = adapter_gradient(whole_a, whole_b, whole_of(view_a, view_a.grad), whole_of(view_b, view_b.grad))
     delta = scaling * whole_b @ whole_a
     index = weight.index()
     here = (gradient.flatten()[index] * (weight.value.float() + delta.flatten()[index])).abs()
@@ -156,19 +156,3 @@ def _factors(site: Site) -> Iterator[tuple[nn.Parameter, nn.Parameter, float]]:
         factors = stage.trained_factors()
         if factors is not None:
             yield factors
-
-
-def whole(view: View, piece: Tensor | None) -> Tensor:
-    """Return a tensor of which each rank has a piece, fp32; nothing of it is zeros. A collective."""
-    flat = torch.zeros(view.numel, dtype=torch.float32, device=view.value.device)
-    if piece is not None:
-        flat[view.index().flatten()] = piece.flatten().float()
-    return view.reduce(flat, "sum").view(_shape(view))
-
-
-def _write(view: View, tensor: Tensor) -> None:
-    view.value.copy_(tensor.flatten()[view.index()].to(view.value.dtype))
-
-
-def _shape(view: View) -> Sequence[int]:
-    return tuple(view.piece.shape)

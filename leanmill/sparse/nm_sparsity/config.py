@@ -121,6 +121,10 @@ class NMSparsity(TechniqueConfig):
         """Return whether no rule looks at masks of weights that ranks have parts of."""
         return self.decay_on == "gradient" and not self.log_flips
 
+    def holds_where_workers_drift(self) -> bool:
+        """Return True: masks come from the weights that travel."""
+        return True
+
     @model_validator(mode="before")
     @classmethod
     def _flows_through_the_mask(cls, raw: Any) -> Any:

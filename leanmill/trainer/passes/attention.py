@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from leanmill.core.transposed import transposed_weights
+from leanmill.models.build import build_on_meta
 from leanmill.models.pretrained import local_folder, pretrained_config
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.precision import resolve_precision
@@ -30,7 +32,8 @@ def see_attention(recipe: CalibratedRecipe, ranks: Ranks, see: Callable[[int, Te
     model = recipe.model.model_copy(update={"path": str(folder), "revision": None, "attention": "eager"})
     dtype = torch.bfloat16 if resolve_precision(recipe.precision, ranks.device.type) == "bf16" else torch.float32
     rows = calibration_rows(recipe, folder, ranks)
-    stream = BlockStream(SourceFolder(folder), model, rows, device=ranks.device, dtype=dtype)
+    source = SourceFolder(folder, transposed_weights(build_on_meta(model, packed=False)))
+    stream = BlockStream(source, model, rows, device=ranks.device, dtype=dtype)
     for block in stream.blocks():
         with attention_maps(stream.model, block, partial(see, block.index)):
             stream.advance(block)

@@ -23,12 +23,16 @@ _COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 class SourceFolder:
     """The tensors of a Hugging Face folder, read when asked for.
 
+    Args:
+        path: Of the folder.
+        transposed: Names of matrices that are read turned, [out, in] of what is stored [in, out].
+
     Raises:
         ConfigError: It holds no safetensors.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, transposed: Set[str] = frozenset()) -> None:
+        self.path, self.transposed = path, transposed
         files = sorted(path.glob("*.safetensors"))
         if not files:
             raise ConfigError(f"{path} holds no safetensors; give a model folder that transformers saved")
@@ -47,7 +51,8 @@ class SourceFolder:
         found = {}
         for name in names:
             with safe_open(self._file_of[name], framework="pt") as opened:
-                found[name] = opened.get_tensor(name).clone()
+                tensor = opened.get_tensor(name)
+                found[name] = tensor.t().contiguous() if name in self.transposed else tensor.clone()
         return found
 
     def dtypes(self, names: Iterable[str]) -> dict[str, torch.dtype]:
@@ -61,16 +66,23 @@ class SourceFolder:
 
 
 class TargetFolder:
-    """A model folder in the making, one file for each call of `write`."""
+    """A model folder in the making, one file for each call of `write`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: Of the folder.
+        transposed: Names of matrices [out, in] that are stored [in, out].
+    """
+
+    def __init__(self, path: Path, transposed: Set[str] = frozenset()) -> None:
+        self.path, self.transposed = path, transposed
         self._written: list[tuple[Path, list[str], int]] = []
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as one more file."""
         if not tensors:
             return
+        turned = self.transposed & tensors.keys()
+        tensors = {**tensors, **{name: tensors[name].t().contiguous() for name in turned}}
         file = self.path / f"part-{len(self._written):05d}.safetensors"
         write_tensors(file, tensors)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -25,7 +25,9 @@ from leanmill.core.passes import (
     WindowPassConfig,
 )
 from leanmill.core.surgery import SurgeryConfig
+from leanmill.core.transposed import transposed_weights
 from leanmill.data.build import build_tokenizer, build_train_data
+from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.pretrained import local_folder, pretrained_config
 from leanmill.models.stored_adapter import has_adapter
@@ -98,8 +100,9 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             if ranks.rank == 0:
                 target.mkdir(exist_ok=True)
             model = recipe.model.model_copy(update={"path": str(folder), "revision": None})
-            source = SourceFolder(folder)
-            writer = TargetFolder(target) if ranks.rank == 0 else None
+            turned = transposed_weights(build_on_meta(model, packed=False))
+            source = SourceFolder(folder, turned)
+            writer = TargetFolder(target, turned) if ranks.rank == 0 else None
             if isinstance(config, SurgeryConfig):
                 reports += [_operate(config, recipe, source, model, batches, writer, ranks=ranks, dtype=dtype)]
             elif isinstance(config, SearchConfig):

@@ -27,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "psoft": {"r": 4},
     "pvera": {"r": 4},
     "randlora": {"r": 4},
+    # Four of twelve ranks that are given in the first two of three steps.
+    "rank_lora": {"r": 4, "target_r": 1.7, "grow_layers": 2, "grow_every": 1, "grow_after": 0},
     "road": {"group_size": 8},
     "shira": {"r": 2},
     "supertuning": {"sparsity": 0.9},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partialmethod
 from typing import Any
 
 import peft  # noqa: F401 (or each forked rank would import it, for seconds)
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from leanmill.parallel.launch import Ranks
 from leanmill.parallel.tensors import full
@@ -27,8 +29,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"type": "deepspeed", "stage": 2},
     "zero3": {"type": "deepspeed", "stage": 3},
 }
-HANDFUL = {"fsdp": ("mos",), "zero3": ("hra", "lora_sb")}
-"""Pools that layers share; a weight that is read, and a start from the gradient that rewrites frozen tensors."""
+HANDFUL = {"fsdp": ("mos", "rank_lora"), "zero3": ("hra", "lora_sb")}
+"""Pools that layers share, and ranks that a rule gives; a weight that is read, and a start from the gradient that
+rewrites frozen tensors."""
 VARIANTS = {
     "lora_sb": raw_of("core_lora", variant="lora_sb", gradient_step=1e-2),
     "moslora": raw_of("core_lora", variant="moslora"),
@@ -36,6 +39,9 @@ VARIANTS = {
     "smora": raw_of("moe_lora", r=1, num_experts=6, top_k=2, balance="bias", bias_rate=1e-2),
     "parallel": raw_of("bottleneck", placement="parallel"),
     "before": raw_of("bottleneck", targets=["up_proj", "down_proj"]),
+    "earned": raw_of("rank_lora", score="factors"),
+    "nested": {**raw_of("lora", r=6, variant="dylora"), "method": "rank_lora"},
+    "nested_frozen": {**raw_of("lora", r=6, variant="dylora", frozen=True), "method": "rank_lora"},
     "dora": raw_of("lora", r=4, use_dora=True),
     "pissa": raw_of("lora", r=4, init_lora_weights="pissa"),
 }
@@ -126,6 +132,24 @@ def test_every_method(engine: str):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
 def test_every_method_with_recomputation(engine: str):
     check(engine, EVERY, activation_checkpointing="full")
+
+
+COMPILED = ("rank_lora", "nested_frozen", "bottleneck", "before", "moe_lora", "smora", "lora_sb")
+"""Tuners of our own whose layers change while they train, are called by a rule, or look at each token."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_compiled_blocks(monkeypatch, checkpointing):
+    expected = trained(COMPILED, {"type": "single"}, ONE)
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    found = trained(COMPILED, {"type": "single"}, ONE, compile=True, activation_checkpointing=checkpointing)
+    for method, parameters in found.items():
+        assert not isinstance(parameters, str), f"{method}: {parameters}"
+        for name, value in expected[method].items():
+            torch.testing.assert_close(parameters[name], value, rtol=1e-4, atol=1e-5)
 
 
 def _in_bf16(methods: Sequence[str], engine: dict[str, Any]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Workers that train one model and exchange what they learned every some hundred steps."""
