@@ -80,7 +80,7 @@ class CorpusDocuments:
 
     streaming = False
     column = "file"
-    held_out_content = None
+    held_out_content: str | None = None
 
     def __init__(self, config: LocalCorpus, domain: Domain, root: Path) -> None:
         self.name: str = domain

@@ -55,7 +55,7 @@ class PreparedDomain:
 
     streaming = False
     column = "row"
-    held_out_content = None
+    held_out_content: str | None = None
 
     def __init__(self, folder: Path, facts: dict[str, Any], weight: float, kind: dict[str, Any]) -> None:
         self.name, self.weight = str(facts["name"]), weight
