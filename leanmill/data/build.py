@@ -85,7 +85,8 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
     )
     pad_id = _pad_id(tokenizer)
     sources: list[Source] = []
-    for index, documents in enumerate(open_domains(config, root)):
+    domains = open_domains(config, root)
+    for index, documents in enumerate(domains):
         own_seed = (seed << 8) + index  # so that two copies of one text are not read in the same order
         if isinstance(documents, PreparedDomain):
             sources.append(MapSource(documents.store(tokenizer_key), documents, config, pad_id=pad_id, seed=own_seed))
@@ -99,7 +100,8 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
                 continue
             sources.append(MapSource(store, documents, config, pad_id=pad_id, seed=own_seed))
     content = {"tokenizer": tokenizer_key, **{f"text of {s.name!r}": s.text_fingerprint for s in sources}}
-    identity = data_identity(config, seed=seed, content=content)
+    held_out = {f"held-out text of {d.name!r}": d.held_out_content for d in domains if d.held_out_content is not None}
+    identity = data_identity(config, seed=seed, content=content, held_out=held_out)
     return TrainData(
         sources,
         sequence_length=config.sequence_length,

@@ -51,6 +51,8 @@ class Documents(Protocol):
     """Which files were found and ignored, for the log; empty where there is nothing to say."""
     warnings: list[str]
     """What a person may have expected to be read and is not."""
+    held_out_content: str | None
+    """Fingerprint of the files that hold the held-out text alone, wherever they lie; None where there are none."""
 
     def train(self) -> DocumentReader:
         """Open the training documents."""
@@ -78,6 +80,7 @@ class CorpusDocuments:
 
     streaming = False
     column = "file"
+    held_out_content: str | None = None
 
     def __init__(self, config: LocalCorpus, domain: Domain, root: Path) -> None:
         self.name: str = domain

@@ -89,6 +89,8 @@ class Encoder:
         self._bos, self._eos = _frame(tokenizer, task)
         self.has_targets = not is_text
         """Whether documents say which of their tokens may be predicted."""
+        self.names_rows = self.has_targets or num_pieces > 1
+        """Whether what a document became is kept with the number of its row: one that does not fit is named by it."""
         self._chat = None if is_text else ChatRenderer(tokenizer)
 
     def encode(self, documents: Sequence[Document], before: Document | None = None) -> list[Encoded]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,16 +91,23 @@ def eval_domain(
 
     def build(folder: Path) -> None:
         needed = num_rows * config.sequence_length * _OVERSAMPLING
-        measured: list[Measured] = []
+        measured, numbers = list[Measured](), list[int]()
         for one in stored or _measured(encoder, reader):
             measured.append(one)
+            numbers.append(0 if reader is None else reader.tally.num_rows)
             needed -= len(one.encoded.ids)
             if needed <= 0:
                 break
         if not measured:
             assert reader is not None
             raise nothing_held_out(documents, encoder, reader)
-        _save(folder, *_rows(measured, config, masking, name=documents.name, num_rows=num_rows, pad_id=pad_id))
+
+        def name(document: int) -> str:
+            if reader is None:
+                return f"held-out document {document + 1:,} of {documents.name!r}"
+            return reader.locate(numbers[document])
+
+        _save(folder, *_rows(measured, config, masking, name=name, num_rows=num_rows, pad_id=pad_id))
 
     folder = cached_folder(root, "evaluation", full_key, build)
     facts = read_json(folder / "facts.json")
@@ -157,7 +164,7 @@ def _rows(
     config: DataConfig,
     masking: Masking | None,
     *,
-    name: str,
+    name: Callable[[int], str],
     num_rows: int,
     pad_id: int,
 ) -> tuple[dict[str, Tensor], NDArray[np.int64]]:
@@ -166,7 +173,7 @@ def _rows(
     tokens = np.concatenate([m.encoded.ids for m in measured])
     masks = [m.encoded.is_target for m in measured if m.encoded.is_target is not None]
     is_target = np.concatenate(masks) if masks else None
-    packer, _ = make_packer(offsets, is_target, config, name=name, seed=0)
+    packer = make_packer(offsets, is_target, config, name=name, seed=0).packer
     whole = keeps_documents_whole(config)
     available = packer.rows_per_epoch if whole else -(-len(tokens) // config.sequence_length)
     chosen = np.unique(np.linspace(0, available - 1, min(num_rows, available)).astype(np.int64)).tolist()

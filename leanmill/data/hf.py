@@ -49,6 +49,7 @@ class HfDocuments:
         self._validation = None if config.validation_path is None else HfDocuments(config.of_validation(), task, root)
         if self._validation is not None:
             self.key = fingerprint([self.key, self._validation.key])
+        self.held_out_content = None if self._validation is None else fingerprint(self._validation.source.bytes_read())
         # Without times, which a copy to another machine changes; settings are compared one by one.
         self.stream_key = fingerprint(self.source.portable_content())
 

@@ -22,6 +22,9 @@ HARMLESS: Mapping[type, frozenset[str]] = {
     Prepared: frozenset({"path", "scores"}),
 }
 """Fields that may change between a checkpoint and its resume. Any other field, a new one too, may not."""
+MOVABLE: Mapping[type, frozenset[str]] = {HfDataset: frozenset({"validation_path"})}
+"""Fields of which it counts whether there is one: its files may move, and what they hold is compared."""
+_MOVABLE_NAMES = frozenset().union(*MOVABLE.values())
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,20 @@ class Identity:
     """By the key that a person types, e.g. `data.source.split`; JSON-able."""
     content: Mapping[str, str]
     """Fingerprints of what was read, by what a person calls it, e.g. `tokenizer`."""
+    held_out: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of held-out text that files of its own hold; no training row depends on it."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of `settings`: what a checkpoint written before a field existed was trained with."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the whole."""
-        return fingerprint(self.state())
+        """Hash of what decides the rows."""
+        settings = {key: "files" if value and _is_movable(key) else value for key, value in self.settings.items()}
+        return fingerprint({"settings": settings, "content": dict(self.content)})
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; JSON-able."""
-        return {"settings": dict(self.settings), "content": dict(self.content)}
+        return {"settings": dict(self.settings), "content": dict(self.content), "held_out": dict(self.held_out)}
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Compare with the `state` of a checkpoint.
@@ -54,6 +60,10 @@ class Identity:
         defaults = {key: value for key, value in self.defaults.items() if _section(key) in sections}
         settings = _without_children_of_types(_differing(self.settings, {**defaults, **saved["settings"]}))
         content = _differing(self.content, saved["content"])
+        # Of a checkpoint from before it was noted nothing is known.
+        content |= {
+            name: found for name, found in _differing(self.held_out, saved.get("held_out", {})).items() if all(found)
+        }
         if settings or content:
             both = {**settings, **content}
             pairs = [f"{key} (checkpoint {_shown(a)}, recipe {_shown(b)})" for key, (a, b) in both.items()]
@@ -63,18 +73,21 @@ class Identity:
             )
 
 
-def data_identity(config: DataConfig, *, seed: int, content: Mapping[str, str]) -> Identity:
+def data_identity(
+    config: DataConfig, *, seed: int, content: Mapping[str, str], held_out: Mapping[str, str] | None = None
+) -> Identity:
     """Return the identity of a recipe's data.
 
     Args:
         config: The `data` section.
         seed: Seed of the order.
         content: See `Identity`.
+        held_out: See `Identity`.
     """
     walked = list(_walk(config, "data"))
     settings = {key: value for key, value, _ in walked}
     settings |= {"seed": seed, "data.long_documents": config.long_document_rule}
-    return Identity(settings, content, {key: default for key, _, default in walked})
+    return Identity(settings, content, held_out or {}, {key: default for key, _, default in walked})
 
 
 def _walk(config: Config, prefix: str) -> Iterator[tuple[str, Any, Any]]:
@@ -107,7 +120,15 @@ def _section(key: str) -> str:
 
 def _differing(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     keys = [*mine, *(key for key in saved if key not in mine)]
-    return {key: (saved.get(key), mine.get(key)) for key in keys if saved.get(key) != mine.get(key)}
+    return {key: (saved.get(key), mine.get(key)) for key in keys if not _is_same(key, saved.get(key), mine.get(key))}
+
+
+def _is_same(key: str, saved: Any, mine: Any) -> bool:
+    return (saved is None) == (mine is None) if _is_movable(key) else bool(saved == mine)
+
+
+def _is_movable(key: str) -> bool:
+    return key.rpartition(".")[2] in _MOVABLE_NAMES
 
 
 def _without_children_of_types(differing: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:

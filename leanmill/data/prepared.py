@@ -15,6 +15,7 @@ from leanmill.data.cache import fingerprint, read_json
 from leanmill.data.config import DataConfig, Prepared
 from leanmill.data.documents import DocumentReader
 from leanmill.data.encoding import Document, Encoded, Measured
+from leanmill.data.offsets import OFFSETS, read_offsets
 from leanmill.data.selection import choose, read_scores
 from leanmill.data.store import TokenStore
 from leanmill.data.tally import Tally
@@ -35,7 +36,8 @@ class Shards:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: NDArray[np.int64]) -> NDArray[Any]:
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        index = np.asarray(index)
         which = np.searchsorted(self._ends, index, side="right")
         found = np.empty(index.shape, dtype=self._arrays[0].dtype)
         for shard in np.unique(which).tolist():
@@ -53,6 +55,7 @@ class PreparedDomain:
 
     streaming = False
     column = "row"
+    held_out_content: str | None = None
 
     def __init__(self, folder: Path, facts: dict[str, Any], weight: float, kind: dict[str, Any]) -> None:
         self.name, self.weight = str(facts["name"]), weight
@@ -84,7 +87,7 @@ class PreparedDomain:
         Raises:
             ConfigError: The shard is missing or cut.
         """
-        ends = np.cumsum(self._loaded("lengths", shard))[:-1]
+        ends = np.cumsum(np.load(self._array_file("lengths", shard), allow_pickle=False))[:-1]
         return np.split(self._mapped("tokens", shard, np.dtype(self._kind["dtype"])), ends)
 
     def train(self) -> DocumentReader:
@@ -110,18 +113,32 @@ class PreparedDomain:
         return chosen
 
     def _whole_store(self) -> TokenStore:
-        has_targets, is_paired = self._kind["task"] in ("sft", "preference"), self._kind["num_pieces"] > 1
-        lengths = np.concatenate([self._loaded("lengths", shard) for shard in self._shards])
+        has_targets = self._kind["task"] in ("sft", "preference")
         return TokenStore(
             Shards([self._mapped("tokens", shard, np.dtype(self._kind["dtype"])) for shard in self._shards]),
             Shards([self._mapped("targets", shard, np.dtype(np.bool_)) for shard in self._shards])
             if has_targets
             else None,
-            np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)]),
-            np.concatenate([self._loaded("rows", shard) for shard in self._shards]) if is_paired else None,
+            self._offsets(),
+            self._rows(),
             self._facts["text"],
             Tally.from_state(self._facts["tally"]),
+            int(self._kind["num_pieces"]),
         )
+
+    def _offsets(self) -> NDArray[np.int64]:
+        paths = [self._array_file("lengths", shard) for shard in self._shards]
+        offsets = read_offsets(self._folder, paths)
+        if int(offsets[-1]) != sum(self._facts["shards"]):
+            raise _damaged(self._folder / OFFSETS)
+        return offsets
+
+    def _rows(self) -> Shards | None:
+        """Numbers of the rows that documents are of, of pairs at any rate."""
+        is_paired = self._kind["num_pieces"] > 1
+        if not is_paired and not (self._folder / shard_file("rows", 0, "npy")).is_file():
+            return None
+        return Shards([np.load(self._array_file("rows", n), mmap_mode="r", allow_pickle=False) for n in self._shards])
 
     def held_out(self, tokenizer_key: str) -> Iterator[Measured] | None:
         """Return the held-out documents as tokens; None where none were to be held out."""
@@ -146,12 +163,11 @@ class PreparedDomain:
             raise _damaged(path)
         return np.memmap(path, dtype=dtype, mode="r")
 
-    def _loaded(self, name: str, shard: int) -> NDArray[np.int64]:
+    def _array_file(self, name: str, shard: int) -> Path:
         path = self._folder / shard_file(name, shard, "npy")
         if not path.is_file():
             raise _damaged(path)
-        found: NDArray[np.int64] = np.load(path, allow_pickle=False)
-        return found
+        return path
 
 
 class _Rows:

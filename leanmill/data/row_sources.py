@@ -6,6 +6,7 @@ Arrow cache. Nothing is ever unpickled and no dataset's own code is run.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from itertools import islice
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from leanmill.data.text_files import MAX_DOCUMENT_CHARS, text_rows
 
 
 _INSTEAD = "local JSONL, Parquet, Arrow or text files"
+_MOST_BYTES_HASHED = 1 << 24
+"""Of a file; what is evaluated on is mostly less."""
 _MOST_ROWS_READ_AGAIN = 1_000_000
 """So that a message never holds a run up for more than seconds."""
 
@@ -55,6 +58,10 @@ class RowSource(Protocol):
 
     def portable_content(self) -> Any:
         """Return the same without what a copy to another machine changes."""
+        ...
+
+    def bytes_read(self) -> Any:
+        """Return what stays the same under other names, too; JSON-able. Reads files, of large ones the beginning."""
         ...
 
 
@@ -102,6 +109,10 @@ class HubRows:
         return [self._config.path, builder.hash]
 
     def portable_content(self) -> Any:
+        """See `RowSource`."""
+        return self.content()
+
+    def bytes_read(self) -> Any:
         """See `RowSource`."""
         return self.content()
 
@@ -181,6 +192,10 @@ class FileRows:
         """See `RowSource`."""
         return [*self._kind_of_documents, *self._files.sizes()]
 
+    def bytes_read(self) -> Any:
+        """See `RowSource`."""
+        return [*self._kind_of_documents, *([os.path.getsize(f), _hash_of_beginning(f)] for f in self._files.files)]
+
     @property
     def _kind_of_documents(self) -> list[str]:
         # So that nothing is taken for the same that was read when text files were cut into pieces.
@@ -206,6 +221,11 @@ class FileRows:
                 f"e.g. {surprising[0]}; convert them, or give them a source of their own in a mixture"
             )
         return "; ".join(parts), warnings
+
+
+def _hash_of_beginning(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.blake2b(file.read(_MOST_BYTES_HASHED), digest_size=8).hexdigest()
 
 
 def _cannot_read(config: HfDataset, error: Exception) -> ConfigError:

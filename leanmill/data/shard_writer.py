@@ -18,6 +18,7 @@ from leanmill.data.cache import read_json, write_json
 from leanmill.data.documents import DocumentReader, Documents
 from leanmill.data.encoding import Document, Encoded, Encoder, batches, document_digest
 from leanmill.data.evaluation import measure_row, nothing_held_out
+from leanmill.data.offsets import write_offsets
 from leanmill.data.prepared import HELD_OUT, shard_file
 from leanmill.data.store import encode_rows
 from leanmill.data.tally import NO_ANSWER, Tally
@@ -46,7 +47,7 @@ class DomainWriter:
         documents: The domain.
         encoder: Makes tokens of its documents.
         folder: Made where it is not there.
-        kind: `dtype` of tokens and `num_pieces` of a document, see `prepare_data`.
+        kind: Has the `dtype` of tokens, see `prepare_data`.
         shard_tokens: About how many tokens a shard has.
         tell: Called with a line at the end of every shard.
     """
@@ -61,7 +62,7 @@ class DomainWriter:
         tell: Callable[[str], None],
     ) -> None:
         self._documents, self._encoder, self._folder, self._tell = documents, encoder, folder, tell
-        self._dtype, self._shard_tokens, self._is_paired = np.dtype(kind["dtype"]), shard_tokens, kind["num_pieces"] > 1
+        self._dtype, self._shard_tokens = np.dtype(kind["dtype"]), shard_tokens
         self._unanswered = Tally()
 
     def prepare(self) -> tuple[dict[str, Any], int]:
@@ -82,6 +83,7 @@ class DomainWriter:
         tally.locate(reader.locate)
         if not sizes:
             raise tally.nothing_left(self._documents.name, self._documents.column)
+        write_offsets(self._folder, [self._folder / shard_file("lengths", n, "npy") for n in range(len(sizes))])
         self._hold_out()
         name, weight = self._documents.name, self._documents.weight
         facts = {"name": name, "weight": weight, "folder": self._folder.name, "shards": sizes}
@@ -172,7 +174,7 @@ class DomainWriter:
         if targets:
             np.concatenate(targets).tofile(self._folder / shard_file("targets", number, "bin"))
         np.save(self._folder / shard_file("lengths", number, "npy"), np.asarray(lengths, dtype=np.int64))
-        if self._is_paired:
+        if self._encoder.names_rows:
             rows = np.asarray([row for *_, rows in parts for row in rows], dtype=np.int64)
             np.save(self._folder / shard_file("rows", number, "npy"), rows)
         for path in self._folder.glob(f"*-{number:05d}.*"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -99,30 +99,36 @@ class MapSource:
         """
         self.name, self.weight, self.text_fingerprint = documents.name, documents.weight, store.text_fingerprint
         self._store, self._pad_id, self._documents = store, pad_id, documents
-        if store.rows is None:
-            packer, self._num_cut_off = make_packer(store.offsets, store.is_target, config, name=self.name, seed=seed)
+        if store.num_pieces == 1:
+            made = make_packer(store.offsets, store.is_target, config, name=self._name_of, seed=seed)
         else:
-            packer, self._num_cut_off = self._pair_packer(store.offsets, store.rows, config, seed), 0
+            made = Packing(self._pair_packer(store, config, seed))
+        packer, self._cut_off = made.packer, made.cut_off
         self._packer = ShuffledRows(packer, seed)
         self.rows_per_epoch: int | None = packer.rows_per_epoch
         if packer.rows_per_epoch > TABLE_SIZE or len(store.offsets) - 1 > MAX_SHUFFLED_DOCUMENTS:
             # Before there were shuffles by index, as much text had tables: rows in another order.
             self.text_fingerprint += ", rows by index"
 
-    def _pair_packer(
-        self, offsets: NDArray[np.int64], rows: NDArray[np.int64], config: DataConfig, seed: int
-    ) -> Packer:
-        lengths, num_pieces = np.diff(offsets), config.num_pieces
+    def _name_of(self, document: int) -> str:
+        """Name a document for a person, by its row where that is known."""
+        rows = self._store.rows
+        if rows is None:
+            return f"document {document + 1:,} of {self.name!r}"
+        return self._documents.train().locate(int(rows[document]))
+
+    def _pair_packer(self, store: TokenStore, config: DataConfig, seed: int) -> Packer:
+        lengths, num_pieces = np.diff(store.offsets), config.num_pieces
         totals = lengths.reshape(-1, num_pieces).sum(1)
         longest = int(totals.argmax())
         if totals[longest] > config.sequence_length:
-            row = self._documents.train().locate(int(rows[longest]))
+            row = self._name_of(longest)
             raise ConfigError(
                 f"{row} has {totals[longest]} tokens, its prompt {num_pieces} times with an answer each, and all of a "
                 f"pair goes into one row of {config.sequence_length}; raise data.sequence_length, or shorten the row"
             )
         return WholePacker(
-            offsets[:-1], lengths, config.sequence_length, document_mask=True, seed=seed, num_pieces=num_pieces
+            store.offsets[:-1], lengths, config.sequence_length, document_mask=True, seed=seed, num_pieces=num_pieces
         )
 
     def row(self, number: int) -> Row:
@@ -141,9 +147,9 @@ class MapSource:
 
     def describe(self) -> str:
         """See `Source`."""
-        cut_off = [f"{self._num_cut_off:,} {FAR_ANSWER}"] if self._num_cut_off else []
+        cut_off = [f"{len(self._cut_off):,} {FAR_ANSWER}"] if len(self._cut_off) else []
         parts = [
-            f"{self._store.num_documents:,} {'documents' if self._store.rows is None else 'pairs'}, "
+            f"{self._store.num_documents:,} {'documents' if self._store.num_pieces == 1 else 'pairs'}, "
             f"{len(self._store.tokens):,} tokens",
             ", ".join([self._store.tally.describe(), *cut_off]),
             self._documents.note,
@@ -153,10 +159,10 @@ class MapSource:
     def warnings(self) -> list[str]:
         """See `Source`."""
         found = [*self._documents.warnings, *self._store.tally.warnings(self.name, self._documents.column)]
-        if self._num_cut_off:
+        if len(self._cut_off):
             found.append(
-                f"{self._num_cut_off:,} conversations of {self.name!r} {FAR_ANSWER} are left out; raise "
-                f"data.sequence_length"
+                f"{len(self._cut_off):,} conversations of {self.name!r} {FAR_ANSWER} are left out, the first is "
+                f"{self._name_of(int(self._cut_off[0]))}; raise data.sequence_length"
             )
         return found
 
@@ -166,33 +172,48 @@ def keeps_documents_whole(config: DataConfig) -> bool:
     return config.long_document_rule != "split"
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Rows, and what is in none of them."""
+
+    packer: Packer
+    cut_off: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Numbers of the conversations that truncation leaves no answer, ascending."""
+
+
 def make_packer(
-    offsets: NDArray[np.int64], is_target: Tokens | None, config: DataConfig, *, name: str, seed: int
-) -> tuple[Packer, int]:
-    """Choose the packing that the recipe asks for; also count the conversations that truncation leaves no answer.
+    offsets: NDArray[np.int64],
+    is_target: Tokens | None,
+    config: DataConfig,
+    *,
+    name: Callable[[int], str],
+    seed: int,
+) -> Packing:
+    """Choose the packing that the recipe asks for; `name` names a document for a person.
 
     Raises:
         ConfigError: See `check_length`, or truncation leaves nothing to predict.
     """
     length, mask = config.sequence_length, config.document_mask
     if not keeps_documents_whole(config):
-        return SplitPacker(offsets, length, document_mask=mask, seed=seed), 0
+        return Packing(SplitPacker(offsets, length, document_mask=mask, seed=seed))
     starts, lengths = offsets[:-1], np.diff(offsets)
-    check_length(int(lengths.max()), config, name=f"document {int(lengths.argmax())} of {name!r}")
-    lengths = np.minimum(lengths, length)
+    longest = int(lengths.argmax())
+    check_length(int(lengths[longest]), config, name=lambda: name(longest))
+    lengths, cut_off = np.minimum(lengths, length), np.zeros(0, dtype=np.int64)
     if is_target is not None:
         seen = np.concatenate([[0], np.cumsum(np.asarray(is_target), dtype=np.int64)])
         kept = seen[starts + lengths] > seen[starts]
-        starts, lengths = starts[kept], lengths[kept]
+        starts, lengths, cut_off = starts[kept], lengths[kept], np.flatnonzero(~kept)
         if not len(starts):
             raise ConfigError(
-                f"data.sequence_length: no conversation of {name!r} reaches its answer within {length} tokens; raise it"
+                f"data.sequence_length: no conversation reaches its answer within {length} tokens, the first is "
+                f"{name(0)}; raise it"
             )
-    num_cut_off = len(offsets) - 1 - len(starts)
-    return WholePacker(starts, lengths, length, document_mask=mask, seed=seed), num_cut_off
+    return Packing(WholePacker(starts, lengths, length, document_mask=mask, seed=seed), cut_off)
 
 
-def check_length(num_tokens: int, config: DataConfig, *, name: str) -> None:
+def check_length(num_tokens: int, config: DataConfig, *, name: Callable[[], str]) -> None:
     """Refuse a document longer than a row where the recipe says so."""
     if num_tokens <= config.sequence_length or config.long_document_rule == "truncate":
         return
@@ -204,5 +225,5 @@ def check_length(num_tokens: int, config: DataConfig, *, name: str) -> None:
         "sentence_pairs": " or set data.long_documents: truncate",
     }[config.task]
     raise ConfigError(
-        f"{name} has {num_tokens} tokens and a row has {config.sequence_length}; raise data.sequence_length{remedy}"
+        f"{name()} has {num_tokens} tokens and a row has {config.sequence_length}; raise data.sequence_length{remedy}"
     )

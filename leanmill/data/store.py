@@ -42,18 +42,20 @@ class TokenStore:
     """[N], memory-mapped; None where every token may be predicted."""
     offsets: NDArray[np.int64]
     """Boundaries of documents, or of the conversations of pairs, [D x pieces + 1]."""
-    rows: NDArray[np.int64] | None
-    """[D], numbers of the rows that pairs are of; None of other documents."""
+    rows: Tokens | None
+    """[D], numbers of the rows that documents are of; None of plain text."""
     text_fingerprint: str
     tally: Tally
     """What became of the rows."""
+    num_pieces: int = 1
+    """Conversations or texts of a document."""
     scores: NDArray[np.float32] | None = None
     """[D], how alike the texts of sentence pairs are, NaN where that is not said; None of other documents."""
 
     @property
     def num_documents(self) -> int:
         """Documents, or pairs."""
-        return len(self.offsets) - 1 if self.rows is None else len(self.rows)
+        return (len(self.offsets) - 1) // self.num_pieces
 
 
 def token_store(
@@ -80,11 +82,17 @@ def token_store(
         np.memmap(folder / "tokens.bin", dtype=dtype, mode="r"),
         is_target,
         np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False),
-        np.load(folder / "rows.npy", allow_pickle=False) if encoder.num_pieces > 1 else None,
+        _mapped(folder / "rows.npy"),
         facts["text"],
         Tally.from_state(facts["tally"]),
+        encoder.num_pieces,
         np.load(folder / "scores.npy", allow_pickle=False) if encoder.task == "sentence_pairs" else None,
     )
+
+
+def _mapped(path: Path) -> NDArray[np.int64] | None:
+    """Map an array; None of one that is not there."""
+    return np.load(path, mmap_mode="r", allow_pickle=False) if path.is_file() else None
 
 
 def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedinteger[Any]], folder: Path) -> None:
@@ -121,7 +129,7 @@ def _build(documents: Documents, encoder: Encoder, dtype: type[np.unsignedintege
             f"answer it could get; add pairs, or use dpo, which needs none"
         )
     np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    if encoder.num_pieces > 1:
+    if encoder.names_rows:
         np.save(folder / "rows.npy", np.asarray(kept, dtype=np.int64))
     if encoder.task == "sentence_pairs":
         np.save(folder / "scores.npy", np.asarray(scores, dtype=np.float32))

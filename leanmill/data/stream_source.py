@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -168,7 +169,7 @@ class StreamSource:
         found, rows = [], [row for _, row in documents]
         for index, encoded in enumerate(encode_rows(self._encoder, [d for d, _ in documents], rows, stream)):
             if keeps_documents_whole(self._config):
-                check_length(len(encoded.ids), self._config, name=f"a document of {self.name!r}")
+                check_length(len(encoded.ids), self._config, name=partial(stream.locate, rows[index]))
             if encoded.is_target is None or encoded.is_target[: self._config.sequence_length].any():
                 found.append(_Pending(encoded, {**place, "document": first + index}))
             else:

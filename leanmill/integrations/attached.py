@@ -213,6 +213,7 @@ class Attached:
         *,
         num_steps: int,
         num_micro_batches: int = 1,
+        usual_micro_batches: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         views: Views | None = None,
     ) -> None:
@@ -222,6 +223,8 @@ class Attached:
             step: From 0.
             num_steps: Of the whole training.
             num_micro_batches: Backward passes of this step on this rank.
+            usual_micro_batches: Of a step that no epoch's end cuts short, by which rows are numbered (noise is drawn by
+                that); None takes those of this one.
             optimizer: Torch's own, whose state rules may read and write.
             views: What rules see of weights and gradients; None makes those of `optimizer`.
         """
@@ -230,7 +233,7 @@ class Attached:
         if views is None and optimizer is not None:
             views = NativeViews(self.model, optimizer)
         self.step, self.num_steps = step, num_steps
-        self.losses.begin_step(step, num_micro_batches)
+        self.losses.begin_step(step * (usual_micro_batches or num_micro_batches), num_micro_batches)
         self._now = StepContext(step=step, num_steps=num_steps, num_micro_batches=num_micro_batches, views=views)
         with torch.no_grad():
             for rule in self.installed.step_rules:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -16,9 +15,11 @@ from leanmill.core.names import clean_name
 from leanmill.core.parameters import PLAIN, settings_by_name
 from leanmill.core.views import View, Views
 from leanmill.export.formats import Activations
+from leanmill.integrations.accumulation import Accumulation
 from leanmill.integrations.attached import Attached, attached_to
 from leanmill.integrations.first_step import FirstStep
 from leanmill.integrations.folded import check_plain, plain_model, state_of_names, whole_state
+from leanmill.integrations.optimizers import inner_optimizer, is_deepspeed, parameter_groups
 from leanmill.integrations.refusals import OWN, writes_gradients
 from leanmill.parallel.tensors import global_norm, scale_to_norm
 from leanmill.trainer.prepare import undecayed
@@ -43,20 +44,21 @@ class LeanmillCallback(TrainerCallback, ExportableState):
         self.max_grad_norm, self.activations = max_grad_norm, activations
         self._views: Views | None = None
         self._first_step: FirstStep | None = None
+        self._accumulation: Accumulation | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at what the Trainer made of the model, and take up what a checkpoint knew."""
-        attached, model, optimizer = self.attached, given["model"], _inner(given["optimizer"])
+        attached, model = self.attached, given["model"]
         check_trainer(args, model, attached, self.max_grad_norm)
+        under_deepspeed = is_deepspeed(given["optimizer"])
+        check_engine(args, attached, under_deepspeed)
         check_plain(attached, self.activations)
-        is_deepspeed = _is_deepspeed(given["optimizer"])
-        if is_deepspeed and self.max_grad_norm is not None:
+        if under_deepspeed and self.max_grad_norm is not None:
             raise ConfigError(
                 "DeepSpeed keeps gradients where no callback clips them; leave LeanmillCallback's max_grad_norm out"
             )
-        self._views = _NoViews() if is_deepspeed else None
-        _check_engine(args, attached, is_deepspeed)
-        check_groups(attached, optimizer, args)
+        check_groups(attached, given["optimizer"], args)
+        self._views = _NoViews() if under_deepspeed else None
         losses = attached.losses
         losses.rank, losses.world_size = args.process_index, args.world_size
         losses.loss_scale = float(args.world_size) if args.average_tokens_across_devices else 1.0
@@ -65,14 +67,22 @@ class LeanmillCallback(TrainerCallback, ExportableState):
             attached.load_state_dict((saved[0] if isinstance(saved, list) else saved)["attributes"])
         vars(attached.model).pop("save_pretrained", None)
         self._first_step = FirstStep(attached)
+        self._accumulation = Accumulation(args)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """See how long the epoch is."""
+        assert self._accumulation is not None
+        self._accumulation.begin_epoch(state.global_step, given["train_dataloader"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write schedules."""
+        assert self._accumulation is not None
         self.attached.begin_step(
             state.global_step,
             num_steps=state.max_steps,
-            num_micro_batches=args.gradient_accumulation_steps,
-            optimizer=_inner(given["optimizer"]),
+            num_micro_batches=self._accumulation.of_step(state.global_step),
+            usual_micro_batches=self._accumulation.usual,
+            optimizer=inner_optimizer(given["optimizer"]),
             views=self._views,
         )
 
@@ -106,7 +116,7 @@ class LeanmillCallback(TrainerCallback, ExportableState):
 
 
 class _NoViews(Views):
-    """Of DeepSpeed's flat partitions, which only our own engine cuts in a way that rules can see."""
+    """Of DeepSpeed, whose step is over when callbacks are called; rules that need some are refused beforehand."""
 
     def of(self, parameter: nn.Parameter) -> View:
         raise ConfigError(f"a rule reads weights or gradients by element, under DeepSpeed; {OWN}")
@@ -150,17 +160,39 @@ def check_trainer(args: Any, model: Any, attached: Attached, max_grad_norm: floa
         raise ConfigError("gradients would be clipped twice; set TrainingArguments(max_grad_norm=0)")
 
 
-def _check_engine(args: Any, attached: Attached, is_deepspeed: bool) -> None:
+def check_engine(args: Any, attached: Attached, under_deepspeed: bool) -> None:
+    """Refuse what of sharding techniques do not follow.
+
+    Raises:
+        ConfigError: The message says what to set.
+    """
+    if under_deepspeed and any(hasattr(parameter, "ds_id") for parameter in attached.model.parameters()):
+        raise ConfigError(
+            f"under ZeRO-3 transformers cuts every model that is built from then on, a teacher and the folded one too; "
+            f"set zero_optimization.stage to 2, use FSDP2, or {OWN}"
+        )
     is_sharded = any(isinstance(parameter, DTensor) for parameter in attached.model.parameters())
     if getattr(args, "fsdp", None) and not is_sharded:
         raise ConfigError(
             "fsdp was asked for and the model is not sharded by FSDP2: accelerate trains plain DDP on CPUs, and "
             "fsdp_version 1 hides weights; set fsdp_config={'fsdp_version': 2} on GPUs, or leave fsdp out"
         )
-    for technique in attached.recipe.techniques if is_deepspeed else ():
+    others = getattr(args, "parallelism_config", None)
+    if others is not None and any(getattr(others, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
+        raise ConfigError(
+            f"parallelism_config cuts rows or weights over ranks in ways that losses of techniques do not follow; "
+            f"leave it out and take FSDP2 or DeepSpeed, or {OWN}"
+        )
+    for technique in attached.recipe.techniques if under_deepspeed else ():
         if technique.reads_optimizer_state():
             kind: str = technique.type  # type: ignore[attr-defined]
             raise ConfigError(f"{kind} reads optimizer state by element, under DeepSpeed {OWN}, or use FSDP2")
+    named = writes_gradients(attached.installed.step_rules) if under_deepspeed else []
+    if named:
+        raise ConfigError(
+            f"{named[0]} works on gradients before the optimizer's step, which DeepSpeed takes in the last backward, "
+            f"before callbacks are called; use FSDP2 or DDP, or {OWN}"
+        )
 
 
 def check_groups(attached: Attached, optimizer: Any, args: Any) -> None:
@@ -169,7 +201,7 @@ def check_groups(attached: Attached, optimizer: Any, args: Any) -> None:
     Raises:
         ConfigError: The message says which to pass.
     """
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    groups = parameter_groups(optimizer)
     named = [(name, p) for name, p in attached.model.named_parameters() if p.requires_grad]
     settings = settings_by_name(attached.installed.param_rules, [clean_name(name) for name, _ in named])
     resting = undecayed(attached.model)
@@ -177,7 +209,7 @@ def check_groups(attached: Attached, optimizer: Any, args: Any) -> None:
     for name, parameter in named:
         said, group = settings.get(clean_name(name), PLAIN), groups.get(id(parameter))
         decay = 0.0 if said.weight_decay is None and id(parameter) in resting else said.weight_decay
-        if group is None:  # flat partitions: what is asked for cannot be seen
+        if group is None:  # in no group that can be seen
             differs = said != PLAIN or (decay is not None and args.weight_decay != decay)
         else:
             rate = base_rate * (said.lr_factor or 1.0)
@@ -190,23 +222,22 @@ def check_groups(attached: Attached, optimizer: Any, args: Any) -> None:
             )
         if differs:
             raise ConfigError(
-                f"a technique wants {name} trained otherwise than this optimizer does (decay, rate or pull); pass the "
-                f"Trainer optimizers=(attached.optimizer(lr=..., weight_decay=...), None) of what attach returned"
+                f"a technique wants {name} trained otherwise than this optimizer does (decay, rate or pull); "
+                f"{_how_to_pass(optimizer)}, where attached is what attach returned"
             )
+
+
+def _how_to_pass(optimizer: Any) -> str:
+    if is_deepspeed(optimizer):  # the Trainer drops `optimizers` under it
+        return (
+            "under DeepSpeed give your Trainer a method create_optimizer(self, model=None) that returns "
+            "self.optimizer, once set to attached.optimizer(lr=..., weight_decay=...)"
+        )
+    return "pass the Trainer optimizers=(attached.optimizer(lr=..., weight_decay=...), None)"
 
 
 def _has_foreign_adapters(model: Any) -> bool:
     return type(model).__module__.startswith("peft.")
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    while not isinstance(optimizer, torch.optim.Optimizer) or type(optimizer).__module__.startswith("accelerate"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _is_deepspeed(optimizer: Any) -> bool:
-    return type(optimizer).__module__.startswith("accelerate.utils.deepspeed")
 
 
 def _save_folded(

@@ -42,24 +42,25 @@ class AttachedLosses:
         self.cross_entropy_weight = cross_entropy_weight
         self.num_micro_batches = 1
         self.loss_scale = 1.0
-        """What the caller multiplies the loss with before backward: ranks, where reductions average over them."""
+        """What the caller multiplies the loss with before backward where it passes `num_items_in_batch`: ranks, where
+        those are of all ranks and reductions average over them."""
         self.rank, self.world_size = 0, 1
         self.num_seen = 0
         """Micro-batches whose loss was computed here in this step."""
         self.values: dict[str, Tensor] = {}
         """Sums over tokens of this step on this rank, by loss, and of `targets`."""
         self._batch: Batch | None = None
-        self._first_row = 0
+        self._first = 0
         self._plain = model.loss_function
         self._checked_padding = not terms
         model.loss_function = self
         model.register_forward_pre_hook(self._begin, with_kwargs=True)
         model.register_forward_hook(self._end)
 
-    def begin_step(self, step: int, num_micro_batches: int) -> None:
-        """Begin to count a step's micro-batches."""
+    def begin_step(self, first: int, num_micro_batches: int) -> None:
+        """Begin to count a step's micro-batches; `first` is the number of the first one in the training."""
         self.num_micro_batches, self.num_seen, self.values = num_micro_batches, 0, {}
-        self._first_row = step * num_micro_batches
+        self._first = first
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
         """Return the loss; called by the model's own forward. See `transformers.loss.loss_utils.ForCausalLMLoss`."""
@@ -110,9 +111,9 @@ class AttachedLosses:
         batch = self._batch_of(args, given)
         self.ledger.to(batch["labels"].device).train()
         num_items = given.get("num_items_in_batch")
-        scale = self.loss_scale / self._num_targets(batch, num_items)
-        if num_items is None:  # whoever takes the mean of each micro-batch divides by their number
-            scale = scale / self.num_micro_batches
+        # Whoever takes the mean of each micro-batch divides by their number, and reductions by that of ranks.
+        factor = 1 / self.num_micro_batches if num_items is None else self.loss_scale
+        scale = factor / self._num_targets(batch, num_items)
         self.ledger.begin_step(token_scale=scale, num_micro_batches=self.num_micro_batches)
         self._batch = batch
         self.ledger.begin_forward(batch)
@@ -132,7 +133,7 @@ class AttachedLosses:
         positions = given.get("position_ids")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
-        index = (self._first_row + self.num_seen) * self.world_size + self.rank
+        index = (self._first + self.num_seen) * self.world_size + self.rank
         batch = {
             "input_ids": ids,
             "labels": labels.to(ids.device).contiguous(),

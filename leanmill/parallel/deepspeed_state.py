@@ -60,7 +60,8 @@ def _as_dtensor(local: Tensor, full: Tensor, mesh: DeviceMesh) -> Tensor:
 @torch.no_grad()
 def whole_parameter(parameter: Any) -> Tensor:
     """Return a parameter whole on every rank, whoever sharded it; DeepSpeed's fp32 master if there. A collective."""
-    if not hasattr(parameter, "ds_id") and getattr(parameter, "_hp_mapping", None) is None:
+    # A rank that holds nothing of it has None there, and takes part all the same.
+    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
         return full(parameter.detach())
     from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param

@@ -8,7 +8,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_train_data
 from leanmill.data.cache import fingerprint
 from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, MaskingConfig, Mixture, Prepared
-from leanmill.data.identity import HARMLESS, data_identity
+from leanmill.data.identity import HARMLESS, MOVABLE, data_identity
 from tests.data.samples import hf_config, write_texts
 
 
@@ -49,7 +49,8 @@ def cases():
         (HF, "data.source.sources.0.", lambda c: DataConfig(source=mixture.model_copy(update={"sources": [c]}))),
     ):
         for name in type(owner).model_fields:
-            if name not in HARMLESS.get(type(owner), ()) and name not in ("type", "masking"):
+            free = HARMLESS.get(type(owner), frozenset()) | MOVABLE.get(type(owner), frozenset())
+            if name not in free and name not in ("type", "masking"):
                 yield pytest.param(owner, name, key, build, id=f"{key}{type(owner).__name__}.{name}")
 
 
@@ -82,6 +83,29 @@ def test_harmless_fields_may_change():
     changes = {"cache_dir": "/elsewhere", "long_documents": "split", "source": HF.model_copy(update={"path": "b"})}
     changes["tokenizer"] = config.tokenizer.model_copy(update={"path": "runs/run/tokenizer"})
     identity(config.model_copy(update=changes)).check(identity(config).state())
+
+
+def test_a_validation_file_may_move_and_is_known_by_what_it_holds(tokenizer, tmp_path):
+    def build(name, texts, train=60):
+        held_out = None if texts is None else write_texts(tmp_path / name, texts)
+        path = write_texts(tmp_path / "train.jsonl", train)
+        return build_train_data(hf_config(path, tmp_path, source={"validation_path": held_out}), tokenizer, seed=0)
+
+    saved = build("held-out.jsonl", 5)
+    moved = build("moved.jsonl", 5)
+    assert moved.fingerprint == saved.fingerprint
+    moved.load_state_dict(saved.state_dict())
+    with pytest.raises(
+        ConfigError, match=r"held-out text of 'data' \(checkpoint \w+, recipe \w+\) differ; restore the text"
+    ):
+        build("other.jsonl", 6).load_state_dict(saved.state_dict())
+    without = build("", None)
+    assert without.fingerprint != saved.fingerprint
+    with pytest.raises(ConfigError, match=r"type data\.source\.validation_path=\S+held-out\.jsonl to go on"):
+        without.load_state_dict(saved.state_dict())
+    before = saved.state_dict()
+    del before["identity"]["held_out"]  # as it was written when files were known by their path
+    moved.load_state_dict(before)
 
 
 def test_a_field_that_did_not_exist_yet_had_its_default():

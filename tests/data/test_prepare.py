@@ -12,7 +12,7 @@ from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_eval_data, build_tokenizer, build_train_data
 from leanmill.data.config import DataConfig
 from leanmill.data.prepare import prepare_data
-from leanmill.data.prepared import Shards
+from leanmill.data.prepared import Shards, open_prepared
 from tests.data.samples import conversations, hf_config, sentences, write_jsonl
 
 
@@ -165,6 +165,46 @@ def test_what_does_not_fit_the_run_is_refused(tmp_path, tokenizer):
         build_train_data(other, tokenizer, seed=0)
     with pytest.raises(ConfigError, match="is prepared already"):
         prepare(other, tmp_path / "twice")
+
+
+def test_boundaries_of_documents_are_mapped_and_those_of_older_folders_made(tmp_path, tokenizer):
+    config, folder = text_config(tmp_path, "pretrain", tokenizer), tmp_path / "prepared"
+    prepare(config, folder)
+    key = json.loads((folder / "manifest.json").read_text())["kind"]["tokenizer"]
+    other = prepared_config(config, folder)
+
+    def offsets():
+        return open_prepared(other.source, other)[0].store(key).offsets
+
+    mapped, path = offsets(), folder / "domain-0" / "offsets.npy"
+    assert isinstance(mapped, np.memmap)
+    path.rename(tmp_path / "offsets.npy")
+    made = offsets()
+    assert not isinstance(made, np.memmap)
+    assert np.array_equal(made, mapped)
+    np.save(path, made[:-1])
+    with pytest.raises(ConfigError, match=r"offsets\.npy is missing or cut"):
+        offsets()
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"offsets\.npy is missing or cut"):
+        offsets()
+
+
+def test_a_conversation_longer_than_a_row_is_named_by_its_row(tmp_path, tokenizer):
+    config, folder = text_config(tmp_path, "sft", tokenizer, sequence_length=24), tmp_path / "prepared"
+    prepare(config, folder)
+    said = r"row \d+ of .*rows.jsonl.* has \d+ tokens and a row has 24"
+    for given in (config, prepared_config(config, folder)):
+        with pytest.raises(ConfigError, match=r"row \d+ of .* has \d+ tokens and a row has 24"):
+            build_train_data(given, build_tokenizer(given), seed=0)
+    with pytest.raises(ConfigError, match=said):
+        build_eval_data(config, tokenizer, tokens_per_domain=64)
+    stream = config.source.model_copy(update={"streaming": True})
+    with pytest.raises(ConfigError, match=said):
+        build_train_data(config.model_copy(update={"source": stream}), tokenizer, seed=0).next_rows(4)
+    cut = config.model_copy(update={"long_documents": "truncate", "sequence_length": 33})
+    warned = " ".join(build_train_data(cut, tokenizer, seed=0).warnings(0))
+    assert "whose answer begins after sequence_length are left out, the first is row " in warned
 
 
 def test_shards_are_one_array():

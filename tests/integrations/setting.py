@@ -57,12 +57,19 @@ class Rows:
     def dataset(self) -> list[dict[str, Tensor]]:
         """For transformers': the last token of a row is a target only, as in our rows."""
         return [
-            {"input_ids": ids[:-1], "labels": labels[:-1], "shift_labels": labels[1:]}
+            {
+                "input_ids": ids[:-1],
+                "labels": labels[:-1],
+                "shift_labels": labels[1:],
+                "position_ids": torch.arange(LENGTH),
+            }
             for ids, labels in zip(self.ids, self.labels, strict=True)
         ]
 
 
-def ours(model_dir: Path, techniques: list[dict[str, Any]], num_steps: int = NUM_STEPS) -> dict[str, Tensor]:
+def ours(
+    model_dir: Path, techniques: list[dict[str, Any]], num_steps: int = NUM_STEPS, *, engine: Any = "single"
+) -> dict[str, Tensor]:
     """Weights after our Trainer's steps."""
     tokens = NUM_ROWS * LENGTH
     recipe = Recipe.model_validate(
@@ -71,7 +78,7 @@ def ours(model_dir: Path, techniques: list[dict[str, Any]], num_steps: int = NUM
             "model": {"path": str(model_dir)},
             "data": {"sequence_length": LENGTH},
             "techniques": techniques,
-            "engine": "single",
+            "engine": engine,
             "optimizer": {"type": "adamw", "lr": LR, "eps": 1e-6, "weight_decay": 0.01},
             "schedule": {"type": "constant", "warmup_steps": 0},
             "batch": {"tokens_per_step": tokens, "tokens_per_micro_batch": tokens // 2},
@@ -101,6 +108,11 @@ def trainer_of(
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return SequentialSampler(self.train_dataset)
 
+        def create_optimizer(self, model: Any = None) -> Any:
+            if self.optimizer is None:  # DeepSpeed has dropped it
+                self.optimizer = optimizer
+            return self.optimizer
+
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     given: dict[str, Any] = {
         "output_dir": str(folder),
@@ -120,10 +132,11 @@ def trainer_of(
         "logging_steps": 10,
     }
     attached = leanmill.integrations.attached_to(model)
+    optimizer = attached.optimizer(lr=LR, weight_decay=0.01, eps=1e-6, betas=(0.9, 0.95))
     return InOrder(
         model,
         TrainingArguments(**given | arguments),
         train_dataset=Rows(num_steps).dataset(),
-        optimizers=(attached.optimizer(lr=LR, weight_decay=0.01, eps=1e-6, betas=(0.9, 0.95)), None),
+        optimizers=(optimizer, None),
         callbacks=[LeanmillCallback(model, max_grad_norm=0.5 if clips_late else None, activations=activations)],
     )

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import torch
 import leanmill
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.integrations import LeanmillCallback
-from leanmill.integrations.callback import check_trainer
+from leanmill.integrations.callback import check_engine, check_trainer
+from leanmill.trainer.loss_paths import FromLogits
 from tests.integrations.setting import LR, NUM_STEPS, Rows, llama, ours, trainer_of
 
 
@@ -28,6 +30,7 @@ def given(folders, techniques):
     return [{k: str(folders / "teacher") if v == "TEACHER" else v for k, v in one.items()} for one in techniques]
 
 
+SCALED = [{"type": "lsq"}, {"type": "distill", "teacher": "TEACHER"}]
 PRUNED = [{"type": "nm_sparsity", "decay": 1e-3}, {"type": "distill", "teacher": "TEACHER"}]
 
 
@@ -81,6 +84,42 @@ def test_other_mechanisms_train_the_same_weights(folders, tmp_path, techniques):
     close(dict(model.named_parameters()), ours(folders / "model", given(folders, techniques)))
 
 
+@pytest.mark.parametrize("num_steps", [4, pytest.param(NUM_STEPS, marks=pytest.mark.slow)])
+def test_rounded_activations_train_the_same_weights_bitwise_where_sums_are_taken_in_one_order(
+    folders, tmp_path, monkeypatch, num_steps
+):
+    """A level of an activation changes with the last bit of a sum, and with it all that follows."""
+    monkeypatch.setattr(
+        "leanmill.trainer.train_module.choose_path", lambda model, terms, chunk, **_: FromLogits(model, chunk)
+    )
+    techniques, model = [{"type": "nm_sparsity"}, {"type": "quest"}], llama()
+    leanmill.attach(model, techniques)
+    trainer_of(model, tmp_path, num_steps=num_steps, clips_late=True, activations="float").train()
+    expected = ours(folders / "model", techniques, num_steps, engine={"type": "single", "staging": "per_use"})
+    close(dict(model.named_parameters()), expected, tolerance=0)
+
+
+def test_the_step_that_ends_an_epoch_has_fewer_micro_batches(tmp_path):
+    def trained(**arguments):
+        model, found = llama(), []
+        attached = leanmill.attach(model, [{"type": "lora"}])
+        trainer = trainer_of(model, tmp_path, max_steps=7, save_strategy="steps", save_steps=4, **arguments)
+        trainer.train_dataset = trainer.train_dataset[:20]  # five micro-batches
+        begin = attached.losses.begin_step
+        attached.losses.begin_step = lambda first, number: (found.append((first, number)), begin(first, number))
+        return trainer, found
+
+    trainer, found = trained()
+    trainer.train()
+    assert found == [(2 * step, number) for step, number in enumerate([2, 2, 1, 2, 2, 1, 2])]
+    trainer, again = trained()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again == found[4:]
+    trainer, anew = trained(ignore_data_skip=True)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [number for _, number in anew] == [2, 2, 1]
+
+
 def test_a_resumed_training_is_bitwise_the_one_that_was_not_stopped(folders, tmp_path):
     techniques = [{"type": "gradual_pruning", "sparsity": 0.5}]
     whole = llama()
@@ -132,6 +171,31 @@ def test_gradients_that_a_loss_scale_multiplied_are_not_clipped(tmp_path):
         check_trainer(args, model, attached, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("technique", "arguments", "said"),
+    [
+        ({"type": "layer_metrics"}, {}, "DeepSpeed takes in the last backward, before callbacks are called"),
+        ({"type": "gradual_pruning", "sparsity": 0.5}, {}, "reads optimizer state by element, under DeepSpeed"),
+        (
+            {"type": "ternary"},
+            {"parallelism_config": SimpleNamespace(tp_size=1, cp_size=2)},
+            "leave it out and take FSDP2",
+        ),
+    ],
+    ids=lambda value: value.get("type", "") if isinstance(value, dict) else "",
+)
+def test_what_techniques_do_not_follow_of_an_engine_is_refused(technique, arguments, said):
+    model = llama()
+    attached = leanmill.attach(model, [technique])
+    with pytest.raises(ConfigError, match=said):
+        check_engine(SimpleNamespace(fsdp=None, **arguments), attached, under_deepspeed=True)
+    check_engine(SimpleNamespace(fsdp=None), attached, under_deepspeed=False)
+    if technique["type"] == "ternary":
+        model.lm_head.weight.ds_id = 0  # as ZeRO-3 marks what it has cut
+        with pytest.raises(ConfigError, match=r"set zero_optimization\.stage to 2"):
+            check_engine(SimpleNamespace(fsdp=None), attached, under_deepspeed=True)
+
+
 def test_rates_of_techniques_are_compared_with_the_optimizer_that_was_built_for_them(tmp_path):
     model = llama()
     leanmill.attach(model, [{"type": "lora", "lr_factor": 4.0}])
@@ -169,20 +233,51 @@ if trainer.args.process_index == 0:
 """
 
 
+DEEPSPEED = """
+import sys, torch, leanmill
+import torch.distributed as dist
+from pathlib import Path
+from leanmill.integrations.folded import whole_state
+from leanmill.parallel.deepspeed_start import start_deepspeed
+from tests.integrations.setting import llama, trainer_of
+from tests.integrations.test_callback import SCALED, given
+dist.init_process_group("gloo")
+start_deepspeed(torch.device("cpu"))
+folder = Path(sys.argv[1])
+config = {
+    "zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "zero_force_ds_cpu_optimizer": False,
+}
+model = llama()
+leanmill.attach(model, given(folder, SCALED))
+trainer = trainer_of(model, folder / "out", deepspeed=config)
+trainer.train()
+trainer.save_model(folder / "final")
+weights = whole_state(model)
+if trainer.args.process_index == 0:
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine" and trainer.args.world_size == 2
+    torch.save(weights, folder / "weights.pt")
+"""
+
+
 @pytest.mark.slow
-def test_two_ranks_of_ddp_train_the_weights_of_one_process(folders, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "techniques", "tolerance"), [(RANK, PRUNED, 1e-5), (DEEPSPEED, SCALED, 4e-5)], ids=["ddp", "zero2"]
+)
+def test_two_ranks_train_the_weights_of_one_process(folders, script, techniques, tolerance):
     from transformers import AutoModelForCausalLM
 
-    script = folders / "rank.py"
-    script.write_text(RANK)
+    path = folders / "rank.py"
+    path.write_text(script)
     root = str(Path(__file__).parents[2])
     paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, folders],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path, folders],
         check=True, timeout=200, cwd=root, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     found = torch.load(folders / "weights.pt", weights_only=False)
-    close(found, ours(folders / "model", given(folders, PRUNED), NUM_STEPS))
+    expected = ours(folders / "model", given(folders, techniques), NUM_STEPS)
+    close({name: found[name] for name in expected}, expected, tolerance)
     plain = AutoModelForCausalLM.from_pretrained(folders / "final")
     assert plain.state_dict().keys() == llama().state_dict().keys()
 
