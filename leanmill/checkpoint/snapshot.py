@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
@@ -123,8 +124,8 @@ def _writes(tensor: Tensor, rank: int) -> bool:
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return False
-    # A mesh of some ranks is one of several that each have the tensor; the first of them holds the first rank.
-    first = int(tensor.device_mesh.mesh.flatten()[0]) == 0
+    # A mesh of some ranks is one of several that each have the tensor; one of them holds rank 0, here or of its worker.
+    first = int(tensor.device_mesh.mesh.flatten()[0]) == dist.get_rank() - rank
     first = first and all(c == 0 for c, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
     # A rank past the end of an uneven tensor has nothing; a tensor without elements is written once.
     return first and (tensor.to_local().numel() > 0 or (tensor.numel() == 0 and not any(coordinate)))
