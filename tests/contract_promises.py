@@ -167,6 +167,8 @@ TRAINS: dict[str, tuple[str, ...]] = {
     "lora_branch": _OWN,
     "second_lora": _OWN,
     "peft_ranks": _OWN,
+    "peft_routed": _OWN,
+    "peft_bottleneck": (*_OWN, "bottleneck_"),
     "mask_llm": _OWN,
     "mask_llm_tied": _OWN,
     "router_tuning": _OWN,

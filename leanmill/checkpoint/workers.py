@@ -77,7 +77,7 @@ def load_workers(folder: Path, source: WorkersState, group: SaveGroup, step: int
     if not (folder / WORKERS).is_dir():
         return
     outer = source.outer_state(read_index(folder / OUTER))
-    read_part(folder / OUTER, outer, group)
+    read_part(folder / OUTER, outer, group, only=outer.__contains__)
     source.load_outer_state(outer, step)
     saved = read_index(folder / WORKERS)
     worker = source.worker % (1 + max(int(name.partition("/")[0]) for name in saved))

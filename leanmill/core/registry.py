@@ -143,6 +143,11 @@ TECHNIQUES: dict[str, Entry] = {
         "an adapter of any method of Hugging Face PEFT (VeRA, OFT, DoRA, ...), LoRA-XS, LoRA-SB, MoSLoRA, MoS, NOLA",
         "Mangrulkar et al. 2022, github.com/huggingface/peft",
     ),
+    "ba_lora": Entry(
+        "leanmill.peft_ext.ba_lora.config:BaLora",
+        "three regularisers beside any adapter: near the original model, diverse predictions, few strong directions",
+        "Chang et al. 2024, arXiv:2408.04556",
+    ),
     "lisa": Entry(
         "leanmill.peft_ext.lisa.config:Lisa",
         "train a few layers at a time, drawn anew every few steps: LISA, OwLore",

@@ -103,6 +103,39 @@ class StreamingDiLoCo(LowCommConfig):
         ]
 
 
+class CO2(LowCommConfig):
+    """Outer steps a whole interval late, so that nobody waits for what travels (CO2, arXiv:2401.16265)."""
+
+    type: Literal["co2"] = "co2"
+    every_steps: int = Field(default=48, ge=1)
+    """Inner optimizer steps between two outer ones, and how long what workers send may travel (tau)."""
+    lr: float = Field(default=1.0, gt=0)
+    """Learning rate of the outer step (eta)."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Outer momentum (beta)."""
+    momentum_clip: float | None = Field(default=1.0, gt=0)
+    """Every element of the outer momentum is cut to this magnitude (phi); null cuts none."""
+    gap_penalty: bool = True
+    """Divide an outer gradient by 1 + how far the weights went while it travelled, in mean outer steps; false takes it
+    as it comes."""
+
+    @property
+    def overlap(self) -> Overlap:
+        """The whole interval, after which all go on from the same."""
+        return Overlap(self.every_steps, 0.0)
+
+    def lines(self) -> list[str]:
+        """Return what this is, in words."""
+        clip = "not cut" if self.momentum_clip is None else f"cut to {self.momentum_clip:g} an element"
+        penalty = ", outer gradients divided by their staleness gap" if self.gap_penalty else ""
+        return [
+            f"{self.workers} workers, groups of neighbouring ranks, step without each other; after every "
+            f"{self.every_steps:,} steps they send how far they went and go on from what came of the interval before",
+            f"outer step of learning rate {self.lr:g} on a momentum of {self.momentum:g}, {clip}{penalty}; what "
+            f"workers send travels as {self.gradient_dtype}",
+        ]
+
+
 def _outer_sgd(config: DiLoCo | StreamingDiLoCo) -> str:
     return (
         f"outer SGD of learning rate {config.lr:g} with Nesterov momentum {config.momentum:g}; what workers send "
@@ -110,4 +143,4 @@ def _outer_sgd(config: DiLoCo | StreamingDiLoCo) -> str:
     )
 
 
-OuterConfig = Annotated[DiLoCo | StreamingDiLoCo, Field(discriminator="type")]
+OuterConfig = Annotated[DiLoCo | StreamingDiLoCo | CO2, Field(discriminator="type")]

@@ -29,7 +29,7 @@ from leanmill.parallel.build import build_engine
 from leanmill.parallel.collectives import barrier
 from leanmill.parallel.expert_parallel import check_experts, num_held_parameters
 from leanmill.parallel.launch import set_timeout
-from leanmill.parallel.low_comm.outer import outer_steps
+from leanmill.parallel.low_comm.build import outer_steps
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
 from leanmill.parallel.tensor_plan import split_dims

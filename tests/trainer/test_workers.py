@@ -77,13 +77,16 @@ def _state(run_dir: Path, step: int = 5) -> dict[str, Tensor]:
 
 TECHNIQUES = [{"type": "nm_sparsity"}, {"type": "ternary"}]
 DILOCO = {"type": "diloco", "workers": 2, "every_steps": 3}
+CO2 = {"type": "co2", "workers": 2, "every_steps": 3}
 STREAMING = {"type": "streaming_diloco", "workers": 2, "every_steps": 3, "layers_per_fragment": 1, "overlap_steps": 1}
 
 
 @pytest.mark.parametrize(
     ("low_comm", "engine", "techniques", "num_ranks"),
     [
-        (STREAMING, "fsdp", TECHNIQUES, 4),
+        (STREAMING, "single", TECHNIQUES, 2),
+        pytest.param(STREAMING, "fsdp", TECHNIQUES, 4, marks=pytest.mark.slow),
+        pytest.param(CO2, "fsdp", TECHNIQUES, 4, marks=pytest.mark.slow),
         pytest.param(DILOCO, "single", [{"type": "lora", "rank": 2}], 2, marks=pytest.mark.slow),
         pytest.param(DILOCO, "ddp", TECHNIQUES, 4, marks=pytest.mark.slow),
     ],

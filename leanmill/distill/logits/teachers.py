@@ -10,58 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from leanmill.core.batches import Batch, Score
-from leanmill.core.errors import ConfigError
-from leanmill.core.head import head_extras
+from leanmill.core.frozen_head import FrozenHead
 from leanmill.core.technique import InstallContext
-from leanmill.core.vocabulary import check_vocabulary
 from leanmill.kernels.linear_cross_entropy.chunks import rows_a_chunk
 from leanmill.kernels.linear_kl.op import TeacherHead, TeacherLogits, TopK
-
-
-class Teacher:
-    """One frozen teacher.
-
-    Args:
-        context: Loads it, and knows the student's vocabulary.
-        path: Folder or hub name.
-    """
-
-    def __init__(self, context: InstallContext, path: str) -> None:
-        self.path = path
-        self._context, self._taps = context, context.taps(path)
-        self._is_checked = False
-
-    @property
-    def model(self) -> Any:
-        """The frozen causal LM, loaded when first asked for.
-
-        Raises:
-            ConfigError: Its vocabulary is not the student's, or it changes its logits after the head.
-        """
-        model = self._taps.model
-        if not self._is_checked:
-            self._check(model.config)
-            self._is_checked = True
-        return model
-
-    @property
-    def head(self) -> nn.Module:
-        """Its output head."""
-        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
-
-    def last_of(self, batch: Batch) -> Tensor:
-        """Return its last hidden states [B, S, H] of a micro-batch; a collective where it is sharded."""
-        assert self.model is not None  # checked before it runs
-        return self._taps.read(batch).last
-
-    def _check(self, config: Any) -> None:
-        extras = head_extras(config)
-        if extras:
-            raise ConfigError(
-                f"teacher {self.path} changes its logits after the head ({', '.join(extras)}), which "
-                f"distill does not cover; choose a teacher of another family"
-            )
-        check_vocabulary(self._context, self.path, config.vocab_size, role="teacher")
 
 
 class Teachers:
@@ -88,7 +40,7 @@ class Teachers:
         of_logits: bool = False,
     ) -> None:
         self._context, self.temperature, self._of_logits = context, temperature, of_logits
-        self.members = [Teacher(context, path) for path in paths]
+        self.members = [FrozenHead(context, path, technique="distill", role="teacher") for path in paths]
         weights = [1.0] * len(paths) if weights is None else weights
         self.weights = [weight / sum(weights) for weight in weights]
 

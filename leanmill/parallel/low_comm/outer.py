@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,12 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from leanmill.parallel.collectives import collective_device, reduced
 from leanmill.parallel.engine import Engine
-from leanmill.parallel.launch import keep_timeout
 from leanmill.parallel.low_comm.exchange import Exchange
 from leanmill.parallel.low_comm.fragments import fragments_of
 from leanmill.parallel.low_comm.nesterov import nesterov_step
 from leanmill.parallel.low_comm.schedule import Schedule
-from leanmill.parallel.low_comm_config import DiLoCo, StreamingDiLoCo
+from leanmill.parallel.low_comm_config import OuterConfig, StreamingDiLoCo
 from leanmill.parallel.naming import state_parameters
 from leanmill.parallel.tensors import local
 
@@ -27,19 +26,17 @@ from leanmill.parallel.tensors import local
 _MOMENTUM, _MEAN = "/momentum", "/mean"
 
 
-class _Fragment:
+class Fragment:
     """Weights that travel together, and what is under way of them."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.arrive: Callable[[], list[Tensor]] = list
-        """Wait for the means that were sent for."""
-        self.due_step: int | None = None
-        """Steps after which they are taken in; None where nothing is under way."""
+        self.under_way: deque[tuple[int, Callable[[], list[Tensor]]]] = deque()
+        """Means that were sent for: after how many steps each is taken in, and what waits for it."""
 
-    def hold(self, means: list[Tensor]) -> None:
+    def hold(self, due_step: int, means: list[Tensor]) -> None:
         """Keep means that have arrived before they are due."""
-        self.arrive = lambda: means
+        self.under_way = deque([(due_step, lambda: means)])
 
 
 class OuterSteps:
@@ -59,7 +56,9 @@ class OuterSteps:
         engine: Prepared, of a worker.
     """
 
-    def __init__(self, config: DiLoCo | StreamingDiLoCo, engine: Engine) -> None:
+    config: OuterConfig
+
+    def __init__(self, config: OuterConfig, engine: Engine) -> None:
         self.config, self.engine = config, engine
         self.layout = layout = engine.layout
         self.worker = layout.worker(dist.get_rank() if dist.is_initialized() else 0)
@@ -70,7 +69,7 @@ class OuterSteps:
         names = [list(weights)]
         if isinstance(config, StreamingDiLoCo):
             names = fragments_of(self._model, weights, config.layers_per_fragment)
-        self.fragments = [_Fragment(group) for group in names]
+        self.fragments = [Fragment(group) for group in names]
         self.schedule = Schedule(len(names), config.every_steps)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -96,32 +95,48 @@ class OuterSteps:
     def after_step(self, step: int, *, is_last: bool) -> None:
         """Do what is due after `step` optimizer steps."""
         overlap = self.config.overlap
+        if is_last:
+            self._finish(step)
+            return
+        for index in self.schedule.sent_after(step):
+            self._send(self.fragments[index], step + overlap.steps)
         for fragment in self.fragments:
-            if fragment.due_step is not None and (is_last or step >= fragment.due_step):
+            if fragment.under_way and step >= fragment.under_way[0][0]:
                 self._take_in(fragment, overlap.keep_local)
-        sent = self.fragments if is_last else [self.fragments[index] for index in self.schedule.sent_after(step)]
-        for fragment in sent:
-            self._send(fragment, step + overlap.steps)
-        for fragment in sent:
-            if is_last or not overlap.steps:
-                self._take_in(fragment, 0.0 if is_last else overlap.keep_local)
 
-    def _send(self, fragment: _Fragment, due_step: int) -> None:
+    def _finish(self, step: int) -> None:
+        """Take in what is under way, and send and take in everything once more; all workers then have the anchors."""
+        for fragment in self.fragments:
+            if fragment.under_way:
+                self._take_in(fragment, self.config.overlap.keep_local)
+        for fragment in self.fragments:
+            self._send(fragment, step)
+        for fragment in self.fragments:
+            self._take_in(fragment, 0.0)
+
+    def _send(self, fragment: Fragment, due_step: int) -> None:
         weights = self._weights()
         own = [local(weights[name]) for name in fragment.names]
         gradients = torch._foreach_sub([self._anchors[name] for name in fragment.names], own)
-        fragment.arrive, fragment.due_step = self.exchange.begin(gradients), due_step
+        fragment.under_way.append((due_step, self.exchange.begin(gradients)))
 
-    def _take_in(self, fragment: _Fragment, keep_local: float) -> None:
-        weights, gradients = self._weights(), fragment.arrive()
-        own = [local(weights[name]) for name in fragment.names]
-        anchors, momenta = ([of[name] for name in fragment.names] for of in (self._anchors, self._momenta))
-        nesterov_step(anchors, momenta, gradients, lr=self.config.lr, momentum=self.config.momentum)
+    def _take_in(self, fragment: Fragment, keep_local: float) -> None:
+        _, arrive = fragment.under_way.popleft()
+        self._step(fragment.names, arrive())
+        self._go_on_from_anchors(fragment, keep_local)
+
+    def _go_on_from_anchors(self, fragment: Fragment, keep_local: float) -> None:
+        weights = self._weights()
+        own, anchors = ([local(of[name]) for name in fragment.names] for of in (weights, self._anchors))
         if keep_local:
             torch._foreach_lerp_(own, anchors, 1 - keep_local)
         else:
             torch._foreach_copy_(own, anchors)
-        fragment.due_step = None
+
+    def _step(self, names: Sequence[str], gradients: list[Tensor]) -> None:
+        """Step the anchors of some weights on their outer gradients, which are overwritten."""
+        anchors, momenta = ([of[name] for name in names] for of in (self._anchors, self._momenta))
+        nesterov_step(anchors, momenta, gradients, lr=self.config.lr, momentum=self.config.momentum)
 
     def begin_max(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Start an element-wise maximum over all ranks, at a step where workers meet; the function returned gives it.
@@ -191,9 +206,9 @@ class OuterSteps:
     def _under_way(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for fragment in self.fragments:
-            if fragment.due_step is not None:
-                means = fragment.arrive()
-                fragment.hold(means)
+            for due_step, arrive in tuple(fragment.under_way):  # one, between steps
+                means = arrive()
+                fragment.hold(due_step, means)
                 found |= zip(fragment.names, means, strict=True)
         return found
 
@@ -201,8 +216,8 @@ class OuterSteps:
         """Take what `outer_state` returned, once that of a checkpoint after `step` steps was read into it."""
         for index, fragment in enumerate(self.fragments):
             if all(name + _MEAN in state for name in fragment.names):
-                fragment.hold([local(state[name + _MEAN]) for name in fragment.names])
-                fragment.due_step = self.schedule.last_sent(index, step) + self.config.overlap.steps
+                due_step = self.schedule.last_sent(index, step) + self.config.overlap.steps
+                fragment.hold(due_step, [local(state[name + _MEAN]) for name in fragment.names])
 
     def worker_state(self) -> dict[str, Tensor]:
         """Return what is this worker's own: live."""
@@ -224,10 +239,3 @@ def _like(weight: Tensor, part: Tensor) -> Tensor:
         return part
     where: Any = weight.device_mesh, weight.placements
     return DTensor.from_local(part, *where, run_check=False, shape=weight.shape, stride=weight.stride())
-
-
-def outer_steps(config: DiLoCo | StreamingDiLoCo, engine: Engine) -> OuterSteps:
-    """Return what the workers of a prepared engine do together; collective."""
-    if engine.layout.across is not None:
-        keep_timeout(engine.layout.across, timedelta(seconds=config.patience_seconds))
-    return OuterSteps(config, engine)

@@ -26,6 +26,8 @@ from leanmill.peft_ext.tuners.additive import AdditiveConfig, AdditiveModel, Unm
 _ACTIVATION = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, _ACTIVATION] = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _WHERE = ("series", "parallel")
+BEFORE = ["gate_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h"]
+"""First layers of an MLP, by the names that families give them."""
 
 
 @dataclass
@@ -40,7 +42,7 @@ class BottleneckConfig(AdditiveConfig):
         default="series", metadata={"help": "Behind (or before) the layer, or beside it."}
     )
     before: list[str] = field(
-        default_factory=lambda: ["gate_proj", "up_proj", "fc1", "c_fc", "fc_in", "dense_h_to_4h"],
+        default_factory=lambda: list(BEFORE),
         metadata={"help": "Names of layers that a series adapter stands before: the first ones of an MLP."},
     )
     activation: Literal["tanh", "relu", "gelu", "silu"] = field(
@@ -55,6 +57,11 @@ class BottleneckConfig(AdditiveConfig):
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
         if not isinstance(self.before, list) or not all(isinstance(name, str) for name in self.before):
             raise ValueError(f"before must be a list of names of layers, got {self.before!r}")
+        if self.placement == "parallel" and self.before != BEFORE:
+            raise ValueError(
+                f"before={self.before} is read with placement='series' alone: beside a layer there is no before; leave "
+                f"it out, or set placement='series'"
+            )
 
 
 class BottleneckLayer(UnmergeableLayer):

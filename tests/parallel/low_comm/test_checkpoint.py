@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +19,7 @@ from tests.parallel.cases import full_weights
 from tests.parallel.low_comm.worker_cases import layout_of, train, workers_here
 
 
+pytestmark = pytest.mark.slow
 OPTIONS = {"every_steps": 2, "lr": 0.5, "momentum": 0.5}
 
 

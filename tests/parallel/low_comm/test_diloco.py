@@ -14,6 +14,7 @@ from tests.parallel.low_comm.worker_cases import Plain, diloco, layout_of, train
 
 
 NUM_STEPS = 5
+SLOW_FSDP, SLOW_DDP = (pytest.param(engine, 4, marks=pytest.mark.slow) for engine in ("fsdp", "ddp"))
 
 
 def _trained(engine: str, **low_comm: object) -> tuple[dict[str, Tensor], int, list[tuple[int, ...]]]:
@@ -46,7 +47,7 @@ def test_one_worker_that_meets_itself_in_every_step_trains_as_ever() -> None:
     assert num_sent == 0
 
 
-@pytest.mark.parametrize(("engine", "num_ranks"), [("single", 2), ("fsdp", 4), ("ddp", 4)])
+@pytest.mark.parametrize(("engine", "num_ranks"), [("single", 2), SLOW_FSDP, SLOW_DDP])
 def test_two_workers_are_the_algorithm(engine: str, num_ranks: int) -> None:
     options = {"every_steps": 2, "lr": 0.7, "momentum": 0.9}
     expected = diloco(2, NUM_STEPS, **options, sent=lambda gradient: gradient)
@@ -59,7 +60,7 @@ def test_two_workers_are_the_algorithm(engine: str, num_ranks: int) -> None:
         assert counted == [(0, 0), meeting, (0, 0), meeting, meeting]
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "e3m0"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "e3m0"])
 def test_shorter_gradients_are_what_their_formula_says(dtype: str) -> None:
     def sent(gradient: Tensor) -> Tensor:
         if dtype == "bf16":

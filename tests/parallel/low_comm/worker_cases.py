@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import DdpEngine, FsdpEngine, LayoutConfig, SingleEngine
 from leanmill.parallel.engine import Engine
-from leanmill.parallel.low_comm.outer import OuterSteps, outer_steps
+from leanmill.parallel.low_comm.build import outer_steps
+from leanmill.parallel.low_comm.outer import OuterSteps
 from tests.parallel.cases import adamw, make_module, materialise, preparation, ranks_here, rows
 
 
 def layout_of(**low_comm: Any) -> LayoutConfig:
-    """DiLoCo, or Streaming DiLoCo where one of its options is given."""
-    kind = "streaming_diloco" if "keep_local" in low_comm else "diloco"
-    return LayoutConfig.model_validate({"low_comm": {"type": kind, **low_comm}})
+    """DiLoCo, or whose option is given."""
+    kind = {"keep_local": "streaming_diloco", "momentum_clip": "co2"}
+    return LayoutConfig.model_validate(
+        {"low_comm": {"type": next((v for k, v in kind.items() if k in low_comm), "diloco"), **low_comm}}
+    )
 
 
 def workers_here(

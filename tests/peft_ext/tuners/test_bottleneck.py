@@ -78,6 +78,7 @@ def test_it_is_no_matrix():
         ({"placement": "inside"}, "placement must be one of series, parallel, got 'inside'"),
         ({"activation": "sine"}, "activation must be one of tanh, relu, gelu, silu"),
         ({"before": "up_proj"}, "before must be a list of names"),
+        ({"placement": "parallel", "before": ["up_proj"]}, "read with placement=.series. alone"),
         ({"r": 0}, "r must be an integer of at least 1"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Regularisers of what an adapted model says."""
