@@ -92,6 +92,11 @@ def _check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=positive, nargs="+", default=[1, 2, 8], metavar="N", help="world sizes to explain (1 2 8)"
     )
+    parser.add_argument(
+        "--parity",
+        action="store_true",
+        help="train a small model of the family on 1 process and on 2 or 4, and compare every gradient and weight",
+    )
 
 
 def _schema(parser: argparse.ArgumentParser) -> None:
