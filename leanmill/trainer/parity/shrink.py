@@ -135,6 +135,8 @@ def small_mapping(model: ModelConfig) -> dict[str, Any]:
             found[named(key)] = most
         elif isinstance(found.get(named(key)), int):
             found[named(key)] = min(found[named(key)], most)
+    if "head_dim" in found and hasattr(hf_config, "qk_rope_head_dim"):  # by which latent attention means this one
+        found["head_dim"] = _AT_MOST["qk_rope_head_dim"]
     kv_heads = getattr(hf_config, "num_key_value_heads", None)
     if isinstance(kv_heads, int):
         most = _NUM_HEADS if kv_heads == heads else _NUM_HEADS // 2

@@ -27,7 +27,7 @@ LARGE: dict[str, dict[str, Any]] = {
 
 
 def _recipe(model: dict[str, Any], **sections: Any) -> Recipe:
-    return Recipe.model_validate({"model": model, **{"train": {"total_tokens": 10**6}, **sections}})
+    return Recipe.model_validate({"model": model, "train": {"total_tokens": 10**6}, **sections})
 
 
 @pytest.mark.parametrize("family", LARGE)
