@@ -124,6 +124,12 @@ def figures(kind: str) -> Iterator[Figure]:
         for name, found in result["figures"].items():
             bare = f"synchronising the loads of experts over 4 ranks, share of a step, {name}"
             yield Figure(bare, found["extra_share_of_a_step"], 0.01)
+    if result := load(kind, "low_comm_bytes"):
+        found, streaming = result["figures"], "streaming_diloco e3m0"
+        bare = (
+            f"bytes a step over an all-reduce in every step, 4 workers, every {found['every_steps']} steps, {streaming}"
+        )
+        yield Figure(bare, found[streaming]["over_all_reduce"], 0.01)
     if result := load(kind, "compress_memory"):
         sizes = result["figures"]
         # Of two blocks, and of what goes into one and comes out of it.

@@ -377,6 +377,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "branches taking turns": ("lisa", "lora_branch", "ternary"),
     "fixed projections beside masks": ("peft_vera", "nm_sparsity", "ternary"),
     "a pool beside a teacher": ("peft_pool", "distill"),
+    "adapted layers that share": ("folded_llama", "nm_sparsity", "lsq_row", "lora"),
 }
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "masked tokens": ("bert", "nm_sparsity", "ternary", "lora"),
@@ -441,7 +442,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "pyramid of experts": ("pr_moe", "router_balance"),
     "linear attention": ("linear_llama", "nm_sparsity"),
     "layers of their own sizes": ("pruned_llama", "lora"),
-    "layers that share": ("folded_llama", "nm_sparsity", "lsq_row", "lora"),
+    "layers that share": ("folded_llama", "nm_sparsity", "lsq_row"),
     "adapted experts": ("mixtral", "router_balance", "lora"),
     "biased experts": ("deepseek_v3", "bias_balance", "balance_rows"),
     "experts, looked ahead": ("mixtral", "balance_ahead"),

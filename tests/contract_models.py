@@ -60,6 +60,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "num_layers_by_block": [2, 1],
         "qk_norm": True,
+        "adapter_rank": 4,
     },
     "ernie4_5_moe": MODEL
     | {

@@ -28,6 +28,8 @@ class Variant:
     """For `leanmill compress`, on the model that was trained dense; the run does not begin with what comes of it."""
     phases: Sequence[Mapping[str, Any]] = ()
     """Of the recipe, each with a name; the last one is measured."""
+    num_ranks: int = 1
+    """Processes that it trains on from the start of the recipe."""
 
     @property
     def starts_trained(self) -> bool:
@@ -66,7 +68,8 @@ class Claim:
     """The recipe that variants change."""
     also: Mapping[str, str] = field(default_factory=dict)
     """What is read beside losses: its name, and the metric in the last records, or `rise`: by how much the training
-    loss, averaged over tenths of the run, rises above its least before."""
+    loss, averaged over tenths of the run, rises above its least before; or `loss / ` and a variant, whose loss of the
+    same seed it is divided by."""
     bounds: Sequence[Bound] = ()
     remark: str = ""
     """What we know of why it came out as it did."""
@@ -115,6 +118,14 @@ def _sparse(group_size: int) -> dict[str, Variant]:
         "progressive gradient flow": Variant(techniques=[one | {"progressive": progressive}]),
         "sr-ste": Variant(techniques=[one]),
     }
+
+
+_ALL_REDUCE, _OVER_ALL_REDUCE = "all-reduce in every step", "loss over that of an all-reduce"
+
+
+def _four_workers(every_steps: int) -> Variant:
+    low_comm = f"{{type: streaming_diloco, workers: 4, every_steps: {every_steps}}}"
+    return Variant(num_ranks=4, overrides=[f"layout.low_comm={low_comm}", "batch.tokens_per_micro_batch=512"])
 
 
 _PREPARED = ["data.source={type: prepared, path: '{prepared}'}"]
@@ -295,6 +306,20 @@ CLAIMS: dict[str, Claim] = {
             "rewound to step 1": _ticket("dense@1"),
             "drawn anew": _ticket("fresh"),
         },
+    ),
+    "low_communication": Claim(
+        says="four workers that send a fragment at a time and in 4 bits (Streaming DiLoCo) end within 1 % of an "
+        "all-reduce in every step, at equal tokens",
+        source="Douillard et al. 2025, arXiv:2501.18512",
+        variants={
+            _ALL_REDUCE: Variant(),
+            "a fragment every 30 steps": _four_workers(30),
+            "a fragment every 100 steps": _four_workers(100),
+        },
+        also={_OVER_ALL_REDUCE: f"loss / {_ALL_REDUCE}"},
+        bounds=[
+            Bound(variant=f"a fragment every {steps} steps", what=_OVER_ALL_REDUCE, limit=1.01) for steps in (30, 100)
+        ],
     ),
     "progressive_1_8": Claim(
         says="keeping 1 of 8 weights, masks that come step by step (Progressive Gradient Flow) end below SR-STE",

@@ -83,9 +83,13 @@ def figures_of(name: str, measured: Mapping[Task, Mapping[str, float]]) -> dict[
     claim = CLAIMS[name]
 
     def by_variant(metric: str) -> dict[str, list[float]]:
-        return {
+        metric, _, other = metric.partition(" / ")
+        of = {
             variant: [measured[name, variant, seed][metric] for seed in range(NUM_SEEDS)] for variant in claim.variants
         }
+        return (
+            {variant: [a / b for a, b in zip(of[variant], of[other], strict=True)] for variant in of} if other else of
+        )
 
     losses = by_variant("loss")
     also = {what: by_variant(metric) for what, metric in claim.also.items()}
@@ -201,7 +205,8 @@ def _train(run_dir: Path, base: Path, variant: Variant, seed: int, overrides: Se
         return found
     given = [f"run_dir={run_dir}", f"seed={seed}", f"techniques={json.dumps(variant.techniques)}"]
     settings = [one.replace("{prepared}", str(_prepared(run_dir.parent, base).absolute())) for one in variant.settings]
-    _leanmill("train", str(base), *given, *settings, *overrides)
+    command = ["train"] if variant.num_ranks == 1 else ["launch", "--ranks", str(variant.num_ranks)]
+    _leanmill(*command, str(base), *given, *settings, *overrides)
     found = _measured(measured)
     assert found is not None
     print(f"{run_dir.name}: {found['loss']:.4f}", flush=True)

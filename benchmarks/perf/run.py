@@ -21,6 +21,7 @@ BENCHMARKS = (
     "adapter_memory",
     "router_balance",
     "expert_bytes",
+    "low_comm_bytes",
     "kernels",
     "moe_layer",
     "packed_generation",

@@ -92,6 +92,11 @@ def _check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks", type=positive, nargs="+", default=[1, 2, 8], metavar="N", help="world sizes to explain (1 2 8)"
     )
+    parser.add_argument(
+        "--parity",
+        action="store_true",
+        help="train a small model of the family on 1 process and on 2 or 4, and compare every gradient and weight",
+    )
 
 
 def _schema(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +109,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", help="recipe (YAML) that says what a Hugging Face folder is scored on")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="change a key of the checkpoint's recipe")
+    _weights_gib(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--routing",
@@ -193,7 +199,17 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beside-bf16", action="store_true", help="generate with the same weights in bf16 too, token by token in turn"
     )
+    _weights_gib(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _weights_gib(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights-gib",
+        type=gib,
+        metavar="GIB",
+        help="the most of the weights to hold, for models larger than memory; the others are read when they are used",
+    )
 
 
 def _report(parser: argparse.ArgumentParser) -> None:

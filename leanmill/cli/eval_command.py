@@ -31,12 +31,18 @@ def run(args: argparse.Namespace) -> int:
                 f"--routing studies the checkpoints of a run, and {args.checkpoint} is a model folder; leave it out"
             )
         checkpoint = Path(args.checkpoint)
-        result, study, lines = evaluate_folder(checkpoint, args.overrides, args.recipe), None, list[str]()
+        result = evaluate_folder(checkpoint, args.overrides, args.recipe, weights_gib=args.weights_gib)
+        study, lines = None, list[str]()
     else:
         if args.recipe is not None:
             raise ConfigError(
                 f"--recipe is for Hugging Face model folders, and {args.checkpoint} is none; a checkpoint has its "
                 f"recipe with it: type its keys to change, e.g. eval.tokens_per_domain=100000"
+            )
+        if args.weights_gib is not None:
+            raise ConfigError(
+                f"--weights-gib is for Hugging Face model folders, and {args.checkpoint} is of a run, whose model is "
+                f"built whole; leave it out, or export it and give that folder"
             )
         checkpoint = resolve_checkpoint(args.checkpoint)
         result, study, lines = _evaluate(checkpoint, args.overrides, routing=args.studies_routing)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prompt with what the model adds, and tokens a second; beside bf16 if asked."""
+    from leanmill.core.errors import ConfigError
     from leanmill.export.generation import (
         Continuation,
         generate,
@@ -25,7 +26,9 @@ def run(args: argparse.Namespace) -> int:
     )
 
     folder = Path(args.model)
-    model, tokenizer = open_model(folder), open_tokenizer(folder)
+    if args.beside_bf16 and args.weights_gib is not None:
+        raise ConfigError("--beside-bf16 holds both models whole; leave it or --weights-gib out")
+    model, tokenizer = open_model(folder, weights_gib=args.weights_gib), open_tokenizer(folder)
     longest = getattr(model.config, "max_position_embeddings", None)
     ids = prompt_ids(tokenizer, args.prompt, room=None if longest is None else longest - args.max_new_tokens)
     models = {"as exported": model}

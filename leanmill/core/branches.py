@@ -129,6 +129,12 @@ def wrapped_parameter(model: nn.Module, name: str, wrapped: Collection[str]) -> 
     return ".".join([module_path, *[BASE] * (len(own) - 1 - own.index(leaf))])
 
 
+def bytes_watched(layer: Any) -> int:
+    """Return the bytes that a rank holds in some steps to look at the gradient of the weight that a layer wraps."""
+    watched: int = getattr(layer, "bytes_watched", 0)  # of adapters of our own alone
+    return watched
+
+
 def base_of(layer: Any) -> nn.Module:
     """Return the layer that a branched one wraps."""
     return layer.base_layer  # type: ignore[no-any-return]

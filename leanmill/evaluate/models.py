@@ -16,6 +16,7 @@ from leanmill.data.build import build_tokenizer
 from leanmill.data.tokenizer import load_tokenizer
 from leanmill.export.generation import open_model
 from leanmill.export.packed_folder import LAYERS
+from leanmill.models.offloading import Held, is_offloaded
 from leanmill.trainer.inference import load_for_inference
 from leanmill.trainer.rebuild import rebuild
 
@@ -37,19 +38,31 @@ class Opened:
         return getattr(self.model.config, "max_position_embeddings", None)
 
 
-def open_for_evaluation(path: Path, device: torch.device) -> Opened:
+def open_for_evaluation(path: Path, device: torch.device, *, weights_gib: float | None = None) -> Opened:
     """Return the model at `path` on `device`.
 
     Args:
         path: A checkpoint folder of a run, or a folder with `config.json`.
         device: Where it is to run.
+        weights_gib: The most of its weights that is held there, see `leanmill.models.offloading`; None holds all.
 
     Raises:
-        ConfigError: There is no such model, or it has no tokenizer.
+        ConfigError: There is no such model, it has no tokenizer, or a part of it cannot be held alone.
         RunError: It is damaged.
     """
-    opened = _folder(path) if (path / "config.json").is_file() else _checkpoint(path)
-    opened.model.to(device).eval().requires_grad_(False)
+    held = None if weights_gib is None else Held(weights_gib, device)
+    if (path / "config.json").is_file():
+        opened = _folder(path, held)
+    elif held is None:
+        opened = _checkpoint(path)
+    else:
+        raise ConfigError(
+            f"{path} is of a run, whose model is built whole; type leanmill export --checkpoint {path} --to hf "
+            f"--out DIR and give DIR, or leave weights_gib out"
+        )
+    if not is_offloaded(opened.model):
+        opened.model.to(device)
+    opened.model.eval().requires_grad_(False)
     return opened
 
 
@@ -69,11 +82,13 @@ def _checkpoint(path: Path) -> Opened:
     return Opened(model=rebuilt.model, tokenizer=tokenizer, probes=rebuilt.probes)
 
 
-def _folder(path: Path) -> Opened:
+def _folder(path: Path, held: Held | None) -> Opened:
     tokenizer = load_tokenizer(str(path))
     if (path / LAYERS).is_file() or _is_packed(path):
+        if held is not None:
+            raise ConfigError(f"{path} holds packed weights, which stay in memory as they are; leave weights_gib out")
         return Opened(model=open_model(path), tokenizer=tokenizer)
-    loaded = load_for_inference(path, dtype=torch.float32)
+    loaded = load_for_inference(path, dtype=torch.float32, held=held)
     return Opened(model=loaded.model, tokenizer=tokenizer, probes=loaded.probes)
 
 

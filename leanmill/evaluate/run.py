@@ -110,7 +110,7 @@ def evaluate_models(
         for path in paths:
             log.info("evaluating %s", path)
             asked = Asked(
-                opened=open_for_evaluation(path, ranks.device),
+                opened=open_for_evaluation(path, ranks.device, weights_gib=recipe.weights_gib),
                 ranks=ranks,
                 precision=precision,
                 rows_per_batch=recipe.rows_per_batch,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from leanmill.core.errors import ConfigError
 from leanmill.export.packed_folder import LAYERS, load
 from leanmill.export.stored_layer import StoredLayer
+from leanmill.models.offloading import Held
 from leanmill.models.pretrained import one_line, quiet_transformers
 
 
@@ -87,22 +88,29 @@ def generate(continuations: Sequence[Continuation], *, max_new_tokens: int, stop
         going = [one for one in going if one.step() not in stops]
 
 
-def open_model(folder: Path) -> Any:
+def open_model(folder: Path, *, weights_gib: float | None = None) -> Any:
     """Return a model to generate with.
 
     A folder of packed layers keeps them packed and the rest in fp32; any other is loaded by transformers in the dtype
     that it has.
 
+    Args:
+        folder: Local.
+        weights_gib: The most of its weights that is held, see `leanmill.models.offloading`; None holds all.
+
     Raises:
-        ConfigError: There is no model in `folder`.
+        ConfigError: There is no model in `folder`, or it is packed and only a part of it is to be held.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder; give one that `leanmill export` wrote")
-    model = load(folder) if (folder / LAYERS).is_file() else _load_plain(folder)
+    is_packed = (folder / LAYERS).is_file()
+    if is_packed and weights_gib is not None:
+        raise ConfigError(f"{folder} holds packed weights, which stay in memory as they are; leave --weights-gib out")
+    model = load(folder) if is_packed else _load_plain(folder, weights_gib)
     return model.requires_grad_(False)
 
 
-def _load_plain(folder: Path) -> Any:
+def _load_plain(folder: Path, weights_gib: float | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     import leanmill.models.own_families  # noqa: F401
@@ -112,9 +120,11 @@ def _load_plain(folder: Path) -> Any:
             f"{folder} holds no config.json, so it is no exported model; of a run, type first leanmill export "
             f"--checkpoint {folder} --to hf --out DIR, and give DIR"
         )
+    held = {} if weights_gib is None else Held(weights_gib, torch.device("cpu")).options()
     try:
         with quiet_transformers():
-            return AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, dtype="auto").eval()
+            found = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, dtype="auto", **held)
+            return found.eval()
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{folder} cannot be loaded: {one_line(error)}") from error
 

@@ -43,7 +43,10 @@ def check_model(model: Any) -> None:
     if has_adapters(model):
         raise ConfigError("this model has PEFT's adapters; load it without, and attach {type: lora} or {type: peft}")
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise ConfigError("attach before the model leaves the CPU: load it without device_map, the trainer moves it")
+        raise ConfigError(
+            "attach before the model leaves the CPU: load it without device_map, which is for reading alone; the "
+            "trainer moves it, and FSDP2 or ZeRO-2 share out what is larger than a device"
+        )
 
 
 def check_techniques(configs: Iterable[TechniqueConfig]) -> None:

@@ -79,6 +79,9 @@ def active_matmul_parameters(model: nn.Module, token_shares: Sequence[float] | N
         times = zip(token_shares or [1.0] * len(blocks), num_layers or [1] * len(blocks), strict=True)
         for block, (share, number) in zip(blocks, times, strict=True):
             of_block.update((id(module), share * number) for module in block.modules())
+            # What each layer has of its own multiplies once.
+            own = getattr(block, "own", None)
+            of_block.update((id(module), share) for module in (own.modules() if own is not None else ()))
     skipped = {id(p) for p in added_parameters(model)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:

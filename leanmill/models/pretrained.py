@@ -19,6 +19,7 @@ from leanmill.core.technique import ModelTask
 from leanmill.core.transposed import as_linears
 from leanmill.models.config import ModelConfig
 from leanmill.models.expert_sizes import check_expert_sizes
+from leanmill.models.offloading import Held
 from leanmill.models.tasks import auto_class, class_of, options_of
 
 
@@ -29,6 +30,7 @@ def load_frozen(
     revision: str | None = None,
     trust_remote_code: bool = False,
     task: ModelTask = "causal_lm",
+    held: Held | None = None,
 ) -> nn.Module:
     """Load a model for reading only: on the CPU, in eval mode, every parameter frozen.
 
@@ -38,15 +40,18 @@ def load_frozen(
         revision: Hub revision.
         trust_remote_code: Run Python code that comes with `path`.
         task: What the model is for.
+        held: How much of its weights is held, and where it runs; None holds all on the CPU.
     """
     config = ModelConfig(path=path, revision=revision, trust_remote_code=trust_remote_code, task=task)
-    model = load_weights(config, dtype=dtype)
+    model = load_weights(config, dtype=dtype, held=held)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
+def load_weights(config: ModelConfig, *, dtype: torch.dtype | None, held: Held | None = None) -> Any:
     """Load `config.path` with transformers' own loader, on the CPU, never unpickling; every layer's weight [out, in].
+
+    Where `held` is given, as that says, and layers as the family has them.
 
     Raises:
         ConfigError: No safetensors weights, keys missing from them, or other shapes.
@@ -68,12 +73,15 @@ def load_weights(config: ModelConfig, *, dtype: torch.dtype | None) -> Any:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 **options_of(hf_config, config.task),
+                **({} if held is None else held.options()),
             )
+    except ConfigError:
+        raise
     except Exception as error:
         raise _hub_error(config, error) from error
     model, report = loaded
     _check_report(str(config.path), report)
-    return as_linears(model)
+    return as_linears(model) if held is None else model
 
 
 def local_folder(path: str, revision: str | None) -> Path:

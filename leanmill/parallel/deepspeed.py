@@ -104,7 +104,8 @@ class DeepSpeedEngine(Engine):
             replaced = storage.partition(module, self.device, ds_config, before=self._experts.replace)
             for group in optimizer.param_groups:
                 group["params"] = [replaced[id(p)] for p in group["params"]]
-        if self.layout.ep > 1 and self.config.stage < 3:
+        # DeepSpeed refuses a mixture none of whose experts train.
+        if self.config.stage < 3 and any(group.get("moe") for group in optimizer.param_groups):
             module.add_module("shares_experts", marker(self.layout.ep))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, dist_init_required=False

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from leanmill.core.blocks import added_blocks, decoder_blocks
+from leanmill.core.branches import branch_modules, branched_layers, bytes_watched
 from leanmill.core.compact import bytes_decoded
 from leanmill.core.errors import ConfigError
 from leanmill.core.names import clean_name
@@ -205,8 +206,12 @@ def _weights(recipe: Recipe, model: nn.Module, techniques: InstalledTechniques) 
 
 
 def _watched(model: nn.Module) -> dict[int, int]:
-    """Bytes that stages hold to look at a weight's gradient, by the id of the parameter that they train by it."""
+    """Bytes held to look at a weight's gradient, by the id of a parameter that a stage or an adapter trains by it."""
     found = {}
+    for _, layer in branched_layers(model):
+        trained = next((p for m in branch_modules(layer) for p in m._parameters.values() if p is not None), None)
+        if trained is not None:
+            found[id(trained)] = bytes_watched(layer)
     for _, site in iter_sites(model):
         for stage in site.weight_stages():
             trained = next((p for p in stage.parameters() if p.requires_grad), None)

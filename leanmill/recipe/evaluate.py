@@ -118,5 +118,8 @@ class EvaluateRecipe(Config):
     """Text that nothing was trained on, if models were trained on this section; each model brings its tokenizer."""
     rows_per_batch: int = Field(default=8, ge=1)
     """Rows of one forward."""
+    weights_gib: float | None = Field(default=None, gt=0)
+    """The most of a model's weights that is held, GiB, for models larger than memory: the others are read from the
+    folder whenever a layer is called. Of Hugging Face folders; None holds all."""
     tasks: list[EvaluationTask] = Field(default_factory=_offline_tasks, min_length=1)
     """Tasks, each `{type: name, ...}`."""

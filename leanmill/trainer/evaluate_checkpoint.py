@@ -17,6 +17,7 @@ from leanmill.data.build import build_eval_data, build_tokenizer
 from leanmill.data.config import ENCODER_TASKS
 from leanmill.data.evaluation import EvalDomain
 from leanmill.data.tokenizer import load_tokenizer
+from leanmill.models.offloading import Held
 from leanmill.parallel.build import build_engine
 from leanmill.parallel.config import SingleEngine
 from leanmill.parallel.engine import Engine
@@ -27,7 +28,7 @@ from leanmill.recipe.root import Recipe
 from leanmill.recipe.yaml_source import Lines
 from leanmill.report.observer import DomainScore, Sample
 from leanmill.trainer.evaluation import Evaluation, evaluate
-from leanmill.trainer.inference import load_for_inference
+from leanmill.trainer.inference import load_for_inference, to_be_scored
 from leanmill.trainer.prepare import train_module
 from leanmill.trainer.rebuild import rebuild
 from leanmill.trainer.samples import Sampler
@@ -80,7 +81,9 @@ def evaluate_checkpoint(
     return _evaluated(checkpoint_dir, rebuilt.step, recipe, rebuilt.model, rebuilt.tokenizer_dir, probes)
 
 
-def evaluate_folder(folder: Path, overrides: Sequence[str] = (), recipe_file: str | None = None) -> Evaluated:
+def evaluate_folder(
+    folder: Path, overrides: Sequence[str] = (), recipe_file: str | None = None, *, weights_gib: float | None = None
+) -> Evaluated:
     """Score a Hugging Face folder as it is meant to be run (`load_for_inference`).
 
     Args:
@@ -88,6 +91,7 @@ def evaluate_folder(folder: Path, overrides: Sequence[str] = (), recipe_file: st
         overrides: As for `evaluate_checkpoint`; of a recipe with the defaults, so that text is that of `local_corpus`
             where nothing is said.
         recipe_file: Recipe whose `data`, `eval`, `batch`, `device` and precision take the place of the defaults.
+        weights_gib: The most of its weights that is held, see `leanmill.models.offloading`; None holds all.
 
     Raises:
         ConfigError: It is no such folder, or a bad override.
@@ -99,7 +103,9 @@ def evaluate_folder(folder: Path, overrides: Sequence[str] = (), recipe_file: st
         raw |= {key: given[key] for key in ("seed", "device", "data", "eval", "batch")}
         raw["train"]["precision"] = given["train"]["precision"]
     recipe = _overridden(raw, overrides, folder, source="the recipe of an evaluation")
-    loaded = load_for_inference(folder, dtype=torch.float32)
+    has_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    held = None if weights_gib is None else Held(weights_gib, torch.device("cuda" if has_gpu else "cpu"))
+    loaded = load_for_inference(folder, dtype=torch.float32, held=held)
     return _evaluated(folder, None, recipe, loaded.model, folder, loaded.probes)
 
 
@@ -132,7 +138,7 @@ def _score(
     precision = resolve_precision(recipe.train.precision, ranks.device.type)
     engine, _ = build_engine(SingleEngine(), ranks=ranks, precision=precision, model_bytes=0)
     rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
-    engine.module = train_module(recipe, model).to(engine.device)
+    engine.module = to_be_scored(train_module(recipe, model), engine.device)
     found = evaluate(engine, domains, rows, probes)
     shortfalls = [line for domain in domains for line in domain.shortfall()]
     return found, shortfalls, sampler(engine)
@@ -156,7 +162,7 @@ def score_domains(
         probes: What looks on.
         chunk_tokens: See `TrainModule`.
     """
-    engine.module = TrainModule(model, (), chunk_tokens=chunk_tokens).to(engine.device)
+    engine.module = to_be_scored(TrainModule(model, (), chunk_tokens=chunk_tokens), engine.device)
     return evaluate(engine, domains, rows_per_batch, probes)
 
 

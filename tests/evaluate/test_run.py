@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import leanmill
 from leanmill.cli.main import main
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_tokenizer
 from leanmill.evaluate.run import evaluate_models
 from leanmill.export import export_model
+from leanmill.models.offloading import Held
+from leanmill.models.pretrained import load_frozen
 from leanmill.recipe.evaluate import EvaluateRecipe
 from leanmill.trainer.evaluate_checkpoint import evaluate_folder
 from tests.export.checkpoints import checkpoint_of
@@ -62,6 +65,37 @@ def files(tmp_path_factory):
     pruned.save_pretrained(folder / "pruned")
     build_tokenizer(recipe(folder, [BITS]).data).save_pretrained(folder / "pruned")
     return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_a_model_of_which_a_part_is_held_has_the_scores_of_the_whole(files, tmp_path, capsys, dtype):
+    folder = tmp_path / "stored"
+    AutoModelForCausalLM.from_pretrained(files / "dense", dtype=dtype).save_pretrained(folder)
+    build_tokenizer(recipe(files, [BITS]).data).save_pretrained(folder)
+    whole, part = (
+        evaluate_models(recipe(files, [BITS, RETRIEVAL]).model_copy(update={"weights_gib": gib}), [folder]).scores[
+            folder
+        ]
+        for gib in (None, 3e-5)  # 32 KB: the embedding does not fit beside a layer
+    )
+    # Logits as a whole, where the whole model has its loss in the head: other sums.
+    assert {one.key: one.value for one in part} == pytest.approx({one.key: one.value for one in whole}, rel=1e-6)
+    data = [f"data.{key}={json.dumps(value)}" for key, value in data_of(files).items()]
+    data += ["eval.tokens_per_domain=256", "train.precision=fp32", "device=cpu"]
+    alone, half = (evaluate_folder(folder, data, weights_gib=gib) for gib in (None, 3e-5))
+    assert {n: s.loss for n, s in half.scores.items()} == pytest.approx({n: s.loss for n, s in alone.scores.items()})
+    asked = ["generate", "--model", str(folder), "--prompt", "some words", "--max-new-tokens", "6", "--json"]
+    texts = []
+    for more in ([], ["--weights-gib", "3e-5"]):
+        assert main([*asked, *more]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["as exported"]["text"])
+    assert texts[0] == texts[1]
+    held = Held(3e-5, torch.device("cpu"))
+    offloaded, ids = load_frozen(str(folder), held=held), torch.arange(24)[None]
+    assert torch.equal(offloaded(ids).logits, load_frozen(str(folder))(ids).logits)
+    assert any(parameter.is_meta for parameter in offloaded.parameters())
+    with pytest.raises(ConfigError, match="device_map, which is for reading alone"):
+        leanmill.attach(offloaded, [{"type": "ternary"}])
 
 
 def test_text_is_scored_as_eval_scores_it_and_held_against_the_dense_model(files):

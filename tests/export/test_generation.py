@@ -84,6 +84,10 @@ def test_the_command(folder, capsys):
     assert "the prompt is empty" in capsys.readouterr().err
     assert main([*arguments[:-1], "62"]) == 2
     assert "leaves no room" in capsys.readouterr().err
+    assert main([*arguments, "--weights-gib", "1"]) == 2
+    assert "packed weights, which stay in memory" in capsys.readouterr().err
+    assert main([*arguments, "--weights-gib", "1", "--beside-bf16"]) == 2
+    assert "holds both models whole" in capsys.readouterr().err
 
 
 def test_what_is_no_exported_model_is_refused(tmp_path, folder):

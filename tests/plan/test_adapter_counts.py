@@ -47,6 +47,16 @@ CASES = {
     # A pool for each kind of weight, as large as LoRA's factors of another rank in all layers.
     "mos": (peft("mos", r=R, pool_rank=3), of_layers(lambda out, num_in: 3 * (out + num_in))),
     "nola": (peft("nola", r=R, num_basis=8), of_layers(lambda out, num_in: 2 * 8)),
+    "earned ranks": (
+        peft("rank_lora", r=R, target_r=2, grow_every=1, grow_after=0),
+        of_layers(lambda out, num_in: LORA(out, num_in) + R),
+    ),
+    "nested ranks": (peft("rank_lora", r=R, variant="dylora"), of_layers(LORA)),
+    "routed": (
+        peft("moe_lora", r=R, num_experts=3),
+        of_layers(lambda out, num_in: 3 * LORA(out, num_in) + 3 * num_in),
+    ),
+    "in series": (peft("bottleneck", r=R), of_layers(lambda out, num_in: 2 * R * out)),
     "vera": (peft("vera", r=R), of_layers(lambda out, num_in: out + R)),
     "ia3": (peft("ia3", feedforward_modules=["down_proj"]), LAYERS * (HIDDEN + KEYS + INNER)),
     "hira": (peft("hira", r=R), of_layers(LORA)),
@@ -90,6 +100,19 @@ def test_a_subspace_is_found_in_the_bytes_that_are_foreseen():
     assert whole == 4 * of_layers(lambda out, num_in: out * num_in)
     assert sketch == 4 * of_layers(lambda out, num_in: min(out, num_in) * (R + 8))
     assert drawn == 0
+
+
+@pytest.mark.parametrize(
+    ("techniques", "is_whole"),
+    [
+        (peft("core_lora", r=R, variant="lora_sb", gradient_step=1e-3), True),
+        (peft("rank_lora", r=R, target_r=2), True),
+        (peft("rank_lora", r=R, target_r=2, score="factors"), False),
+    ],
+)
+def test_the_gradient_of_a_wrapped_weight_is_foreseen(techniques, is_whole):
+    watched = plan(_recipe("single", techniques=techniques)).memory.transient.get("watched gradients", 0)
+    assert watched == is_whole * 4 * of_layers(lambda out, num_in: out * num_in)
 
 
 @pytest.mark.slow

@@ -22,7 +22,10 @@ class FoldedLlamaConfig(LlamaConfig):
     num_layers_by_block: list[int] | None = None
     """How many layers, one after another, each block is; None is one each."""
     qk_norm: bool = False
-    """Whether queries and keys of a head are normalised, as in Qwen3; layers share these norms too."""
+    """Whether queries and keys of a head are normalised, as in Qwen3; layers without adapters share these norms too."""
+    adapter_rank: int = 0
+    """Rank of what each layer of a block adds to the weights that it shares (Bae et al. 2024, arXiv:2410.20672), or a
+    matrix's smaller side where that is less; 0 is nothing."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -32,6 +35,8 @@ class FoldedLlamaConfig(LlamaConfig):
                 f"num_layers_by_block={layers} is to be numbers of at least 1 that add up to "
                 f"num_hidden_layers={self.num_hidden_layers}"
             )
+        if self.adapter_rank < 0:
+            raise ValueError(f"adapter_rank={self.adapter_rank} is to be at least 0")
         self.num_layers_by_block = list(layers)
 
     def validate_architecture(self) -> None:

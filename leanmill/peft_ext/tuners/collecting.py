@@ -16,6 +16,14 @@ class CollectingLayer(AdditiveLayer):
     _collected: Tensor | None = None
     """The weight's gradient, while `collect` is on."""
 
+    is_asked: bool = False
+    """Whether a trainer will ask it to; the plan counts on it."""
+
+    @property
+    def bytes_watched(self) -> int:
+        """Bytes that a rank holds while it does, see `leanmill.core.branches.bytes_watched`."""
+        return 4 * self.out_features * self.in_features if self.is_asked else 0
+
     def collect(self, wanted: bool) -> None:
         """Add up the weight's gradient in every backward from now on, or forget it."""
         self._collected = torch.zeros(self.out_features, self.in_features) if wanted else None

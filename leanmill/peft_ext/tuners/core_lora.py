@@ -87,6 +87,7 @@ class CoreLoraLayer(CollectingLayer):
         self.core_lora_N[adapter_name] = nn.Parameter(torch.empty(r, r))
         self.core_lora_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
         self.core_lora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
+        self.is_asked = config.variant == "lora_sb"
         core_alone = config.variant in _TRAINS_CORE_ALONE
         if core_alone:
             self.frozen_peft_weight_names[adapter_name] = ("core_lora_A", "core_lora_B")

@@ -127,6 +127,7 @@ class RankLoraLayer(CollectingLayer):
         r = config.r
         self.rank[adapter_name], self.alpha[adapter_name] = r, config.alpha
         self.trains_last_alone[adapter_name] = config.frozen
+        self.is_asked = config.variant == "increlora" and config.score == "product"
         a, b = torch.empty(r, self.in_features), torch.zeros(self.out_features, r)
         if config.variant == "dylora":
             self.rank_lora_drawn[adapter_name] = torch.tensor([config.used_r or r])

@@ -13,7 +13,7 @@ from leanmill.core.surgery import Surgeon, SurgeryConfig
 class ShareBlocks(SurgeryConfig):
     """Let neighbouring blocks share attention and MLP, each with norms of its own: FoldGPT's grouped sharing.
 
-    Liu et al. 2024, arXiv:2407.00928; `weights: mean` as in Bae et al. 2024, arXiv:2410.20672.
+    Liu et al. 2024, arXiv:2407.00928; `weights: mean` and adapters as in Bae et al. 2024, arXiv:2410.20672.
     """
 
     type: Literal["share_blocks"] = "share_blocks"
@@ -23,6 +23,10 @@ class ShareBlocks(SurgeryConfig):
     last group may be smaller."""
     weights: Literal["first", "mean"] = "first"
     """What a group's weights begin as: those of its first block, as in FoldGPT, or the mean of all."""
+    adapter_rank: int | None = Field(default=None, ge=1)
+    """Rank of adapters that give each layer back what sharing took, a truncated singular value decomposition of its
+    weights less the shared ones: a Relaxed Recursive Transformer (Bae et al.). At a matrix's smaller side it is whole.
+    None adds none."""
     first_layer: int = Field(default=0, ge=0)
     """With a number: the blocks before it stay by themselves."""
     last_layers: int = Field(default=0, ge=0)
@@ -49,6 +53,7 @@ class ShareBlocks(SurgeryConfig):
         return Sharing(
             group_size=self.group_size,
             takes_mean=self.weights == "mean",
+            adapter_rank=self.adapter_rank or 0,
             first_layer=self.first_layer,
             last_layers=self.last_layers,
         )

@@ -26,18 +26,21 @@ class Sharing(Surgeon):
     Args:
         group_size: See there.
         takes_mean: Whether a group's weights begin as the mean of its blocks'.
+        adapter_rank: Of what each layer adds to them; 0 is nothing.
         first_layer: See there.
         last_layers: See there.
     """
 
-    def __init__(self, *, group_size: int | list[int], takes_mean: bool, first_layer: int, last_layers: int) -> None:
-        self.group_size, self.takes_mean = group_size, takes_mean
+    def __init__(
+        self, *, group_size: int | list[int], takes_mean: bool, adapter_rank: int, first_layer: int, last_layers: int
+    ) -> None:
+        self.group_size, self.takes_mean, self.adapter_rank = group_size, takes_mean, adapter_rank
         self.first_layer, self.last_layers = first_layer, last_layers
         self.after: Any = None
         self.members: list[list[int]] = []
         """Blocks of the old model in each group."""
-        self._sums: dict[str, Tensor] = {}
-        """Of the group that is being read, fp32."""
+        self._group: list[StoredBlock] = []
+        """What was met of the group that is being read."""
 
     def config(self, before: Any) -> Any:
         if before.model_type == OWN_FAMILY:
@@ -59,6 +62,7 @@ class Sharing(Surgeon):
             num_key_value_heads=sizes.groups,
             intermediate_size=sizes.neurons,
             num_layers_by_block=numbers,
+            adapter_rank=self.adapter_rank,
         )
         return self.after
 
@@ -90,24 +94,49 @@ class Sharing(Surgeon):
         members = self.members[self.place(block.index)]
         for name in _OF_A_LAYER:
             yield f"{name.removesuffix('weight')}{members.index(block.index)}.weight", _finite(block, name)
-        names = sorted(block.names - set(_OF_A_LAYER))
-        if not self.takes_mean:
-            yield from ((name, _finite(block, name)) for name in names if block.index == members[0])
-            return
-        for name in names:
-            tensor = _finite(block, name)
-            total = tensor.float()
-            if block.index > members[0]:
-                total += self._sums.pop(name)
-            if block.index == members[-1]:
-                yield name, (total / len(members)).to(tensor.dtype)
+        self._group = [*(self._group if block.index > members[0] else []), block]
+        if block.index < members[-1]:
+            return  # read again, one name of all layers at a time
+        has_own = self.adapter_rank > 0 and len(members) > 1
+        for name in sorted(block.names - set(_OF_A_LAYER)):
+            theirs = [_finite(one, name) for one in self._group]
+            shared = _mean(theirs) if self.takes_mean else theirs[0]
+            if not has_own:
+                yield name, shared
+            elif name.endswith("_norm.weight"):  # of queries and keys
+                yield from ((f"own.{use}.{name.split('.')[1]}.weight", one) for use, one in enumerate(theirs))
             else:
-                self._sums[name] = total
+                yield name, shared
+                yield from self._adapters(name, shared, theirs)
+        if has_own and self.after.attention_bias and "self_attn.o_proj.bias" not in block.names:
+            zeros = torch.zeros(self.after.hidden_size, dtype=block.read(_OF_A_LAYER[0]).dtype)
+            yield from ((f"own.{use}.o_proj.bias", zeros.clone()) for use in range(len(members)))
+
+    def _adapters(self, name: str, shared: Tensor, theirs: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What each layer lacks of its weight or bias where it has the shared one, as it is stored, in its place."""
+        _, projection, kind = name.split(".")
+        for use, one in enumerate(theirs):
+            lacking, place = one.float() - shared.float(), f"own.{use}.{projection}"
+            if kind == "bias":
+                yield f"{place}.bias", lacking.to(one.dtype)
+                continue
+            left, values, right = torch.linalg.svd(lacking, full_matrices=False)
+            rank = min(self.adapter_rank, len(values))
+            yield f"{place}.up", (left[:, :rank] * values[:rank]).to(one.dtype)
+            yield f"{place}.down", right[:rank].to(one.dtype).contiguous()
 
     def describe(self) -> str:
         shared = [f"{group[0]} to {group[-1]}" for group in self.members if len(group) > 1]
         start = "as their mean" if self.takes_mean else "as the first of them"
-        return f"{len(self.members)} blocks; of the old ones share {', '.join(shared)}, {start}"
+        own = f", each layer with adapters of rank {self.adapter_rank}" if self.adapter_rank else ""
+        return f"{len(self.members)} blocks; of the old ones share {', '.join(shared)}, {start}{own}"
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    for tensor in tensors:
+        total += tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
 
 
 def _finite(block: StoredBlock, name: str) -> Tensor:

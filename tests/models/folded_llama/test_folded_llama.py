@@ -78,8 +78,57 @@ def test_it_is_the_model_of_copies_and_sums_their_gradients(family, qk_norm):
     assert flops_per_token(folded, 7) == flops_per_token(plain, 7)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_adds_to_what_it_shares(bias):
+    """h = W' x + B A x in every projection: against the plain model whose layers hold W' + B A."""
+    relaxed = built(SIZES | {"qk_norm": True, "adapter_rank": 3, "attention_bias": bias, "mlp_bias": bias})
+    plain = built(SIZES | {"qk_norm": True, "num_layers_by_block": [1] * 4, "attention_bias": bias, "mlp_bias": bias})
+    mine = relaxed.model.layers
+    with torch.no_grad():
+        for layer, (block, use) in enumerate(BLOCK_OF_LAYER):
+            for name, parameter in plain.model.layers[layer].named_parameters():
+                part, projection, *rest = name.split(".")
+                own = mine[block].own[use] if block == 1 else {}
+                if "layernorm" in part:
+                    parameter.copy_(getattr(mine[block], part)[use].weight)
+                elif projection in own and projection.endswith("_norm"):
+                    parameter.copy_(own[projection].weight)
+                else:
+                    parameter.copy_(mine[block].get_parameter(name))
+                    if projection in own and rest == ["weight"]:
+                        parameter += own[projection].up @ own[projection].down
+                    elif projection in own:
+                        parameter += own[projection].bias
+        for name in ("model.embed_tokens", "model.norm", "lm_head"):
+            plain.get_submodule(name).load_state_dict(relaxed.get_submodule(name).state_dict())
+    ids = torch.arange(14).view(2, 7)
+    losses = [model(input_ids=ids, labels=ids).loss for model in (relaxed, plain)]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for projection, part in (("k_proj", "self_attn"), ("down_proj", "mlp")):
+        grads = [plain.model.layers[layer].get_parameter(f"{part}.{projection}.weight").grad for layer in (1, 2, 3)]
+        shared = mine[1].get_parameter(f"{part}.{projection}.weight").grad
+        torch.testing.assert_close(shared, sum(grads), rtol=1e-4, atol=1e-6)
+        own = mine[1].own[2][projection]
+        torch.testing.assert_close(own.up.grad, grads[2] @ own.down.mT, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(own.down.grad, own.up.mT @ grads[2], rtol=1e-4, atol=1e-6)
+    if not bias:  # each adapter multiplies once a token
+        extra = sum(one.numel() for name, one in mine[1].own.named_parameters() if "norm" not in name)
+        assert flops_per_token(relaxed, 7) == flops_per_token(plain, 7) + 6 * extra
+
+
+def test_drawn_adapters_add_nothing():
+    config = ModelConfig(config=SIZES | {"adapter_rank": 3})
+    model = build_on_meta(config)
+    make_materialiser(config, seed=3)(model)
+    own = model.model.layers[1].own[0]["q_proj"]
+    assert not own.up.any()
+    assert own.down.any()
+
+
 def test_a_saved_folder_loads_and_generates_with_a_cache(tmp_path):
-    model = built(SIZES)
+    model = built(SIZES | {"adapter_rank": 3, "qk_norm": True})
     model.save_pretrained(tmp_path)
     again = load_frozen(str(tmp_path))
     ids = torch.arange(14).view(2, 7)

@@ -80,6 +80,7 @@ def started(recipe: Recipe) -> Any:
         pytest.param("oft", {}, marks=pytest.mark.slow),
         pytest.param("ia3", {"target_modules": ["k_proj", "down_proj"]}, marks=pytest.mark.slow),
         pytest.param("nola", {}, marks=pytest.mark.slow),
+        pytest.param("rank_lora", {}, marks=pytest.mark.slow),
         pytest.param("psoft", {}, marks=pytest.mark.slow),
     ],
 )

@@ -45,6 +45,31 @@ def test_a_folded_model_is_that_of_copies(family, weights, options, groups, text
     torch.testing.assert_close(logits(small, rows), logits(model, rows), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("family", "weights"), [("qwen2", "mean"), ("qwen3", "first")])
+def test_adapters_give_back_what_sharing_took(family, weights, text, tokenizer, tmp_path):  # noqa: F811
+    model = save(tmp_path / "in", tokenizer, family, dtype=torch.float32)
+    sharing = {"type": "share_blocks", "weights": weights, "group_size": [1, 3]}
+    config = recipe(tmp_path / "in", text, tmp_path, {**sharing, "adapter_rank": 1000})
+    (report,) = compress(config, tmp_path / "whole")
+    assert "adapters of rank 1000" in str(report)
+    rows = rows_of(config, tokenizer)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(whole, rows), logits(model, rows), rtol=1e-4, atol=1e-4)
+    compress(recipe(tmp_path / "in", text, tmp_path, {**sharing, "adapter_rank": 2}), tmp_path / "cut")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert small.config.adapter_rank == 2
+    cut = small.model.layers[1]
+    theirs = [layer.mlp.up_proj.weight for layer in model.model.layers[1:]]
+    shared = sum(theirs) / 3 if weights == "mean" else theirs[0]
+    torch.testing.assert_close(cut.mlp.up_proj.weight, shared)
+    for own, weight in zip(cut.own, theirs, strict=True):
+        left, values, right = torch.linalg.svd(weight - shared)
+        best = (left[:, :2] * values[:2]) @ right[:2]
+        adapter = own["up_proj"]
+        torch.testing.assert_close(adapter.up @ adapter.down, best, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(adapter.up.norm(dim=0), values[:2], rtol=1e-3, atol=1e-4)  # B = U Sigma
+
+
 def test_dropped_shared_and_pruned_in_one_recipe(text, tokenizer, tmp_path):  # noqa: F811
     save(tmp_path / "in", tokenizer, dtype=torch.float32)
     passes = [
