@@ -50,6 +50,7 @@ norms without weights; with attention and MLP side by side."""
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity": {"type": "nm_sparsity", "decay": 0.0},
     "ternary": {"type": "ternary"},
+    "quest": {"type": "quest"},
     "lora": {"type": "lora", "rank": 4},
     "lora_branch": {"type": "lora", "rank": 4, "where": "branch"},
 }

@@ -23,7 +23,11 @@ from tests import contract_models
 SEQUENCE_LENGTH, NUM_ROWS, NUM_STEPS, MAX_NORM = 16, 12, 3, 0.1
 """Rows of a step make equal micro-batches of 1, 2 or 4 ranks and of 1 or 3 parts; every step is clipped."""
 
-MODELS: dict[str, dict[str, Any]] = {"llama": contract_models.MODEL, "mixtral": contract_models.MODELS["mixtral"]}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": contract_models.MODEL,
+    "llama with heads to share": {**contract_models.MODEL, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "mixtral": contract_models.MODELS["mixtral"],
+}
 ENGINES: dict[str, dict[str, Any]] = {
     "single": {"type": "single"},
     "ddp": {"type": "ddp"},
@@ -38,6 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2": {"ep": 2},
     "ep4": {"ep": 4},
     "experts sharded": {"experts": "fully_sharded"},
+    "tp2": {"tp": 2},
 }
 TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "dense": [],
@@ -145,10 +150,10 @@ def why_not(cell: Cell) -> str | None:
     """Return why there is no such cell; None where there is."""
     if (cell.engine == "single") != (cell.world_size == 1):
         return "one process is engine=single"
-    if cell.engine == "hsdp" and cell.world_size < 4:
-        return "replicas of shards need 4 ranks"
-    if cell.world_size % LAYOUTS[cell.layout].get("ep", 1):
+    if any(cell.world_size % LAYOUTS[cell.layout].get(group, 1) for group in ("ep", "tp")):
         return "groups larger than the world"
+    if cell.engine == "hsdp" and cell.world_size < 4 * LAYOUTS[cell.layout].get("tp", 1):
+        return "replicas of shards need 4 data ranks"
     if cell.precision == "fp64" and cell.engine.startswith("zero"):
         return "DeepSpeed's masters are fp32"
     if cell.precision == "fp64" and cell.technique == "balance":
@@ -165,11 +170,12 @@ def all_cells(world_sizes: tuple[int, ...] = (1, 2, 4)) -> Iterator[Cell]:
     axes = (world_sizes, ENGINES, LAYOUTS, TECHNIQUES, ACCUMULATION, RECOMPUTE, ROWS, PRECISIONS)
     for world_size, engine, layout, technique, accumulation, recompute, rows, precision in itertools.product(*axes):
         spreads_experts = bool({"ep", "experts"} & LAYOUTS[layout].keys())
+        dense = "llama with heads to share" if "tp" in LAYOUTS[layout] else "llama"
         yield Cell(
             world_size=world_size,
             engine=engine,
             layout=layout,
-            model="mixtral" if spreads_experts or technique == "balance" else "llama",
+            model="mixtral" if spreads_experts or technique == "balance" else dense,
             technique=technique,
             accumulation=accumulation,
             recompute=recompute,

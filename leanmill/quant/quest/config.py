@@ -35,6 +35,10 @@ class Quest(WeightTechniqueConfig):
     """Neighbours that one Hadamard transform mixes, a power of two; None takes the largest up to 128
     (the paper's) that divides a weight's last dim."""
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Return True: stages see whole weights and whole activations."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put rotation and quantiser on every target and on its input.
 
