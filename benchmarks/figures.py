@@ -25,6 +25,12 @@ KINDS = {
     "amx": "AVX-512 with AMX",
 }
 """Kinds of processor that have a folder of results, by name; others are named like their folder."""
+DPO_CASES = {
+    "cached": "reference kept before, ragged pairs",
+    "asked": "reference asked at every step, ragged pairs",
+    "cached_equal": "reference kept before, pairs of one length",
+}
+"""What the cases of `dpo_step` are."""
 HEAD = """# Figures
 
 Each number is a ratio taken side by side in one run, or a whole-process time. `make bench` runs every benchmark in
@@ -94,6 +100,20 @@ def figures(kind: str) -> Iterator[Figure]:
             for name, over_dense in result["figures"]["over_dense"].items():
                 bare = f"step time over dense, 2 micro-batches, {precision}, all in one run: `{name}`"
                 yield Figure(bare, over_dense, 1.40 if name == "quest_w4a4" else 1.06)
+    if result := load(kind, "callback_step"):
+        over = result["figures"]["callback_over_trainer_and_technique"]
+        yield Figure("transformers' Trainer with our callback, over it and the technique's own cost", over, 1.05)
+    if result := load(kind, "distill_step"):
+        for name in ("forward_kl", "js"):
+            if over := result["figures"].get(f"{name}_over_student_and_teacher"):
+                bare = f"step with distillation over the student's own and the teacher's forward, `{name}`"
+                yield Figure(bare, over, 1.6)
+    if result := load(kind, "dpo_step"):
+        for name, what in DPO_CASES.items():
+            if found := result["figures"].get(name):
+                yield Figure(f"DPO step over TRL's DPOTrainer, {what}", found["leanmill_over_trl"], 0.9)
+                apart = found["largest_difference_of_losses"]
+                yield Figure(f"DPO loss off TRL's, {what}", apart, 1e-5)
     if result := load(kind, "command_line"):
         yield Figure("`leanmill --help`", result["figures"]["help_seconds_median"], 0.6, " s")
         yield Figure("`leanmill check`", result["figures"]["check_seconds_median"], 1.5, " s")

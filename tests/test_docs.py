@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+import leanmill
 from leanmill.core import registry
 from leanmill.core.rules import metrics_of
 from leanmill.core.sites import iter_sites
@@ -157,6 +160,74 @@ def test_the_tables_for_those_who_come_from_elsewhere_name_keys_that_exist():
         for written in re.findall(r"`- (\{[^`]+\})`", note):
             registry.parse_technique(yaml.safe_load(written))
     assert named > 60
+
+
+def hook(name):
+    """Load what the site's build runs."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / ".hooks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def built(module, path):
+    """A page as a hook leaves it to the builder."""
+    text = (ROOT / "docs" / path).read_text(encoding="utf-8")
+    return module.on_page_markdown(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=path)))
+
+
+def test_the_reference_says_what_each_key_takes():
+    text = built(hook("fields"), "reference/configuration.md")
+    assert "::: " not in text
+    anchors = re.findall(r"\{ #(\S+) \}", text)
+    assert len(anchors) == len(set(anchors)) > 100
+    assert set(re.findall(r"\]\(#([\w.]+)\)", text)) <= set(anchors)
+    keys = [line for line in text.splitlines() if line.startswith("| `")]
+    assert all(len(re.split(r"(?<!\\)\|", line)) == 6 for line in keys)
+    assert {line.split("|")[1].strip() for line in keys if not line.split("|")[-2].strip()} <= {"`type`"}
+    assert "| `tokens_per_step` | integer >= 1 | `32768` | Tokens of one optimizer step" in text
+    assert "| `loss` | `sigmoid`, `hinge`, `ipo`, `robust` | `sigmoid` |" in text
+    assert "| `label_smoothing` | number >= 0, < 0.5 | `0` |" in text
+    assert "| `max_grad_norm` | number > 0 or `null` | `1` | Clip gradients to this global norm; `null` does" in text
+
+
+@pytest.mark.parametrize("name", sorted(registry.PASSES))
+def test_every_pass_has_its_configuration_in_the_reference(name):
+    module = registry.PASSES[name].target.partition(":")[0]
+    assert f"::: {module}\n" in (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_engines_is_that_of_the_tests():
+    methods = hook("methods")
+    rows = list(methods.methods(""))[2:]
+    assert len(rows) == len(registry.TECHNIQUES)
+    (lisa,) = (row for row in rows if row.startswith("| [`lisa`]"))
+    assert lisa.endswith("| yes | yes | yes | refused | refused | refused |")
+    assert {methods.room_of(entry) for entry in registry.TECHNIQUES.values()} <= set(methods.ROOMS)
+    for name, path in methods.OWN_TESTS.items():
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert name in source, f"{path} does not train {name}"
+        assert "for name in ENGINES]" in source
+    assert methods.UNKNOWN not in "".join(rows), "a technique that no test trains under an engine"
+    assert built(methods, "index.md").count("](techniques/") > len(registry.TECHNIQUES)
+    assert "<!--" not in built(methods, "reference/methods.md")
+
+
+def test_the_drawing_has_every_slot_in_its_order():
+    slots = hook("slots")
+    drawing = slots.drawing()
+    places = [drawing.index(f">{slot.name}<") for slot in slots.Slot]
+    assert places == sorted(places)
+    assert drawing in built(slots, "index.md")
+    # An empty line would end the HTML in the page.
+    assert "\n\n" not in drawing
+    unknown = {name for names in slots.tenants().values() for name in names} - set(registry.TECHNIQUES)
+    assert unknown == {"model.frozen_dtype"}
+
+
+def test_the_change_log_names_the_version_to_come():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## Unreleased\n\nBecomes {leanmill.__version__} with the tag `v{leanmill.__version__}`.\n" in text
 
 
 def test_every_fault_has_the_test_that_it_names():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from common import interleaved, recipe_15m, tokenizer_and_data
 from machine import conditions, write_result
+from options import DEFAULTS
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import leanmill
@@ -24,7 +25,7 @@ from leanmill.integrations import LeanmillCallback
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=DEFAULTS["callback_step"]["rounds"])
     parser.add_argument("--rows", type=int, default=8, help="of 512 tokens in a step")
     parser.add_argument("--technique", default="nm_sparsity")
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from common import interleaved, make_loop, recipe_15m, stepper, tokenizer_and_data
 from machine import conditions, write_result
+from options import DEFAULTS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.models.pretrained import load_frozen
@@ -17,7 +18,7 @@ from leanmill.models.pretrained import load_frozen
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=DEFAULTS["distill_step"]["rounds"])
     parser.add_argument("--divergences", nargs="*", default=["forward_kl", "js"])
     arguments = parser.parse_args()
     measured_under = conditions()

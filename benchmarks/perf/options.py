@@ -6,5 +6,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "router_balance": {"rounds": 24},
     "packed_generation": {"rounds": 9},
     "data_prepare": {"bytes": 40_000_000, "repeats": 5, "tokens": 100_000_000},
+    "callback_step": {"rounds": 8},
+    "distill_step": {"rounds": 6},
+    "dpo_step": {"rounds": 8, "rows": 4},
     "checkpoint_stall": {"saves": 5, "steps_between": 4},
 }

@@ -10,6 +10,10 @@ from torch import Tensor
 from leanmill.checkpoint.reading import StoredTensor
 
 
+_OF_ROUNDED = (".qmap",)
+"""What state that is kept in rounded blocks has beside its codes."""
+
+
 def compare(stored: Mapping[str, StoredTensor], live: Mapping[str, Tensor], folder: Path) -> str:
     """Return what keeps `stored` from being read into `live`; empty when nothing does.
 
@@ -18,12 +22,13 @@ def compare(stored: Mapping[str, StoredTensor], live: Mapping[str, Tensor], fold
     """
     missing = sorted(live.keys() - stored.keys())
     unexpected = sorted(stored.keys() - live.keys())
-    different = [
-        f"{name} {_shown(stored[name])} in the checkpoint, {_shown(live[name])} here"
+    changed = [
+        name
         for name in sorted(stored.keys() & live.keys())
         if tuple(stored[name].shape) != tuple(live[name].shape)
         or (stored[name].dtype != live[name].dtype and not _both_float(stored[name], live[name]))
     ]
+    different = [f"{name} {_shown(stored[name])} in the checkpoint, {_shown(live[name])} here" for name in changed]
     parts = [
         _listed("not in the checkpoint", missing),
         _listed("only in the checkpoint", unexpected),
@@ -34,6 +39,12 @@ def compare(stored: Mapping[str, StoredTensor], live: Mapping[str, Tensor], fold
         return ""
     kind = "optimizer" if folder.name == "optimizer" else "model"
     remedy = "use the recipe saved beside it (recipe.json), or another run_dir"
+    if kind == "optimizer" and any(name.endswith(_OF_ROUNDED) for name in (*unexpected, *missing, *changed)):
+        remedy = (
+            "optimizer.type=adamw8bit rounds blocks of the parts that ranks hold, so its state goes on under the "
+            "engine and on the number of ranks it was written with; resume there, or begin anew from its weights "
+            "(leanmill export, then model.path)"
+        )
     return f"{folder} belongs to another {kind}: {found}; {remedy}"
 
 

@@ -16,6 +16,7 @@ from leanmill.core.errors import RunError
 
 INDEX = "index.json"
 Part = Literal["model", "optimizer", "outer", "workers"]
+_PARTS: tuple[Part, ...] = ("model", "optimizer", "outer", "workers")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def read_index(folder: Path) -> dict[str, StoredTensor]:
     for file in files:
         _inside(folder, file)
     return index
+
+
+def parts_of(path: Path) -> list[Part]:
+    """Return the parts that a checkpoint has; the last two only where workers wrote it."""
+    return [part for part in _PARTS if (path / part).is_dir()]
 
 
 def optimized_names(path: Path) -> set[str]:

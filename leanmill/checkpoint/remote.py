@@ -49,7 +49,7 @@ class RemoteFolder:
         try:
             self._fs, root = url_to_fs(self.url)
         except ImportError as error:
-            raise ConfigError(f"{self.url}: {error}") from error
+            raise ConfigError(f"{self.url}: {error}; type {_how_to_install(self.url)}") from error
         except ValueError as error:
             raise ConfigError(f"{self.url}: {error}; give a URL such as s3://bucket/runs/NAME") from error
         self._root = root.rstrip("/")
@@ -159,6 +159,12 @@ class RemoteFolder:
         except FileNotFoundError:
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             action(path)
+
+
+def _how_to_install(url: str) -> str:
+    if url.startswith(("s3://", "s3a://")):
+        return "pip install 'leanmill[s3]'"
+    return f"pip install 'fsspec[{url.partition('://')[0]}]'"
 
 
 def name_of(manifest: Manifest) -> str:

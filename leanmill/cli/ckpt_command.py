@@ -64,7 +64,7 @@ def _inspect(path: Path, *, lists_tensors: bool) -> int:
     from rich.console import Console
 
     from leanmill.checkpoint.manifest import read_manifest
-    from leanmill.checkpoint.reading import read_index
+    from leanmill.checkpoint.reading import parts_of, read_index
 
     console, folders = Console(highlight=False), _folders(path)
     console.print(_overview({_below(folder, path): read_manifest(folder) for folder in folders}))
@@ -72,7 +72,7 @@ def _inspect(path: Path, *, lists_tensors: bool) -> int:
         if lists_tensors:
             raise ConfigError(f"--tensors lists those of one checkpoint; give one of {path}, e.g. {folders[-1]}")
         return 0
-    for part in ("model", "optimizer"):
+    for part in parts_of(folders[0]):
         index = read_index(folders[0] / part)
         dtypes = sorted({str(stored.dtype).removeprefix("torch.") for stored in index.values()})
         num_chunks = sum(len(stored.chunks) for stored in index.values())
@@ -106,7 +106,7 @@ def _overview(manifests: dict[str, Manifest]) -> Table:
 
 def _convert(path: Path, out: Path) -> int:
     """Write every tensor of the newest sound checkpoint at `path` whole, under its name, as safetensors."""
-    from leanmill.checkpoint.reading import read_document, read_full_state
+    from leanmill.checkpoint.reading import parts_of, read_document, read_full_state
     from leanmill.checkpoint.storage import write_tensors
     from leanmill.cli.checkpoints import resolve_checkpoint
 
@@ -114,8 +114,8 @@ def _convert(path: Path, out: Path) -> int:
         raise ConfigError(f"{out} is there already; name a new folder")
     folder = resolve_checkpoint(str(path))
     out.mkdir(parents=True, exist_ok=True)
-    for part in ("model", "optimizer"):
-        state = read_full_state(folder, part)  # type: ignore[arg-type]
+    for part in parts_of(folder):
+        state = read_full_state(folder, part)
         write_tensors(out / f"{part}.safetensors", state)
         print(f"wrote {out / part}.safetensors: {len(state):,} tensors of {folder}")
     document = read_document(folder, "train_state.json")

@@ -208,6 +208,26 @@ class PassConfig(Config):
         return ()
 
 
+class MergingPassConfig(PassConfig):
+    """Base of passes that take weights of other models of the same shape, one after another."""
+
+    models: list[str] = Field(min_length=1)
+    """Folders, or hub names, of the models to merge in, in this order; in a phase also `phase:NAME`."""
+
+    @property
+    def reads_text(self) -> bool:
+        return False
+
+    def taken(self, mine: Tensor, other: Tensor) -> Tensor:
+        """Return which weights of another model are taken, as bool.
+
+        Args:
+            mine: A tensor of the model [..., in], fp32.
+            other: The same of the other one.
+        """
+        raise NotImplementedError
+
+
 class LinearPassConfig(PassConfig):
     """Base of passes over linear layers."""
 

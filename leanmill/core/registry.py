@@ -393,6 +393,11 @@ PASSES: dict[str, Entry] = {
         "search: a level for each layer under a budget, by dynamic programming over errors that add up",
         "Xu et al. 2023, arXiv:2308.10438; Frantar and Alistarh 2022, arXiv:2201.13096",
     ),
+    "branch_merge": Entry(
+        "leanmill.distill.branch_merge.config:BranchMerge",
+        "merge: of models trained apart from one start, the weights of each that stand out",
+        "Sun et al. 2025, arXiv:2503.04872",
+    ),
     "upcycle": Entry(
         "leanmill.moe.upcycle.config:Upcycle",
         "surgery: a dense model becomes a mixture of experts that computes the same",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 NOT_LINEAR = (
@@ -60,7 +60,7 @@ def transposed_weights(model: Any) -> frozenset[str]:
     return frozenset(f"{path}.weight" for path in vars(model).get(_NAMES, ()))
 
 
-def _turned(weight: nn.Parameter) -> nn.Parameter:
+def _turned(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.t().contiguous(), weight.requires_grad)
 
 

@@ -208,7 +208,7 @@ def _hub_error(config: ModelConfig, error: Exception) -> Exception:
     if any(word in text for word in unreachable):
         return RunError(
             f"{name} is no local folder and the Hugging Face hub cannot be reached; check the network and run "
-            f"again, or download the model and give its folder as model.path"
+            f"again, or download the model and give its folder in place of the name"
         )
     if "safetensors" in text:
         return ConfigError(

@@ -12,6 +12,7 @@ from leanmill.checkpoint.phases import DRAWN, MODEL, PASSED, SCORED, SOLVED
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.folders import clear_unfinished
 from leanmill.core.noise import derive_seed
+from leanmill.core.passes import PassConfig
 from leanmill.evaluate.document_scores import model_folder
 from leanmill.export import export_model
 from leanmill.models.config import ModelConfig
@@ -90,6 +91,12 @@ class Handover:
         """Return the model that the passes of a phase read."""
         source, step = source_of(self.phases, index)
         return self.recipe.model if source is None else self._at(self._folded(source, step))
+
+    def passes(self, index: int) -> list[PassConfig]:
+        """Return the passes of a phase; models that they name as `phase:name` are written."""
+        for read in self.recipe.phases_read_by(index):
+            self._folded(read, None)
+        return self.recipe.passes_of(index)
 
     def training(self, index: int) -> tuple[Recipe, Start | None]:
         """Return the recipe that a phase trains with, its model found, and what it takes from a checkpoint."""

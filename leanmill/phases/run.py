@@ -127,7 +127,7 @@ class _Phases:
             model=self.handover.model_for_passes(index),
             data=trained.data,
             calibration=phase.calibration,
-            passes=phase.passes,
+            passes=self.handover.passes(index),
         )
         self.group.on_first_rank(lambda: clear_unfinished(out))
         for report in compress_in(self.given.ranks, compressed, out):

@@ -128,12 +128,12 @@ class PairLoss(BatchRule):
         assert self._per_chosen_token is not None
         counts = num_labels(batch, self.num_pieces)
         is_pair = (counts > 0).all(-1)
-        policy = -answer_sums(losses, batch, self.num_pieces)
-        ratios = policy + answer_sums(batch[REFERENCE_LOSSES], batch, self.num_pieces)
+        # Token by token: of two sums of a thousand nats each, their difference would keep four digits behind the point.
+        ratios = answer_sums(batch[REFERENCE_LOSSES] - losses, batch, self.num_pieces)
         found, metrics = self.of_answers(ratios, counts.clamp(min=1), is_pair)
         self._note(metrics, is_pair)
         loss = torch.where(is_pair, found, 0.0).sum() * self._per_pair
-        of_tokens = self.of_chosen(policy[..., 0])
+        of_tokens = self.of_chosen(-answer_sums(losses, batch, self.num_pieces)[..., 0])
         return loss if of_tokens is None else loss + of_tokens * self._per_chosen_token
 
     @abstractmethod

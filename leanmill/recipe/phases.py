@@ -19,7 +19,7 @@ from leanmill.recipe.yaml_source import MAX_DEPTH
 BASE = "base"
 """In `start_from`: the model of the recipe itself."""
 OF_PHASE = "phase:"
-"""Where a technique names a model, before the name of an earlier phase: the model which that phase leaves."""
+"""Before the name of an earlier phase, where a technique, a pass or `score` names a model: what that phase leaves."""
 FRESH = "fresh"
 """In `rewind_to`: weights drawn anew."""
 

@@ -11,6 +11,8 @@ from pydantic import ValidationError, field_validator, model_validator
 from leanmill.checkpoint.phases import MODEL, SCORED, phase_folder
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_names
+from leanmill.core.passes import PassConfig
+from leanmill.core.registry import parse_pass
 from leanmill.data.config import Prepared
 from leanmill.recipe.errors import describe
 from leanmill.recipe.phase_rules import phase_problems
@@ -88,8 +90,13 @@ class Recipe(Sections):
         """
         return str(self.folder_of_phase(self._earlier(earlier, index)) / MODEL)
 
+    def passes_of(self, index: int) -> list[PassConfig]:
+        """Return the passes of a phase, with every `phase:name` in them replaced by the folder of its model."""
+        raw = [one.model_dump(mode="json") for one in self.phases[index].passes]
+        return [parse_pass(one) for one in with_models_of_phases(raw, lambda earlier: self.model_of(earlier, index))]
+
     def phases_read_by(self, index: int) -> list[int]:
-        """Return the phases whose models one names as `phase:name`, in techniques or to score, by their indices."""
+        """Return the phases whose models one names as `phase:name`, wherever it does, by their indices."""
         found: list[int] = []
         techniques = [config.model_dump(mode="json") for config in self.techniques]
         raw = merged({"techniques": techniques}, self.phases[index].overrides or {})["techniques"]
@@ -99,6 +106,7 @@ class Recipe(Sections):
             return name
 
         with_models_of_phases(raw, note)
+        with_models_of_phases([one.model_dump(mode="json") for one in self.phases[index].passes], note)
         with_models_of_phases({} if (score := self.phases[index].score) is None else score.models, note)
         return list(dict.fromkeys(found))
 
@@ -129,6 +137,7 @@ class Recipe(Sections):
                 return
             yield from (f"{where}: {line}" for line in self._steps_past_an_end(index, recipes))
             yield from (f"{where}: {line}" for line in self._not_scored(index, recipes[index]))
+            yield from (f"{where}: {line}" for line in self._unknown_phases(index))
             source, _ = trained_before(self.phases, index)
             if source is not None:
                 before, carries = recipes[source], self.carries_state(index, recipes)
@@ -147,6 +156,8 @@ class Recipe(Sections):
                 f"score needs prepared text, and data.source is {recipe.data.source.type} and data.task "
                 f"{recipe.data.task}; run `leanmill data prepare` and type data.source={{type: prepared, path: DIR}}"
             )
+
+    def _unknown_phases(self, index: int) -> Iterator[str]:
         try:
             self.phases_read_by(index)
         except ConfigError as error:

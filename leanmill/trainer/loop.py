@@ -174,11 +174,12 @@ class Loop:
 
     def _outer_step(self) -> None:
         """Let workers exchange what is due, which one may wait for longer than for anything within a step."""
-        if self.outer is None:
-            return
-        if self._meets(self.step):
-            self.pulse.enter("exchange between workers", patience_seconds=self.outer.config.patience_seconds)
-        self.outer.after_step(self.step, is_last=self.step == self.num_steps)
+        if self.outer is not None:
+            self._enter_exchange(self.outer)
+            self.outer.after_step(self.step, is_last=self.step == self.num_steps)
+
+    def _enter_exchange(self, outer: OuterSteps) -> None:
+        self.pulse.enter("exchange between workers", patience_seconds=outer.config.patience_seconds)
 
     def _is_reported(self, step: int) -> bool:
         """Whether a record is due after `step` steps, unless the run is asked to stop before."""
@@ -254,6 +255,11 @@ class Loop:
         self._recent.clear()
 
     def _timed(self, action: Callable[[int], None], phase: str) -> None:
+        if self.outer is not None:
+            # What follows waits for all ranks, and not long: workers that train on while something travels may be
+            # apart by as many steps.
+            self._enter_exchange(self.outer)
+            self.outer.meet()
         self.pulse.enter(phase)
         started = time.perf_counter()
         action(self.step)

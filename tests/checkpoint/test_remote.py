@@ -65,6 +65,18 @@ def _restored(manager: CheckpointManager) -> tuple[dict[str, Any], dict[str, Any
     return manager.load(manager.found, engine), engine.model  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("url", "said"), [("s3://b/x", r"'leanmill\[s3\]'"), ("gs://b/x", r"'fsspec\[gs\]'")])
+def test_a_store_whose_package_is_missing_is_named_with_the_pip_line(url: str, said: str, monkeypatch: Any) -> None:
+    import fsspec.core
+
+    def missing(url: str) -> Any:
+        raise ImportError("Install it to access that")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ConfigError, match=f"Install it to access that; type pip install {said}"):
+        RemoteFolder(url)
+
+
 def test_a_run_goes_on_from_the_store_where_its_folder_is_lost(url: str, tmp_path: Path) -> None:
     manager = _manager(tmp_path / "lost", url)
     _save(manager, 1)

@@ -160,6 +160,29 @@ def test_an_epoch_holds_every_document_once(folder, tokenizer, uninterrupted):
     assert orders[0] != documents
 
 
+def test_every_token_of_an_epoch_is_read_once_through_restarts(folder, tokenizer):
+    """On 1, 2, 3 and 4 ranks, each going on from the checkpoint of the one before, at another batch size."""
+    from leanmill.data.encoding import Encoder
+
+    documents = [tuple(e.ids.tolist()) for e in Encoder(tokenizer, "pretrain").encode(sentences(37))]
+    total, state, stream = sum(map(len, documents)), None, []
+    for world_size, rows_a_rank in ((1, 5), (2, 1), (3, 2), (4, 3)):
+        ranks = [build_train_data(config_of("stream", folder), tokenizer, seed=5) for _ in range(world_size)]
+        for data in ranks:
+            if state is not None:
+                data.load_state_dict(json.loads(json.dumps(state)))
+        while len(stream) < total * world_size / 4:
+            for rank, data in enumerate(ranks):
+                rows = data.next_rows(rows_a_rank * world_size, rank=rank, world_size=world_size)
+                stream += rows["input_ids"].flatten().tolist()
+        state = ranks[0].state_dict()
+        assert state["position_tokens"] == len(stream)
+    epoch = stream[:total]
+    ends = [i + 1 for i, token in enumerate(epoch) if token == 0]
+    found = [tuple(epoch[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    assert sorted(found) == sorted(documents)
+
+
 def test_sft_rows_hold_whole_conversations_and_predict_answers_only(uninterrupted, tokenizer):
     for kind in ("sft", "sft_stream"):
         rows = uninterrupted[kind]

@@ -61,6 +61,22 @@ def test_the_waiting_rank_names_the_other_once(
     assert "(Timed out waiting): 1 rank waits in all_reduce [4]" in str(lost)
 
 
+def test_a_phase_that_may_wait_for_long_is_given_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waits = Standing(number=5, operation="all_reduce", sizes=((4,),), is_done=False)
+    monkeypatch.setattr(flight, "standings", lambda: {"workers": waits})
+    watch = PulseWatch(Pulse(), dist.HashStore(), rank=0, world_size=2, hang_seconds=0.06, folder=tmp_path / "hang")
+    watch.pulse.enter("exchange between workers", patience_seconds=1000)
+    for phase_seconds, is_told in ((100, False), (2000, True)):
+        watch._moved = watch.pulse.since = time.monotonic() - phase_seconds
+        with caplog.at_level(logging.WARNING):
+            watch._beat_once()
+        assert bool(caplog.records) == is_told
+    watch.pulse.enter("reading data")
+    assert watch.pulse.patience_seconds == 0
+
+
 def test_a_rank_that_waits_for_nobody_says_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -211,6 +211,20 @@ def test_state_goes_on_and_weights_are_folded(home, tmp_path):
     assert not torch.equal(folded[name], first[name])
 
 
+def test_branches_are_merged(home, tmp_path):
+    other = {"name": "other", "start_from": "base", "overrides": {"train.steps": 2, "optimizer.lr": 0.01}}
+    merging = {"name": "merge", "start_from": "dense", "passes": [{"type": "branch_merge", "models": ["phase:other"]}]}
+    run(recipe(home, tmp_path, DENSE, other, merging))
+    first, second, merged = (
+        read_folder(tmp_path / "phases" / name / "model") for name in ("01-dense", "02-other", "03-merge")
+    )
+    for name, tensor in merged.items():
+        taken = tensor == second[name]
+        assert torch.equal(tensor, torch.where(taken, second[name], first[name]))
+    num_taken = sum(int((tensor != first[name]).sum()) for name, tensor in merged.items())
+    assert 0 < num_taken < 0.5 * sum(tensor.numel() for tensor in merged.values())
+
+
 def test_rewinds_to_a_step_of_an_earlier_phase(home, tmp_path):
     run(
         recipe(

@@ -86,6 +86,23 @@ def test_loss_and_gradients_are_those_of_the_formula(name, chunk_tokens):
     assert metrics["margin"] == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"], abs=1e-5)
 
 
+def test_long_answers_lose_no_digits():
+    """Of answers of a thousand nats, in fp32, as in fp64: what the model has moved is what is added up."""
+    found = install(tiny(), {"type": "dpo", "reference": "it"}, teacher=tiny(seed=5))
+    (rule,) = (rule for rule in found.step_rules if rule.name == "dpo")
+    generator = torch.Generator().manual_seed(0)
+    wanted = 9 + torch.randn(4, 200, dtype=torch.float64, generator=generator)
+    moved = wanted + 1e-3 * torch.randn(4, 200, dtype=torch.float64, generator=generator)
+    losses = {name: value.reshape(2, 400).float() for name, value in (("before", wanted), ("now", moved))}
+    batch = {"position_ids": torch.arange(200).repeat(2, 2), "labels": torch.ones(2, 400, dtype=torch.int64)}
+    batch["input_ids"] = batch["labels"]
+    (batch,) = rule.change_batches([batch], STEP, lambda part, which: losses["before"])
+    ratios = (losses["before"].double() - losses["now"].double()).view(2, 2, 200).sum(-1)
+    expected = -F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
+    got = rule.of_token_losses(losses["now"], batch) / batch["labels"].numel()
+    assert abs(got.item() - expected.item()) < 2e-7
+
+
 def test_terms_of_logits_beside_it():
     model, teacher, batch = tiny(), tiny(seed=5), rows(2)
     distill = {"type": "distill", "teacher": "it", "weight": 0.5}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,3 +295,46 @@ def test_a_spike_is_kept_back(action: str, asked_about: list[Any]) -> None:
             run.go()
         assert run.loop.engine.skips == [step == 6 for step in range(1, 7)]  # type: ignore[attr-defined]
     assert not asked_about
+
+
+class Workers:
+    """Workers that meet every three steps, and tell when all ranks are asked for something."""
+
+    config = SimpleNamespace(patience_seconds=1)
+    layout = SimpleNamespace(inside=None)
+    overlaps = False
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def meets(self, step: int) -> bool:
+        return step % 3 == 0
+
+    def after_step(self, step: int, *, is_last: bool) -> None:
+        if self.meets(step) or is_last:
+            self.run.happens(f"outer {step}")
+
+    def begin_max(self, level: Tensor) -> Any:
+        self.run.happens("asked")
+        return lambda: level
+
+    def meet(self) -> None:
+        self.run.happens("met")
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("moment", "tail"),
+    [
+        ("step 1", [*_steps(1, 3), "outer 3", "asked", "met", "save 3", "asked"]),
+        # A checkpoint makes all ranks meet as well.
+        ("step 7", ["outer 6", "asked", *_steps(7, 8), "met", "save 8", "asked"]),
+    ],
+)
+def test_workers_agree_on_a_stop_where_they_meet(moment: str, tail: list[str]) -> None:
+    run = Run(moment)
+    run.loop.outer = Workers(run)  # type: ignore[assignment]
+    assert run.go() is Stop.STOPPED
+    assert run.events[-len(tail) :] == tail

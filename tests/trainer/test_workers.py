@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanmill.checkpoint.reading import read_full_state
+from leanmill.cli.main import main
 from leanmill.recipe.root import Recipe
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.processes import processes
@@ -92,7 +94,13 @@ STREAMING = {"type": "streaming_diloco", "workers": 2, "every_steps": 3, "layers
     ],
 )
 def test_a_resume_between_two_exchanges_is_bitwise(
-    home: Path, tmp_path: Path, low_comm: dict[str, Any], engine: str, techniques: Any, num_ranks: int
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    low_comm: dict[str, Any],
+    engine: str,
+    techniques: Any,
+    num_ranks: int,
 ) -> None:
     layout = {"low_comm": low_comm}
     whole, resumed = (
@@ -129,6 +137,8 @@ def test_a_resume_between_two_exchanges_is_bitwise(
     assert not torch.equal(mine, between[f"model/{name}"])
     # At the end all have met.
     assert torch.equal(expected[f"workers/1/model/{name}"], expected[f"model/{name}"])
+    assert main(["ckpt", "inspect", str(tmp_path / "whole" / "checkpoints/step-00000004")]) == 0
+    assert {"model", "optimizer", "outer", "workers"} <= set(re.findall(r"^(\w+): ", capsys.readouterr().out, re.M))
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     assert any("low_comm/sent_bytes" in str(line) for line in lines)
 

@@ -54,7 +54,7 @@ class Co2Steps(OuterSteps):
         config = self.config
         anchors, momenta = ([of[name] for name in names] for of in (self._anchors, self._momenta))
         torch._foreach_mul_(momenta, config.momentum)
-        torch._foreach_div_(gradients, self._penalty().to(gradients[0].dtype))
+        torch._foreach_div_(gradients, self._penalty().to(gradients[0]))
         torch._foreach_add_(momenta, gradients)
         if config.momentum_clip is not None:
             torch._foreach_clamp_min_(momenta, -config.momentum_clip)

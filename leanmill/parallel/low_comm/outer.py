@@ -155,6 +155,10 @@ class OuterSteps:
 
         return wait
 
+    def meet(self) -> None:
+        """Return once all workers are here."""
+        self.begin_max(torch.zeros(1))()
+
     @contextmanager
     def global_weights(self) -> Iterator[None]:
         """Let the model have the anchors; for evaluation. Each worker's own weights come back."""

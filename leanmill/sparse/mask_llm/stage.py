@@ -15,6 +15,8 @@ from leanmill.core.noise import Noise
 from leanmill.core.rules import StepContext, StepRule
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, Stage
+from leanmill.kernels.sampled_mask import op as sampled_mask
+from leanmill.kernels.sampled_mask.draw import Draw
 from leanmill.sparse.mask_llm.product import masked
 
 
@@ -109,8 +111,27 @@ class MaskLlmStage(Stage):
         # Autocast would compute the mask in bf16.
         with torch.autocast(weight.device.type, enabled=False):
             if self.training:
-                return masked(weight, self.soft_mask(), self.pull_left)
+                return self._drawn(weight)
             return torch.where(self.mask(), weight, 0.0)
+
+    def _drawn(self, weight: Tensor) -> Tensor:
+        draw = None if torch.compiler.is_compiling() else self._draw()
+        if draw is not None and sampled_mask.covers(weight, self.logits, draw):
+            return sampled_mask.drawn(weight, self.logits, draw, self.pull_left)
+        return masked(weight, self.soft_mask(), self.pull_left)
+
+    def _draw(self) -> Draw | None:
+        """What a kernel needs to know; None on a GPU, where asking would wait for it."""
+        if self.temperature.device.type != "cpu":
+            return None
+        return Draw(
+            self.num_kept,
+            self.group_size,
+            scale=float(self.scale),
+            temperature=float(self.temperature),
+            key=int(self.noise.key),
+            first=self.noise.first_row * self.logits.shape[1:].numel(),
+        )
 
     def soft_mask(self) -> Tensor:
         """The sampled mask of this step [..., out, in], at least fp32."""
@@ -163,6 +184,9 @@ class DrawnMaskStage(MaskLlmStage):
 
     def _add_constants(self, dtype: torch.dtype) -> None:
         """It has none."""
+
+    def _drawn(self, weight: Tensor) -> Tensor:
+        return masked(weight, self.soft_mask(), self.pull_left)
 
     def soft_mask(self) -> Tensor:
         scores = self._scores().unflatten(-1, (-1, self.group_size))

@@ -11,13 +11,20 @@ from leanmill.core.blocks import decoder_blocks
 from leanmill.core.errors import ConfigError
 from leanmill.core.experts import is_stacked_experts
 from leanmill.core.levels import SearchConfig
-from leanmill.core.passes import DecomposingPassConfig, ExpertPassConfig, LinearPassConfig, PassConfig
+from leanmill.core.passes import (
+    DecomposingPassConfig,
+    ExpertPassConfig,
+    LinearPassConfig,
+    MergingPassConfig,
+    PassConfig,
+)
 from leanmill.core.sites import matches
 from leanmill.core.surgery import SurgeryConfig
 from leanmill.models.build import build_on_meta
 from leanmill.models.config import ModelConfig
 from leanmill.models.mapping import mapping_of
 from leanmill.trainer.passes.expert_pass import check_experts
+from leanmill.trainer.passes.merging import check_others
 
 
 def after_passes(
@@ -39,6 +46,8 @@ def after_passes(
         if isinstance(config, SurgeryConfig):
             after = config.surgeon(seed).config(built.config)
             model = model.model_copy(update={"config": mapping_of(after), "path": None, "revision": None})
+        elif isinstance(config, MergingPassConfig):
+            check_others(config, built.config)
         elif isinstance(config, ExpertPassConfig):
             check_experts(config, built.config)
         elif isinstance(config, LinearPassConfig | SearchConfig):

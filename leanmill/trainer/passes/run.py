@@ -19,6 +19,7 @@ from leanmill.core.passes import (
     DecomposingPassConfig,
     ExpertPassConfig,
     LayerPassConfig,
+    MergingPassConfig,
     ObservingPassConfig,
     PassConfig,
     SensitivePassConfig,
@@ -44,6 +45,7 @@ from leanmill.trainer.passes.foresight import after_passes
 from leanmill.trainer.passes.gradients import expert_gradients
 from leanmill.trainer.passes.layer_pass import LayerPass, LayerReport
 from leanmill.trainer.passes.memory import return_large_blocks
+from leanmill.trainer.passes.merging import merge
 from leanmill.trainer.passes.observing_pass import BlockReport, ObservingPass
 from leanmill.trainer.passes.search import UnitReport, search_levels
 from leanmill.trainer.passes.sensitive_pass import SensitivePass
@@ -105,6 +107,8 @@ def compress_in(ranks: Ranks, recipe: CompressRecipe, out: Path) -> list[PassRep
             writer = TargetFolder(target, turned) if ranks.rank == 0 else None
             if isinstance(config, SurgeryConfig):
                 reports += [_operate(config, recipe, source, model, batches, writer, ranks=ranks, dtype=dtype)]
+            elif isinstance(config, MergingPassConfig):
+                reports += [merge(config, source, writer)]
             elif isinstance(config, SearchConfig):
                 stream = BlockStream(source, model, batches, device=ranks.device, dtype=dtype)
                 work_dir = Path(config.work_dir or f"{out}.search")

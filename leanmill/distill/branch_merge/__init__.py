@@ -1,0 +1,1 @@
+"""Merging models that were trained apart from one start."""
