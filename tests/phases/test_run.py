@@ -211,6 +211,7 @@ def test_state_goes_on_and_weights_are_folded(home, tmp_path):
     assert not torch.equal(folded[name], first[name])
 
 
+@pytest.mark.slow
 def test_branches_are_merged(home, tmp_path):
     other = {"name": "other", "start_from": "base", "overrides": {"train.steps": 2, "optimizer.lr": 0.01}}
     merging = {"name": "merge", "start_from": "dense", "passes": [{"type": "branch_merge", "models": ["phase:other"]}]}
