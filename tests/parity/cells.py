@@ -160,8 +160,10 @@ def why_not(cell: Cell) -> str | None:
         return "factors of balance losses are fp32"
     try:
         recipe_of(cell, "teacher")
-    except (ConfigError, ValidationError) as error:
-        return " ".join(str(error).split())
+    except ValidationError as error:
+        return " ".join(one["msg"].removeprefix("Value error, ") for one in error.errors()).replace("\n", "; ")
+    except ConfigError as error:
+        return str(error)
     return None
 
 

@@ -13,10 +13,11 @@ from tests.parity.running import Result, reference, run_cells
 
 
 FAST = {
-    ("ddp", "dp"): ("dense", "2:4", "distill"),
+    ("ddp", "dp"): ("distill",),
     ("fsdp", "dp"): ("ternary", "branch"),
     ("ddp", "ep2"): ("2:4",),
     ("fsdp", "ep2"): ("dense",),
+    ("fsdp", "tp2"): ("2:4",),
 }
 """In fp64, with accumulation, recomputation and packed rows."""
 
