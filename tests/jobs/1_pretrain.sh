@@ -2,7 +2,7 @@
 source "$(dirname "$0")/tiny.sh"
 leanmill init base
 leanmill check base/recipe.yaml $TINY
-leanmill plan base/recipe.yaml $TINY --rank-tflops 0.05 > plan.txt
+leanmill plan base/recipe.yaml $TINY --rank-tflops 0.05 | tee plan.txt
 grep -q "fits" plan.txt
 grep -q "the run" plan.txt
 leanmill launch base/recipe.yaml $TINY run_dir=runs/base data.tokenizer.vocab_size=512 model.config.vocab_size=512 --ranks 2

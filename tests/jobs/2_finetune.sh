@@ -8,7 +8,7 @@ cat > template.jinja <<'T'
 T
 SMALL="data.sequence_length=256 data.cache_dir=$PWD/cache batch.tokens_per_step=512 batch.tokens_per_micro_batch=512
   train.epochs=1 eval.tokens_per_domain=256 eval.every_steps=8 checkpoint.every_steps=8 device=cpu data.tokenizer.chat_template=template.jinja"
-leanmill data preview recipe.yaml $SMALL > rows.txt
+leanmill data preview recipe.yaml $SMALL | tee rows.txt
 grep -q "list comprehension\|dictionary\|function" rows.txt
 leanmill train recipe.yaml $SMALL run_dir=../runs/answers
 cd ..
