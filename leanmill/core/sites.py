@@ -170,7 +170,9 @@ class Sites:
         """One line: n of N weights carry stages or adapters beside them, by kind, and which are left plain."""
         staged = {name for name, site in iter_sites(self.model) if _does_more_than_decode(site)}
         branched = {clean_name(path) for path, _ in branched_layers(self.model)} & self.candidates.keys()
-        parts = [f"converted {self._shares(staged)} weights"] if staged or not branched else []
+        if not staged and not branched:
+            return "no weight is converted: what the techniques do stands beside the weights"
+        parts = [f"converted {self._shares(staged)} weights"] if staged else []
         if branched:
             kinds = {self.candidates[name].kind for name in branched}
             parts.append(f"{self._shares(branched, kinds)} weights with an adapter beside them")

@@ -149,3 +149,7 @@ def test_matching_is_by_whole_parts():
     assert matches("up_proj", "a.up_proj")
     assert not matches("proj", "a.up_proj")
     assert not matches("a", "a.up_proj")
+
+
+def test_a_report_where_no_weight_is_converted():
+    assert Sites(tiny("llama")).report() == "no weight is converted: what the techniques do stands beside the weights"

@@ -17,6 +17,7 @@ from leanmill.report.page.scale import Scale, fit, smooth, thin
 
 
 _SIDE = 1000
+_MOST_DIGITS = 12
 """Side of the stretched coordinate system."""
 
 
@@ -167,10 +168,17 @@ def _events(chart: Chart, x_scale: Scale) -> str:
 
 
 def _y_labels(chart: Chart, y_scale: Scale) -> str:
+    ticks = y_scale.ticks()
     return "".join(
-        f'<span style="top:{100 * (1 - y_scale(tick)):.2f}%">{escape(chart.format(tick))}</span>'
-        for tick in y_scale.ticks()
+        f'<span style="top:{100 * (1 - y_scale(tick)):.2f}%">{escape(label)}</span>'
+        for tick, label in zip(ticks, _distinct(ticks, chart.format), strict=True)
     )
+
+
+def _distinct(ticks: Sequence[float], write: Callable[[float], str]) -> list[str]:
+    """Labels of ticks as the chart writes values; with the digits they have where that would write two alike."""
+    labels = [write(tick) for tick in ticks]
+    return labels if len({*labels}) == len(labels) else [f"{tick:.{_MOST_DIGITS}g}" for tick in ticks]
 
 
 def _x_labels(x_scale: Scale, axis: Axis) -> str:
