@@ -17,7 +17,8 @@ Batch = Mapping[str, "Tensor"]
 `labels[b, t]` is the target of position t, -100 where there is none), `position_ids` [B, S] int64
 (restarting at 0 in each document). In training also `row_ids` [B] int64: numbers of the rows in the
 order of the data, the same on any number of ranks. Where rows may be padded, in training also `token_mask`
-[B, S] bool: false in padding. A position without a label is a token all the same. Of rows of
+[B, S] bool: false in padding. A position without a label is a token all the same.
+Of rows that ranks share, a model gets its part of all these and `document_ids` [B, S] int64 of whole rows. Of rows of
 sentence pairs `text_lengths` [B, texts] int64 and `scores` [B, 1] fp32, see `leanmill.data.sentence_rows`."""
 
 

@@ -190,6 +190,10 @@ class TechniqueConfig(Config):
         """Whether it has been shown to train what one process trains where ranks share matmuls (`layout.tp`)."""
         return False
 
+    def holds_where_rows_are_shared(self) -> bool:
+        """Whether it has been shown to train what one process trains where ranks have parts of rows (`layout.cp`)."""
+        return False
+
     def holds_where_workers_drift(self) -> bool:
         """Whether it has been shown to hold where workers step without each other (`layout.low_comm`).
 

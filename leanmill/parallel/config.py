@@ -139,7 +139,7 @@ class FullyShardedExperts(Config):
 
 
 class LayoutConfig(Config):
-    """How ranks share the work: all are dp_replicate x dp_shard x tp, and groups of `ep` among them share experts."""
+    """How ranks share the work: all are dp_replicate x dp_shard x tp; groups of `ep` or `cp` among them share more."""
 
     ep: int = Field(default=1, ge=1)
     """Ranks that share the experts of each layer: each holds num_experts / ep of them, and tokens travel to their
@@ -157,6 +157,13 @@ class LayoutConfig(Config):
     tp: int = Field(default=1, ge=1)
     """Neighbouring ranks that share each layer's matmuls (tensor parallel): each holds some attention heads,
     some of the MLP's width and some of the vocabulary. They read the same data. 1 shares none."""
+    cp: int = Field(default=1, ge=1)
+    """Neighbouring ranks that share every row (context parallel): each has the tokens of one part of it, and meets the
+    others' in attention. They read the same data, and hold or shard weights as ranks that read different data do. 1
+    leaves rows whole."""
+    cp_attention: Literal["ulysses", "all_gather"] = "ulysses"
+    """How ranks that share rows attend. `ulysses`: each to whole rows with some of the heads, which it gives places
+    for; `cp` divides the heads. `all_gather`: each with all heads of its own places, to keys and values of all."""
     experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
     """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
     low_comm: OuterConfig | None = None
@@ -185,13 +192,14 @@ class LayoutConfig(Config):
         """Return how many ranks read different data.
 
         Raises:
-            ConfigError: `tp` does not divide the ranks.
+            ConfigError: `tp` or `cp` does not divide the ranks.
         """
-        if world_size % self.tp:
-            near = near_divisors(self.tp, world_size)
-            ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
-            raise ConfigError(f"layout.tp={self.tp} does not divide the {ranks}; set layout.tp={near}")
-        return world_size // self.tp
+        for key, size in (("tp", self.tp), ("cp", self.cp)):
+            if world_size % size:
+                near = near_divisors(size, world_size)
+                ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+                raise ConfigError(f"layout.{key}={size} does not divide the {ranks}; set layout.{key}={near}")
+        return world_size // (self.tp * self.cp)
 
     def num_expert_ranks(self, world_size: int) -> int:
         """Return how many ranks share the experts of a layer."""

@@ -66,6 +66,7 @@ class DdpEngine(TorchEngine):
         elif self.layout.ep > 1:
             spread_experts(module.model, self.layout, *replicated_experts(self.layout))  # type: ignore[arg-type]
         self._split_matmuls(module, replicated=True)
+        self._rows.prepare(module.model)  # type: ignore[arg-type]
         self.staging = ReplicaStaging(self._staged_once(module, self.config.staging), self.precision)
         preparation.materialise(module)
         self.module = module.to(self.device)
@@ -75,7 +76,7 @@ class DdpEngine(TorchEngine):
         elif self.layout.ep > 1 or self.layout.tp > 1:
             spread = [p for p in self.module.parameters() if is_spread(p)]
             staged = {id(p) for p in own}
-            group = self.layout.data_group or self.layout.experts.get_group("replicate")
+            group = self.layout.token_group or self.layout.experts.get_group("replicate")
             self._spread = SpreadReduction([p for p in spread if p.requires_grad and id(p) not in staged], group)
             own += spread
         _leave_out(self.module, own)
@@ -101,7 +102,7 @@ class DdpEngine(TorchEngine):
             # buffers; gloo could not broadcast every dtype either.
             init_sync=False,
             gradient_as_bucket_view=True,
-            process_group=self.layout.data_group or self.layout.inside,
+            process_group=self.layout.token_group or self.layout.inside,
             **_NO_BUFFERS,
         )
 

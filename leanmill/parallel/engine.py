@@ -52,7 +52,8 @@ class Engine(ABC):
     """Which share of the data this process reads, in [0, data_size)."""
     data_size: int
     step_size: int
-    """Ranks that step together, over which gradients are means; all that read data, or those of one worker."""
+    """Ranks that step together, over which gradients are means: all that compute tokens of their own, or those of one
+    worker."""
     layout: Layout
     """How the ranks share the work."""
     module: nn.Module
@@ -75,7 +76,7 @@ class Engine(ABC):
             num_valid_tokens: Targets of all ranks that step together, fp32 scalar, equal on all of them.
 
         Returns:
-            Losses summed over this rank's micro-batches (not over ranks), detached.
+            Losses summed over this rank's micro-batches (not over ranks that read other data), detached.
         """
 
     def _begin_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class FsdpEngine(TorchEngine):
         elif self.layout.ep > 1:
             self._experts = self._spread_experts(module.model)  # type: ignore[arg-type]
         self._split_matmuls(module, replicated=False)
+        self._rows.prepare(module.model)  # type: ignore[arg-type]
         group = self.mesh.get_group("shard")
         against = {} if self._experts is None else {"reason_against": self._experts.reason_against}
         weights = self._staged_once(module, self.config.staging, num_shards=group.size(), **against)

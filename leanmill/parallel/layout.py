@@ -15,6 +15,12 @@ they split is dense in everything else: the mean is over the ranks with the same
 own, those that share experts too. The tokens of all `ep` ranks of a group
 meet at one expert, whose gradient is therefore the sum of theirs.
 
+Ranks of a context-parallel group (`cp`, neighbours) read the same data, and each computes a part of every row. To a
+dense parameter they are as ranks that read different data: a loss is a sum over tokens, each of which one rank of all
+has, so its gradient is the sum over all ranks of what each one's own tokens give. What goes through attention comes
+back through the transposed exchange, so that it is counted once, at the rank of the token it came from. Losses are
+scaled up by the ranks that a reduction averages, `reduced_size`, which are these and those that read other data.
+
 Workers that train with little communication (`layout.low_comm`) are each such a grid: "all ranks" are then those of
 one worker.
 """
@@ -47,6 +53,10 @@ class Layout:
     """Ranks that share the experts of a layer; neighbours, since tokens travel between them."""
     tp: int = 1
     """Ranks that share each layer's matmuls; neighbours, since activations travel between them."""
+    cp: int = 1
+    """Ranks that share every row; neighbours, since keys and values travel between them."""
+    cp_attention: Literal["ulysses", "all_gather"] = "ulysses"
+    """How those attend."""
     device_type: str = "cpu"
     expert_chunks: int = 1
     """Pieces of a rank's tokens that travel to experts one after the other."""
@@ -58,15 +68,30 @@ class Layout:
     @property
     def data_size(self) -> int:
         """Ranks that read different data."""
-        return self.world_size // self.tp
+        return self.world_size // (self.tp * self.cp)
 
     def data_rank(self, rank: int) -> int:
         """Return which share of the data a rank reads, in [0, data_size)."""
-        return rank // self.tp
+        return rank // (self.tp * self.cp)
+
+    @property
+    def reduced_size(self) -> int:
+        """Ranks that a dense parameter's gradient is averaged over: those of a worker that compute different tokens."""
+        return self.step_size // self.tp
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks that read different data and share matmuls and rows as this one; None where those are all ranks."""
+        return self.rows.get_group("data") if self.cp > 1 else self.token_group
 
     @cached_property
-    def data_group(self) -> dist.ProcessGroup | None:
-        """The ranks that read different data and share matmuls as this one does; None where those are all ranks."""
+    def rows(self) -> DeviceMesh:
+        """All ranks, where rows are shared: `data` x `cp`."""
+        return init_device_mesh(self.device_type, (self.data_size, self.cp), mesh_dim_names=("data", "cp"))
+
+    @cached_property
+    def token_group(self) -> dist.ProcessGroup | None:
+        """The ranks that compute different tokens and share matmuls as this one; None where those are all ranks."""
         if self.tp == 1:
             return None
         if 1 in (self.dp_replicate, self.dp_shard):
@@ -168,11 +193,15 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         inner = resolve_layout(alone, engine, world_size // workers, device_type)
         return replace(inner, world_size=world_size, workers=workers)
     tp, data_size = config.tp, config.data_size(world_size)
-    if tp > 1 and isinstance(engine, DeepSpeedEngine):
-        raise ConfigError(f"layout.tp={tp} is for engines on torch alone, not for DeepSpeed; type engine=fsdp")
+    for key, size in (("tp", tp), ("cp", config.cp)):
+        if size > 1 and isinstance(engine, DeepSpeedEngine):
+            raise ConfigError(f"layout.{key}={size} is for engines on torch alone, not for DeepSpeed; type engine=fsdp")
     if tp > 1:
         return Layout(world_size, _dp_shard(config, engine, data_size, tp), tp=tp, device_type=device_type)
     dp_shard = _dp_shard(config, engine, world_size)
+    if config.cp > 1:
+        rows = {"cp": config.cp, "cp_attention": config.cp_attention}
+        return Layout(world_size, dp_shard, device_type=device_type, **rows)
     if isinstance(config.experts, FullyShardedExperts):
         if world_size == 1:
             raise ConfigError(

@@ -16,6 +16,7 @@ from leanmill.core.names import state_name
 from leanmill.core.staging import StagedOnce
 from leanmill.core.views import Views
 from leanmill.parallel.collectives import set_data_group
+from leanmill.parallel.context_rows import CutRows, WholeRows
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks
@@ -42,7 +43,9 @@ class TorchEngine(Engine):
         self.device, self._ranks = ranks.device, ranks
         self.layout = layout or Layout(ranks.world_size, device_type=ranks.device.type)
         self.data_rank, self.data_size = self.layout.data_rank(ranks.rank), self.layout.data_size
-        self.step_size = self.data_size // self.layout.workers
+        self.step_size = self.layout.reduced_size
+        shared = None if self.layout.cp == 1 else self.layout.rows.get_group("cp")
+        self._rows = WholeRows() if shared is None else CutRows(shared, self.layout.cp_attention)
         set_data_group(self.layout.data_group)
         self.precision = precision
         self._partial = PartialGradients((), None)
@@ -116,6 +119,7 @@ class TorchEngine(Engine):
         allocate_state(self._optimizer, pulled(self._optimizer))
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
+        micro_batches = [self._rows.part(batch) for batch in micro_batches]
         self.staging.begin()
         scale = self._begin_backward(micro_batches, num_valid_tokens)
         sums: Losses = {}
@@ -128,7 +132,7 @@ class TorchEngine(Engine):
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         self._partial.add_up()
         self.staging.finish()
-        return sums
+        return self._rows.total(sums)
 
     def _look(self, batch: Batch) -> None:
         with self._autocast():
@@ -182,7 +186,9 @@ class TorchEngine(Engine):
         self.module.eval()
         try:
             with self._autocast(), self.staging.for_evaluation():
-                return self.module(batch) if wanted == "losses" else self.module(batch, wanted=wanted)  # type: ignore[no-any-return]
+                part = self._rows.given(batch, wanted)
+                found = self.module(part) if wanted == "losses" else self.module(part, wanted=wanted)
+                return self._rows.found(found, wanted)
         finally:
             self.module.train(was_training)
             self._settle()

@@ -132,7 +132,7 @@ class Subject:
             _with_staging_settled(case.engine, weights, case, rank_memory_bytes),
             changed.optimizer,
             weights,
-            world_size=layout.data_size,
+            world_size=layout.world_size // layout.tp,
             precision=changed.train.precision,
             num_micro_batches=micro_batches_of_step(changed, layout.data_size),
         )

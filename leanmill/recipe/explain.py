@@ -181,6 +181,11 @@ def _layout(recipe: Recipe) -> list[str]:
             f"tp {layout.tp}: groups of {layout.tp} neighbouring ranks share the matmuls of each layer and read the "
             f"same data; activations travel between them"
         )
+    if layout.cp > 1:
+        lines.append(
+            f"cp {layout.cp} ({layout.cp_attention}): groups of {layout.cp} neighbouring ranks have a part of every row "
+            f"each and read the same data; in attention {_travel(layout)}"
+        )
     if layout.low_comm is not None:
         lines += layout.low_comm.lines()
     return lines
@@ -192,7 +197,7 @@ def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
         f"{batch.tokens_per_step:,} tokens an optimizer step = {batch.tokens_per_step // row:,} rows of {row:,}; "
         f"{batch.tokens_per_micro_batch:,} tokens = {batch.tokens_per_micro_batch // row:,} rows a forward on one rank"
     ]
-    for size in (size for size in world_sizes if size % recipe.layout.tp == 0):
+    for size in (size for size in world_sizes if size % (recipe.layout.tp * recipe.layout.cp) == 0):
         share = batch.tokens_per_micro_batch * recipe.layout.data_size(size)
         ranks = f"{size} rank{'s' if size > 1 else ''}"
         if batch.tokens_per_step % share == 0:

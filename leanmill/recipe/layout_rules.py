@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from leanmill.core.near import near_divisors, near_multiples
 from leanmill.models.expert_sizes import NUM_EXPERTS
+from leanmill.parallel.context_plan import context_problems
 
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ def layout_problems(recipe: Sections) -> Iterator[str]:
     yield from _sharding(recipe)
     if recipe.layout.tp > 1:
         yield from _shared_matmuls(recipe)
+    if recipe.layout.cp > 1:
+        yield from _shared_rows(recipe)
+    elif recipe.layout.cp_attention != "ulysses":
+        yield f"layout.cp_attention={recipe.layout.cp_attention} is about rows that ranks share; set layout.cp, or remove it"
     if recipe.layout.experts.type == "fully_sharded":
         yield from _fully_sharded(recipe)
     elif recipe.layout.ep > 1:
@@ -74,6 +79,31 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
         if isinstance(number, int) and number > 0 and number % layout.tp:
             near = near_divisors(layout.tp, number)
             yield f"{asked} does not divide model.config.{key}={number}; set layout.tp={near}"
+
+
+def _shared_rows(recipe: Sections) -> Iterator[str]:
+    layout, engine = recipe.layout, recipe.engine
+    asked = f"layout.cp={layout.cp}"
+    if engine.type == "single":
+        yield f"{asked} shares rows among ranks, and engine=single is one; type engine=ddp or engine=fsdp"
+    if engine.type == "deepspeed":
+        yield f"{asked} is for engines on torch alone, not for DeepSpeed; type engine=fsdp, or remove it"
+    if layout.tp > 1:
+        yield f"{asked} has not been shown to hold beside layout.tp={layout.tp}; set one of the two to 1"
+    if layout.tokens_travel:
+        yield f"{asked} does not go together with experts that ranks share; set layout.cp=1, or keep experts whole"
+    if layout.low_comm is not None:
+        yield f"{asked} has not been shown to hold beside layout.low_comm; set layout.cp=1, or remove layout.low_comm"
+    if recipe.train.compile:
+        yield f"{asked} sends keys and values in the middle of compiled blocks; set train.compile=false"
+    if recipe.model.task != "causal_lm":
+        yield f"{asked} is for causal language models, and model.task={recipe.model.task}; set layout.cp=1"
+    if recipe.model.attention not in ("auto", "sdpa"):
+        yield f"{asked} has an attention of its own, not model.attention={recipe.model.attention}; remove it"
+    if recipe.data.sequence_length % layout.cp:
+        near = near_divisors(layout.cp, recipe.data.sequence_length)
+        yield f"{asked} does not divide data.sequence_length={recipe.data.sequence_length}; set layout.cp={near}"
+    yield from context_problems(recipe.model.family_config or {}, layout.cp, layout.cp_attention)
 
 
 def _experts(recipe: Sections) -> Iterator[str]:

@@ -23,6 +23,7 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
     yield from _references(recipe)
     yield from _experts(recipe)
     yield from _shared_matmuls(recipe)
+    yield from _shared_rows(recipe)
     yield from _own_text(recipe)
     for technique in recipe.techniques:
         yield from technique.problems_with_rows_of(recipe.data.sequence_length)
@@ -45,6 +46,14 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
         if tp > 1 and not config.holds_where_matmuls_are_shared():
             name: str = config.type  # type: ignore[attr-defined]
             yield f"{name} has not been shown to hold where ranks share matmuls; set layout.tp=1, or remove {name}"
+
+
+def _shared_rows(recipe: Sections) -> Iterator[str]:
+    cp = recipe.layout.cp
+    for config in recipe.techniques:
+        if cp > 1 and not config.holds_where_rows_are_shared():
+            name: str = config.type  # type: ignore[attr-defined]
+            yield f"{name} has not been shown to hold where ranks share rows; set layout.cp=1, or remove {name}"
 
 
 def _own_text(recipe: Sections) -> Iterator[str]:

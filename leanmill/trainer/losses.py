@@ -18,7 +18,9 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
         return encoder_inputs(model, batch)
     # No attention mask: transformers derives the block-diagonal causal mask from positions that
     # restart at each document.
-    return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    # Of a row that ranks share, a model sees a part: documents are known from the whole, and reach attention as they are.
+    return inputs | ({"document_ids": batch["document_ids"]} if "document_ids" in batch else {})
 
 
 def loss_in_head(model: nn.Module, inputs: dict[str, Any], num_tokens: int, loss: HeadLoss) -> Tensor | None:

@@ -43,6 +43,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep4": {"ep": 4},
     "experts sharded": {"experts": "fully_sharded"},
     "tp2": {"tp": 2},
+    "cp2": {"cp": 2},
+    "cp2 gathered": {"cp": 2, "cp_attention": "all_gather"},
+    "cp4 gathered": {"cp": 4, "cp_attention": "all_gather"},
 }
 TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "dense": [],
@@ -150,7 +153,7 @@ def why_not(cell: Cell) -> str | None:
     """Return why there is no such cell; None where there is."""
     if (cell.engine == "single") != (cell.world_size == 1):
         return "one process is engine=single"
-    if any(cell.world_size % LAYOUTS[cell.layout].get(group, 1) for group in ("ep", "tp")):
+    if any(cell.world_size % LAYOUTS[cell.layout].get(group, 1) for group in ("ep", "tp", "cp")):
         return "groups larger than the world"
     if cell.engine == "hsdp" and cell.world_size < 4 * LAYOUTS[cell.layout].get("tp", 1):
         return "replicas of shards need 4 data ranks"

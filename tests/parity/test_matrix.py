@@ -18,6 +18,8 @@ FAST = {
     ("ddp", "ep2"): ("2:4",),
     ("fsdp", "ep2"): ("dense",),
     ("fsdp", "tp2"): ("2:4",),
+    ("ddp", "cp2"): ("2:4",),
+    ("fsdp", "cp2 gathered"): ("branch",),
 }
 """In fp64, with accumulation, recomputation and packed rows."""
 

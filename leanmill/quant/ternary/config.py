@@ -33,6 +33,10 @@ class Ternary(BitNetInputs, Warmup, WeightTechniqueConfig):
         """Return True: stages see whole weights and whole activations."""
         return True
 
+    def holds_where_rows_are_shared(self) -> bool:
+        """Return True: weights are whole, and each token has a scale of its own."""
+        return True
+
     def holds_where_workers_drift(self) -> bool:
         """Return True: scales come from the weights that travel."""
         return True

@@ -121,6 +121,10 @@ class NMSparsity(TechniqueConfig):
         """Return whether no rule looks at masks of weights that ranks have parts of."""
         return self.decay_on == "gradient" and not self.log_flips
 
+    def holds_where_rows_are_shared(self) -> bool:
+        """Return True: masks come from weights and gradients, which are whole."""
+        return True
+
     def holds_where_workers_drift(self) -> bool:
         """Return True: masks come from the weights that travel."""
         return True
