@@ -172,6 +172,25 @@ def test_a_run_goes_on_where_other_numbers_of_ranks_share_matmuls(tmp_path, cach
     assert main(["export", "--checkpoint", str(tmp_path / "whole"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("end_to_end")
+def test_a_run_goes_on_where_ranks_share_rows(tmp_path, cache):
+    """From two ranks that share rows to one process and back: the losses of one process, on the same tokens."""
+    alone, shared, moved = (write_recipe(tmp_path, cache, "ddp", 6, name) for name in ("alone", "shared", "moved"))
+    constant, rows = "schedule.type=constant", "layout.cp=2"
+    finish(launch(alone, constant, "engine=single", num_ranks=1))
+    finish(launch(shared, constant, rows, "layout.cp_attention=all_gather"))
+    finish(launch(moved, constant, rows, "layout.cp_attention=all_gather", "train.steps=2"))
+    assert "resumed" in finish(launch(moved, constant, "engine=single", "train.steps=4", num_ranks=1))
+    assert "resumed" in finish(launch(moved, constant, rows, "layout.cp_attention=all_gather"))
+    expected = losses(tmp_path / "alone")
+    for name in ("shared", "moved"):
+        got = losses(tmp_path / name)
+        assert got.keys() == expected.keys()
+        assert all(abs(expected[step] - got[step]) < 1e-4 for step in expected), (name, expected, got)
+
+
 @pytest.mark.xdist_group("end_to_end")
 def test_sigterm_finishes_the_step_and_saves(tmp_path, cache):
     process = launch(write_recipe(tmp_path, cache, "ddp", 100_000))

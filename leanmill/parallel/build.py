@@ -62,7 +62,9 @@ def build_engine(
     experts = f", experts over groups of {resolved.ep}" if resolved.ep > 1 else ""
     experts = ", experts sharded over all of them" if resolved.fully_sharded else experts
     experts = f"{experts}, matmuls shared by groups of {resolved.tp}" if resolved.tp > 1 else experts
-    experts = f"{experts}, rows shared by groups of {resolved.cp} ({resolved.cp_attention})" if resolved.cp > 1 else experts
+    experts = (
+        f"{experts}, rows shared by groups of {resolved.cp} ({resolved.cp_attention})" if resolved.cp > 1 else experts
+    )
     return engine, f"engine {engine.name} on {places}{experts} ({ranks.device.type}, {precision}): {why}"
 
 
@@ -73,12 +75,21 @@ def _check_ranks_agree(layout: Layout) -> None:
         RunError: They were started with other layouts; the same on all ranks.
     """
     options = None if layout.fully_sharded is None else layout.fully_sharded.model_dump(mode="json")
-    sizes = [layout.dp_shard, layout.tp, layout.ep, layout.expert_chunks, options, layout.workers, layout.cp, layout.cp_attention]
+    sizes = [
+        layout.dp_shard,
+        layout.tp,
+        layout.ep,
+        layout.expert_chunks,
+        options,
+        layout.workers,
+        layout.cp,
+        layout.cp_attention,
+    ]
     if not same_on_all_ranks(sizes):
         found = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(sizes)))
         raise RunError(
-            f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts, workers, cp, cp_attention] is {found}; "
-            f"start every rank with the same recipe"
+            f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts, workers, cp, cp_attention] is {found}"
+            f"; start every rank with the same recipe"
         )
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
 from leanmill.parallel.context_exchange import all_places, heads_for_rows, rows_for_heads
+from leanmill.parallel.context_plan import repeats
 
 
 NAME = "leanmill_context_parallel"
@@ -97,7 +98,9 @@ class ContextAttention:
             key, value = all_places(key, self._group), all_places(value, self._group)
             found = self._attend(query, key, value, self._group.rank() * length, *settings)
         else:
-            key, value = (_heads_for(query.shape[1], num_ranks, tensor) for tensor in (key, value))
+            # The gradient of a head is the sum over its copies, on whichever rank.
+            copies = repeats(query.shape[1], key.shape[1], num_ranks)
+            key, value = (tensor.repeat_interleave(copies, 1) for tensor in (key, value))
             query, key, value = (heads_for_rows(tensor, self._group) for tensor in (query, key, value))
             found = rows_for_heads(self._attend(query, key, value, 0, *settings), self._group)
         return found.transpose(1, 2).contiguous(), None
@@ -114,19 +117,9 @@ class ContextAttention:
     ) -> Tensor:
         """Attend with queries of the places from `first` on to keys of all places."""
         mask = self._masks.of(document_ids, first, query.shape[2], window)
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(repeats, 1) for tensor in (key, value))
+        copies = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(copies, 1) for tensor in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-
-
-def _heads_for(num_heads: int, num_ranks: int, tensor: Tensor) -> Tensor:
-    """Repeat heads of keys or values as often as it takes that each rank gets as many, those of its queries.
-
-    The gradient of a head is the sum over its copies, on whichever rank.
-    """
-    groups = tensor.shape[1]
-    repeats = next(r for r in range(1, num_heads // groups + 1) if num_heads % (groups * r) == groups * r % num_ranks == 0)
-    return tensor.repeat_interleave(repeats, 1)
 
 
 class _Masks:

@@ -36,3 +36,47 @@ def context_problems(config: Any, cp: int, kind: str) -> Iterator[str]:
             f"{asked} does not divide model.config.num_attention_heads={heads}; set layout.cp="
             f"{near_divisors(cp, heads)}, or layout.cp_attention=all_gather"
         )
+
+
+def repeats(num_heads: int, num_groups: int, cp: int) -> int:
+    """Return how often a head of keys is repeated until ranks get equally many, each those of its queries.
+
+    Args:
+        num_heads: Of queries; `cp` divides them.
+        num_groups: Heads of keys and values, which divide those.
+        cp: Ranks.
+    """
+    found = (
+        r for r in range(1, num_heads // num_groups + 1) if num_heads % (num_groups * r) == num_groups * r % cp == 0
+    )
+    return next(found)
+
+
+def sent_numbers(num_heads: int, num_groups: int, head_dim: int, cp: int, kind: str) -> int:
+    """Return the numbers that a rank sends in a layer for each token of its own, once forward; as many in backward.
+
+    Ulysses sends queries, keys, values and what was attended to, of which 1 / `cp` stays; keys and values that are
+    gathered go to every other rank.
+
+    Args:
+        num_heads: Of queries.
+        num_groups: Of keys and values.
+        head_dim: Of each.
+        cp: Ranks that share a row.
+        kind: `layout.cp_attention`.
+    """
+    if kind == "all_gather":
+        return (cp - 1) * 2 * num_groups * head_dim
+    return (cp - 1) * 2 * (num_heads + num_groups * repeats(num_heads, num_groups, cp)) * head_dim // cp
+
+
+def seen_bytes(tokens: int, sequence_length: int, cp: int, kind: str) -> int:
+    """Return the bytes of the mask that a rank keeps of a micro-batch: a byte for every query it has and key.
+
+    Args:
+        tokens: Of the micro-batch, whole rows.
+        sequence_length: Of a row.
+        cp: Ranks that share a row.
+        kind: `layout.cp_attention`.
+    """
+    return tokens * sequence_length // (cp if kind == "all_gather" else 1)

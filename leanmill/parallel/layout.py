@@ -200,8 +200,7 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         return Layout(world_size, _dp_shard(config, engine, data_size, tp), tp=tp, device_type=device_type)
     dp_shard = _dp_shard(config, engine, world_size)
     if config.cp > 1:
-        rows = {"cp": config.cp, "cp_attention": config.cp_attention}
-        return Layout(world_size, dp_shard, device_type=device_type, **rows)
+        return Layout(world_size, dp_shard, cp=config.cp, cp_attention=config.cp_attention, device_type=device_type)
     if isinstance(config.experts, FullyShardedExperts):
         if world_size == 1:
             raise ConfigError(

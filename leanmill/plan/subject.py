@@ -28,6 +28,7 @@ from leanmill.parallel.config import (
     FsdpEngine,
     FullyShardedExperts,
 )
+from leanmill.parallel.context_plan import seen_bytes
 from leanmill.parallel.expert_parallel import check_experts, expert_modules, num_held_parameters
 from leanmill.parallel.layout import resolve_layout
 from leanmill.parallel.naming import state_parameters
@@ -140,8 +141,12 @@ class Subject:
             memory.add("transient", "fetched experts", self._fetched_bytes(changed, layout.fully_sharded))
         if changed.layout.low_comm is not None:
             _add_outer(memory, case.engine, [weight for weight in weights if weight.trainable])
-        memory.add("transient", "activations", activation_bytes(changed, config, self.token_shares))
-        memory.add("transient", "logits", logits_bytes(changed, config.vocab_size, config.hidden_size))
+        here = _with_own_tokens(changed)
+        memory.add("transient", "activations", activation_bytes(here, config, self.token_shares))
+        memory.add("transient", "logits", logits_bytes(here, config.vocab_size, config.hidden_size))
+        if layout.cp > 1:
+            length, tokens = changed.data.sequence_length, changed.batch.tokens_per_micro_batch
+            memory.add("transient", "attention mask", seen_bytes(tokens, length, layout.cp, layout.cp_attention))
         memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
         return memory
 
@@ -157,6 +162,12 @@ class Subject:
         largest = max(layers.values(), default=0)
         is_kept = not experts.rematerialise and recipe.train.activation_checkpointing == "none"
         return largest + (sum(layers.values()) if is_kept else largest)
+
+
+def _with_own_tokens(recipe: Recipe) -> Recipe:
+    """Return the recipe with the tokens of a micro-batch that one rank has, where ranks share rows."""
+    own = recipe.batch.tokens_per_micro_batch // recipe.layout.cp
+    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"tokens_per_micro_batch": own})})
 
 
 def _add_outer(memory: Memory, engine: EngineConfig, trained: Sequence[Weight]) -> None:

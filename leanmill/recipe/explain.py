@@ -9,6 +9,7 @@ from leanmill.core.near import near_multiples
 from leanmill.core.registry import PASSES, known_techniques
 from leanmill.data.config import DataConfig, LocalCorpus, Prepared, Source, sources_of
 from leanmill.parallel.config import FullyShardedExperts
+from leanmill.parallel.context_plan import sent_numbers
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import FRESH, PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
@@ -183,12 +184,23 @@ def _layout(recipe: Recipe) -> list[str]:
         )
     if layout.cp > 1:
         lines.append(
-            f"cp {layout.cp} ({layout.cp_attention}): groups of {layout.cp} neighbouring ranks have a part of every row "
-            f"each and read the same data; in attention {_travel(layout)}"
+            f"cp {layout.cp} ({layout.cp_attention}): groups of {layout.cp} neighbouring ranks have a part of every "
+            f"row each and read the same data; {_travel(recipe)}"
         )
     if layout.low_comm is not None:
         lines += layout.low_comm.lines()
     return lines
+
+
+def _travel(recipe: Recipe) -> str:
+    """What ranks that share rows send, where the recipe says the model's sizes."""
+    layout, config = recipe.layout, recipe.model.family_config or {}
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not (isinstance(heads, int) and isinstance(hidden, int)):
+        return "they meet in attention"
+    groups, size = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+    numbers = sent_numbers(heads, groups, size, layout.cp, layout.cp_attention)
+    return f"in attention each sends {numbers:,} numbers a layer for each of its tokens, and as many in backward"
 
 
 def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:

@@ -22,7 +22,8 @@ def layout_problems(recipe: Sections) -> Iterator[str]:
     if recipe.layout.cp > 1:
         yield from _shared_rows(recipe)
     elif recipe.layout.cp_attention != "ulysses":
-        yield f"layout.cp_attention={recipe.layout.cp_attention} is about rows that ranks share; set layout.cp, or remove it"
+        asked = f"layout.cp_attention={recipe.layout.cp_attention}"
+        yield f"{asked} is about rows that ranks share; set layout.cp, or remove it"
     if recipe.layout.experts.type == "fully_sharded":
         yield from _fully_sharded(recipe)
     elif recipe.layout.ep > 1:

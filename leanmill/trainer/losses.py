@@ -19,7 +19,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     # No attention mask: transformers derives the block-diagonal causal mask from positions that
     # restart at each document.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
-    # Of a row that ranks share, a model sees a part: documents are known from the whole, and reach attention as they are.
+    # Of a row that ranks share, a model sees a part: documents, known from the whole, reach attention as they are.
     return inputs | ({"document_ids": batch["document_ids"]} if "document_ids" in batch else {})
 
 

@@ -60,6 +60,23 @@ def test_workers_are_each_such_a_grid() -> None:
         resolve_layout(config, FsdpEngine(), 6)
 
 
+@pytest.mark.parametrize(
+    ("layout", "engine", "world_size", "sizes"),
+    [
+        ({"cp": 2}, DdpEngine(), 2, (1, 2, 1)),
+        ({"cp": 4}, FsdpEngine(), 8, (8, 1, 2)),
+        ({"cp": 4, "dp_shard": 2}, FsdpEngine(), 16, (2, 8, 4)),
+    ],
+)
+def test_ranks_that_share_rows_hold_weights_as_data_ranks_do(
+    layout: dict[str, int], engine: EngineConfig, world_size: int, sizes: tuple[int, ...]
+) -> None:
+    found = resolve_layout(LayoutConfig(**layout), engine, world_size)
+    assert (found.dp_shard, found.dp_replicate, found.data_size) == sizes
+    assert found.reduced_size == world_size
+    assert [found.data_rank(rank) for rank in (0, found.cp - 1, world_size - 1)] == [0, 0, found.data_size - 1]
+
+
 def test_fully_sharded_experts_are_on_all_ranks() -> None:
     found = resolve_layout(LayoutConfig(experts="fully_sharded"), FsdpEngine(shard_size=2), 6)  # type: ignore[arg-type]
     assert (found.dp_shard, found.ep, found.expert_shard, found.expert_replicate) == (2, 6, 1, 1)
@@ -75,6 +92,8 @@ def test_fully_sharded_experts_are_on_all_ranks() -> None:
         ({"ep": 6}, FsdpEngine(shard_size=4), 12, r"nor is a multiple of them; set layout.ep=4, or layout.dp_shard=6"),
         ({"tp": 3}, DdpEngine(), 8, r"layout.tp=3 does not divide the 8 ranks; set layout.tp=2 or 4"),
         ({"tp": 2}, DeepSpeedEngine(), 8, r"layout.tp=2 is for engines on torch alone, not for DeepSpeed"),
+        ({"cp": 3}, DdpEngine(), 8, r"layout.cp=3 does not divide the 8 ranks; set layout.cp=2 or 4"),
+        ({"cp": 2}, DeepSpeedEngine(), 8, r"layout.cp=2 is for engines on torch alone, not for DeepSpeed"),
         ({"tp": 2, "dp_shard": 3}, FsdpEngine(), 8, r"the 4 ranks that layout.tp=2 leaves; set one of \[2, 4\]"),
         ({"dp_shard": 3}, FsdpEngine(), 8, r"layout.dp_shard=3 does not divide the 8 ranks; set one of \[2, 4, 8\]"),
         ({"dp_shard": 1}, FsdpEngine(), 8, r"layout.dp_shard=1 shards nothing; type engine=ddp"),
