@@ -153,3 +153,9 @@ def test_matching_is_by_whole_parts():
 
 def test_a_report_where_no_weight_is_converted():
     assert Sites(tiny("llama")).report() == "no weight is converted: what the techniques do stands beside the weights"
+
+
+def test_a_model_without_linear_weights_is_refused():
+    model = torch.nn.Sequential(torch.nn.Conv1d(4, 4, 1))
+    with pytest.raises(ConfigError, match="this model family has no linear or expert weights"):
+        Sites(model).select()

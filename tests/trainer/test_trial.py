@@ -9,9 +9,6 @@ from leanmill.trainer.trial import try_model
 from tests.models.families import tiny_config
 
 
-GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300}  # its layers are no nn.Linear
-
-
 def recipe(**changes):
     sections = {
         "model": {"config": tiny_config("llama", vocab_size=300)},
@@ -46,7 +43,6 @@ def test_what_would_start_passes(techniques):
         ({"techniques": [{"type": "lora", "targets": ["nothing"]}]}, "nothing"),
         ({"techniques": [{"type": "lora", "targets": []}]}, r"targets=\[\] takes no weight"),
         ({"techniques": [{"type": "lora", "targets": ["q_proj"], "exclude": ["q_proj"]}]}, "remove patterns"),
-        ({"techniques": [{"type": "ternary"}], "model": {"config": GPT2}}, "has no linear or expert weights"),
         ({"data": {"sequence_length": 32, "tokenizer": {"vocab_size": 301}}}, "at least 301"),
         ({"model": {"config": tiny_config("llama", vocab_size=300), "attention": "flash"}}, "attention"),
     ],
