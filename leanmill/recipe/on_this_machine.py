@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def not_looked_at(recipe: Recipe) -> Iterator[str]:
     for part in source.sources if isinstance(source, Mixture) else [source]:
         if isinstance(part, HfDataset):
             yield f"the rows of {part.path}"
+    for package, extra in _packages(recipe):
+        if importlib.util.find_spec(package) is None:
+            yield f"the package {package}, which is not on this machine: pip install 'leanmill[{extra}]' where it runs"
+
+
+def _packages(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield the packages that training imports once it starts, and the extra that brings each."""
+    if recipe.engine.type == "deepspeed":
+        yield "deepspeed", "deepspeed"
+    if recipe.log.wandb:
+        yield "wandb", "wandb"
+    if str(recipe.checkpoint.remote or "").startswith("s3://"):
+        yield "s3fs", "s3"
 
 
 def _why_away(path: str) -> str:
