@@ -119,14 +119,13 @@ class TorchEngine(Engine):
         allocate_state(self._optimizer, pulled(self._optimizer))
 
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
-        micro_batches = [self._rows.part(batch) for batch in micro_batches]
         self.staging.begin()
         scale = self._begin_backward(micro_batches, num_valid_tokens)
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             with self._micro_batch(is_last=index == len(micro_batches) - 1):
                 with self._autocast():
-                    losses = self._train_forward(batch)
+                    losses = self._train_forward(self._rows.part(batch))
                 (losses["total"] * scale).backward()
             for name, value in losses.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
@@ -136,7 +135,7 @@ class TorchEngine(Engine):
 
     def _look(self, batch: Batch) -> None:
         with self._autocast():
-            self.module(batch)
+            self.module(self._rows.part(batch))
         self._settle()
 
     def _gradients(self) -> list[Tensor]:
