@@ -88,6 +88,15 @@ def load(kind: str, name: str) -> dict[str, Any] | None:
 
 def figures(kind: str) -> Iterator[Figure]:
     """Every figure with a target, of the results that exist."""
+    yield from step_figures(kind)
+    yield from command_figures(kind)
+    yield from memory_figures(kind)
+    yield from exchange_figures(kind)
+    yield from model_figures(kind)
+
+
+def step_figures(kind: str) -> Iterator[Figure]:
+    """Of training steps, beside others' and beside dense ones."""
     for precision in ("fp32", "bf16"):
         if result := load(kind, f"step_time_{precision}"):
             found, bare = result["figures"], f"step time over a bare PyTorch loop, 15M Llama, {precision}"
@@ -114,6 +123,10 @@ def figures(kind: str) -> Iterator[Figure]:
                 yield Figure(f"DPO step over TRL's DPOTrainer, {what}", found["leanmill_over_trl"], 0.9)
                 apart = found["largest_difference_of_losses"]
                 yield Figure(f"DPO loss off TRL's, {what}", apart, 1e-5)
+
+
+def command_figures(kind: str) -> Iterator[Figure]:
+    """Of commands, checkpoints and data."""
     if result := load(kind, "command_line"):
         yield Figure("`leanmill --help`", result["figures"]["help_seconds_median"], 0.6, " s")
         yield Figure("`leanmill check`", result["figures"]["check_seconds_median"], 1.5, " s")
@@ -128,6 +141,10 @@ def figures(kind: str) -> Iterator[Figure]:
         largest, found = list(result["figures"]["rows"].items())[-1]
         yield Figure(f"memory of the order of {float(largest):,.0f} rows", found["memory_mib"], 16, " MiB")
         yield Figure(f"first row of {float(largest):,.0f}", found["first_row_seconds"], 0.1, " s")
+
+
+def memory_figures(kind: str) -> Iterator[Figure]:
+    """Of memory, measured beside what `plan` and formulas say."""
     if result := load(kind, "plan_memory"):
         for name, found in result["figures"].items():
             yield Figure(f"`plan` memory off the measured, {name}", abs(found["ratio"] - 1), 0.1)
@@ -140,6 +157,19 @@ def figures(kind: str) -> Iterator[Figure]:
             yield Figure(bare, abs(found[name]["ratio"] - 1), 0.1)
             off = found[name]["predicted_peak_bytes"] / found[name]["measured_bytes"] - 1
             yield Figure(f"{name}: `plan`'s peak off the measured", abs(off), 0.1)
+    if result := load(kind, "compress_memory"):
+        sizes = result["figures"]
+        # Of two blocks, and of what goes into one and comes out of it.
+        target = 2 + 2 * sizes["hidden_states_bytes"] / sizes["block_bytes"]
+        for name, found in ((name, found) for name, found in sizes.items() if isinstance(found, dict)):
+            bare = (
+                f"`leanmill compress` of a model 4 times larger than its memory, {name}, most beyond the start, blocks"
+            )
+            yield Figure(bare, found["blocks_above_start"], target)
+
+
+def exchange_figures(kind: str) -> Iterator[Figure]:
+    """Of what ranks send each other."""
     if result := load(kind, "router_balance"):
         for name, found in result["figures"].items():
             bare = f"synchronising the loads of experts over 4 ranks, share of a step, {name}"
@@ -150,15 +180,10 @@ def figures(kind: str) -> Iterator[Figure]:
             f"bytes a step over an all-reduce in every step, 4 workers, every {found['every_steps']} steps, {streaming}"
         )
         yield Figure(bare, found[streaming]["over_all_reduce"], 0.01)
-    if result := load(kind, "compress_memory"):
-        sizes = result["figures"]
-        # Of two blocks, and of what goes into one and comes out of it.
-        target = 2 + 2 * sizes["hidden_states_bytes"] / sizes["block_bytes"]
-        for name, found in ((name, found) for name, found in sizes.items() if isinstance(found, dict)):
-            bare = (
-                f"`leanmill compress` of a model 4 times larger than its memory, {name}, most beyond the start, blocks"
-            )
-            yield Figure(bare, found["blocks_above_start"], target)
+
+
+def model_figures(kind: str) -> Iterator[Figure]:
+    """Of layers, exports and what a model has learned."""
     if result := load(kind, "moe_layer"):
         for name, found in result["figures"].items():
             family, _, precision = name.rpartition("_")

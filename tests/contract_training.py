@@ -18,14 +18,13 @@ from leanmill.recipe.root import Recipe
 from leanmill.trainer.loop import Loop
 from leanmill.trainer.prepare import prepare
 from tests.contract_cases import (
-    BF16_COMBINATIONS,
     CHUNK_TOKENS,
-    COMBINATIONS,
     EXTRA_TECHNIQUES,
     FROZEN_DTYPES,
     OF_PRUNED,
     TECHNIQUES,
 )
+from tests.contract_combinations import BF16_COMBINATIONS, COMBINATIONS
 from tests.contract_models import ENCODERS, MODEL, MODELS, NUM_ROWS, NUM_STEPS, SEQUENCE_LENGTH, VOCAB_SIZE
 
 

@@ -10,15 +10,13 @@ from leanmill.core.rules import StepContext
 from leanmill.core.sites import iter_sites
 from leanmill.parallel.launch import Ranks
 from tests.contract_cases import (
-    BF16_COMBINATIONS,
-    COMBINATIONS,
     ENGINES,
-    SLOW_COMBINATIONS,
     WITH_REPRESENTATIVES,
     cells,
     is_refused,
     of_engine,
 )
+from tests.contract_combinations import BF16_COMBINATIONS, COMBINATIONS, SLOW_COMBINATIONS
 from tests.contract_models import NUM_STEPS
 from tests.contract_promises import Trained, check_promises
 from tests.contract_training import (

@@ -18,14 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.contract_cases import (  # noqa: E402
-    BF16_COMBINATIONS,
-    COMBINATIONS,
     ENGINES,
     EXTRA_TECHNIQUES,
-    SLOW_COMBINATIONS,
     is_refused,
 )
 from tests.contract_cases import TECHNIQUES as CASES  # noqa: E402
+from tests.contract_combinations import BF16_COMBINATIONS, COMBINATIONS, SLOW_COMBINATIONS  # noqa: E402
 
 
 FAMILIES, METHODS, PASS_TABLE = "<!-- families x engines -->", "<!-- methods x engines -->", "<!-- passes -->"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from leanmill.core.batches import Batch
+from leanmill.core.errors import ConfigError
 
 
 if TYPE_CHECKING:
@@ -44,6 +45,22 @@ class GroupLossTerm(LossTerm, Protocol):
 
     group_tokens: int
     """Positions of a group; divides the tokens of a row."""
+
+
+def check_whole_groups(key: str, group_tokens: int, batch: Batch) -> None:
+    """Refuse rows that are no whole number of groups.
+
+    Args:
+        key: Of the recipe, that `group_tokens` was given as.
+        group_tokens: Neighbouring positions of a group.
+        batch: Whose rows are asked about.
+
+    Raises:
+        ConfigError: See above.
+    """
+    length = batch["input_ids"].shape[1]
+    if length % group_tokens:
+        raise ConfigError(f"{key}={group_tokens} does not divide the {length} tokens of a row; set a divisor")
 
 
 @runtime_checkable

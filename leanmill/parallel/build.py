@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from leanmill.core.errors import ConfigError, RunError
@@ -59,13 +60,20 @@ def build_engine(
     engine = _make(config, ranks, precision, resolved)
     places = "1 process" if resolved.step_size == 1 else f"{resolved.step_size} ranks"
     places = places if resolved.workers == 1 else f"{places} of each of {resolved.workers} workers"
-    experts = f", experts over groups of {resolved.ep}" if resolved.ep > 1 else ""
-    experts = ", experts sharded over all of them" if resolved.fully_sharded else experts
-    experts = f"{experts}, matmuls shared by groups of {resolved.tp}" if resolved.tp > 1 else experts
-    experts = (
-        f"{experts}, rows shared by groups of {resolved.cp} ({resolved.cp_attention})" if resolved.cp > 1 else experts
-    )
-    return engine, f"engine {engine.name} on {places}{experts} ({ranks.device.type}, {precision}): {why}"
+    places = ", ".join([places, *_shared(resolved)])
+    return engine, f"engine {engine.name} on {places} ({ranks.device.type}, {precision}): {why}"
+
+
+def _shared(layout: Layout) -> Iterator[str]:
+    """Say what ranks share beside data."""
+    if layout.fully_sharded is not None:
+        yield "experts sharded over all of them"
+    elif layout.ep > 1:
+        yield f"experts over groups of {layout.ep}"
+    if layout.tp > 1:
+        yield f"matmuls shared by groups of {layout.tp}"
+    if layout.cp > 1:
+        yield f"rows shared by groups of {layout.cp} ({layout.cp_attention})"
 
 
 def _check_ranks_agree(layout: Layout) -> None:

@@ -68,7 +68,7 @@ class DeepSpeedEngine(Engine):
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         self.data_rank, self.data_size = dist.get_rank(), dist.get_world_size()
-        self.step_size = self.data_size
+        self.reduced_size = self.data_size
         set_data_group(None)
         self._mesh = cpu_mesh()
         self.layout = layout or Layout(self.data_size)

@@ -51,9 +51,8 @@ class Engine(ABC):
     data_rank: int
     """Which share of the data this process reads, in [0, data_size)."""
     data_size: int
-    step_size: int
-    """Ranks that step together, over which gradients are means: all that compute tokens of their own, or those of one
-    worker."""
+    reduced_size: int
+    """Ranks over which gradients are means: all that compute tokens of their own, or those of one worker."""
     layout: Layout
     """How the ranks share the work."""
     module: nn.Module
@@ -84,7 +83,7 @@ class Engine(ABC):
 
         Reductions over ranks average, so what is to be summed is scaled up by their number.
         """
-        scale = self.step_size / num_valid_tokens
+        scale = self.reduced_size / num_valid_tokens
         ledger = ledger_of(self.module)
         if ledger is not None:
             ledger.begin_step(token_scale=scale, num_micro_batches=len(micro_batches))

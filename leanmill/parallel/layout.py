@@ -100,7 +100,7 @@ class Layout:
 
     @property
     def step_size(self) -> int:
-        """Ranks that step together, those of a worker; the loss is a mean over them."""
+        """Ranks that step together: all, or those of a worker."""
         return self.world_size // self.workers
 
     def worker(self, rank: int) -> int:

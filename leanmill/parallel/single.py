@@ -41,10 +41,10 @@ class SingleEngine(TorchEngine):
         layout: Layout | None = None,
     ) -> None:
         super().__init__(ranks=ranks, precision=precision, layout=layout)
-        if self.step_size != 1:
+        if self.layout.step_size != 1:
             of_worker = "" if self.layout.workers == 1 else " for each worker"
             raise ConfigError(
-                f"engine: single runs one process, but {self.step_size} were started{of_worker}; "
+                f"engine: single runs one process, but {self.layout.step_size} were started{of_worker}; "
                 f"type engine=ddp or engine=fsdp, or start one process{of_worker}"
             )
         self.config = config

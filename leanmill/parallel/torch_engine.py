@@ -43,7 +43,7 @@ class TorchEngine(Engine):
         self.device, self._ranks = ranks.device, ranks
         self.layout = layout or Layout(ranks.world_size, device_type=ranks.device.type)
         self.data_rank, self.data_size = self.layout.data_rank(ranks.rank), self.layout.data_size
-        self.step_size = self.layout.reduced_size
+        self.reduced_size = self.layout.reduced_size
         shared = None if self.layout.cp == 1 else self.layout.rows.get_group("cp")
         self._rows = WholeRows() if shared is None else CutRows(shared, self.layout.cp_attention)
         set_data_group(self.layout.data_group)

@@ -53,15 +53,23 @@ def _sharding(recipe: Sections) -> Iterator[str]:
         )
 
 
+def _shared_work(recipe: Sections, key: str, shared: str) -> Iterator[str]:
+    """What holds of matmuls and of rows that ranks share."""
+    asked, engine = f"layout.{key}={getattr(recipe.layout, key)}", recipe.engine
+    if engine.type == "single":
+        yield f"{asked} shares {shared} among ranks, and engine=single is one; type engine=ddp or engine=fsdp"
+    if engine.type == "deepspeed":
+        yield f"{asked} is for engines on torch alone, not for DeepSpeed; type engine=fsdp, or remove it"
+    if recipe.layout.tokens_travel:
+        yield f"{asked} does not go together with experts that ranks share; set layout.{key}=1, or keep experts whole"
+    if recipe.model.task != "causal_lm":
+        yield f"{asked} is for causal language models, and model.task={recipe.model.task}; set layout.{key}=1"
+
+
 def _shared_matmuls(recipe: Sections) -> Iterator[str]:
     layout, engine = recipe.layout, recipe.engine
     asked = f"layout.tp={layout.tp}"
-    if engine.type == "single":
-        yield f"{asked} shares matmuls among ranks, and engine=single is one; type engine=ddp or engine=fsdp"
-    if engine.type == "deepspeed":
-        yield f"{asked} is for engines on torch alone, not for DeepSpeed; type engine=fsdp, or remove it"
-    if layout.tokens_travel:
-        yield f"{asked} does not go together with experts that ranks share; set layout.tp=1, or keep experts whole"
+    yield from _shared_work(recipe, "tp", "matmuls")
     if engine.type == "fsdp" and engine.gather == "packed":
         yield f"{asked} stages weights at every use, and engine.gather=packed sends staged ones; set engine.gather=full"
     if engine.type != "deepspeed" and engine.staging == "per_step":
@@ -72,8 +80,6 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
         )
     if recipe.train.compile:
         yield f"{asked} sends activations in the middle of compiled blocks, which fails; set train.compile=false"
-    if recipe.model.task != "causal_lm":
-        yield f"{asked} is for causal language models, and model.task={recipe.model.task}; set layout.tp=1"
     config = recipe.model.family_config or {}
     for key in ("num_attention_heads", "num_key_value_heads"):
         number = config.get(key)
@@ -83,22 +89,15 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
 
 
 def _shared_rows(recipe: Sections) -> Iterator[str]:
-    layout, engine = recipe.layout, recipe.engine
+    layout = recipe.layout
     asked = f"layout.cp={layout.cp}"
-    if engine.type == "single":
-        yield f"{asked} shares rows among ranks, and engine=single is one; type engine=ddp or engine=fsdp"
-    if engine.type == "deepspeed":
-        yield f"{asked} is for engines on torch alone, not for DeepSpeed; type engine=fsdp, or remove it"
+    yield from _shared_work(recipe, "cp", "rows")
     if layout.tp > 1:
         yield f"{asked} has not been shown to hold beside layout.tp={layout.tp}; set one of the two to 1"
-    if layout.tokens_travel:
-        yield f"{asked} does not go together with experts that ranks share; set layout.cp=1, or keep experts whole"
     if layout.low_comm is not None:
         yield f"{asked} has not been shown to hold beside layout.low_comm; set layout.cp=1, or remove layout.low_comm"
     if recipe.train.compile:
         yield f"{asked} sends keys and values in the middle of compiled blocks; set train.compile=false"
-    if recipe.model.task != "causal_lm":
-        yield f"{asked} is for causal language models, and model.task={recipe.model.task}; set layout.cp=1"
     if recipe.model.attention not in ("auto", "sdpa"):
         yield f"{asked} has an attention of its own, not model.attention={recipe.model.attention}; remove it"
     if recipe.data.sequence_length % layout.cp:

@@ -22,8 +22,7 @@ def technique_problems(recipe: Sections) -> Iterator[str]:
     yield from _modules_left_out(recipe)
     yield from _references(recipe)
     yield from _experts(recipe)
-    yield from _shared_matmuls(recipe)
-    yield from _shared_rows(recipe)
+    yield from _shared_work(recipe)
     yield from _own_text(recipe)
     for technique in recipe.techniques:
         yield from technique.problems_with_rows_of(recipe.data.sequence_length)
@@ -40,20 +39,20 @@ def _losses(recipe: Sections) -> Iterator[str]:
         )
 
 
-def _shared_matmuls(recipe: Sections) -> Iterator[str]:
-    tp = recipe.layout.tp
+def _shared_work(recipe: Sections) -> Iterator[str]:
+    """What has not been compared with one process where ranks share more than data."""
+    layout = recipe.layout
     for config in recipe.techniques:
-        if tp > 1 and not config.holds_where_matmuls_are_shared():
-            name: str = config.type  # type: ignore[attr-defined]
-            yield f"{name} has not been shown to hold where ranks share matmuls; set layout.tp=1, or remove {name}"
-
-
-def _shared_rows(recipe: Sections) -> Iterator[str]:
-    cp = recipe.layout.cp
-    for config in recipe.techniques:
-        if cp > 1 and not config.holds_where_rows_are_shared():
-            name: str = config.type  # type: ignore[attr-defined]
-            yield f"{name} has not been shown to hold where ranks share rows; set layout.cp=1, or remove {name}"
+        name: str = config.type  # type: ignore[attr-defined]
+        for key, size, holds, shared in (
+            ("tp", layout.tp, config.holds_where_matmuls_are_shared, "matmuls"),
+            ("cp", layout.cp, config.holds_where_rows_are_shared, "rows"),
+        ):
+            if size > 1 and not holds():
+                yield (
+                    f"{name} has not been shown to hold where ranks share {shared}; set layout.{key}=1, or remove "
+                    f"{name}"
+                )
 
 
 def _own_text(recipe: Sections) -> Iterator[str]:

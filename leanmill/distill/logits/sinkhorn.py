@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leanmill.core.batches import Batch
-from leanmill.core.errors import ConfigError
+from leanmill.core.losses import check_whole_groups
 from leanmill.distill.logits.teachers import Teachers
 
 
@@ -52,11 +52,7 @@ class SinkhornTerm:
         Raises:
             ConfigError: A row is no whole number of batches.
         """
-        length = batch["input_ids"].shape[1]
-        if length % self.group_tokens:
-            raise ConfigError(
-                f"distill.batch_tokens={self.group_tokens} does not divide the {length} tokens of a row; set a divisor"
-            )
+        check_whole_groups("distill.batch_tokens", self.group_tokens, batch)
         return self.teachers.hidden_of(batch)
 
     def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from leanmill.core.batches import Batch
-from leanmill.core.errors import ConfigError
 from leanmill.core.frozen_head import FrozenHead
+from leanmill.core.losses import check_whole_groups
 
 
 _REFERENCE = "ba_lora_reference"
@@ -87,11 +87,7 @@ class SingularValues:
         Raises:
             ConfigError: A row is no whole number of groups.
         """
-        length = batch["input_ids"].shape[1]
-        if length % self.group_tokens:
-            raise ConfigError(
-                f"ba_lora.group_tokens={self.group_tokens} does not divide the {length} tokens of a row; set a divisor"
-            )
+        check_whole_groups("ba_lora.group_tokens", self.group_tokens, batch)
         return {}
 
     def __call__(self, logits: Tensor, labels: Tensor, extras: Mapping[str, Tensor]) -> Tensor:

@@ -185,8 +185,8 @@ class DrawnMaskStage(MaskLlmStage):
     def _add_constants(self, dtype: torch.dtype) -> None:
         """It has none."""
 
-    def _drawn(self, weight: Tensor) -> Tensor:
-        return masked(weight, self.soft_mask(), self.pull_left)
+    def _draw(self) -> None:
+        """There is no kernel for it."""
 
     def soft_mask(self) -> Tensor:
         scores = self._scores().unflatten(-1, (-1, self.group_size))

@@ -47,8 +47,8 @@ def _inner_step(engine: Engine, step: int) -> None:
     workers = engine.layout.workers
     of_worker = _rows_of(step, engine.layout.worker(engine.data_rank), workers)
     num_valid = (of_worker["labels"] != -100).sum().float()
-    rank = engine.data_rank % engine.step_size
-    mine = {name: value.chunk(engine.step_size)[rank] for name, value in of_worker.items()}
+    rank = engine.data_rank % engine.layout.step_size
+    mine = {name: value.chunk(engine.layout.step_size)[rank] for name, value in of_worker.items()}
     engine.forward_backward([{n: v.chunk(2)[i] for n, v in mine.items()} for i in range(2)], num_valid)
     engine.step(torch.tensor(False))
 
