@@ -173,6 +173,8 @@ TRAINS: dict[str, tuple[str, ...]] = {
     "mask_llm_tied": _OWN,
     "router_tuning": _OWN,
     "peqa": _OWN,
+    "side_unipt": _OWN,
+    "side_sherl": _OWN,
     "perp": (*_OWN, "norm", ".bias"),
 }
 """Parts of the names of what trains under techniques that freeze the model; under several of them all of these."""

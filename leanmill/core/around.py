@@ -48,6 +48,16 @@ class Beside:
     """For the report of the export."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnForm:
+    """A model of a family of Leanmill's own that computes what the plain one does within something around modules."""
+
+    make: Callable[[Any], Any]
+    """Takes the folded plain model, which it takes over, and returns a causal LM whose code can travel with it."""
+    prefix: str
+    """Under this name, with a dot, it holds the plain model's parameters."""
+
+
 class Around(TechniqueModule):
     """Something around the call of one module, with parameters and buffers of its own.
 
@@ -102,6 +112,10 @@ class Around(TechniqueModule):
 
     def beside(self) -> Beside | None:
         """Return what is lost when this is taken off: its weights where the family has a place, else a note."""
+        return None
+
+    def own_form(self) -> OwnForm | None:
+        """Return what an export can write in place of the plain model, which cannot hold this; None where it can."""
         return None
 
     def fold(self, module: nn.Module) -> None:
@@ -182,6 +196,27 @@ def iter_arounds(model: nn.Module) -> Iterator[tuple[str, nn.Module, Around]]:
     for path, module in list(model.named_modules()):
         for around in arounds(module):
             yield path, module, around
+
+
+def own_form(model: nn.Module) -> OwnForm | None:
+    """Return the form of its own that something around modules of `model` has, the first found."""
+    return next((form for _, _, around in iter_arounds(model) if (form := around.own_form()) is not None), None)
+
+
+def take_off_own(model: nn.Module) -> OwnForm | None:
+    """Take off what has a form of its own, with all that its technique put around modules; return the form."""
+    found = [
+        (around.technique, form) for _, _, around in iter_arounds(model) if (form := around.own_form()) is not None
+    ]
+    for technique, _ in found[:1]:
+        for module in list(model.modules()):
+            held = module._modules.get(AROUND)
+            if held is not None:
+                for key in [key for key, one in _held(module).items() if one.technique == technique]:
+                    del held._modules[key]
+                if not held._modules:
+                    take_off(module)
+    return form
 
 
 def take_off(module: nn.Module) -> None:

@@ -143,6 +143,11 @@ TECHNIQUES: dict[str, Entry] = {
         "an adapter of any method of Hugging Face PEFT (VeRA, OFT, DoRA, ...), LoRA-XS, LoRA-SB, MoSLoRA, MoS, NOLA",
         "Mangrulkar et al. 2022, github.com/huggingface/peft",
     ),
+    "side_network": Entry(
+        "leanmill.peft_ext.side_network.config:SideNetworkTechnique",
+        "a network beside the frozen model that reads its hidden states, no gradient through the blocks: UniPT, SHERL",
+        "Diao et al. 2023, arXiv:2308.14316; Diao et al. 2024, arXiv:2407.07523",
+    ),
     "ba_lora": Entry(
         "leanmill.peft_ext.ba_lora.config:BaLora",
         "three regularisers beside any adapter: near the original model, diverse predictions, few strong directions",

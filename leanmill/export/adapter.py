@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from leanmill.core.around import own_form
 from leanmill.core.branches import (
     branch_modules,
     branched_layers,
@@ -82,6 +83,8 @@ class AdapterFormat(Format):
     @classmethod
     def covers(cls, model: Any) -> str | None:
         if next(branched_layers(model), None) is None and next(_adapters(model), None) is None:
+            if own_form(model) is not None:
+                return "what it trained stands beside the whole model, which PEFT has no form for; type --to hf_code"
             return "it holds no adapter; add `lora` to techniques and train, or export --to hf"
         return None
 

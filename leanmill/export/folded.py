@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from leanmill.core.around import Beside, iter_arounds
+from leanmill.core.around import Beside, iter_arounds, take_off_own
 from leanmill.core.errors import RunError
 from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot
@@ -26,6 +26,8 @@ class FoldedFormat(Format):
 
     packing: ClassVar[str] = "none"
     """What input stages name in `formats` where the format repeats them."""
+    holds_own_forms: ClassVar[bool] = False
+    """Whether it writes models of families of Leanmill's own in the place of plain ones."""
 
     def __init__(self, rebuilt: Rebuilt, out_dir: Path, activations: Activations) -> None:
         self.rebuilt, self.model, self.activations = rebuilt, rebuilt.model, activations
@@ -44,8 +46,13 @@ class FoldedFormat(Format):
         self.beside = beside_of(model)
         """What stands around modules and does not fold into them."""
         self.after_settling(model)
+        own = take_off_own(model) if self.holds_own_forms else None
         fold(model)
-        check_same(sample_logits(model), self.expected, "the folded model")
+        if own is not None:
+            self.model = own.make(model)
+        self.prefix = "" if own is None else own.prefix
+        """Before the names of the plain model's parameters."""
+        check_same(sample_logits(self.model), self.expected, "the folded model")
 
     def before_folding(self, model: Any) -> None:
         """Take from the trained model what the format needs, its input stages in place."""
@@ -80,7 +87,7 @@ class FoldedFormat(Format):
         """
         as_linears(reloaded)
         for name in self.staged.keys() - but:
-            _check_weight(name, reloaded.get_parameter(name), self.staged[name], self.masked)
+            _check_weight(name, reloaded.get_parameter(self.prefix + name), self.staged[name], self.masked)
 
 
 def beside_of(model: Any) -> tuple[Beside, ...]:

@@ -24,6 +24,7 @@ class HfFormat(FoldedFormat):
 
     label: ClassVar[str] = "huggingface"
     model_tasks: ClassVar[frozenset[ModelTask]] = ALL_TASKS
+    holds_own_forms: ClassVar[bool] = True
 
     @classmethod
     def covers(cls, model: Any) -> str | None:
@@ -62,8 +63,8 @@ class HfFormat(FoldedFormat):
         """What whoever loads the folder must know."""
         if not is_own_family(self.model):
             return ()
-        family = self.model.config.model_type
+        family, package = self.model.config.model_type, type(self.model).__module__.rpartition(".")[0]
         return (
-            f"transformers has no family {family}: load it after `import leanmill.models.{family}.register`, or export "
+            f"transformers has no family {family}: load it after `import {package}.register`, or export "
             f"it with --to hf_code, which writes the Python files too",
         )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from leanmill.core.around import own_form
 from leanmill.export.hf import HfFormat, is_own_family
 from leanmill.models.pretrained import quiet_transformers
 
@@ -22,7 +23,7 @@ class HfCodeFormat(HfFormat):
 
     @classmethod
     def covers(cls, model: Any) -> str | None:
-        if is_own_family(model):
+        if is_own_family(model) or own_form(model) is not None:
             return None
         return f"transformers has {model.config.model_type} built in and needs no code beside it; type --to hf"
 

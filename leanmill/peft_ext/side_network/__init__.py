@@ -1,0 +1,1 @@
+"""Networks beside a frozen model, which read what its blocks compute and send no gradient back through them."""
