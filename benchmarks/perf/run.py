@@ -21,6 +21,7 @@ BENCHMARKS = (
     "data_prepare",
     "data_scale",
     "plan_memory",
+    "layout_order",
     "compress_memory",
     "adapter_memory",
     "router_balance",

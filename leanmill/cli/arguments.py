@@ -65,6 +65,26 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--price-per-rank-hour", type=above_zero, metavar="P", help="says what that costs")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    search = parser.add_argument_group("search for the fastest layout")
+    search.add_argument(
+        "--search",
+        action="store_true",
+        help="predict every engine, layout, micro-batch and recomputation that is legal; print the best as YAML",
+    )
+    search.add_argument(
+        "--rates",
+        default="h100",
+        metavar="R",
+        help="a100, h100, h200, b200, `measured` for this machine's, or a YAML file of rates (h100)",
+    )
+    search.add_argument("--rates-out", metavar="FILE", help="write the rates that were used there")
+    search.add_argument("--matmul-tflops", type=above_zero, metavar="T", help="large matmuls of one rank")
+    search.add_argument("--link-gb", type=above_zero, metavar="GB", help="GB/s of a rank inside its machine, one way")
+    search.add_argument("--node-link-gb", type=above_zero, metavar="GB", help="GB/s of a rank to other machines")
+    search.add_argument("--nvme-path", metavar="DIR", help="consider ZeRO-3 with its optimizer state on NVMe there")
+    search.add_argument(
+        "--show", type=positive, metavar="N", help="layouts to print, beside the first of each kind (8)"
+    )
 
 
 def _data(parser: argparse.ArgumentParser) -> None:

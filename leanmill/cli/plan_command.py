@@ -19,6 +19,7 @@ COMFORTABLE_SHARE = 0.9
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan of `args.recipe`, of each phase that trains, on `args.nodes` x `args.gpus_per_node` ranks."""
+    from leanmill.core.errors import ConfigError
     from leanmill.export.run_models import with_models_of_runs
     from leanmill.recipe.io import load_recipe
 
@@ -30,6 +31,12 @@ def run(args: argparse.Namespace) -> int:
     from leanmill.phases.models import models_to_come, training_recipes
 
     trained = training_recipes(recipe) or [recipe]
+    if args.search:
+        if recipe.phases:
+            raise ConfigError("--search takes one stretch of training, and the recipe has phases; give one of them")
+        from leanmill.cli.plan_search import search
+
+        return search(recipe, args, memory_gib)
     to_come = models_to_come(recipe)
     results = [
         plan(phase, world_size, args.gpus_per_node, rank_memory_gib=memory_gib, to_come=to_come) for phase in trained

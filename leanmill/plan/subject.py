@@ -27,6 +27,7 @@ from leanmill.parallel.config import (
     EngineConfig,
     FsdpEngine,
     FullyShardedExperts,
+    LayoutConfig,
 )
 from leanmill.parallel.context_plan import seen_bytes
 from leanmill.parallel.expert_parallel import check_experts, expert_modules, num_held_parameters
@@ -59,6 +60,8 @@ class Subject:
     flops_per_token: float
     weights: list[Weight]
     """Every parameter, those of techniques included."""
+    names: list[str]
+    """Of those, in order."""
     teacher_sizes: tuple[int, int]
     """Elements of the frozen models beside it, each once, and those of their blocks."""
     token_shares: list[float]
@@ -78,12 +81,7 @@ class Subject:
         Raises:
             ConfigError: A technique does not fit the model, or a frozen model is not there.
         """
-        model = build_on_meta(
-            recipe.model,
-            vocab_size=recipe.data.trained_vocab_size,
-            sequence_length=recipe.data.text_length,
-            device_type="cpu" if recipe.device == "cpu" else "cuda",
-        )
+        model = plain_model(recipe)
         # Before techniques add theirs.
         num_total, num_active = num_parameters(model)[0], num_active_parameters(model)
         num_sharers = recipe.layout.num_expert_ranks(world_size)
@@ -96,23 +94,43 @@ class Subject:
         flops += frozen_flops_per_token(recipe, to_come)
         context = InstallContext(
             load_frozen_model=_no_loading,
-            vocab_size=model.config.vocab_size,
+            vocab_size=model.config.vocab_size,  # type: ignore[union-attr, arg-type]
             seed=recipe.seed,
             frozen_config=lambda path: frozen_on_meta(recipe, path, to_come).config,
         )
         techniques = install_techniques(recipe.techniques, model, context)
         compact_weights(recipe, model)
+        named = list(_weights(recipe, model, techniques))
         return cls(
             num_parameters=num_total,
             num_active=num_active,
             num_held=num_held,
             flops_per_token=flops,
-            weights=[
-                replace(weight, split_dim=split.get(name)) for name, weight in _weights(recipe, model, techniques)
-            ],
+            weights=[weight.split_along(split.get(name)) for name, weight in named],
+            names=[name for name, _ in named],
             teacher_sizes=_teacher_sizes(recipe, to_come),
             token_shares=shares,
             config=model.config,
+        )
+
+    def shared_by(self, plain: nn.Module, layout: LayoutConfig, world_size: int) -> Subject:
+        """Return the same model under another layout, without building it anew.
+
+        Args:
+            plain: See `plain_model`.
+            layout: The other one.
+            world_size: Ranks that may share experts.
+
+        Raises:
+            ConfigError: Ranks cannot share this model so.
+        """
+        num_sharers = layout.num_expert_ranks(world_size)
+        check_experts(plain, num_sharers, is_even=layout.experts.type == "spread")
+        split = split_dims(plain, layout.tp)
+        return replace(
+            self,
+            num_held=num_held_parameters(plain, num_sharers, split, layout.tp),
+            weights=[w.split_along(split.get(name)) for name, w in zip(self.names, self.weights, strict=True)],
         )
 
     def checkpoint_bytes(self, recipe: Recipe) -> int:
@@ -123,7 +141,16 @@ class Subject:
 
     def memory(self, case: Case, rank_memory_bytes: int) -> Memory:
         """Return what a rank holds in one case."""
-        changed, config = case.recipe, self.config
+        memory = self.state_memory(case, rank_memory_bytes)
+        self.add_micro_batch(memory, case)
+        return memory
+
+    def state_memory(self, case: Case, rank_memory_bytes: int) -> Memory:
+        """Return what a rank holds of weights, gradients and optimizer state, and what moves them.
+
+        Of the micro-batch it depends on nothing but whether a step has several.
+        """
+        changed = case.recipe
         layout = resolve_layout(changed.layout, case.engine, case.world_size)
         if isinstance(case.engine, FsdpEngine):
             case = replace(case, engine=case.engine.model_copy(update={"shard_size": layout.dp_shard}))
@@ -137,18 +164,23 @@ class Subject:
             precision=changed.train.precision,
             num_micro_batches=micro_batches_of_step(changed, layout.data_size),
         )
-        if layout.fully_sharded is not None:
-            memory.add("transient", "fetched experts", self._fetched_bytes(changed, layout.fully_sharded))
         if changed.layout.low_comm is not None:
             _add_outer(memory, case.engine, [weight for weight in weights if weight.trainable])
+        memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
+        return memory
+
+    def add_micro_batch(self, memory: Memory, case: Case) -> None:
+        """Add what a rank holds for a micro-batch."""
+        changed, config = case.recipe, self.config
+        layout = resolve_layout(changed.layout, case.engine, case.world_size)
+        if layout.fully_sharded is not None:
+            memory.add("transient", "fetched experts", self._fetched_bytes(changed, layout.fully_sharded))
         here = _with_own_tokens(changed)
         memory.add("transient", "activations", activation_bytes(here, config, self.token_shares))
         memory.add("transient", "logits", logits_bytes(here, config.vocab_size, config.hidden_size))
         if layout.cp > 1:
             length, tokens = changed.data.sequence_length, changed.batch.tokens_per_micro_batch
             memory.add("transient", "attention mask", seen_bytes(tokens, length, layout.cp, layout.cp_attention))
-        memory.add("held", "teacher", _teacher_bytes(self.teacher_sizes, case))
-        return memory
 
     def _fetched_bytes(self, recipe: Recipe, experts: FullyShardedExperts) -> int:
         """Copies of all experts of a layer and their gradients, the most that a rank may fetch at once.
@@ -162,6 +194,16 @@ class Subject:
         largest = max(layers.values(), default=0)
         is_kept = not experts.rematerialise and recipe.train.activation_checkpointing == "none"
         return largest + (sum(layers.values()) if is_kept else largest)
+
+
+def plain_model(recipe: Recipe) -> nn.Module:
+    """Build the model of a recipe on the meta device, before techniques change it."""
+    return build_on_meta(
+        recipe.model,
+        vocab_size=recipe.data.trained_vocab_size,
+        sequence_length=recipe.data.text_length,
+        device_type="cpu" if recipe.device == "cpu" else "cuda",
+    )
 
 
 def _with_own_tokens(recipe: Recipe) -> Recipe:

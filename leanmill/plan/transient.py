@@ -23,12 +23,13 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
     layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs. Layers that run
     for a share of the tokens keep that share. With expert parallelism recomputation keeps what came from other ranks;
     of fully sharded experts too, but only the run knows which tokens travel, so that is not counted.
+    Ranks that share matmuls keep their part of what is neither hidden state nor norm.
     Every further token that is predicted keeps a layer's, what the matmul before it takes and returns, and what three
     norms keep.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
-    hidden, inner = config.hidden_size, _mlp_width(config)
-    projected, attended = _attention_widths(config)
+    hidden, tp = config.hidden_size, recipe.layout.tp
+    inner, (projected, attended) = mlp_width(config) / tp, (width / tp for width in attention_widths(config))
     whole = size * (2 * hidden + projected + 2 * attended + 4 * inner) + 4 * 4 * hidden
     matmuls = size * (2 * hidden + projected + attended + 2 * inner)
     further = num_further_tokens(recipe)
@@ -62,7 +63,7 @@ def _received_bytes(recipe: Recipe, config: Any, size: int) -> float:
     return num_ranks * (1 - elsewhere) * (2 * size * config.hidden_size + 8 * top_k)
 
 
-def _attention_widths(config: Any) -> tuple[int, int]:
+def attention_widths(config: Any) -> tuple[int, int]:
     """Widths of all that projections of attention return, and of what attention itself does, for a token."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -75,7 +76,7 @@ def _attention_widths(config: Any) -> tuple[int, int]:
     return compressed + heads * (2 * config.qk_head_dim + config.v_head_dim), heads * config.v_head_dim
 
 
-def _mlp_width(config: Any) -> int:
+def mlp_width(config: Any) -> int:
     """Width of the MLP that a token goes through, of all its experts together."""
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     top_k = getattr(config, "num_experts_per_tok", None)

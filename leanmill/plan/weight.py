@@ -66,6 +66,10 @@ class Weight:
             return self
         return replace(self, shape=(-(-self.shape[0] // ep), *self.shape[1:]), sharers=sharers)
 
+    def split_along(self, dim: int | None) -> Weight:
+        """Return it as one that ranks which share matmuls have parts of along `dim`."""
+        return replace(self, split_dim=dim)
+
     def shared_by(self, tp: int) -> Weight:
         """Return what a rank has of it, where `tp` ranks share matmuls; they stage their parts at every use."""
         if tp == 1 or self.split_dim is None:
@@ -88,6 +92,10 @@ class Memory:
     def peak(self) -> int:
         """Everything on the device at once."""
         return sum(self.held.values()) + sum(self.transient.values())
+
+    def copy(self) -> Memory:
+        """Return one that can be added to without this one changing."""
+        return Memory(dict(self.held), dict(self.transient), dict(self.host))
 
     def add(self, kind: Literal["held", "transient", "host"], part: str, num_bytes: float) -> None:
         """Add to a part; parts of no bytes are left out."""

@@ -1,0 +1,1 @@
+"""Which layout of ranks trains a recipe fastest, predicted before it starts."""
