@@ -205,10 +205,9 @@ def own_form(model: nn.Module) -> OwnForm | None:
 
 def take_off_own(model: nn.Module) -> OwnForm | None:
     """Take off what has a form of its own, with all that its technique put around modules; return the form."""
-    found = [
-        (around.technique, form) for _, _, around in iter_arounds(model) if (form := around.own_form()) is not None
-    ]
-    for technique, _ in found[:1]:
+    forms = ((around.technique, around.own_form()) for _, _, around in iter_arounds(model))
+    technique, form = next((pair for pair in forms if pair[1] is not None), (None, None))
+    if technique is not None:
         for module in list(model.modules()):
             held = module._modules.get(AROUND)
             if held is not None:
