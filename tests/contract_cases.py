@@ -289,6 +289,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "natural": {"history": 2, "damping": 0.1},
     },
     "drawn_subspaces": {"type": "galore", "rank": 4, "every_steps": 2, "subspace": "random"},
+    "welore": {"type": "welore"},
     "side_unipt": {"type": "side_network", "size": 12, "keeps_base": False},
     "side_sherl": {"type": "side_network", "method": "sherl", "size": 12, "keeps_base": False},
     "static_mask": {"type": "static_mask"},

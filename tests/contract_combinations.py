@@ -61,6 +61,7 @@ SLOW_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "bottlenecks": ("peft_bottleneck", "ternary", "distill"),
     "regularised adapters": ("lora_branch", "nm_sparsity", "ba_lora"),
     "ranks earned beside masks": ("peft_ranks", "nm_sparsity", "ternary", "distill"),
+    "pairs alone": ("pruned_llama", "welore", "nm_sparsity"),
     "read beside masks": ("deeper", "side_unipt", "nm_sparsity", "distill"),
     "late blocks of experts": ("mixtral", "side_sherl", "ternary", "router_balance"),
     "lora taking turns": ("lisa", "lora", "distill"),

@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size_by_layer": [24, 40, 0],
         "qk_norm": True,
         "residual_rotations": True,
+        "rank_by_linear": {"self_attn.q_proj": [4, 0, 0], "mlp.up_proj": [0, 8, 0]},
     },
     "folded_llama": MODEL
     | {

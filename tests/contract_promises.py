@@ -173,6 +173,7 @@ TRAINS: dict[str, tuple[str, ...]] = {
     "mask_llm_tied": _OWN,
     "router_tuning": _OWN,
     "peqa": _OWN,
+    "welore": (*_OWN, ".up.", ".down.", "norm"),
     "side_unipt": _OWN,
     "side_sherl": _OWN,
     "perp": (*_OWN, "norm", ".bias"),

@@ -148,6 +148,11 @@ TECHNIQUES: dict[str, Entry] = {
         "a network beside the frozen model that reads its hidden states, no gradient through the blocks: UniPT, SHERL",
         "Diao et al. 2023, arXiv:2308.14316; Diao et al. 2024, arXiv:2407.07523",
     ),
+    "welore": Entry(
+        "leanmill.peft_ext.welore.config:WeLoreTuning",
+        "train the weights that the pass of this name made pairs of factors, the others rest",
+        "Jaiswal et al. 2024, arXiv:2407.11239",
+    ),
     "ba_lora": Entry(
         "leanmill.peft_ext.ba_lora.config:BaLora",
         "three regularisers beside any adapter: near the original model, diverse predictions, few strong directions",
@@ -382,6 +387,11 @@ PASSES: dict[str, Entry] = {
         "leanmill.sparse.drop_blocks.config:DropBlocks",
         "surgery: no blocks, attention or MLPs that do little: by block influence (ShortGPT), or greedily (FinerCut)",
         "Men et al. 2024, arXiv:2403.03853; Zhang et al. 2024, arXiv:2405.18218",
+    ),
+    "welore": Entry(
+        "leanmill.peft_ext.welore.config:WeLore",
+        "surgery: weights with few large singular values become pairs of factors, by one threshold for all",
+        "Jaiswal et al. 2024, arXiv:2407.11239",
     ),
     "share_blocks": Entry(
         "leanmill.sparse.share_blocks.config:ShareBlocks",

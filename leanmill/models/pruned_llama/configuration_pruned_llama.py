@@ -8,6 +8,10 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 
+_OF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_OF_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
 @strict
 class PrunedLlamaConfig(LlamaConfig):
     """Llama, Mistral, Qwen2 or Qwen3 whose layers differ in heads and neurons, or have no attention or no MLP.
@@ -28,6 +32,9 @@ class PrunedLlamaConfig(LlamaConfig):
     """Neurons of each layer's MLP, 0 where it has none; None is `intermediate_size` in each."""
     qk_norm: bool = False
     """Whether queries and keys of a head are normalised, as in Qwen3."""
+    rank_by_linear: dict[str, list[int]] | None = None
+    """By name of a linear layer, such as `mlp.up_proj`, the rank that its weight has in each layer, kept as two factors
+    (Jaiswal et al. 2024, arXiv:2407.11239); 0 where it is whole."""
     residual_rotations: bool = False
     """Whether attention and MLP are added to a residual stream that is multiplied by a matrix first, as in SliceGPT
     (Ashkboos et al. 2024, arXiv:2401.15024)."""
@@ -48,6 +55,15 @@ class PrunedLlamaConfig(LlamaConfig):
                 raise ValueError(f"layer {layer} has neither attention nor neurons; leave the layer out")
         if not any(heads):
             raise ValueError("num_attention_heads_by_layer leaves no layer with attention")
+        for name, ranks in (self.rank_by_linear or {}).items():
+            if len(ranks) != self.num_hidden_layers or min(ranks) < 0:
+                raise ValueError(
+                    f"rank_by_linear: {name}={ranks} is to be a rank of at least 0 for {self.num_hidden_layers} layers"
+                )
+            there = heads if name in _OF_ATTENTION else neurons if name in _OF_MLP else [0] * len(ranks)
+            for layer, (rank, size) in enumerate(zip(ranks, there, strict=True)):
+                if rank and not size:
+                    raise ValueError(f"rank_by_linear: layer {layer} has no linear layer {name}")
         self.num_attention_heads_by_layer, self.num_key_value_heads_by_layer = heads, groups
         self.intermediate_size_by_layer = neurons
         self.num_attention_heads, self.num_key_value_heads = max(zip(heads, groups, strict=True))

@@ -1,4 +1,4 @@
-"""The family `pruned_llama`: Llama with layers of their own sizes and, in sliced models, rotations between them.
+"""The family `pruned_llama`: Llama with layers of their own sizes, weights in pairs, and rotations in sliced models.
 
 Imports nothing of Leanmill, so that it can travel with its weights.
 """
@@ -37,6 +37,19 @@ class PrunedLlamaAttention(Qwen3Attention):
             self.q_norm = self.k_norm = nn.Identity()  # type: ignore[assignment]
 
 
+class PrunedLlamaPair(nn.Module):
+    """A linear layer whose weight is a product: up down x + bias."""
+
+    def __init__(self, whole: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(whole.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, whole.out_features, bias=whole.bias is not None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [..., out] of x [..., in]."""
+        return self.up(self.down(x))  # type: ignore[no-any-return]
+
+
 class PrunedLlamaDecoderLayer(GradientCheckpointingLayer):
     """x -> x R_a + attention(norm(x)), then x R_m + mlp(norm(x)), each half where the layer has it."""
 
@@ -56,6 +69,11 @@ class PrunedLlamaDecoderLayer(GradientCheckpointingLayer):
         if config.residual_rotations:
             self.attention_rotation = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
             self.mlp_rotation = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        for name, ranks in (config.rank_by_linear or {}).items():
+            if ranks[layer_idx]:
+                part, _, leaf = name.rpartition(".")
+                owner = self.get_submodule(part)
+                setattr(owner, leaf, PrunedLlamaPair(getattr(owner, leaf), ranks[layer_idx]))
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_ids: Any = None, **kwargs: Any

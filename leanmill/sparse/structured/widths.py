@@ -51,6 +51,11 @@ def widths_of(technique: str, config: Any) -> tuple[Sizes, Widths]:
         return sizes, Widths(
             heads=[sizes.heads] * layers, groups=[sizes.groups] * layers, neurons=[sizes.neurons] * layers
         )
+    if config.rank_by_linear:
+        raise ConfigError(
+            f"{technique} cuts heads and neurons out of whole weights, and some of this model are pairs of factors; "
+            f"run it before the pass welore"
+        )
     sizes = Sizes(
         hidden=config.hidden_size,
         heads=config.num_attention_heads,

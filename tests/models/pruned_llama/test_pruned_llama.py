@@ -35,6 +35,7 @@ NO_ATTENTION_FIRST = {
     "num_attention_heads_by_layer": [0, 4, 1],
     "num_key_value_heads_by_layer": [0, 2, 1],
     "intermediate_size_by_layer": [48, 0, 7],
+    "rank_by_linear": {"self_attn.o_proj": [0, 3, 0], "mlp.gate_proj": [5, 0, 0]},
 }
 
 
@@ -88,6 +89,8 @@ def test_a_saved_folder_loads_and_generates_with_a_cache(tmp_path) -> None:
     ("changes", "message"),
     [
         ({"intermediate_size_by_layer": [48]}, "of at least 0 for 2 layers"),
+        ({"rank_by_linear": {"mlp.up_proj": [1]}}, "a rank of at least 0 for 2 layers"),
+        ({"rank_by_linear": {"mlp.norm": [1, 1]}}, "layer 0 has no linear layer mlp.norm"),
         ({"num_key_value_heads_by_layer": [3, 1]}, "3 key-value heads do not divide"),
         ({"num_attention_heads_by_layer": [0, 0], "num_key_value_heads_by_layer": [0, 0]}, "no layer with attention"),
         (
