@@ -71,7 +71,7 @@ def _shared(layout: Layout) -> Iterator[str]:
     elif layout.ep > 1:
         yield f"experts over groups of {layout.ep}"
     if layout.tp > 1:
-        yield f"matmuls shared by groups of {layout.tp}"
+        yield f"matmuls shared by groups of {layout.tp}" + (", tokens split in between" * layout.sequence_parallel)
     if layout.cp > 1:
         yield f"rows shared by groups of {layout.cp} ({layout.cp_attention})"
 
@@ -92,12 +92,13 @@ def _check_ranks_agree(layout: Layout) -> None:
         layout.workers,
         layout.cp,
         layout.cp_attention,
+        layout.sequence_parallel,
     ]
     if not same_on_all_ranks(sizes):
         found = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(sizes)))
         raise RunError(
-            f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts, workers, cp, cp_attention] is {found}"
-            f"; start every rank with the same recipe"
+            f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts, workers, cp, cp_attention, "
+            f"sequence_parallel] is {found}; start every rank with the same recipe"
         )
 
 

@@ -157,6 +157,9 @@ class LayoutConfig(Config):
     tp: int = Field(default=1, ge=1)
     """Neighbouring ranks that share each layer's matmuls (tensor parallel): each holds some attention heads,
     some of the MLP's width and some of the vocabulary. They read the same data. 1 shares none."""
+    sequence_parallel: bool = False
+    """With `tp`, split tokens over its ranks between shared matmuls: norms and the residual stream of decoder blocks
+    are 1 / `tp` on each. What travels is the same; what is kept for backward is less."""
     cp: int = Field(default=1, ge=1)
     """Neighbouring ranks that share every row (context parallel): each has the tokens of one part of it, and meets the
     others' in attention. They read the same data, and hold or shard weights as ranks that read different data do. 1

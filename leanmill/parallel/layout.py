@@ -53,6 +53,8 @@ class Layout:
     """Ranks that share the experts of a layer; neighbours, since tokens travel between them."""
     tp: int = 1
     """Ranks that share each layer's matmuls; neighbours, since activations travel between them."""
+    sequence_parallel: bool = False
+    """Whether those split tokens between the matmuls."""
     cp: int = 1
     """Ranks that share every row; neighbours, since keys and values travel between them."""
     cp_attention: Literal["ulysses", "all_gather"] = "ulysses"
@@ -197,7 +199,8 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         if size > 1 and isinstance(engine, DeepSpeedEngine):
             raise ConfigError(f"layout.{key}={size} is for engines on torch alone, not for DeepSpeed; type engine=fsdp")
     if tp > 1:
-        return Layout(world_size, _dp_shard(config, engine, data_size, tp), tp=tp, device_type=device_type)
+        dp_shard, splits = _dp_shard(config, engine, data_size, tp), config.sequence_parallel
+        return Layout(world_size, dp_shard, tp=tp, sequence_parallel=splits, device_type=device_type)
     dp_shard = _dp_shard(config, engine, world_size)
     if config.cp > 1:
         return Layout(world_size, dp_shard, cp=config.cp, cp_attention=config.cp_attention, device_type=device_type)

@@ -1,7 +1,7 @@
 """What travels between the ranks of a tensor-parallel group, forward and backward (Megatron-LM, arXiv:1909.08053).
 
-Four pairs of collectives, each the other's gradient: nothing and a sum, a sum and nothing, all parts and a cut,
-a cut and all parts. torch's functional collectives are waited for where they are used, and compile.
+Pairs of collectives, each the other's gradient: nothing and a sum, a sum and nothing, all parts and a cut, a cut and
+all parts; of tokens, all parts and a sum of which each rank keeps a part, and that sum and all parts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leanmill.core.weight_split import WeightSplit
+
+
+_reduce_scatter: Any = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+"""By the name that this PyTorch has for it; 2.13 renamed it."""
 
 
 class GroupSplit(WeightSplit):
@@ -69,6 +74,15 @@ def gathered(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts, dim)
 
 
+def sum_scattered(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return this rank's part along dim 1 of the sum over the ranks of `group`, which all give [B, S, ...]."""
+    size, batch = group.size(), whole.shape[0]
+    by_rank = whole.detach().reshape(batch, size, whole.shape[1] // size, *whole.shape[2:]).transpose(0, 1)
+    flat = by_rank.reshape(size * batch, *by_rank.shape[2:]).contiguous()
+    # Functional, so that selective recomputation knows it and keeps what it returns.
+    return functional.wait_tensor(_reduce_scatter(flat, "sum", 0, group))  # type: ignore[no-any-return]
+
+
 def cut(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Return this rank's part along `dim`, in memory of its own."""
     size = whole.shape[dim] // group.size()
@@ -120,3 +134,31 @@ class _Part(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return gathered(grad, ctx.dim, ctx.group), None, None
+
+
+class TokenGather(torch.autograd.Function):
+    """All tokens [B, S, ...] of parts [B, S / n, ...]; gradients of ranks are added up, each for its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gathered(part, 1, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_scattered(grad, ctx.group), None
+
+
+class TokenScatter(torch.autograd.Function):
+    """Of the sum over ranks of [B, S, ...] each one's own part [B, S / n, ...]; gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return sum_scattered(whole, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gathered(grad, 1, ctx.group), None

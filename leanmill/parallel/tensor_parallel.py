@@ -19,6 +19,7 @@ from leanmill.core.names import clean_name
 from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.parallel.collectives import reduced
 from leanmill.parallel.layout import Layout
+from leanmill.parallel.sequence_parallel import RegionSplit, TokenParts, region_shares, split_tokens
 from leanmill.parallel.tensor_exchange import GroupSplit
 from leanmill.parallel.tensor_plan import Share, tensor_plan
 from leanmill.parallel.tensors import local
@@ -43,16 +44,32 @@ def split_model(model: nn.Module, layout: Layout, *, replicated: bool) -> Partia
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     group = layout.grid.get_group("tp")
     mesh, leading = (layout.grid["replicate", "tp"], (Replicate(),)) if replicated else (layout.grid["tp"], ())
-    partial: list[nn.Parameter] = []
+    shares = tensor_plan(model, layout.tp)
+    tokens = TokenParts(group) if layout.sequence_parallel else None
+    in_regions = region_shares(model, shares) if tokens is not None else ()
+    partial = [] if tokens is None else split_tokens(model, tokens, shares)
     split: dict[int, nn.Parameter] = {}
-    for share in tensor_plan(model, layout.tp):
+    for share in shares:
         if share.kind == "partial":
             partial += model.get_submodule(share.path).parameters()
-        else:
-            _split_site(_site_at(model, share), _split_of(share, group), _Places(mesh, leading, split), share.name)
+            continue
+        site, of_tokens = _site_at(model, share), tokens if share.path in in_regions else None
+        _split_site(site, _split_of(share, group, of_tokens), _Places(mesh, leading, split), share.name)
+        if of_tokens is not None:
+            partial += _seeing_parts(site)
     for path, layer in branched_layers(model):
-        _split_branches(clean_name(path), layer, group, _Places(mesh, leading, split))
+        partial += _split_branches(clean_name(path), layer, _Places(mesh, leading, split))
     return PartialGradients(partial, group)
+
+
+def _seeing_parts(site: Site) -> Iterator[nn.Parameter]:
+    """Yield what in a region is whole on every rank, and sees its tokens or its outputs alone."""
+    bias: nn.Parameter | None = getattr(site, "bias", None)
+    assert site.split is not None
+    if site.split.by_rows:
+        yield from site.inputs.parameters()
+    elif bias is not None:
+        yield bias
 
 
 class _Places:
@@ -96,13 +113,13 @@ def _site_at(model: nn.Module, share: Share) -> Site:
     return site  # type: ignore[no-any-return]
 
 
-def _split_of(share: Share, group: dist.ProcessGroup) -> GroupSplit:
-    return GroupSplit(
-        group,
-        by_rows=share.kind != "columns",
-        gathers_output=share.gathers_output,
-        splits_input=share.splits_input,
-    )
+def _split_of(share: Share, group: dist.ProcessGroup, tokens: TokenParts | None) -> GroupSplit:
+    by_rows = share.kind != "columns"
+    if tokens is not None:
+        return RegionSplit(
+            tokens, by_rows=by_rows, gathers_output=share.gathers_output, splits_input=share.splits_input
+        )
+    return GroupSplit(group, by_rows=by_rows, gathers_output=share.gathers_output, splits_input=share.splits_input)
 
 
 def _split_site(site: Site, split: GroupSplit, places: _Places, name: str) -> None:
@@ -118,26 +135,28 @@ def _split_site(site: Site, split: GroupSplit, places: _Places, name: str) -> No
     site.split = split
 
 
-def _split_branches(name: str, layer: Any, group: dist.ProcessGroup, places: _Places) -> None:
-    """Split the factors beside a split layer: B as its rows are, A as its columns are."""
+def _split_branches(name: str, layer: Any, places: _Places) -> list[nn.Parameter]:
+    """Split the factors beside a split layer: B as its rows are, A as its columns are.
+
+    Returns:
+        The other factors, where tokens are split: their ranks see parts of tokens or outputs.
+    """
     base = base_of(layer)
     split = base.split if isinstance(base, Site) else None
-    if split is None:
-        return
+    if not isinstance(split, GroupSplit):
+        return []
     if not has_factors(layer) or isinstance(base, EmbeddingSite):
         raise ConfigError(
             f"layout.tp shares {name}, and the adapter beside it is more than two factors; use lora without variants, "
             f"leave {name} out of its targets, or set layout.tp=1"
         )
     inner, outer = factor_layers(layer)
-    factors = outer if split.by_rows else inner
+    factors, others = (outer, inner) if split.by_rows else (inner, outer)
     for adapter, factor in list(factors.items()):
         site = LinearSite.adopt(factor, f"{name}.{adapter}")  # type: ignore[arg-type]
         factors[adapter] = site
-        own = GroupSplit(
-            group, by_rows=split.by_rows, gathers_output=split.gathers_output, splits_input=split.splits_input
-        )
-        _split_site(site, own, places, name)
+        _split_site(site, split, places, name)
+    return list(others.parameters()) if isinstance(split, RegionSplit) else []
 
 
 class PartialGradients:

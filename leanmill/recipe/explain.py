@@ -181,6 +181,7 @@ def _layout(recipe: Recipe) -> list[str]:
         lines.append(
             f"tp {layout.tp}: groups of {layout.tp} neighbouring ranks share the matmuls of each layer and read the "
             f"same data; activations travel between them"
+            + ("; between matmuls each has a part of the tokens" if layout.sequence_parallel else "")
         )
     if layout.cp > 1:
         lines.append(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from leanmill.core.near import near_divisors, near_multiples
 from leanmill.models.expert_sizes import NUM_EXPERTS
 from leanmill.parallel.context_plan import context_problems
+from leanmill.parallel.sequence_plan import sequence_problems
 
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ def layout_problems(recipe: Sections) -> Iterator[str]:
     yield from _sharding(recipe)
     if recipe.layout.tp > 1:
         yield from _shared_matmuls(recipe)
+    elif recipe.layout.sequence_parallel:
+        yield "layout.sequence_parallel splits tokens over ranks that share matmuls; set layout.tp, or remove it"
     if recipe.layout.cp > 1:
         yield from _shared_rows(recipe)
     elif recipe.layout.cp_attention != "ulysses":
@@ -86,6 +89,15 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
         if isinstance(number, int) and number > 0 and number % layout.tp:
             near = near_divisors(layout.tp, number)
             yield f"{asked} does not divide model.config.{key}={number}; set layout.tp={near}"
+    if layout.sequence_parallel:
+        length = recipe.data.sequence_length
+        if length % layout.tp:
+            near = near_multiples(length, layout.tp)
+            yield (
+                f"layout.sequence_parallel: {asked} does not divide data.sequence_length={length}; set "
+                f"data.sequence_length={near}, or layout.sequence_parallel=false"
+            )
+        yield from sequence_problems(config, layout.tp)
 
 
 def _shared_rows(recipe: Sections) -> Iterator[str]:

@@ -43,6 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ep4": {"ep": 4},
     "experts sharded": {"experts": "fully_sharded"},
     "tp2": {"tp": 2},
+    "tp2 tokens": {"tp": 2, "sequence_parallel": True},
     "cp2": {"cp": 2},
     "cp2 gathered": {"cp": 2, "cp_attention": "all_gather"},
     "cp4 gathered": {"cp": 4, "cp_attention": "all_gather"},
