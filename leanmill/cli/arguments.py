@@ -87,6 +87,14 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _profile(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+    parser.add_argument("--steps", type=positive, default=4, metavar="N", help="steps that are timed (4)")
+    parser.add_argument("--before", type=positive, default=2, metavar="N", help="steps before those (2)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--out", metavar="FILE", help="write the JSON there as well")
+
+
 def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action",
@@ -251,6 +259,7 @@ ADD_ARGUMENTS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": _recipe,
     "launch": _launch,
     "plan": _plan,
+    "profile": _profile,
     "check": _check,
     "data": _data,
     "methods": _nothing,

@@ -21,6 +21,7 @@ _VERBS: dict[str, str] = {
     "train": "train a recipe on one process (many: leanmill launch)",
     "launch": "train a recipe on all GPUs of this machine, through torchrun",
     "plan": "predict parameters, memory per rank, tokens and FLOPs without touching a device",
+    "profile": "train a few steps and show what each module takes: time forward and backward, memory, communication",
     "check": "validate a recipe and explain it in plain words",
     "data": "show the rows that a recipe trains on, tokenise its data once for many runs, or score its documents",
     "methods": "list the techniques",

@@ -26,10 +26,16 @@ class Processes:
 
 
 @contextmanager
-def processes(recipe: Recipe) -> Iterator[Processes]:
-    """Join the processes that a recipe's `device` and `cluster` ask for, and leave them at the end."""
+def processes(recipe: Recipe, *, pulse: Pulse | None = None) -> Iterator[Processes]:
+    """Join the processes that a recipe's `device` and `cluster` ask for, and leave them at the end.
+
+    Args:
+        recipe: The recipe.
+        pulse: Where this process says what it is doing; None makes one.
+    """
     ranks = init_processes(recipe.device, recipe.cluster)
-    given = Processes(ranks=ranks, signals=StopSignals(limit_seconds=recipe.cluster.interrupt_seconds))
+    signals = StopSignals(limit_seconds=recipe.cluster.interrupt_seconds)
+    given = Processes(ranks=ranks, signals=signals, pulse=pulse or Pulse())
     watch = _watch(recipe, given)
     try:
         yield given

@@ -37,7 +37,7 @@ from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import micro_batches_of_step, with_length_in_tokens
 from leanmill.recipe.rules import num_steps as steps_of_run
 from leanmill.report.loggers.build import build_observers
-from leanmill.report.observer import DomainScore, EvalRecord, RunInfo
+from leanmill.report.observer import DomainScore, EvalRecord, Observer, RunInfo
 from leanmill.trainer.beginning import Beginning, Start, saved_part
 from leanmill.trainer.evaluation import evaluate
 from leanmill.trainer.frozen import frozen_flops_per_token
@@ -74,6 +74,16 @@ class RunResult:
     """Stopped by Ctrl-C (SIGINT) rather than by a scheduler."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """The first steps of a run of which nothing is left: no checkpoint, no evaluation, no log."""
+
+    num_steps: int
+    """After how many it ends; schedules are those of the whole run."""
+    observers: list[Observer]
+    """In place of the recipe's."""
+
+
 def run(recipe: Recipe) -> RunResult:
     """Train `recipe` to its end, resuming where its run_dir has a checkpoint; one with phases is for `leanmill.phases`.
 
@@ -91,18 +101,21 @@ def run(recipe: Recipe) -> RunResult:
         return run_in(given, recipe)
 
 
-def run_in(given: Processes, recipe: Recipe, start: Start | None = None) -> RunResult:
+def run_in(
+    given: Processes, recipe: Recipe, start: Start | None = None, *, rehearsal: Rehearsal | None = None
+) -> RunResult:
     """Do what `run` does in processes that were joined before and are kept; see there.
 
     Args:
         given: The processes.
         recipe: The recipe.
         start: What it begins with, where its run_dir has no checkpoint.
+        rehearsal: Where only the first steps are wanted.
     """
     rewinds, back = Rewinds(), None
     with exclusive(recipe.run_folder, given.ranks.rank) as lock:
         while True:
-            run = _Run(recipe, given, lock, start, back)
+            run = _Run(recipe, given, lock, start, back, rehearsal)
             try:
                 return run.go()
             except RewindError as rewind:
@@ -117,10 +130,16 @@ class _Run:
     """The objects of one run, built in order."""
 
     def __init__(
-        self, recipe: Recipe, given: Processes, lock: RunLock, start: Start | None, back: Back | None = None
+        self,
+        recipe: Recipe,
+        given: Processes,
+        lock: RunLock,
+        start: Start | None,
+        back: Back | None = None,
+        rehearsal: Rehearsal | None = None,
     ) -> None:
         self.ranks, self.signals, self.pulse = given.ranks, given.signals, given.pulse
-        self.lock, self.start, self.back = lock, start, back
+        self.lock, self.start, self.back, self.rehearsal = lock, start, back, rehearsal
         # The resolved precision goes into what is saved: a resumed run computes like its beginning.
         self.recipe = with_precision(recipe, given.ranks.device.type)
         self.run_dir = recipe.run_folder
@@ -178,7 +197,7 @@ class _Run:
         state = self.beginning.state
         num_steps = steps_of_run(recipe, step=state.get("step", 0), tokens=self.tokens_before)
         self._write_recipe(tokenizer)
-        self.observers = build_observers(recipe, self.run_dir, ranks.rank)
+        self.observers = self._observers()
         loop = self._loop(prepared, num_steps, num_micro_batches)
         info = RunInfo(
             recipe=recipe,
@@ -195,6 +214,11 @@ class _Run:
             notes=(why, prepared.conversion, *self.engine.notes, *self._data_notes(num_steps), *self.beginning.notes),
         )
         return self._train(loop, info)
+
+    def _observers(self) -> list[Observer]:
+        if self.rehearsal is not None:
+            return self.rehearsal.observers
+        return build_observers(self.recipe, self.run_dir, self.ranks.rank)
 
     def _manager(self) -> CheckpointManager:
         asked = self.recipe.checkpoint
@@ -238,7 +262,7 @@ class _Run:
             with self.signals:
                 if self.recipe.eval.at_start and loop.step == 0:
                     self._evaluate(0)
-                stop = loop.run(lambda: self.signals.level)
+                stop = loop.run(lambda: max(self.signals.level, self._ends_here))
                 self.manager.wait()
                 # A run that was told to stop has its checkpoint and little time left.
                 if not stop and not self.scores:
@@ -273,6 +297,11 @@ class _Run:
             rank=self.ranks.rank,
             interrupted=stop is Stop.INTERRUPTED,
         )
+
+    @property
+    def _ends_here(self) -> Stop:
+        is_over = self.rehearsal is not None and self.loop.step >= self.rehearsal.num_steps
+        return Stop.STOPPED if is_over else Stop.NOT_ASKED
 
     def _end(self, status: str, message: str = "") -> None:
         for observer in self.observers:
@@ -322,6 +351,8 @@ class _Run:
         return [self.data.describe(num_rows), *warnings]
 
     def _save(self, step: int) -> None:
+        if self.rehearsal is not None:
+            return
         state = {
             "step": step,
             "num_steps": self.loop.num_steps,
@@ -344,6 +375,8 @@ class _Run:
     scores_step = -1
 
     def _evaluate(self, step: int) -> None:
+        if self.rehearsal is not None:
+            return
         recipe = self.recipe
         rows = recipe.batch.tokens_per_micro_batch // recipe.data.sequence_length
         with nullcontext() if self.outer is None else self.outer.global_weights():

@@ -1,0 +1,1 @@
+"""Where the time and memory of real steps go, by module."""
