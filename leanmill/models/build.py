@@ -10,6 +10,7 @@ from leanmill.core.encoders import first_position, takes_ready_masks
 from leanmill.core.errors import ConfigError
 from leanmill.core.transposed import as_linears
 from leanmill.models.config import ModelConfig
+from leanmill.models.document_attention import NAME, has_document_attention, plain_attention, register
 from leanmill.models.dropout import set_dropout
 from leanmill.models.mapping import check_forward, check_num_parameters, mapped_config, refuse_build
 from leanmill.models.pretrained import pretrained_config
@@ -23,6 +24,7 @@ def build_on_meta(
     sequence_length: int | None = None,
     device_type: str | None = None,
     packed: bool = True,
+    compiled: bool = False,
     pad_token_id: int | None = None,
 ) -> Any:
     """Build the model without storage: fp32 parameters on the meta device, no key-value cache.
@@ -34,6 +36,7 @@ def build_on_meta(
         sequence_length: Tokens of a row, checked against the model's longest context.
         device_type: Where the run computes, for `attention: auto`; None is cuda where there is one.
         packed: Whether rows hold several documents, for `attention: auto`.
+        compiled: Whether blocks will be compiled, for `attention: auto`.
         pad_token_id: Of the run's tokenizer; that of an encoder must be the same.
 
     Returns:
@@ -51,12 +54,13 @@ def build_on_meta(
     hf_config.use_cache = False
     if config.dropout is not None:
         set_dropout(hf_config, config.dropout)
+    register()
     try:
         with torch.device("meta"):
             model = auto_class(config.task).from_config(
                 hf_config,
                 dtype=torch.float32,
-                attn_implementation=_attention(config, hf_config, device_type, packed),
+                attn_implementation=_attention(config, hf_config, device_type, packed, compiled),
                 trust_remote_code=config.trust_remote_code,
                 **options_of(hf_config, config.task),
             )
@@ -106,14 +110,18 @@ def _check_encoder(model: Any, sequence_length: int | None, pad_token_id: int | 
         )
 
 
-def _attention(config: ModelConfig, hf_config: Any, device_type: str | None, packed: bool) -> str:
+def _attention(config: ModelConfig, hf_config: Any, device_type: str | None, packed: bool, compiled: bool) -> str:
+    model_class = class_of(type(hf_config), config.task)
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.attention == "per_document" and not has_document_attention(model_class):
+        raise ConfigError(
+            f"model type {hf_config.model_type!r} has no attention that can go document by document; set "
+            f"model.attention=sdpa, or leave it out"
+        )
     if config.attention != "auto":
         return config.attention
-    if config.task != "causal_lm":
-        return "sdpa" if class_of(type(hf_config), config.task)._supports_sdpa else "eager"
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
-    return "flex_attention" if device_type == "cuda" and packed and _supports_flex(hf_config) else "sdpa"
-
-
-def _supports_flex(hf_config: Any) -> bool:
-    return bool(getattr(class_of(type(hf_config), "causal_lm"), "_supports_flex_attn", False))
+    if config.task != "causal_lm" or not packed:
+        return plain_attention(model_class)
+    if device_type == "cuda":
+        return "flex_attention" if getattr(model_class, "_supports_flex_attn", False) else plain_attention(model_class)
+    return NAME if has_document_attention(model_class) and not compiled else plain_attention(model_class)

@@ -39,8 +39,10 @@ class ModelConfig(Config):
     """Hub revision of `path`."""
     trust_remote_code: bool = False
     """Run Python code that comes with `path`."""
-    attention: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"
-    """Attention implementation; `auto` is flex_attention on CUDA when documents are packed, else sdpa."""
+    attention: Literal["auto", "eager", "sdpa", "flex_attention", "per_document"] = "auto"
+    """Attention implementation; `auto` is, where documents are packed and the family has it, flex_attention on CUDA and
+    `per_document` on a CPU, else sdpa. `per_document` runs sdpa on each document of a row alone, so that nothing is
+    multiplied that a mask would drop; compiled blocks (`train.compile`) do not take it."""
     max_context: int | None = Field(default=None, ge=1)
     """Longest context, tokens; None reads `max_position_embeddings`."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
@@ -85,10 +87,10 @@ class ModelConfig(Config):
     def _check_encoder(self) -> None:
         if self.moe is not None:
             raise ConfigError(f"model.moe makes mixtures of causal models, and model.task={self.task}; remove one")
-        if self.attention == "flex_attention":
+        if self.attention in ("flex_attention", "per_document"):
             raise ConfigError(
-                f"model.attention=flex_attention has no mask for model.task={self.task}; set model.attention=sdpa, or "
-                f"leave it out"
+                f"model.attention={self.attention} has no mask for model.task={self.task}; set model.attention=sdpa, "
+                f"or leave it out"
             )
 
     @property

@@ -18,6 +18,7 @@ from leanmill.core.paths import expand_user
 from leanmill.core.technique import ModelTask
 from leanmill.core.transposed import as_linears
 from leanmill.models.config import ModelConfig
+from leanmill.models.document_attention import NAME, has_document_attention, plain_attention, register
 from leanmill.models.expert_sizes import check_expert_sizes
 from leanmill.models.offloading import Held
 from leanmill.models.tasks import auto_class, class_of, options_of
@@ -43,23 +44,32 @@ def load_frozen(
         held: How much of its weights is held, and where it runs; None holds all on the CPU.
     """
     config = ModelConfig(path=path, revision=revision, trust_remote_code=trust_remote_code, task=task)
-    model = load_weights(config, dtype=dtype, held=held)
+    model = load_weights(config, dtype=dtype, held=held, packed=not torch.cuda.is_available())
     model.config.use_cache = False
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def load_weights(config: ModelConfig, *, dtype: torch.dtype | None, held: Held | None = None) -> Any:
+def load_weights(
+    config: ModelConfig, *, dtype: torch.dtype | None, held: Held | None = None, packed: bool = False
+) -> Any:
     """Load `config.path` with transformers' own loader, on the CPU, never unpickling; every layer's weight [out, in].
 
-    Where `held` is given, as that says, and layers as the family has them.
+    Args:
+        config: With a `path`.
+        dtype: Dtype of the weights; None keeps the stored one.
+        held: How much is held, and where; layers are then as the family has them.
+        packed: Whether it will read packed rows on the CPU, for `attention: auto`.
 
     Raises:
         ConfigError: No safetensors weights, keys missing from them, or other shapes.
         RunError: The hub cannot be reached.
     """
     hf_config = pretrained_config(config)
-    supports = getattr(class_of(type(hf_config), config.task), "_supports_sdpa", True)
-    attention = ("sdpa" if supports else "eager") if config.attention == "auto" else config.attention
+    model_class, attention = class_of(type(hf_config), config.task), str(config.attention)
+    if attention == "auto":
+        by_document = packed and config.task == "causal_lm" and has_document_attention(model_class)
+        attention = NAME if by_document else plain_attention(model_class)
+    register()
     try:
         with quiet_transformers():
             loaded: Any = auto_class(config.task).from_pretrained(

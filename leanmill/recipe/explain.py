@@ -88,6 +88,22 @@ def _listed(sections: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _model(recipe: Recipe) -> list[str]:
+    return [*_weights(recipe), *_attention(recipe)]
+
+
+def _attention(recipe: Recipe) -> list[str]:
+    """What attends to rows of several documents; which families have it, building them says."""
+    if recipe.model.attention != "auto":
+        return [f"attention: {recipe.model.attention}"]
+    if recipe.model.task != "causal_lm" or not recipe.data.document_mask or recipe.layout.cp > 1:
+        return []
+    of_cpu = "sdpa with a mask, for compiled blocks" if recipe.train.compile else "each document of a row alone"
+    here = {"cpu": f"{of_cpu} (CPU)", "cuda": "flex_attention (CUDA)"}
+    chosen = here.get(recipe.device) or " or ".join(here.values())
+    return [f"attention: {chosen}, where the family has it; else sdpa with a mask"]
+
+
+def _weights(recipe: Recipe) -> list[str]:
     model = recipe.model
     if model.path is not None:
         revision = f" at revision {model.revision}" if model.revision else ""

@@ -36,6 +36,7 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _length(recipe)
     yield from _context(recipe)
     yield from _frozen(recipe)
+    yield from _attention(recipe)
     yield from _data(recipe)
     yield from model_task_problems(recipe)
     yield from technique_problems(recipe)
@@ -43,6 +44,14 @@ def problems(recipe: Sections) -> Iterator[str]:
     yield from _rewinds(recipe)
     yield from layout_problems(recipe)
     yield from _secrets(recipe)
+
+
+def _attention(recipe: Sections) -> Iterator[str]:
+    if recipe.model.attention == "per_document" and recipe.train.compile:
+        yield (
+            "model.attention=per_document has other documents in every batch, and train.compile=true would compile "
+            "blocks for each; set model.attention=auto, or train.compile=false"
+        )
 
 
 def _rewinds(recipe: Sections) -> Iterator[str]:

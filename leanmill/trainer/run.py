@@ -159,6 +159,7 @@ class _Run:
             sequence_length=recipe.data.text_length,
             device_type=ranks.device.type,
             packed=recipe.data.document_mask,
+            compiled=recipe.train.compile,
             pad_token_id=tokenizer.pad_token_id,
         )
         self.domains, self.data = on_every_rank(lambda: self._read_data(tokenizer))

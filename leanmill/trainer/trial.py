@@ -37,6 +37,7 @@ def try_model(recipe: Recipe) -> nn.Module | None:
         sequence_length=recipe.data.text_length,
         device_type="cuda" if uses_cuda else "cpu",
         packed=recipe.data.document_mask,
+        compiled=recipe.train.compile,
     )
     context = InstallContext(load_frozen_model=_no_loading, vocab_size=model.config.vocab_size, seed=recipe.seed)
     _, module = assemble(recipe, model, context)

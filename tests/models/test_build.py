@@ -52,6 +52,7 @@ def test_meta_then_values_then_a_finite_step(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "attention"),
     [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
+    + [(family, "per_document") for family in FAMILIES if family != "olmoe"]
     + [("llama", "flex_attention")]
     + [pytest.param(f, "flex_attention", marks=pytest.mark.slow) for f in FAMILIES if f not in ("llama", "olmoe")],
 )
@@ -75,8 +76,9 @@ def test_auto_attention_follows_device_and_family() -> None:
         for device in ("cpu", "cuda")
         for packed in (True, False)
     }
+    assert build_on_meta(config, device_type="cpu", compiled=True).config._attn_implementation == "sdpa"
     assert implementation == {
-        ("cpu", True): "sdpa",
+        ("cpu", True): "per_document",
         ("cpu", False): "sdpa",
         ("cuda", True): "flex_attention",
         ("cuda", False): "sdpa",
@@ -158,7 +160,7 @@ def test_pickled_code_and_quantised_checkpoints_are_refused(tmp_path) -> None:
 
 
 def test_load_frozen_returns_the_saved_model(tmp_path) -> None:
-    model = materialised("qwen3").eval()
+    model = materialised("qwen3", "per_document").eval()
     model.save_pretrained(tmp_path)
     frozen = load_frozen(str(tmp_path))
     assert not frozen.training

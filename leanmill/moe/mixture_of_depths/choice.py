@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from leanmill.core.documents import Documents
 from leanmill.core.errors import RunError
 
 
@@ -83,7 +84,8 @@ def cut_mask(mask: Any, choice: Choice) -> Any:
     """Return an attention mask for the chosen tokens.
 
     Args:
-        mask: None (causal), [B or 1, heads or 1, S, S] of bool or of what is added to scores, or a BlockMask.
+        mask: None (causal), [B or 1, heads or 1, S, S] of bool or of what is added to scores, `Documents`, or a
+            BlockMask.
         choice: K tokens of each row.
 
     Returns:
@@ -91,6 +93,8 @@ def cut_mask(mask: Any, choice: Choice) -> Any:
     """
     if mask is None:
         return None
+    if isinstance(mask, Documents):
+        mask = mask.dense()
     if not isinstance(mask, Tensor):
         return _cut_block_mask(mask, choice)
     index, device = choice.places, mask.device

@@ -101,7 +101,9 @@ def trace(recipe: Recipe, ranks: Ranks, *, dtype: torch.dtype = torch.float32, p
 
 
 def _model(recipe: Recipe, ranks: Ranks, dtype: torch.dtype, packed: bool) -> Any:
-    model = build_on_meta(recipe.model, device_type=ranks.device.type, packed=packed).to(dtype)
+    model = build_on_meta(recipe.model, device_type=ranks.device.type, packed=packed, compiled=recipe.train.compile).to(
+        dtype
+    )
     if dtype == torch.float64 and any(is_stacked_experts(module) for module in model.modules()):
         model.set_experts_implementation("eager")  # transformers' other ways of computing experts take no fp64
     return model
