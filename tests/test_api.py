@@ -1,11 +1,14 @@
 """The verbs as functions, from a mapping to an exported folder."""
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
 
 import pytest
 
+import leanmill
 from leanmill import api
 from leanmill.core.errors import ConfigError
 from tests.data.samples import write_texts
@@ -61,6 +64,14 @@ def test_what_is_wrong_is_said_as_on_the_command_line(tmp_path):
         api.train(given, "data.source.path=/nowhere/b.jsonl")
 
 
+def test_verbs_at_the_top_are_the_same():
+    assert (leanmill.load_recipe, leanmill.train) == (api.load_recipe, api.train)
+    assert {"attach", "fold", "load_recipe", "train"} <= set(dir(leanmill))
+    assert all(inspect.ismodule(importlib.import_module(f"leanmill.{name}")) for name in ("plan", "evaluate", "export"))
+    with pytest.raises(AttributeError, match="no attribute 'tarin'"):
+        leanmill.tarin  # noqa: B018
+
+
 def test_importing_it_imports_no_torch():
-    code = "import sys; from leanmill import api; sys.exit('torch' in sys.modules)"
+    code = "import sys, leanmill; leanmill.train, leanmill.load_recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

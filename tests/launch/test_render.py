@@ -41,6 +41,7 @@ def test_slurm_script_is_clean_bash_with_the_settings(capsys, tmp_path):
         "#SBATCH --gpus-per-node=8",
         "#SBATCH --job-name=my-run-1",
         "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        "srun --kill-on-bad-exit=1 --cpus-per-task=64 torchrun",
         "--rdzv-backend c10d",
         "--max-restarts 2",
         "777 s until the first step",
@@ -58,7 +59,7 @@ def test_slurm_script_hands_every_word_to_torchrun(capsys, tmp_path):
     text = _render(capsys, "slurm", RECIPE, "--nodes", "2", "--gpus-per-node", "4", tricky)
     _stand_ins(
         tmp_path,
-        srun='shift; exec "$@"',
+        srun='shift 2; exec "$@"',
         scontrol="echo first; echo second",
         torchrun='printf "%s\\n" "$@"; echo "store=$TORCH_DISABLE_SHARE_RDZV_TCP_STORE"',
     )
