@@ -153,14 +153,18 @@ class Uploads:
             log.error("%s", error)
         except Exception as error:  # noqa: BLE001 (whatever a store's client raises must not end a run)
             log.warning(
-                "%s was not brought to %s: %s; it stays on this machine, and the next one is brought again",
+                "%s was not brought to %s: %s; it stays on this machine, and the newest one is tried again at the next "
+                "save, at the end and when the run goes on",
                 folder,
                 self.remote.url,
                 error if isinstance(error, RunError) else one_line(error),
             )
-            if self.group.rank != 0:
-                with suppress(Exception):  # a store that takes nothing does not take this either
-                    self._mark(folder, name_of(read_manifest(folder)), _FAILED)
+            with suppress(Exception):  # a store that takes nothing does not take this either
+                name = name_of(read_manifest(folder))
+                if self.group.rank != 0:
+                    self._mark(folder, name, _FAILED)
+                elif self.remote.is_claimed_by(self._token):
+                    self.remote.delete_save(name)  # of a store that is full, halves would keep it so
 
     def _mark(self, folder: Path, name: str, prefix: bytes = b"") -> None:
         """Tell rank 0 what became of this rank's share of a save, which its manifest tells from every other."""

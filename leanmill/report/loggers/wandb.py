@@ -19,7 +19,7 @@ class WandbLog(Observer):
     """Logs to a W&B run in `run_dir/wandb`; a resumed training continues the same W&B run.
 
     The key comes from where `wandb login` puts it, or from wandb's own environment variables.
-    Without one the run is kept offline, for `wandb sync` later. Command lines, console output,
+    Without one the run is kept offline, a folder each start under one id, for `wandb sync` later. Command lines, console output,
     source code and git state are not sent: any of them can hold a credential.
 
     Args:
@@ -50,7 +50,7 @@ class WandbLog(Observer):
             project=info.recipe.log.wandb_project,
             name=info.recipe.name,
             id=self._run_id(),
-            resume="allow" if has_key else None,
+            resume="allow",  # offline too: what is synced later is then one run
             dir=str(self._run_dir),
             # None leaves the choice to wandb's own settings (WANDB_MODE=offline, disabled).
             mode=None if has_key else "offline",

@@ -51,6 +51,12 @@ def test_without_a_key_the_run_stays_offline_and_holds_no_credential(
     (table,) = (run_dir / "wandb").rglob("*.table.json")
     assert json.loads(table.read_text())["data"] == [[50, "once", " [redacted]"]]
     assert not any(b"swordfish" in path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
+    resumed = WandbLog(run_dir, statistics)
+    resumed.on_start(fake_info(fake_recipe(run_dir), run_dir))
+    resumed.on_end("finished")
+    parts = sorted((run_dir / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2, "the second start is a part of the same run"
+    assert {part.name.rpartition("-")[2] for part in parts} == {resumed._run_id()}
 
 
 @pytest.mark.usefixtures("no_key")
