@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,3 +32,8 @@ class Documents:
         if self.window is not None:
             near &= places > places[:, None] - self.window
         return ((number[:, :, None] == number[:, None]) & near)[:, None]
+
+
+def as_tensor(mask: Any) -> Any:
+    """Return an attention mask as it was given to a block, `Documents` as the tensor that they stand for."""
+    return mask.dense() if isinstance(mask, Documents) else mask

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from leanmill.core.documents import Documents
+from leanmill.core.documents import as_tensor
 from leanmill.core.errors import RunError
 
 
@@ -91,10 +91,9 @@ def cut_mask(mask: Any, choice: Choice) -> Any:
     Returns:
         The same in K instead of S.
     """
+    mask = as_tensor(mask)
     if mask is None:
         return None
-    if isinstance(mask, Documents):
-        mask = mask.dense()
     if not isinstance(mask, Tensor):
         return _cut_block_mask(mask, choice)
     index, device = choice.places, mask.device

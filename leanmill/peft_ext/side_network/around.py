@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from leanmill.core.around import Around, Call, OwnForm, Ring
+from leanmill.core.documents import as_tensor
 from leanmill.core.errors import ConfigError
 from leanmill.peft_ext.side_network.network import Seen, SideNetwork, Stream
 
@@ -56,7 +57,8 @@ class BesideBlocks(Around):
         self.network, self.stream, self.settings, self.is_before = network, stream, settings, is_before
 
     def forward(self, call: Call, /, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        states, seen = self.stream.take(), Seen(kwargs, self.stream.num_past)
+        given = {**kwargs, "attention_mask": as_tensor(kwargs.get("attention_mask"))}
+        states, seen = self.stream.take(), Seen(given, self.stream.num_past)
         if self.is_before:
             return call(self.network([*states, hidden], seen), *args, **kwargs)
         return self.network([*states, call(hidden, *args, **kwargs)], seen)

@@ -19,8 +19,8 @@ class WandbLog(Observer):
     """Logs to a W&B run in `run_dir/wandb`; a resumed training continues the same W&B run.
 
     The key comes from where `wandb login` puts it, or from wandb's own environment variables.
-    Without one the run is kept offline, a folder each start under one id, for `wandb sync` later. Command lines, console output,
-    source code and git state are not sent: any of them can hold a credential.
+    Without one the run is kept offline, a folder each start under one id, for `wandb sync` later. Command lines,
+    console output, source code and git state are not sent: any of them can hold a credential.
 
     Args:
         run_dir: The run's folder.
