@@ -9,7 +9,6 @@ and holds what it sees against the pages.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -33,8 +32,14 @@ TITLES = {
     "6_compare": "6. Compare runs",
 }
 NOTE = """!!! note "Real output"
-    This page is written by running the commands, at sizes that end in seconds: `$TINY` stands for
-    `{tiny}`. Leave it out, and the recipe's own sizes hold.
+    This page is written by running the commands in one folder, after those of the jobs before it: `models/base` is
+    what [the first](pretrain.md) writes. `leanmill` is there after `pip install -e '.[all]'` in a clone, or after
+    `make train` and `source .venv/bin/activate`. Sizes are such that each ends in seconds, in bash; the recipe's own
+    hold without:
+
+    ```sh
+{sizes}
+    ```
 """
 MOST_LINES = 44
 """Of an output; the middle of what is longer is left out."""
@@ -108,17 +113,13 @@ def shown(lines: list[str]) -> list[str]:
 def page(script: Path, exchanges: list[Exchange]) -> str:
     """Return the page of a job."""
     title = script.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-    return "\n".join([f"# {TITLES[script.stem]}\n", f"{title}\n", NOTE.format(tiny=sizes()), *_blocks(exchanges)])
+    return "\n".join([f"# {TITLES[script.stem]}\n", f"{title}\n", NOTE.format(sizes=sizes()), *_blocks(exchanges)])
 
 
 def sizes() -> str:
-    """What `$TINY` stands for, on one line."""
-    lines = " ".join(SIZES.read_text(encoding="utf-8").split())
-    scored = re.search(r'SCORED="([^"]+)"', lines)
-    tiny = re.search(r'TINY="([^"]+)"', lines)
-    assert scored
-    assert tiny
-    return tiny[1].replace("$SCORED", scored[1])
+    """What the jobs call `$SCORED` and `$TINY`, as a page shows it."""
+    lines = SIZES.read_text(encoding="utf-8").splitlines()
+    return "\n".join(f"    {line}" for line in lines[next(n for n, line in enumerate(lines) if "=" in line) :])
 
 
 def _blocks(exchanges: list[Exchange]) -> Iterator[str]:
