@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from leanmill.data.build import build_tokenizer, build_train_data
 from leanmill.data.config import DataConfig, HfDataset, TokenizerConfig
+from leanmill.data.offsets import write_offsets
 from leanmill.data.prepare import prepare_data
 from leanmill.data.prepared import MANIFEST
 
@@ -74,7 +75,9 @@ def first_batch_seconds(folder: Path, num_tokens: int, tokens_per_document: int 
     num_documents = num_tokens // tokens_per_document
     tokens = generator.integers(4, 8192, num_documents * tokens_per_document, dtype=np.uint16)
     tokens.tofile(domain / "tokens-00000.bin")
-    np.save(domain / "lengths-00000.npy", np.full(num_documents, tokens_per_document))
+    lengths = domain / "lengths-00000.npy"
+    np.save(lengths, np.full(num_documents, tokens_per_document))
+    write_offsets(domain, [lengths])
     manifest["domains"][0]["shards"] = [len(tokens)]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     raw = {"source": {"type": "prepared", "path": str(folder)}, "sequence_length": 1024}

@@ -37,6 +37,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 HAS_BETA: frozenset[Kind] = frozenset({"js", "skew_forward", "skew_reverse", "blend", "deviation"})
 IN_TENSORS: frozenset[Kind] = frozenset({"deviation"})
 """What has no code but `rows`."""
+_MAX_NUM_COPIED = 1 << 22
+"""Logits that `top_k_of` copies at once."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,17 @@ def top_k_divergence(
 
 
 def top_k_of(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a top-k cache keeps of logits [..., V]: indices, log-probabilities and tails, at least fp32."""
+    """Return what a top-k cache keeps of logits [..., V]: indices, log-probabilities and tails, at least fp32.
+
+    A few rows at a time: their copies are small beside the logits.
+    """
+    rows = logits.reshape(-1, logits.shape[-1]).split(max(1, _MAX_NUM_COPIED // logits.shape[-1]))
+    indices, log_probs, tails = zip(*(_top_k_of_rows(some, k, temperature) for some in rows), strict=True)
+    shape = logits.shape[:-1]
+    return torch.cat(indices).view(*shape, k), torch.cat(log_probs).view(*shape, k), torch.cat(tails).view(shape)
+
+
+def _top_k_of_rows(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
     total = exact.logsumexp(-1, keepdim=True)
     largest, indices = exact.topk(k)
