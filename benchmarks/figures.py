@@ -170,6 +170,11 @@ def memory_figures(kind: str) -> Iterator[Figure]:
 
 def exchange_figures(kind: str) -> Iterator[Figure]:
     """Of what ranks send each other."""
+    if result := load(kind, "uneven_rows"):
+        for name, found in result["figures"].items():
+            bare = f"rows cut by document over even cuts, tokens that travel, {name}"
+            yield Figure(bare, found["by_document_travelling_over_even"], 0.5)
+            yield Figure(f"rows cut by document, idle share of {name}", found["by_document_idle_share"], 0.05)
     if result := load(kind, "router_balance"):
         for name, found in result["figures"].items():
             bare = f"synchronising the loads of experts over 4 ranks, share of a step, {name}"

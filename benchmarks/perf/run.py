@@ -27,6 +27,7 @@ BENCHMARKS = (
     "router_balance",
     "expert_bytes",
     "low_comm_bytes",
+    "uneven_rows",
     "kernels",
     "moe_layer",
     "packed_generation",

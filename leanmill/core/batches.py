@@ -18,8 +18,10 @@ Batch = Mapping[str, "Tensor"]
 (restarting at 0 in each document). In training also `row_ids` [B] int64: numbers of the rows in the
 order of the data, the same on any number of ranks. Where rows may be padded, in training also `token_mask`
 [B, S] bool: false in padding. A position without a label is a token all the same.
-Of rows that ranks share, a model gets its part of all these and `document_ids` [B, S] int64 of whole rows. Of rows of
-sentence pairs `text_lengths` [B, texts] int64 and `scores` [B, 1] fp32, see `leanmill.data.sentence_rows`."""
+Of rows that ranks share, a model gets its part of all these and `document_ids` [B, S] int64 of whole rows; or, cut by
+document, one row of whole documents and parts, with `document_parts` (see `leanmill.parallel.context_documents`).
+Of rows of sentence pairs `text_lengths` [B, texts] int64 and `scores` [B, 1] fp32, see
+`leanmill.data.sentence_rows`."""
 
 
 class Score(Protocol):

@@ -167,6 +167,10 @@ class LayoutConfig(Config):
     cp_attention: Literal["ulysses", "all_gather"] = "ulysses"
     """How ranks that share rows attend. `ulysses`: each to whole rows with some of the heads, which it gives places
     for; `cp` divides the heads. `all_gather`: each with all heads of its own places, to keys and values of all."""
+    cp_rows: Literal["even", "by_document"] = "even"
+    """What a rank has of rows that are shared. `even`: 1 / `cp` of each. `by_document`: whole documents of a
+    micro-batch, and parts of those alone that would take one rank longer than the others; less travels, and padding
+    is not computed."""
     experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
     """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
     low_comm: OuterConfig | None = None

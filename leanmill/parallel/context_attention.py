@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from leanmill.core.errors import RunError
+from leanmill.parallel.context_documents import DocumentAttention, Groups
 from leanmill.parallel.context_exchange import all_places, heads_for_rows, rows_for_heads
 from leanmill.parallel.context_plan import repeats
 
@@ -23,17 +24,12 @@ NAME = "leanmill_context_parallel"
 """In transformers' registries."""
 
 
-def register(group: dist.ProcessGroup, kind: Literal["ulysses", "all_gather"]) -> None:
-    """Put the attention of this process into transformers' registries, under `NAME`; the last one counts.
-
-    Args:
-        group: The ranks that share rows, in the order of their parts.
-        kind: See `layout.cp_attention`.
-    """
+def register(attention: ContextAttention) -> None:
+    """Put the attention of this process into transformers' registries, under `NAME`; the last one counts."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(NAME, ContextAttention(group, kind))
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
     # Masks are made here, of whole rows: a model knows only its part.
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *args, **kwargs: None)
 
@@ -42,13 +38,17 @@ class ContextAttention:
     """An attention function as transformers calls it. Rows that are whole here are attended to as they are.
 
     Args:
-        group: The ranks that share rows.
-        kind: How they come to keys and values.
+        group: The ranks that share rows, in the order of their parts.
+        kind: How they come to keys and values, see `layout.cp_attention`.
+        groups: Those that share documents, where rows are cut by document.
     """
 
-    def __init__(self, group: dist.ProcessGroup, kind: Literal["ulysses", "all_gather"]) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, kind: Literal["ulysses", "all_gather"], groups: Groups | None = None
+    ) -> None:
         self._group, self._kind = group, kind
         self._masks = _Masks()
+        self._of_documents = DocumentAttention(groups or {}, kind)
 
     def __call__(
         self,
@@ -62,9 +62,10 @@ class ContextAttention:
         dropout: float = 0.0,
         sliding_window: int | None = None,
         document_ids: Tensor | None = None,
+        document_parts: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Return the values attended to [B, S / n, H, D], and no weights.
+        """Return the values attended to [B, S / n, H, D], and no weights; all this rank's tokens are one row of parts.
 
         Args:
             module: The attention layer.
@@ -76,17 +77,23 @@ class ContextAttention:
             dropout: 0.
             sliding_window: Places that a token sees, itself among them.
             document_ids: [B, S] int64, of whole rows: a token sees those of its own document up to itself.
+            document_parts: Of rows that are cut by document, in place of those, see `DocumentAttention`.
             **kwargs: What a family gives besides; of those that change attention none may be set.
 
         Raises:
             RunError: The family asks for more than this computes.
         """
         changed = [name for name in ("softcap", "s_aux", "head_mask") if kwargs.get(name) is not None]
-        if document_ids is None or attention_mask is not None or dropout or changed:
+        is_said = document_ids is not None or document_parts is not None
+        if not is_said or attention_mask is not None or dropout or changed:
             raise RunError(
                 f"attention in {type(module).__name__} asks for more than ranks that share rows compute "
                 f"({', '.join(changed) or 'document ids, masks or dropout'}); set layout.cp=1"
             )
+        if document_parts is not None:
+            found = self._of_documents(query, key, value, document_parts, sliding_window, scaling)
+            return found.transpose(1, 2).contiguous(), None
+        assert document_ids is not None
         num_ranks, length = self._group.size(), query.shape[2]
         is_cut = length * num_ranks == document_ids.shape[1]
         if not is_cut and length != document_ids.shape[1]:

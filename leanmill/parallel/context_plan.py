@@ -38,6 +38,19 @@ def context_problems(config: Any, cp: int, kind: str) -> Iterator[str]:
         )
 
 
+def pair_cost(config: Any, num_weights: int) -> float:
+    """Return the work of a token and one that it sees, over that of a token in everything but attention.
+
+    Args:
+        config: The family's transformers config.
+        num_weights: Of the model, each of which multiplies a token once, but for an embedding that is no head too.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    multiplied = num_weights - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    # Scores and what they weigh, against each weight.
+    return 2.0 * config.num_attention_heads * head_dim * config.num_hidden_layers / multiplied
+
+
 def repeats(num_heads: int, num_groups: int, cp: int) -> int:
     """Return how often a head of keys is repeated until ranks get equally many, each those of its queries.
 

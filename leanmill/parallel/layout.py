@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -59,6 +59,8 @@ class Layout:
     """Ranks that share every row; neighbours, since keys and values travel between them."""
     cp_attention: Literal["ulysses", "all_gather"] = "ulysses"
     """How those attend."""
+    cp_rows: Literal["even", "by_document"] = "even"
+    """What each of those has of a row."""
     device_type: str = "cpu"
     expert_chunks: int = 1
     """Pieces of a rank's tokens that travel to experts one after the other."""
@@ -90,6 +92,11 @@ class Layout:
     def rows(self) -> DeviceMesh:
         """All ranks, where rows are shared: `data` x `cp`."""
         return init_device_mesh(self.device_type, (self.data_size, self.cp), mesh_dim_names=("data", "cp"))
+
+    def neighbours(self, size: int) -> dist.ProcessGroup:
+        """Return this rank's group where all ranks form groups of `size` neighbours. Made by all ranks together."""
+        shape = (self.world_size // size, size)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("group", "part")).get_group("part")
 
     @cached_property
     def token_group(self) -> dist.ProcessGroup | None:
@@ -203,7 +210,8 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         return Layout(world_size, dp_shard, tp=tp, sequence_parallel=splits, device_type=device_type)
     dp_shard = _dp_shard(config, engine, world_size)
     if config.cp > 1:
-        return Layout(world_size, dp_shard, cp=config.cp, cp_attention=config.cp_attention, device_type=device_type)
+        how: dict[str, Any] = {"cp_attention": config.cp_attention, "cp_rows": config.cp_rows}
+        return Layout(world_size, dp_shard, cp=config.cp, device_type=device_type, **how)
     if isinstance(config.experts, FullyShardedExperts):
         if world_size == 1:
             raise ConfigError(

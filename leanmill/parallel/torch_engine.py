@@ -16,7 +16,7 @@ from leanmill.core.names import state_name
 from leanmill.core.staging import StagedOnce
 from leanmill.core.views import Views
 from leanmill.parallel.collectives import set_data_group
-from leanmill.parallel.context_rows import CutRows, WholeRows
+from leanmill.parallel.context_rows import rows_of
 from leanmill.parallel.engine import Engine, Losses, Preparation, Wanted
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks
@@ -44,8 +44,7 @@ class TorchEngine(Engine):
         self.layout = layout or Layout(ranks.world_size, device_type=ranks.device.type)
         self.data_rank, self.data_size = self.layout.data_rank(ranks.rank), self.layout.data_size
         self.reduced_size = self.layout.reduced_size
-        shared = None if self.layout.cp == 1 else self.layout.rows.get_group("cp")
-        self._rows = WholeRows() if shared is None else CutRows(shared, self.layout.cp_attention)
+        self._rows = rows_of(self.layout)
         set_data_group(self.layout.data_group)
         self.precision = precision
         self._partial = PartialGradients((), None)

@@ -30,6 +30,7 @@ from leanmill.parallel.config import (
     LayoutConfig,
 )
 from leanmill.parallel.context_plan import seen_bytes
+from leanmill.parallel.context_shares import MAX_TOKENS
 from leanmill.parallel.expert_parallel import check_experts, expert_modules, num_held_parameters
 from leanmill.parallel.layout import resolve_layout
 from leanmill.parallel.naming import state_parameters
@@ -180,7 +181,8 @@ class Subject:
         memory.add("transient", "logits", logits_bytes(here, config.vocab_size, config.hidden_size))
         if layout.cp > 1:
             length, tokens = changed.data.sequence_length, changed.batch.tokens_per_micro_batch
-            memory.add("transient", "attention mask", seen_bytes(tokens, length, layout.cp, layout.cp_attention))
+            if layout.cp_rows == "even" or layout.cp_attention == "all_gather":
+                memory.add("transient", "attention mask", seen_bytes(tokens, length, layout.cp, layout.cp_attention))
 
     def _fetched_bytes(self, recipe: Recipe, experts: FullyShardedExperts) -> int:
         """Copies of all experts of a layer and their gradients, the most that a rank may fetch at once.
@@ -209,6 +211,8 @@ def plain_model(recipe: Recipe) -> nn.Module:
 def _with_own_tokens(recipe: Recipe) -> Recipe:
     """Return the recipe with the tokens of a micro-batch that one rank has, where ranks share rows."""
     own = recipe.batch.tokens_per_micro_batch // recipe.layout.cp
+    if recipe.layout.cp_rows == "by_document":
+        own = int(own * MAX_TOKENS)
     return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"tokens_per_micro_batch": own})})
 
 

@@ -200,9 +200,12 @@ def _layout(recipe: Recipe) -> list[str]:
             + ("; between matmuls each has a part of the tokens" if layout.sequence_parallel else "")
         )
     if layout.cp > 1:
+        has = "a part of every row each"
+        if layout.cp_rows == "by_document":
+            has = "whole documents of a micro-batch, and parts of long ones,"
         lines.append(
-            f"cp {layout.cp} ({layout.cp_attention}): groups of {layout.cp} neighbouring ranks have a part of every "
-            f"row each and read the same data; {_travel(recipe)}"
+            f"cp {layout.cp} ({layout.cp_attention}): groups of {layout.cp} neighbouring ranks have {has} and read the "
+            f"same data; {_travel(recipe)}"
         )
     if layout.low_comm is not None:
         lines += layout.low_comm.lines()
@@ -217,7 +220,8 @@ def _travel(recipe: Recipe) -> str:
         return "they meet in attention"
     groups, size = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
     numbers = sent_numbers(heads, groups, size, layout.cp, layout.cp_attention)
-    return f"in attention each sends {numbers:,} numbers a layer for each of its tokens, and as many in backward"
+    which = "its tokens in documents that all ranks share" if layout.cp_rows == "by_document" else "its tokens"
+    return f"in attention each sends {numbers:,} numbers a layer for each of {which}, and as many in backward"
 
 
 def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:

@@ -24,9 +24,10 @@ def layout_problems(recipe: Sections) -> Iterator[str]:
         yield "layout.sequence_parallel splits tokens over ranks that share matmuls; set layout.tp, or remove it"
     if recipe.layout.cp > 1:
         yield from _shared_rows(recipe)
-    elif recipe.layout.cp_attention != "ulysses":
-        asked = f"layout.cp_attention={recipe.layout.cp_attention}"
-        yield f"{asked} is about rows that ranks share; set layout.cp, or remove it"
+    else:
+        for key, default in (("cp_attention", "ulysses"), ("cp_rows", "even")):
+            if (value := getattr(recipe.layout, key)) != default:
+                yield f"layout.{key}={value} is about rows that ranks share; set layout.cp, or remove it"
     if recipe.layout.experts.type == "fully_sharded":
         yield from _fully_sharded(recipe)
     elif recipe.layout.ep > 1:

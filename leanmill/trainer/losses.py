@@ -20,7 +20,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     # restart at each document.
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     # Of a row that ranks share, a model sees a part: documents, known from the whole, reach attention as they are.
-    return inputs | ({"document_ids": batch["document_ids"]} if "document_ids" in batch else {})
+    return inputs | {name: batch[name] for name in ("document_ids", "document_parts") if name in batch}
 
 
 def loss_in_head(model: nn.Module, inputs: dict[str, Any], num_tokens: int, loss: HeadLoss) -> Tensor | None:

@@ -53,7 +53,7 @@ def _on_ranks(kind: Any, heads: int, groups: int, window: int | None) -> tuple[l
     part = slice(group.rank() * length, (group.rank() + 1) * length)
     query, key, value, outer = (tensor[:, :, part].clone() for tensor in _operands(heads, groups))
     given = [tensor.requires_grad_() for tensor in (query, key, value)]
-    sent = _Sent()
+    sent = Sent()
     found, _ = ContextAttention(group, kind)(
         nn.Identity(), *given, None, scaling=0.3, sliding_window=window, document_ids=DOCUMENTS
     )
@@ -62,7 +62,7 @@ def _on_ranks(kind: Any, heads: int, groups: int, window: int | None) -> tuple[l
     return [found.detach(), *(tensor.grad for tensor in given)], numbers  # type: ignore[misc]
 
 
-class _Sent:
+class Sent:
     """Counts the numbers that leave this rank."""
 
     def __init__(self) -> None:

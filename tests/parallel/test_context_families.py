@@ -24,6 +24,11 @@ LAYOUTS = {
     "ulysses 4": (LayoutConfig(cp=4), 4),
     "ulysses 2 x 2": (LayoutConfig(cp=2), 4),
 }
+DOCUMENTS = {
+    "ulysses 2": (LayoutConfig(cp=2, cp_rows="by_document"), 2),
+    "ulysses 4": (LayoutConfig(cp=4, cp_rows="by_document"), 4),
+    "gathered 2 x 2": (LayoutConfig(cp=2, cp_rows="by_document", cp_attention="all_gather"), 4),
+}
 ENGINES: dict[str, EngineConfig] = {"ddp": DdpEngine(), "fsdp": FsdpEngine()}
 
 
@@ -39,6 +44,19 @@ def reference(family: str) -> dict[str, Any]:
 def test_families(family: str, layout: str, engine: str) -> None:
     config, world_size = LAYOUTS[layout]
     options = {"family": family, "fused_loss": True, **SIZES.get(family, {})}
+    results = run_ranks(lambda: tensor_cases.trained(ENGINES[engine], layout=config, **options), world_size)
+    assert_like_one_process(results, reference(family), 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("layout", DOCUMENTS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_by_document(family: str, layout: str, engine: str) -> None:
+    config, world_size = DOCUMENTS[layout]
+    # Three documents a micro-batch: some are cut, into two parts and into all.
+    num_micro_batches = 8 // config.data_size(world_size)
+    options = {"family": family, "fused_loss": True, "num_micro_batches": num_micro_batches, **SIZES.get(family, {})}
     results = run_ranks(lambda: tensor_cases.trained(ENGINES[engine], layout=config, **options), world_size)
     assert_like_one_process(results, reference(family), 1e-9)
 

@@ -47,6 +47,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"cp": 2},
     "cp2 gathered": {"cp": 2, "cp_attention": "all_gather"},
     "cp4 gathered": {"cp": 4, "cp_attention": "all_gather"},
+    "cp2 by document": {"cp": 2, "cp_rows": "by_document"},
+    "cp4 by document, gathered": {"cp": 4, "cp_rows": "by_document", "cp_attention": "all_gather"},
 }
 TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "dense": [],
