@@ -44,6 +44,7 @@ class DdpEngine(TorchEngine):
     """
 
     name = "ddp"
+    waits_between = False
 
     def __init__(
         self,

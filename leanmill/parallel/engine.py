@@ -57,6 +57,8 @@ class Engine(ABC):
     """How the ranks share the work."""
     module: nn.Module
     """The train module, live (after sharding; not the DDP or DeepSpeed wrapper)."""
+    waits_between: bool = True
+    """Whether a rank waits for each collective of forward and backward before it asks for the next."""
     notes: tuple[str, ...] = ()
     """Lines on what `prepare` decided, for the log."""
 

@@ -44,11 +44,16 @@ class Pulse:
     since: float = field(default_factory=time.monotonic)
     patience_seconds: float = 0.0
     """How long the phase may wait for other ranks, whatever a watch is told."""
+    marks: list[tuple[str, int]] = field(default_factory=list)
+    """Phases since the last step began, each with its beginning in nanoseconds since 1970."""
 
     def enter(self, phase: str, step: int | None = None, *, patience_seconds: float = 0.0) -> None:
         """Say that `phase` begins, of `step` where it is one of a step's."""
         self.phase, self.step, self.since = phase, self.step if step is None else step, time.monotonic()
         self.patience_seconds = patience_seconds
+        if step is not None:
+            self.marks = []
+        self.marks.append((phase, time.time_ns()))
 
 
 class PulseWatch:

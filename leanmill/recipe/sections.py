@@ -132,13 +132,18 @@ class ClusterConfig(Config):
     """Nothing may move for so long while ranks wait in a collective; then the ones that are not there are named, and
     every rank leaves its stacks and flight record in `hang` of the run's folder. null never looks."""
 
+    slow_rank_factor: float | None = Field(default=1.5, gt=1)
+    """A rank whose steps take so many times the median's outside of collectives, three looks in a row, is named in the
+    log, with host and phase; a look is taken with a record, at most every 30 seconds, on the CPU. null never looks."""
+
     @model_validator(mode="after")
     def _records_what_it_reads(self) -> Self:
-        if self.hang_seconds is not None and not self.flight_recorder:
-            raise ValueError(
-                f"cluster.hang_seconds={self.hang_seconds} reads the flight recorder, which cluster.flight_recorder="
-                f"false switches off; set cluster.hang_seconds=null as well"
-            )
+        for key in ("hang_seconds", "slow_rank_factor"):
+            if getattr(self, key) is not None and not self.flight_recorder:
+                raise ValueError(
+                    f"cluster.{key}={getattr(self, key)} reads the flight recorder, which cluster.flight_recorder="
+                    f"false switches off; set cluster.{key}=null as well"
+                )
         return self
 
 

@@ -19,6 +19,7 @@ from leanmill.parallel.collectives import among, max_over_ranks, sum_over_ranks
 from leanmill.parallel.engine import Engine, Losses
 from leanmill.parallel.low_comm.outer import OuterSteps
 from leanmill.parallel.pulse import Pulse
+from leanmill.parallel.slow_ranks import SlowRanks
 from leanmill.recipe.root import Recipe
 from leanmill.report.observer import Observer
 from leanmill.trainer.meter import Meter
@@ -62,6 +63,8 @@ class Loop:
     """Steps done so far."""
     pulse: Pulse = field(default_factory=Pulse)
     """Where what is being done is said, for ranks that wait for this one."""
+    slow_ranks: SlowRanks | None = None
+    """Who is slower than other ranks, where that is looked at."""
     num_skipped: int = 0
     meter: Meter = field(init=False)
 
@@ -76,7 +79,8 @@ class Loop:
 
     def start(self) -> None:
         """Start the clock; `run` does it too."""
-        self.meter = Meter(self.engine.device, self.num_skipped, ledger_of(self.engine.module))
+        ledger = ledger_of(self.engine.module)
+        self.meter = Meter(self.engine.device, self.num_skipped, ledger, self.slow_ranks)
 
     def run(self, asked: Callable[[], Stop] = lambda: Stop.NOT_ASKED) -> Stop:
         """Train to the end, or until a rank is asked to stop: then its step is the last, and saved.

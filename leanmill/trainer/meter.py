@@ -11,14 +11,21 @@ from torch import Tensor
 
 from leanmill.core.ledger import Ledger
 from leanmill.parallel.collectives import max_over_ranks, sum_over_ranks
+from leanmill.parallel.slow_ranks import SlowRanks
 from leanmill.report.observer import StepRecord
 
 
 class Meter:
     """Adds up losses, tokens, time and skipped steps; `record` reduces them over ranks."""
 
-    def __init__(self, device: torch.device, num_skipped: int = 0, ledger: Ledger | None = None) -> None:
-        self.device, self._ledger = device, ledger
+    def __init__(
+        self,
+        device: torch.device,
+        num_skipped: int = 0,
+        ledger: Ledger | None = None,
+        slow_ranks: SlowRanks | None = None,
+    ) -> None:
+        self.device, self._ledger, self._slow_ranks = device, ledger, slow_ranks
         self._num_skipped = torch.tensor(float(num_skipped), device=device)
         self._reset()
 
@@ -65,10 +72,16 @@ class Meter:
         epoch: float | None = None,
     ) -> StepRecord:
         """Reduce over ranks, return the record and start anew. A collective."""
+        if self._slow_ranks is not None:
+            self._slow_ranks.arrive()
         losses = self._mean_losses()
         seconds = (time.perf_counter() - self._started) / self._num_steps
-        here = torch.tensor(peak_memory_bytes(self.device), device=self.device, dtype=torch.float64)
-        peak = max_over_ranks(here)
+        told = [] if self._slow_ranks is None else self._slow_ranks.told()
+        here = torch.tensor([peak_memory_bytes(self.device), *told], device=self.device, dtype=torch.float64)
+        peak, *heard = max_over_ranks(here).tolist()
+        if self._slow_ranks is not None:
+            self._slow_ranks.hear(heard, step)
+            metrics = {**metrics, **{f"slow_ranks/{key}": value for key, value in self._slow_ranks.found.items()}}
         record = StepRecord(
             step=step,
             tokens=tokens,
@@ -77,7 +90,7 @@ class Meter:
             lr=lr,
             step_seconds=seconds,
             tokens_per_second=tokens_per_step / seconds,
-            peak_memory_bytes=int(peak.item()),
+            peak_memory_bytes=int(peak),
             skipped_steps=self.num_skipped,
             epoch=epoch,
             metrics=metrics,

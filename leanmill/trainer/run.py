@@ -32,6 +32,7 @@ from leanmill.parallel.launch import set_timeout
 from leanmill.parallel.low_comm.build import outer_steps
 from leanmill.parallel.precision import resolve_precision
 from leanmill.parallel.shared_errors import lost_rank
+from leanmill.parallel.slow_ranks import SlowRanks
 from leanmill.parallel.tensor_plan import split_dims
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import micro_batches_of_step, with_length_in_tokens
@@ -326,11 +327,25 @@ class _Run:
             step=state.get("step", 0),
             num_skipped=state.get("num_skipped", 0),
             pulse=self.pulse,
+            slow_ranks=self._slow_ranks(),
             outer=self.outer,
         )
         if self.loop.spikes is not None and state.get("spikes"):
             self.loop.spikes.load_state_dict(state["spikes"])
         return self.loop
+
+    def _slow_ranks(self) -> SlowRanks | None:
+        factor, ranks = self.recipe.cluster.slow_rank_factor, self.ranks
+        # NCCL only queues on the host, so its times of asking say nothing of the device.
+        if factor is None or ranks.world_size == 1 or ranks.device.type != "cpu":
+            return None
+        return SlowRanks(
+            pulse=self.pulse,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            factor=factor,
+            waits_between=self.engine.waits_between,
+        )
 
     def _write_recipe(self, tokenizer: Any) -> None:
         if self.ranks.rank == 0:

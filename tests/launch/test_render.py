@@ -166,7 +166,7 @@ def test_what_cannot_be_rendered_is_refused(capsys, args, message):
 
 
 def test_k8s_job_parses_and_holds_the_settings(capsys):
-    off = ["cluster.flight_recorder=false", "cluster.hang_seconds=null"]
+    off = ["cluster.flight_recorder=false", "cluster.hang_seconds=null", "cluster.slow_rank_factor=null"]
     text = _render(capsys, "k8s", RECIPE, *SIZE, *off, "--image", 'reg/x:1"')
     job = yaml.safe_load(text)
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
@@ -176,7 +176,7 @@ def test_k8s_job_parses_and_holds_the_settings(capsys):
     container = worker["template"]["spec"]["containers"][0]
     assert container["image"] == 'reg/x:1"'
     assert container["command"][:3] == ["torchrun", "launch/train.py", "--config"]
-    assert container["command"][-2:] == off
+    assert container["command"][-3:] == off
     env = {item["name"]: item["value"] for item in container["env"]}
     assert env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     assert env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
