@@ -40,8 +40,24 @@ def run(args: argparse.Namespace) -> int:
 
         try_model(recipe)
         remember(recipe)
-    print(explain(recipe, args.ranks))
+    plan = _derived_plan(recipe)
+    print("\n".join([explain(recipe, args.ranks), *plan]))
     return 0
+
+
+def _derived_plan(recipe: Recipe) -> list[str]:
+    """Say which matmuls ranks share of a family that has no plan of its own, where its model is on this machine."""
+    from leanmill.recipe.on_this_machine import local_model
+
+    model = local_model(recipe.model)
+    if recipe.layout.tp == 1 or recipe.phases or model is None:
+        return []
+    from leanmill.parallel.tensor_plan import derived_lines
+    from leanmill.plan.subject import plain_model
+
+    found = derived_lines(plain_model(recipe.model_copy(update={"model": model})), recipe.layout.tp)
+    title = f"matmuls that {recipe.layout.tp} ranks share, derived since transformers has no plan for this family:"
+    return [title, *(f"  {line}" for line in found)] if found else []
 
 
 def _compare_ranks(recipe: Recipe) -> int:

@@ -60,6 +60,10 @@ class WeightSplit(ABC):
     def part(self, whole: Tensor, dim: int) -> Tensor:
         """Return this rank's part along `dim` of what all ranks have; its gradient is gathered from them."""
 
+    def held(self, tensor: Tensor) -> Tensor:
+        """Return what this rank multiplies with of a weight or bias as it holds it: all."""
+        return tensor
+
     @abstractmethod
     def largest(self, tensor: Tensor) -> Tensor:
         """Return the element-wise maximum over ranks, without a gradient."""
@@ -77,9 +81,9 @@ def split_linear(split: WeightSplit, tokens: Tensor, operands: Operands, bias: T
     Returns:
         [..., out], or [..., part of out] where ranks have rows and do not gather the output.
     """
-    own_bias = bias if split.by_rows else None
+    own_bias = split.held(bias) if split.by_rows and bias is not None else None
     if operands.is_plain:
-        product = F.linear(_own_inputs(split, tokens), operands.tensors[0], own_bias)
+        product = F.linear(_own_inputs(split, tokens), split.held(operands.tensors[0]), own_bias)
     else:
 
         def staged(tokens: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ def _staged_product(
     split: WeightSplit, operands: Operands, tokens: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]
 ) -> Tensor:
     has_stages = len(operands.stages) > 0
-    whole = split.whole(tensors[0], split.dim) if has_stages else tensors[0]
+    whole = split.whole(tensors[0], split.dim) if has_stages else split.held(tensors[0])
     bound = operands.bound((whole, *tensors[1:]))
     weight, other = bound.weight(), bound.backward_weight()
     if has_stages:

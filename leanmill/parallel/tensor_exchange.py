@@ -6,6 +6,7 @@ all parts; of tokens, all parts and a sum of which each rank keeps a part, and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +58,32 @@ class GroupSplit(WeightSplit):
         result = tensor.detach().clone()
         dist.all_reduce(result, op=dist.ReduceOp.MAX, group=self.group)
         return result
+
+
+class PickedRows(GroupSplit):
+    """A weight that every rank holds whole, and of which each multiplies with rows that do not lie together.
+
+    What a rank does not multiply with has a gradient of zero there: gradients of `held` are to be added up.
+
+    Args:
+        group: See `GroupSplit`.
+        rows: Of each rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, rows: Sequence[Sequence[int]]) -> None:
+        super().__init__(group, by_rows=True)
+        self._rows = torch.tensor(rows[self.rank])
+
+    def held(self, tensor: Tensor) -> Tensor:
+        return tensor.index_select(0, self._rows.to(tensor.device))
+
+    def whole(self, part: Tensor, dim: int) -> Tensor:
+        """Return it: a weight is here already."""
+        return part if dim == 0 else super().whole(part, dim)
+
+    def part(self, whole: Tensor, dim: int) -> Tensor:
+        """Return this rank's rows of a weight that all ranks computed; its gradient is the sum over ranks."""
+        return self.held(self.enter(whole)) if dim == 0 else super().part(whole, dim)
 
 
 def summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -20,7 +20,7 @@ from leanmill.core.site import EmbeddingSite, LinearSite, Site
 from leanmill.parallel.collectives import reduced
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.sequence_parallel import RegionSplit, TokenParts, region_shares, split_tokens
-from leanmill.parallel.tensor_exchange import GroupSplit
+from leanmill.parallel.tensor_exchange import GroupSplit, PickedRows
 from leanmill.parallel.tensor_plan import Share, tensor_plan
 from leanmill.parallel.tensors import local
 
@@ -53,9 +53,12 @@ def split_model(model: nn.Module, layout: Layout, *, replicated: bool) -> Partia
         if share.kind == "partial":
             partial += model.get_submodule(share.path).parameters()
             continue
+        if share.kind == "counts":
+            vars(model.get_submodule(share.path)).update(share.counts)
+            continue
         site, of_tokens = _site_at(model, share), tokens if share.path in in_regions else None
         _split_site(site, _split_of(share, group, of_tokens), _Places(mesh, leading, split), share.name)
-        if of_tokens is not None:
+        if share.rows is not None or of_tokens is not None:
             partial += _seeing_parts(site)
     for path, layer in branched_layers(model):
         partial += _split_branches(clean_name(path), layer, _Places(mesh, leading, split))
@@ -63,10 +66,14 @@ def split_model(model: nn.Module, layout: Layout, *, replicated: bool) -> Partia
 
 
 def _seeing_parts(site: Site) -> Iterator[nn.Parameter]:
-    """Yield what in a region is whole on every rank, and sees its tokens or its outputs alone."""
+    """Yield what is whole on every rank, and sees in a region or of a weight the rank's part alone."""
     bias: nn.Parameter | None = getattr(site, "bias", None)
     assert site.split is not None
-    if site.split.by_rows:
+    if isinstance(site.split, PickedRows):
+        yield from [] if bias is None else [bias]
+        if len(site.stages) == 0:
+            yield site.raw_weight  # type: ignore[misc]
+    elif site.split.by_rows:
         yield from site.inputs.parameters()
     elif bias is not None:
         yield bias
@@ -115,6 +122,8 @@ def _site_at(model: nn.Module, share: Share) -> Site:
 
 def _split_of(share: Share, group: dist.ProcessGroup, tokens: TokenParts | None) -> GroupSplit:
     by_rows = share.kind != "columns"
+    if share.rows is not None:
+        return PickedRows(group, share.rows)
     if tokens is not None:
         return RegionSplit(
             tokens, by_rows=by_rows, gathers_output=share.gathers_output, splits_input=share.splits_input
@@ -129,17 +138,19 @@ def _split_site(site: Site, split: GroupSplit, places: _Places, name: str) -> No
             f"layout.tp shares {name}, whose frozen weight is kept as codes; set model.frozen_dtype=bf16, or "
             f"layout.tp=1"
         )
+    site.split = split
+    if isinstance(split, PickedRows):
+        return
     module.weight = places.shard(module.weight, split.dim)
     if split.by_rows and getattr(module, "bias", None) is not None:
         module.bias = places.shard(module.bias, 0)
-    site.split = split
 
 
 def _split_branches(name: str, layer: Any, places: _Places) -> list[nn.Parameter]:
     """Split the factors beside a split layer: B as its rows are, A as its columns are.
 
     Returns:
-        The other factors, where tokens are split: their ranks see parts of tokens or outputs.
+        The factors that are whole, where ranks see parts of tokens or of rows that they pick.
     """
     base = base_of(layer)
     split = base.split if isinstance(base, Site) else None
@@ -156,6 +167,8 @@ def _split_branches(name: str, layer: Any, places: _Places) -> list[nn.Parameter
         site = LinearSite.adopt(factor, f"{name}.{adapter}")  # type: ignore[arg-type]
         factors[adapter] = site
         _split_site(site, split, places, name)
+    if isinstance(split, PickedRows):
+        return list(factors.parameters())
     return list(others.parameters()) if isinstance(split, RegionSplit) else []
 
 

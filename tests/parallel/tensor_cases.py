@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from leanmill.core.technique import InstallContext, TechniqueConfig
+from leanmill.core.transposed import as_linears
 from leanmill.models.activation_checkpointing import apply_activation_checkpointing
 from leanmill.models.config import ModelConfig
 from leanmill.models.materialise import make_materialiser
@@ -42,9 +43,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8},
     "olmo": {},
     "phi": {"hidden_size": 32, "partial_rotary_factor": 0.5},
+    "gpt2": {
+        "n_embd": 24,
+        "n_inner": 40,
+        "n_layer": 2,
+        "n_head": 4,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    },
+    # The gradient of a bias of keys is zero, and its rounding another on every number of ranks.
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 24, "dropout": 0.0, "enable_bias": False},
+    "gptj": {"n_embd": 24, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "tie_word_embeddings": False},
+    "stablelm": {"tie_word_embeddings": False},
+    "persimmon": {"qk_layernorm": False, "hidden_size": 32, "tie_word_embeddings": False},
 }
 """With biases; with norms inside heads; with norms across heads; with fused projections; with scaled embeddings; with
-norms without weights; with attention and MLP side by side."""
+norms without weights; with attention and MLP side by side; and without a plan of their own: with queries, keys and
+values one behind the other in a fused layer, an MLP in the block itself, counts of heads, and fused head by head."""
 
 
 TECHNIQUES: dict[str, dict[str, Any]] = {
@@ -73,7 +89,7 @@ def model_on_meta(dtype: torch.dtype = torch.float64, *, family: str = "llama", 
 
     config = AutoConfig.for_model(family, **{**_SIZES, **FAMILIES.get(family, {}), **sizes})
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return as_linears(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 ADAMW = AdamW(lr=1e-2, weight_decay=0.1, eps=1e-3)

@@ -141,6 +141,13 @@ def test_techniques(name: str, world_size: int, technique: str, num_micro_batche
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("technique", list(tensors.TECHNIQUES))
+@pytest.mark.parametrize("name", BOTH)
+def test_techniques_on_rows_that_do_not_lie_together(name: str, technique: str) -> None:
+    check(name, 2, num_micro_batches=3, family="gpt2", technique=technique)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("name", BOTH)
 def test_losses_of_a_shared_vocabulary_are_those_of_logits(name: str, family: str) -> None:

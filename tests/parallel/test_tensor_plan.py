@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from leanmill.core.errors import ConfigError
-from leanmill.parallel.tensor_plan import split_dims, tensor_plan
+from leanmill.parallel.derived_plan import Underivable, derived_pairs
+from leanmill.parallel.tensor_plan import derived_lines, split_dims, tensor_plan
 from leanmill.recipe.root import Recipe
 from tests.parallel.tensor_cases import model_on_meta
 
@@ -31,6 +32,29 @@ def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
     assert not {"lm_head.weight", "model.embed_tokens.weight"} & names.keys()
 
 
+def test_fused_projections_are_cut_by_heads_inside_each_of_them() -> None:
+    plan = {share.name: share for share in tensor_plan(model_on_meta(family="gpt2"), 2)}
+    fused = plan["transformer.h.1.attn.c_attn"]
+    assert fused.rows is not None
+    # Queries, keys and values of 4 heads of 6, one behind the other.
+    assert fused.rows[1] == tuple(part * 24 + row for part in range(3) for row in range(12, 24))
+    assert plan["transformer.h.1.attn"].counts == {"split_size": 12}
+    assert plan["transformer.h.0.mlp.c_proj"].kind == "columns"
+    assert derived_lines(model_on_meta(family="gpt2"), 2)[:3] == [
+        "transformer.h.*.attn.c_attn: rows of a rank's heads, 0-11, 24-35, 48-59 on the first; held whole",
+        "transformer.h.*.attn.c_proj: by columns",
+        "transformer.h.*.attn: split_size 12 on a rank",
+    ]
+
+
+def test_a_head_is_never_cut() -> None:
+    with pytest.raises(Underivable, match=r"2 ranks would need the same rows of transformer.h.0.attn.c_attn"):
+        derived_pairs(model_on_meta(family="gpt2", num_attention_heads=3), 2)
+
+
+_GPT = {"n_head": 4, "n_embd": 24, "n_layer": 2, "attn_pdrop": 0.0}
+
+
 @pytest.mark.parametrize(
     ("family", "sizes", "tp", "message"),
     [
@@ -38,7 +62,10 @@ def test_a_vocabulary_that_does_not_divide_stays_whole() -> None:
         ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3}, 2, r"num_attention_heads=3; set layout.tp=1"),
         ("llama", {"intermediate_size": 41}, 2, r"the 41 outputs of model.layers.0.mlp.gate_proj; set layout.tp=1"),
         ("llama", {"attention_dropout": 0.1}, 2, r"would drop the same places by model.config.attention_dropout=0.1"),
-        ("gpt2", {"n_head": 4, "n_embd": 24}, 2, r"it has no plan for model type 'gpt2'"),
+        ("gpt2", {"attn_pdrop": 0.1}, 2, r"would drop the same places by model.config.attn_pdrop=0.1"),
+        ("gpt2", {"num_attention_heads": 3}, 2, r"does not divide model.config.num_attention_heads=3"),
+        ("gpt_bigcode", _GPT, 2, r"2 ranks would need the same rows of transformer.h.0.attn.c_attn"),
+        ("bloom", {"n_head": 4, "n_layer": 2}, 2, r"no count in transformer.h.0.self_attention makes a rank compute"),
         ("doge", {}, 2, r"shares model.layers.0.self_attn.q_proj, and not model.layers.0.self_attn.A beside it"),
         ("mixtral", {}, 2, r"layout.tp=2: model.layers.0.mlp.* would be shared as '.*', which is not known here"),
     ],
