@@ -50,6 +50,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads_by_layer": [4, 0, 2],
         "num_key_value_heads_by_layer": [2, 0, 2],
         "intermediate_size_by_layer": [24, 40, 0],
+        "linear_attention_by_layer": [False, True, False],
+        "linear_mlp_by_layer": [False, False, True],
         "qk_norm": True,
         "residual_rotations": True,
         "rank_by_linear": {"self_attn.q_proj": [4, 0, 0], "mlp.up_proj": [0, 8, 0]},

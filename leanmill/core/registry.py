@@ -378,6 +378,11 @@ PASSES: dict[str, Entry] = {
         "surgery: fewer heads and neurons by second-order error, under a speedup by measured latencies",
         "Kurtic et al. 2023, arXiv:2302.04089",
     ),
+    "puzzle": Entry(
+        "leanmill.sparse.puzzle.config:Puzzle",
+        "surgery: attention and MLP of each layer by an integer program over distilled alternatives, under budgets",
+        "Bercovich et al. 2024, arXiv:2411.19146",
+    ),
     "remove_zeros": Entry(
         "leanmill.sparse.remove_zeros.config:RemoveZeros",
         "surgery: no heads and neurons whose weights are zero; the model computes the same",

@@ -16,6 +16,8 @@ _OF_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 class PrunedLlamaConfig(LlamaConfig):
     """Llama, Mistral, Qwen2 or Qwen3 whose layers differ in heads and neurons, or have no attention or no MLP.
 
+    In the place of either a layer may have one matrix, as in Puzzle (Bercovich et al. 2024, arXiv:2411.19146).
+
     `num_attention_heads` and `num_key_value_heads` become those of the layer with the most heads, `intermediate_size`
     the largest.
     """
@@ -30,6 +32,10 @@ class PrunedLlamaConfig(LlamaConfig):
     """Key-value heads of each layer, which divide its query heads."""
     intermediate_size_by_layer: list[int] | None = None
     """Neurons of each layer's MLP, 0 where it has none; None is `intermediate_size` in each."""
+    linear_attention_by_layer: list[bool] | None = None
+    """Whether a layer without attention has a matrix in its place; None is in no layer."""
+    linear_mlp_by_layer: list[bool] | None = None
+    """Whether a layer without neurons has a matrix in the place of its MLP; None is in no layer."""
     qk_norm: bool = False
     """Whether queries and keys of a head are normalised, as in Qwen3."""
     rank_by_linear: dict[str, list[int]] | None = None
@@ -46,12 +52,14 @@ class PrunedLlamaConfig(LlamaConfig):
         if self.num_key_value_heads_by_layer is None and self.num_attention_heads_by_layer is not None:
             groups = list(heads)
         neurons = self._of_layers("intermediate_size")
+        self._check_matrices("linear_attention_by_layer", heads)
+        self._check_matrices("linear_mlp_by_layer", neurons)
         for layer, (of_queries, of_keys) in enumerate(zip(heads, groups, strict=True)):
             if (of_queries == 0) != (of_keys == 0) or (of_keys and of_queries % of_keys):
                 raise ValueError(
                     f"layer {layer} has {of_queries} query heads, which its {of_keys} key-value heads do not divide"
                 )
-            if not of_queries and not neurons[layer]:
+            if not of_queries and not neurons[layer] and not self._has_matrix(layer):
                 raise ValueError(f"layer {layer} has neither attention nor neurons; leave the layer out")
         if not any(heads):
             raise ValueError("num_attention_heads_by_layer leaves no layer with attention")
@@ -68,6 +76,19 @@ class PrunedLlamaConfig(LlamaConfig):
         self.intermediate_size_by_layer = neurons
         self.num_attention_heads, self.num_key_value_heads = max(zip(heads, groups, strict=True))
         self.intermediate_size = max(neurons) or self.intermediate_size
+
+    def _has_matrix(self, layer: int) -> bool:
+        return any(flags[layer] for flags in (self.linear_attention_by_layer, self.linear_mlp_by_layer) if flags)
+
+    def _check_matrices(self, name: str, sizes: list[int]) -> None:
+        given: list[bool] | None = getattr(self, name)
+        if given is None:
+            return
+        if len(given) != self.num_hidden_layers:
+            raise ValueError(f"{name}={given} is to be true or false for {self.num_hidden_layers} layers")
+        for layer, (is_linear, size) in enumerate(zip(given, sizes, strict=True)):
+            if is_linear and size:
+                raise ValueError(f"{name}: layer {layer} has what a matrix would take the place of; give it size 0")
 
     def _of_layers(self, name: str) -> list[int]:
         given: list[int] | None = getattr(self, f"{name}_by_layer")

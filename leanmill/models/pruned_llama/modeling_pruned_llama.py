@@ -51,20 +51,28 @@ class PrunedLlamaPair(nn.Module):
 
 
 class PrunedLlamaDecoderLayer(GradientCheckpointingLayer):
-    """x -> x R_a + attention(norm(x)), then x R_m + mlp(norm(x)), each half where the layer has it."""
+    """x -> x R_a + attention(norm(x)), then x R_m + mlp(norm(x)), each half where the layer has it, or a matrix."""
 
     def __init__(self, config: PrunedLlamaConfig, layer_idx: int) -> None:
         super().__init__()
         self.hidden_size = config.hidden_size
         has_attention = (config.num_attention_heads_by_layer or [])[layer_idx] > 0
         num_neurons = (config.intermediate_size_by_layer or [])[layer_idx]
+        linear_attention = any((config.linear_attention_by_layer or [])[layer_idx : layer_idx + 1])
+        linear_mlp = any((config.linear_mlp_by_layer or [])[layer_idx : layer_idx + 1])
         if has_attention:
             self.self_attn = PrunedLlamaAttention(config, layer_idx)
+        if linear_attention:
+            self.attention_linear = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        if has_attention or linear_attention:
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if num_neurons:
             own = copy.copy(config)
             own.intermediate_size = num_neurons
             self.mlp = LlamaMLP(own)
+        if linear_mlp:
+            self.mlp_linear = nn.Linear(config.hidden_size, config.hidden_size, bias=config.mlp_bias)
+        if num_neurons or linear_mlp:
             self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.residual_rotations:
             self.attention_rotation = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -88,11 +96,15 @@ class PrunedLlamaDecoderLayer(GradientCheckpointingLayer):
                 **kwargs,
             )
             residual = residual + attended
+        if hasattr(self, "attention_linear"):
+            residual = residual + self.attention_linear(self.input_layernorm(hidden_states))
         hidden_states = residual
         if hasattr(self, "mlp_rotation"):
             residual = self.mlp_rotation(residual)
         if hasattr(self, "mlp"):
             residual = residual + self.mlp(self.post_attention_layernorm(hidden_states))
+        if hasattr(self, "mlp_linear"):
+            residual = residual + self.mlp_linear(self.post_attention_layernorm(hidden_states))
         return residual
 
 

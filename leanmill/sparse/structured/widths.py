@@ -45,6 +45,11 @@ def widths_of(technique: str, config: Any) -> tuple[Sizes, Widths]:
         ConfigError: A family whose layers cannot have sizes of their own, or windows of attention.
     """
     check_family(technique, config, (*LLAMA_LIKE, OWN_FAMILY), "layers of different sizes")
+    if getattr(config, "linear_attention_by_layer", None) or getattr(config, "linear_mlp_by_layer", None):
+        raise ConfigError(
+            f"{technique}: layers of this {config.model_type} have matrices in the place of attention or MLP, in which "
+            f"there are no heads and neurons to cut; cut the model before puzzle does"
+        )
     if config.model_type != OWN_FAMILY:
         sizes = sizes_of(technique, config)
         layers = sizes.layers

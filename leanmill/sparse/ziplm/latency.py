@@ -5,22 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.paths import expand_user
-
-
-_ROUNDS = 15
-"""Measurements of each size, all sizes in turn; the least counts, which other work on the machine hardly moves."""
-_WARM_UPS = 2
+from leanmill.sparse.structured.timing import least_times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,27 +90,8 @@ def measure(
     for number in neurons:
         module, _ = layer(1, number)
         jobs["neurons", number] = lambda module=module: module.mlp(module.post_attention_layernorm(hidden))  # type: ignore[misc]
-    least = _least_times(jobs, hidden.device)
+    least = least_times(jobs, hidden.device)
     return Latencies(
         groups={0: 0.0} | {size: us for (kind, size), us in least.items() if kind == "groups"},
         neurons={0: 0.0} | {size: us for (kind, size), us in least.items() if kind == "neurons"},
     )
-
-
-@torch.no_grad()
-def _least_times(jobs: dict[tuple[str, int], Callable[[], Any]], device: torch.device) -> dict[tuple[str, int], float]:
-    least = dict.fromkeys(jobs, float("inf"))
-    for number in range(_WARM_UPS + _ROUNDS):
-        for key, job in jobs.items():
-            _wait(device)
-            start = time.perf_counter()
-            job()
-            _wait(device)
-            if number >= _WARM_UPS:
-                least[key] = min(least[key], 1e6 * (time.perf_counter() - start))
-    return least
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

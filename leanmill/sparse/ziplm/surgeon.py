@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +12,10 @@ from torch import Tensor
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.least_error import least_error
 from leanmill.core.levels import Space
-from leanmill.core.paths import expand_user
 from leanmill.core.surgery import CalibratedModel, SeenBlock, StoredBlock
 from leanmill.sparse.structured.cut import rows_of_heads
 from leanmill.sparse.structured.importance import HEADS, NEURONS, Grams
+from leanmill.sparse.structured.timing import is_there, mean_of_ranks
 from leanmill.sparse.structured.uneven import Chosen, UnevenSurgeon, evenly, query_heads_of
 from leanmill.sparse.structured.widths import Widths, config_with
 from leanmill.sparse.ziplm.latency import Latencies, Setting, measure, read_table, write_table
@@ -122,7 +121,7 @@ class ZipLmSurgeon(UnevenSurgeon):
         path = self.setting.table
         groups = sorted({number for there in set(self.widths.groups) for number in range(1, there + 1)})
         neurons = sorted({size for there in set(self.widths.neurons) for size in self._neurons(there)} - {0})
-        if path is not None and _is_there(model, path):
+        if path is not None and is_there(model, path, self.technique):
             found = read_table(path)
             for kind, wanted, table in (("groups", groups, found.groups), ("neurons", neurons, found.neurons)):
                 lacking = [size for size in wanted if size not in table]
@@ -234,24 +233,6 @@ def _rising(costs: Sequence[int]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _is_there(model: CalibratedModel, path: str) -> bool:
-    """Whether there is a table; all ranks must see it, or those without would measure and wait for the others."""
-    seen, ranks = model.total(torch.tensor([float(Path(expand_user(path)).is_file()), 1.0])).tolist()
-    if 0 < seen < ranks:
-        raise ConfigError(
-            f"ziplm.latency_table {path} is on some machines and not on others; copy it to all of them, or remove it "
-            f"to have it measured here"
-        )
-    return seen > 0
-
-
 def _agreed(model: CalibratedModel, latencies: Latencies) -> Latencies:
     """The mean over ranks, each of which measured."""
-    sizes = [*latencies.groups.values(), *latencies.neurons.values(), 1.0]
-    *total, ranks = model.total(torch.tensor(sizes, dtype=torch.float64)).tolist()
-    means = [value / ranks for value in total]
-    number = len(latencies.groups)
-    return Latencies(
-        groups=dict(zip(latencies.groups, means[:number], strict=True)),
-        neurons=dict(zip(latencies.neurons, means[number:], strict=True)),
-    )
+    return Latencies(groups=mean_of_ranks(model, latencies.groups), neurons=mean_of_ranks(model, latencies.neurons))

@@ -1,14 +1,12 @@
 """Removal by the paper's equations, the choice by a table, and the written models."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from leanmill.core.errors import ConfigError
 from leanmill.core.registry import parse_pass
-from leanmill.sparse.ziplm import surgeon
 from leanmill.sparse.ziplm.latency import measure, read_table
 from leanmill.sparse.ziplm.removal import damped, in_turn, refitted
 from leanmill.trainer.passes.run import compress
@@ -137,17 +135,3 @@ def test_requests_that_do_not_fit(tmp_path):
         recipe(tmp_path / "in", tmp_path / "text", tmp_path, *passes)
     with pytest.raises(ValueError, match="numbers above 1, each once"):
         parse_pass({"type": "ziplm", "speedup": 2, "further_speedups": [1.5, 1.5]})
-
-
-def test_a_table_that_some_machines_lack_is_refused_by_all(tmp_path):
-    def with_another(sees):
-        return SimpleNamespace(total=lambda own: own + torch.tensor([float(sees), 1.0]))
-
-    table = tmp_path / "table.json"
-    assert not surgeon._is_there(with_another(sees=False), str(table))
-    with pytest.raises(ConfigError, match="is on some machines and not on others; copy it to all of them"):
-        surgeon._is_there(with_another(sees=True), str(table))
-    table.write_text("{}")
-    assert surgeon._is_there(with_another(sees=True), str(table))
-    with pytest.raises(ConfigError, match="copy it to all of them"):
-        surgeon._is_there(with_another(sees=False), str(table))

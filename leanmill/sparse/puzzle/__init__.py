@@ -1,0 +1,1 @@
+"""Puzzle: attention and MLP of each layer replaced by what an integer program chooses among distilled alternatives."""
