@@ -151,6 +151,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "latent attention": ("deepseek_v3", "multi_token", "router_balance", "nm_sparsity"),
     "pyramid of experts": ("pr_moe", "router_balance"),
     "linear attention": ("linear_llama", "nm_sparsity"),
+    "latent and rotary keys": ("latent_llama", "lora"),
     "layers of their own sizes": ("pruned_llama", "lora"),
     "layers that share": ("folded_llama", "nm_sparsity", "lsq_row"),
     "adapted experts": ("mixtral", "router_balance", "lora"),

@@ -42,6 +42,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "feature_dim": 6,
     },
+    "latent_llama": MODEL
+    | {
+        "model_type": "latent_llama",
+        "head_dim": 16,
+        "kv_lora_rank": 12,
+        "rope_head_dim": 6,
+    },
     "pruned_llama": MODEL
     | {
         "model_type": "pruned_llama",

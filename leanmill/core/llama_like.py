@@ -13,7 +13,7 @@ from leanmill.core.errors import ConfigError
 
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 """transformers' families whose blocks are of that kind."""
-OWN_FAMILIES = ("pruned_llama", "folded_llama", "linear_llama")
+OWN_FAMILIES = ("pruned_llama", "folded_llama", "linear_llama", "latent_llama")
 """Those of `leanmill.models` that are."""
 _COPIED = (
     "vocab_size",

@@ -358,6 +358,11 @@ PASSES: dict[str, Entry] = {
         "surgery: linear attention behind a window of softmax, taught what attention put out (Hedgehog maps)",
         "Zhang et al. 2024, arXiv:2410.10254",
     ),
+    "mha2mla": Entry(
+        "leanmill.architecture.mha2mla.config:Mha2Mla",
+        "surgery: latent attention with a few rotary frequencies of each head, the rest factored with the values",
+        "Ji et al. 2025, arXiv:2502.14837",
+    ),
     "transmla": Entry(
         "leanmill.architecture.transmla.config:TransMla",
         "surgery: latent attention in the place of grouped-query attention, for a smaller cache",

@@ -68,9 +68,9 @@ def attention_widths(config: Any) -> tuple[int, int]:
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     latent = getattr(config, "kv_lora_rank", None)
-    if latent is None:
+    if latent is None or not hasattr(config, "qk_rope_head_dim"):  # each key-value head has a rotated part of its own
         keys = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-        return heads * head_dim + 2 * keys, heads * head_dim
+        return heads * head_dim + 2 * keys + (latent or 0), heads * head_dim
     # Keys and values of every head are made of one latent and one rotated part.
     compressed = latent + config.qk_rope_head_dim + (config.q_lora_rank or 0)
     return compressed + heads * (2 * config.qk_head_dim + config.v_head_dim), heads * config.v_head_dim

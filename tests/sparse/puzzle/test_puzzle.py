@@ -93,7 +93,7 @@ def test_alternatives_begin_as_the_paper_says_and_are_scored_in_the_model(
     hidden, out = inputs["model.layers.0"]
     alone = hidden + mlp(layer.post_attention_layernorm(hidden))
     halves = [normalised_mse(a, o) for a, o in zip(alone.split(4), out.split(4), strict=True)]
-    assert error == pytest.approx(float(sum(halves) / 2), rel=1e-4)
+    assert error == pytest.approx(float(sum(halves).detach() / 2), rel=1e-4)
     with torch.no_grad():
         before = model(**rows, use_cache=False).logits.log_softmax(-1)
         attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)

@@ -20,6 +20,7 @@ PASSES = {
     "puzzle": {"parameters": 0.7, "epochs": 0},
     # A step takes a batch of every rank, so only maps that stay as they were drawn are the same.
     "lolcats": {"sliding_window": 4, "feature_dim": 4, "epochs": 1, "lr": 1e-9},
+    "mha2mla": {"kv_lora_rank": 14, "rope_head_dim": 4},
     "transmla": {"kv_lora_rank": 14, "qk_rope_head_dim": 4, "frequency_fold": 4},
 }
 TABLE = '{"groups": {"1": 20, "2": 30, "3": 40}, "neurons": {"28": 50, "56": 80}}'
