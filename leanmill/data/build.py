@@ -22,6 +22,7 @@ from leanmill.data.sentences import SentencePair
 from leanmill.data.sources import MapSource, Source, keeps_documents_whole
 from leanmill.data.store import token_store
 from leanmill.data.stream_source import StreamSource
+from leanmill.data.subset import RowSubset
 from leanmill.data.tokenizer import load_tokenizer, tokenizer_fingerprint, trained_tokenizer, with_chat_template
 from leanmill.data.train_data import TrainData
 
@@ -109,6 +110,7 @@ def build_train_data(config: DataConfig, tokenizer: PreTrainedTokenizerFast, *, 
         identity=identity,
         pads_rows=keeps_documents_whole(config),
         masking=masking_of(config, tokenizer, seed=seed),
+        subset=None if config.subset is None else RowSubset(config.subset, seed),
     )
 
 

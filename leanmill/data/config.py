@@ -166,6 +166,21 @@ class MaskingConfig(Config):
         return self
 
 
+class SubsetConfig(Config):
+    """A share of the rows a round, in the place of all of them an epoch.
+
+    Rounds that draw anew are RS2, repeated sampling of random subsets (Okanovic et al. 2023, arXiv:2305.18424); one
+    that stays is random data pruning, which with a teacher loses little (Ben-Baruch et al. 2024, arXiv:2403.07854).
+    `train.epochs` counts rounds.
+    """
+
+    share: float = Field(gt=0, lt=1)
+    """Of the rows of each source, rounded down to whole rows, at least one."""
+    draw: Literal["without_replacement", "with_replacement", "once"] = "without_replacement"
+    """`without_replacement`: rows come again only once all had their turn, so that rounds cut passes into pieces.
+    `with_replacement`: each round draws from all rows. `once`: the first round's rows, in another order each round."""
+
+
 class DataConfig(Config):
     """Everything between files and token rows."""
 
@@ -189,6 +204,8 @@ class DataConfig(Config):
     """With each pair also the chosen answer of another pair to its prompt, which `kto` measures its zero with."""
     sequence_length: int = Field(default=1024, ge=2)
     """Tokens of a row."""
+    subset: SubsetConfig | None = None
+    """Train on a share of the rows a round; None is all of them."""
     document_mask: bool = True
     """No token attends across documents of a packed row."""
     long_documents: Literal["split", "truncate", "error"] | None = None

@@ -14,6 +14,7 @@ from leanmill.data.identity import Identity
 from leanmill.data.masking import Masking
 from leanmill.data.mixture import MixtureSchedule
 from leanmill.data.sources import Row, Source
+from leanmill.data.subset import RowSubset
 from leanmill.data.tally import MANY_PASSES, many_passes
 
 
@@ -32,6 +33,7 @@ class TrainData:
         identity: Identity,
         pads_rows: bool = False,
         masking: Masking | None = None,
+        subset: RowSubset | None = None,
     ) -> None:
         """Start at row 0.
 
@@ -42,8 +44,9 @@ class TrainData:
             identity: What decides the rows.
             pads_rows: Whether rows may hold padding.
             masking: Hides tokens, which are then the labels.
+            subset: Which rows of the sources are read; all of them otherwise.
         """
-        self._pads_rows, self._masking = pads_rows, masking
+        self._pads_rows, self._masking, self._subset = pads_rows, masking, subset
         self.sequence_length = sequence_length
         self._sources = list(sources)
         self._schedule = MixtureSchedule([source.weight for source in sources], seed)
@@ -66,12 +69,19 @@ class TrainData:
 
     @property
     def rows_per_epoch(self) -> int | None:
-        """Rows that all sources have together: one pass over the data. None where one of them is a stream."""
-        rows = [source.rows_per_epoch for source in self._sources]
+        """Rows of all sources together in one pass over the data, or in one round of a subset.
+
+        None where one of them is a stream.
+        """
+        rows = [self._of_epoch(source) for source in self._sources]
         return None if None in rows else sum(n for n in rows if n is not None)
 
+    def _of_epoch(self, source: Source) -> int | None:
+        per_pass = source.rows_per_epoch
+        return per_pass if self._subset is None or per_pass is None else self._subset.rows(per_pass)
+
     def epochs(self, num_rows: int) -> float | None:
-        """Passes over the data that `num_rows` rows are; None where one of the sources is a stream."""
+        """Passes over the data, or rounds of a subset, that so many rows are; None where one source is a stream."""
         return None if self.rows_per_epoch is None else num_rows / self.rows_per_epoch
 
     def next_rows(self, num_rows: int, *, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
@@ -104,13 +114,20 @@ class TrainData:
         for index in range(num_rows):
             source, number = self._schedule.next()
             if index // share == rank:
-                mine.append(self._sources[source].row(number))
+                mine.append(self._sources[source].row(self._number(source, number)))
             else:
                 self._sources[source].skip(number)
         batch = stack_rows(mine) | {"row_ids": torch.arange(first, first + share)}
         if self._pads_rows:
             batch["token_mask"] = torch.from_numpy(np.stack([row.is_token for row in mine]))
         return batch if self._masking is None else self._masking.hide(batch, batch["row_ids"])
+
+    def _number(self, source: int, number: int) -> int:
+        """Which row of a source its `number`-th is."""
+        per_pass = self._sources[source].rows_per_epoch
+        if self._subset is None or per_pass is None:
+            return number
+        return self._subset.number(number, per_pass, source)
 
     def skip_rows(self, num_rows: int) -> None:
         """Advance by rows that nobody reads."""
@@ -144,6 +161,8 @@ class TrainData:
             f"{source.name} {share:.0%} ({'; '.join([source.describe(), *([f'{n:.3g} passes'] if n else [])])})"
             for source, share, n in self._passes(num_rows)
         ]
+        if self._subset is not None:
+            parts.append(self._subset.describe())
         return f"data {self.fingerprint}: {'; '.join(parts)}"
 
     def warnings(self, num_rows: int) -> list[str]:
@@ -158,7 +177,13 @@ class TrainData:
         """Each source, its share of the rows and its passes in a run of `num_rows`."""
         total = sum(source.weight for source in self._sources)
         shares = [(source, source.weight / total, source.rows_per_epoch) for source in self._sources]
-        return [(source, share, None if rows is None else num_rows * share / rows) for source, share, rows in shares]
+        return [(source, share, self._times(num_rows * share, rows)) for source, share, rows in shares]
+
+    def _times(self, num_rows: float, per_pass: int | None) -> float | None:
+        """How often each row that is read of a source is, in so many rows of it."""
+        if per_pass is None:
+            return None
+        return num_rows / per_pass if self._subset is None else self._subset.passes(num_rows, per_pass)
 
     @property
     def _names(self) -> list[str]:

@@ -183,6 +183,11 @@ def _length(recipe: Sections) -> Iterator[str]:
             f"keep one (train.{second}=null or train.{first}=null)"
         )
     streams = [s.name for s in sources_of(recipe.data) if isinstance(s, HfDataset) and s.streaming]
+    if recipe.data.subset is not None and streams:
+        yield (
+            f"data.subset takes rows by their number, and {streams[0]!r} is a stream; set its streaming to false, or "
+            f"remove data.subset"
+        )
     if train.epochs is not None and streams:
         yield (
             f"train.epochs={train.epochs:g} needs to know how much text there is, and {streams[0]!r} is a stream, "
