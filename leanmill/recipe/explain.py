@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from leanmill.checkpoint.phases import MODEL
 from leanmill.core.near import near_multiples
@@ -22,16 +22,18 @@ def explain(recipe: Recipe, world_sizes: Sequence[int] = (1, 2, 8)) -> str:
         return "\n".join([f"recipe {recipe.name!r} is valid", *_listed(_sections(recipe, world_sizes))])
     lines = [f"recipe {recipe.name!r} is valid, {len(recipe.phases)} phases"]
     told: dict[str, list[str]] = {}
+    to_come = [f"{recipe.folder_of_phase(index)}/{MODEL}" for index in range(len(recipe.phases))]
     for index, name in enumerate(phase_names(recipe.phases)):
         lines += ["", f"phase {index + 1}, {name}: {_start(recipe, index)}"]
         lines += [f"  pass {line}" for line in _passes(recipe.phases[index])]
         if score := recipe.phases[index].score:
-            lines.append(f"  documents are scored by {score.teacher_model} against {score.reference_model} first")
+            models = f"{score.teacher_model} against {score.reference_model}"
+            lines.append(f"  documents are scored by {models} first ({score.method})")
         if rewound := recipe.phases[index].rewind_to:
             values = "values drawn anew" if rewound == FRESH else f"the values it had in {rewound}"
             lines += [f"  what is left takes {values}"]
         if recipe.phases[index].trains:
-            sections = _sections(recipe.of_phase(index), world_sizes)
+            sections = _sections(recipe.of_phase(index), world_sizes, to_come)
             # What the first phase said goes for the later ones.
             lines += [f"  {line}" for line in _listed({k: v for k, v in sections.items() if told.get(k) != v})]
             told = told or sections
@@ -61,7 +63,7 @@ def _passes(phase: PhaseConfig) -> Iterator[str]:
         yield f"{name} ({given}): {PASSES[name].summary}{rows}"
 
 
-def _sections(recipe: Recipe, world_sizes: Sequence[int]) -> dict[str, list[str]]:
+def _sections(recipe: Recipe, world_sizes: Sequence[int], to_come: Collection[str] = ()) -> dict[str, list[str]]:
     return {
         "model": _model(recipe),
         "data": _data(recipe.data),
@@ -74,7 +76,7 @@ def _sections(recipe: Recipe, world_sizes: Sequence[int]) -> dict[str, list[str]
         "numerics": [_numerics(recipe)],
         "evaluation": [_evaluation(recipe)],
         "written": _written(recipe),
-        "not checked": list(not_looked_at(recipe)),
+        "not checked": list(not_looked_at(recipe, to_come)),
     }
 
 
@@ -140,6 +142,7 @@ def _data(data: DataConfig) -> list[str]:
     return [
         " + ".join(_source(source) for source in sources_of(data)),
         f"{what} of {data.sequence_length:,} tokens; {mask}; longer documents: {data.long_document_rule}",
+        *([] if data.subset is None else [f"{data.subset.share:.3g} of the rows a round, drawn {data.subset.draw}"]),
         f"tokenizer: {tokenizer}",
     ]
 

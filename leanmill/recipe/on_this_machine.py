@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from leanmill.checkpoint.finding import is_run
@@ -34,8 +34,13 @@ def local_model(model: ModelConfig) -> ModelConfig | None:
     return model.model_copy(update={"path": str(folder), "revision": None})
 
 
-def not_looked_at(recipe: Recipe) -> Iterator[str]:
-    """Yield a line for each thing that only training itself will read."""
+def not_looked_at(recipe: Recipe, to_come: Collection[str] = ()) -> Iterator[str]:
+    """Yield a line for each thing that only training itself will read.
+
+    Args:
+        recipe: The recipe.
+        to_come: Folders of models that earlier phases of the run will leave.
+    """
     model = recipe.model
     if local_model(model) is None:
         why = "it brings code of its own" if model.trust_remote_code else _why_away(str(model.path))
@@ -43,7 +48,7 @@ def not_looked_at(recipe: Recipe) -> Iterator[str]:
         yield f"model {model.path}{techniques}: {why}"
     for index, technique in enumerate(recipe.techniques):
         for key, path in {**technique.frozen_models(), **technique.read_models()}.items():
-            if local_model(ModelConfig(path=path)) is None:
+            if path not in to_come and local_model(ModelConfig(path=path)) is None:
                 yield f"techniques.{index}.{key} {path}: {_why_away(path)}"
     tokenizer = recipe.data.tokenizer.path
     if tokenizer is not None:
