@@ -16,7 +16,7 @@ from leanmill.data.config import DataConfig, Prepared
 from leanmill.data.documents import DocumentReader
 from leanmill.data.encoding import Document, Encoded, Measured
 from leanmill.data.offsets import OFFSETS, read_offsets
-from leanmill.data.selection import choose, read_scores
+from leanmill.data.selection import choose, is_choice, read_scores
 from leanmill.data.store import TokenStore
 from leanmill.data.tally import Tally
 
@@ -90,6 +90,17 @@ class PreparedDomain:
         ends = np.cumsum(np.load(self._array_file("lengths", shard), allow_pickle=False))[:-1]
         return np.split(self._mapped("tokens", shard, np.dtype(self._kind["dtype"])), ends)
 
+    def shard_targets(self, shard: int) -> list[NDArray[np.bool_]] | None:
+        """Return which tokens of each document of a shard are learned; None of text, where all are.
+
+        Raises:
+            ConfigError: The shard is missing or cut.
+        """
+        if self._kind["task"] not in ("sft", "preference"):
+            return None
+        ends = np.cumsum(np.load(self._array_file("lengths", shard), allow_pickle=False))[:-1]
+        return np.split(self._mapped("targets", shard, np.dtype(np.bool_)), ends)
+
     def train(self) -> DocumentReader:
         """Return what names rows; the documents themselves are gone."""
         return _Rows(self.name, str(self._folder))
@@ -108,7 +119,7 @@ class PreparedDomain:
         if self.scores is None:
             return whole
         scores = read_scores(self.scores, domain=self.name, text=self.text, num_documents=whole.num_documents)
-        chosen, num_kept = choose(whole, scores, self.kept_share)
+        chosen, num_kept = choose(whole, scores, None if is_choice(self.scores) else self.kept_share)
         self.note = f"{self.note}, {num_kept:,} of {len(scores):,} documents chosen by {self.scores}"
         return chosen
 
@@ -204,9 +215,10 @@ def open_prepared(config: Prepared, data: DataConfig) -> list[PreparedDomain]:
     kind = manifest["kind"]
     if manifest["version"] != VERSION:
         raise ConfigError(f"data.source.path: {config.path!r} was prepared by another version; prepare the data anew")
-    if config.scores is not None and data.task != "pretrain":
+    if config.scores is not None and data.task not in ("pretrain", "sft"):
         raise ConfigError(
-            f"data.source.scores: scores are of text, and the recipe has data.task={data.task}; remove it"
+            f"data.source.scores: scores are of text and conversations, and the recipe has data.task={data.task}; "
+            f"remove it"
         )
     wanted = {"task": data.task, "num_pieces": data.num_pieces}
     if any(kind[key] != value for key, value in wanted.items()):

@@ -59,14 +59,29 @@ def best_documents(scores: NDArray[np.float64], lengths: NDArray[np.int64], kept
     return np.sort(order[:num_kept])
 
 
-def choose(store: TokenStore, scores: NDArray[np.float64], kept_share: float) -> tuple[TokenStore, int]:
-    """Return the store with its best documents only, and how many they are; its fingerprint says which."""
+def choose(store: TokenStore, scores: NDArray[np.float64], kept_share: float | None) -> tuple[TokenStore, int]:
+    """Return the store with some of its documents only, and how many they are; its fingerprint says which.
+
+    Args:
+        store: All documents.
+        scores: Of each.
+        kept_share: Of all tokens, see `best_documents`; None takes every document that has a score.
+    """
     lengths = np.diff(store.offsets)
-    kept = best_documents(scores, lengths, kept_share)
+    kept = np.flatnonzero(~np.isnan(scores)) if kept_share is None else best_documents(scores, lengths, kept_share)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths[kept], dtype=np.int64)])
     tokens = ChosenTokens(store.tokens, store.offsets[kept], offsets)
+    targets = None if store.is_target is None else ChosenTokens(store.is_target, store.offsets[kept], offsets)
+    rows = None if store.rows is None else store.rows[kept]
     text = fingerprint([store.text_fingerprint, kept.tolist()])
-    return replace(store, tokens=tokens, offsets=offsets, text_fingerprint=text), len(kept)
+    chosen = replace(store, tokens=tokens, is_target=targets, rows=rows, offsets=offsets, text_fingerprint=text)
+    return chosen, len(kept)
+
+
+def is_choice(folder: Path) -> bool:
+    """Whether scores say which documents are trained on, all that have one, rather than which are better."""
+    path = folder / SCORES
+    return path.is_file() and bool(read_json(path).get("chooses"))
 
 
 def read_scores(folder: Path, *, domain: str, text: str, num_documents: int) -> NDArray[np.float64]:

@@ -76,13 +76,13 @@ def score_documents(
         ConfigError: The data is not prepared text, a model has another tokenizer, or `out` is of something else.
         RunError: A model gives no number.
     """
-    domains = _domains(config)
+    domains = prepared_domains(config)
     paths = {"teacher": teacher, "reference": reference}
     check_models(config, paths)
     models = {name: open_for_evaluation(path, device) for name, path in paths.items()}
     of_models = {name: fingerprint_folder(path) for name, path in paths.items()}
     facts = {"tokenizer": domains[0].tokenizer_key, "sequence_length": config.sequence_length, **of_models}
-    begin_together(out, {**facts, "domains": [_facts(domain, index) for index, domain in enumerate(domains)]}, rank)
+    begin_together(out, {**facts, "domains": [facts_of(domain, index) for index, domain in enumerate(domains)]}, rank)
     work = [(domain, index, shard) for index, domain in enumerate(domains) for shard in range(domain.num_shards)]
     mine, num_documents, num_kept = work[rank::world_size], 0, 0
     for domain, index, shard in mine:
@@ -146,26 +146,32 @@ def _batches(
         yield [number for number, _ in batch], inputs, targets
 
 
-def _domains(config: DataConfig) -> list[PreparedDomain]:
-    if not isinstance(config.source, Prepared) or config.task != "pretrain":
+def prepared_domains(config: DataConfig, *, tasks: Sequence[str] = ("pretrain",)) -> list[PreparedDomain]:
+    """Return the domains of prepared data, whatever scores it is to be read by.
+
+    Raises:
+        ConfigError: It is not prepared, or for another task than `tasks`.
+    """
+    if not isinstance(config.source, Prepared) or config.task not in tasks:
         raise ConfigError(
-            "data score reads prepared text; give a recipe with data.task: pretrain and data.source: {type: prepared, "
-            "path: DIR}, where DIR is of `leanmill data prepare`"
+            f"data score reads prepared text; give a recipe with data.task: {' or '.join(tasks)} and data.source: "
+            f"{{type: prepared, path: DIR}}, where DIR is of `leanmill data prepare`"
         )
     return open_prepared(config.source.model_copy(update={"scores": None, "kept_share": None}), config)
 
 
-def check_models(config: DataConfig, models: Mapping[str, Path]) -> None:
+def check_models(config: DataConfig, models: Mapping[str, Path], *, tasks: Sequence[str] = ("pretrain",)) -> None:
     """Refuse models that cannot score prepared data, without reading their weights.
 
     Args:
         config: See `score_documents`.
         models: Their folders, by what a person calls them.
+        tasks: That the data may be prepared for.
 
     Raises:
         ConfigError: The data is not prepared text, or a model has another tokenizer or too few positions.
     """
-    key, length = _domains(config)[0].tokenizer_key, config.sequence_length
+    key, length = prepared_domains(config, tasks=tasks)[0].tokenizer_key, config.sequence_length
     for name, path in models.items():
         if tokenizer_fingerprint(load_tokenizer(str(path))) != key:
             raise ConfigError(
@@ -177,7 +183,8 @@ def check_models(config: DataConfig, models: Mapping[str, Path]) -> None:
             raise ConfigError(f"{name} {path} has {longest} positions; type data.sequence_length={longest} or less")
 
 
-def _facts(domain: PreparedDomain, index: int) -> dict[str, Any]:
+def facts_of(domain: PreparedDomain, index: int) -> dict[str, Any]:
+    """Return what scores of a domain are of, by which another one is refused."""
     return {
         "name": domain.name, "text": domain.text, "num_shards": domain.num_shards,
         "folder": f"domain-{index}", "prepared": domain.key,

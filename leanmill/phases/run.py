@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from leanmill.checkpoint.phases import DONE, SCORING, phase_folders
 from leanmill.core.errors import ConfigError
 from leanmill.core.folders import clear_unfinished
 from leanmill.evaluate.document_scores import check_models, model_folder, score_documents
+from leanmill.evaluate.recovery.scoring import choose_documents, measure_documents
 from leanmill.parallel.collectives import max_over_ranks
 from leanmill.parallel.launch import set_timeout
 from leanmill.phases.check import check_phases
@@ -138,9 +140,11 @@ class _Phases:
         out, ranks = self.handover.scored(index), self.given.ranks
         if self.group.broadcast("there" if out.is_dir() else ""):
             return
-        scoring = out.with_name(SCORING)
-        found = score_documents(
-            self.recipe.of_phase(index).data,
+        scoring, data, score = out.with_name(SCORING), self.recipe.of_phase(index).data, self.recipe.phases[index].score
+        assert score is not None, "asked of a phase that scores"
+        look = measure_documents if score.method == "paser" else score_documents
+        look(
+            data,
             scoring,
             **self.handover.models_to_score_with(index),
             device=ranks.device,
@@ -148,8 +152,11 @@ class _Phases:
             world_size=ranks.world_size,
             tell=log.info,
         )
-        log.info("%d documents scored in %d shards", found.num_documents, found.num_shards)
         max_over_ranks(torch.zeros(()))  # all have written theirs
+        if score.method == "paser":
+            choose = partial(choose_documents, data, scoring, kept_share=score.kept_share, tell=log.info)
+            number = 10 if score.num_clusters is None else score.num_clusters
+            self.group.on_first_rank(lambda: choose(num_clusters=number, seed=self.recipe.seed))
         self.group.on_first_rank(lambda: os.replace(scoring, out))
 
     def _check_models_to_score_with(self, done: Collection[int]) -> None:
@@ -163,7 +170,7 @@ class _Phases:
                 if not v.startswith(OF_PHASE)
             }
             models = {key: model_folder(path, key) for key, path in named.items()}
-            check_models(self.recipe.of_phase(index).data, models)
+            check_models(self.recipe.of_phase(index).data, models, tasks=phase.score.tasks)
 
     def _add(self, record: dict[str, Any]) -> None:
         self.result = replace(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
 from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
@@ -71,14 +71,34 @@ def with_models_of_phases(raw: Any, path_of: Callable[[str], str]) -> Any:
 
 
 class ScoreConfig(Config):
-    """Two models whose difference scores documents: MiniPLM (Gu et al. 2024, arXiv:2410.17215)."""
+    """Two models whose difference says which documents are trained on."""
 
+    method: Literal["miniplm", "paser"] = "miniplm"
+    """`miniplm` scores text by what a teacher finds easier than a small reference (Gu et al. 2024, arXiv:2410.17215).
+    `paser` chooses text or conversations on which a pruned model lost most, group by group (He et al. 2025,
+    arXiv:2502.12594), to recover it."""
     teacher_model: str
-    """Folder of the model to learn from, or `phase:NAME`, what an earlier phase left."""
+    """Folder of the model to learn from, or `phase:NAME`, what an earlier phase left; with `paser` the model before it
+    was pruned."""
     reference_model: str
-    """Folder of a small model that was trained on a sample of the text, or `phase:NAME`."""
+    """Folder of a small model that was trained on a sample of the text, or `phase:NAME`; with `paser` the pruned
+    model."""
     kept_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of a domain's tokens that its best documents have together."""
+    """Share of a domain's tokens that its best documents have together; with `paser` the most of its documents that are
+    chosen, as a share."""
+    num_clusters: int | None = Field(default=None, ge=1)
+    """With `paser`, groups of like documents that share the budget by what was lost in them, at most; None is 10."""
+
+    @model_validator(mode="after")
+    def _has_groups(self) -> Self:
+        if self.num_clusters is not None and self.method != "paser":
+            raise ValueError("num_clusters: groups are of method: paser; set that, or remove it")
+        return self
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What data may be prepared for."""
+        return ("pretrain", "sft") if self.method == "paser" else ("pretrain",)
 
     @property
     def models(self) -> dict[str, str]:

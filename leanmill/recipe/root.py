@@ -151,7 +151,7 @@ class Recipe(Sections):
         given = merged(self.data.model_dump(mode="json"), (phase.overrides or {}).get("data", {}))["source"]
         if given.get("scores") is not None or given.get("kept_share") is not None:
             yield "score writes the scores that it trains by; remove data.source.scores and data.source.kept_share"
-        if not isinstance(recipe.data.source, Prepared) or recipe.data.task != "pretrain":
+        if not isinstance(recipe.data.source, Prepared) or recipe.data.task not in phase.score.tasks:
             yield (
                 f"score needs prepared text, and data.source is {recipe.data.source.type} and data.task "
                 f"{recipe.data.task}; run `leanmill data prepare` and type data.source={{type: prepared, path: DIR}}"

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,15 @@ def test_a_model_that_cannot_score_is_refused_before_the_first_phase(home, run_d
     tokenizer = model / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("<|endoftext|>", "<|theend|>").replace("</s>", "<|theend|>"))
     refuses(model, "has another tokenizer than the prepared data")
+
+
+def test_a_phase_recovers_on_what_was_chosen_for_it(home, run_dir, tmp_path):
+    models = run_dir / "phases"
+    score = {"method": "paser", "kept_share": 0.5, "num_clusters": 2}
+    score |= {"teacher_model": str(models / "02-teacher" / "model"), "reference_model": "phase:reference"}
+    recovered = {"name": "recover", "start_from": "base", "score": score, "overrides": {"train.steps": 1}}
+    given = recipe(home, tmp_path / "run", REFERENCE, recovered)
+    assert run(given).status == "finished"
+    scored = tmp_path / "run" / "phases" / "02-recover" / "scored" / "domain-0"
+    scores = np.concatenate([np.load(path) for path in sorted(scored.glob("scores-*.npy"))])
+    assert 0 < np.isfinite(scores).sum() <= len(scores) // 2

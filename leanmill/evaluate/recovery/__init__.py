@@ -1,0 +1,1 @@
+"""PASER: which documents a pruned model should be trained on to recover what it lost."""
