@@ -81,7 +81,7 @@ def of_phases(recipe: Recipe, files: Path) -> list[str]:
             overrides.append(f"{given}.schedule.warmup_steps=1")
             own_model = (phase.overrides or {}).get("model", {}).get("config", {})
             if own_model.get("num_hidden_layers", 0) > 6:
-                overrides.append(f"{given}.model.config.num_hidden_layers=3")
+                overrides.append(f"{given}.model.config.num_hidden_layers=4")
             named = list(enumerate((phase.overrides or {}).get("techniques", [])))
             overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one.get("init") == "stored"]
             overrides += [f"{given}.techniques.{i}.rank=8" for i, one in named if one["type"] == "galore"]
