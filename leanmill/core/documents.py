@@ -37,3 +37,13 @@ class Documents:
 def as_tensor(mask: Any) -> Any:
     """Return an attention mask as it was given to a block, `Documents` as the tensor that they stand for."""
     return mask.dense() if isinstance(mask, Documents) else mask
+
+
+def places_seen(first: int, end: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which places [0, end) of a document its queries [first, end) see, bool; None for the causal triangle."""
+    if first == 0 and (window is None or end <= window):
+        return None
+    keys = torch.arange(end, device=device)
+    queries = keys[first:, None]
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from leanmill.core.documents import Documents
+from leanmill.core.documents import Documents, places_seen
 from leanmill.core.errors import RunError
 
 
@@ -157,13 +157,9 @@ def _attend(
     if copies > 1:
         key, value = key.repeat_interleave(copies, 1), value.repeat_interleave(copies, 1)
     # Within a document longer than its window there is a mask; the same for all of a length, and small beside a row's.
-    mask = None if window is None or length <= window else _band(length, window, query.device)
+    mask = places_seen(0, length, window, query.device)
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     found = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
     )
     return found[0].transpose(0, 1)
-
-
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from leanmill.core.documents import places_seen
 from leanmill.parallel.context_exchange import all_places, heads_for_rows, rows_for_heads
 from leanmill.parallel.context_plan import repeats
 from leanmill.parallel.context_shares import part_bounds
@@ -186,16 +187,6 @@ def _attend_documents(
             continue
         begin = 0 if window is None else max(0, first - window + 1)
         k, v = (tensor[:, :, begin:end].repeat_interleave(copies, 1) for tensor in (k, v))
-        mask = _mask(first - begin, end - begin, window, one.device)
+        mask = places_seen(first - begin, end - begin, window, one.device)
         found.append(F.scaled_dot_product_attention(one, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling))
     return torch.cat(found, 2)
-
-
-def _mask(first: int, end: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return which keys [0, end) the queries [first, end) see, bool; None where that is the causal triangle."""
-    if first == 0 and (window is None or end <= window):
-        return None
-    keys = torch.arange(end, device=device)
-    queries = keys[first:, None]
-    seen = keys <= queries
-    return seen if window is None else seen & (keys > queries - window)
