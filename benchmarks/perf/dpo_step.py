@@ -4,7 +4,7 @@ Needs TRL: `pip install --no-deps trl==1.16.0` (no requirement of this project).
 against the model that they began with, which is asked at every step, or whose log-probabilities both have kept
 before. TRL's trainer reads the pairs of our rows, tokenised, and pads them to the longest of a step; we read them
 packed. Lengths of `cached` and `asked` are log-normal (sigma 0.7), so that TRL pads about half; those of `cached_equal`
-leave it nothing to pad, and then our attention over whole rows, most of it masked, is what there is to see.
+leave it nothing to pad, and what packing costs is to be seen.
 """
 
 from __future__ import annotations
