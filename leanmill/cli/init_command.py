@@ -35,6 +35,8 @@ TEMPLATES: dict[str, Template] = {
     ),
 }
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
+DEFAULT_VOCAB_SIZE = 151936
+"""Of `DEFAULT_MODEL`."""
 _IS_PLAIN = re.compile(r"[A-Za-z_./][\w./-]*")
 """Text that needs no quotes in YAML, unless it is a word such as `no`."""
 
@@ -51,8 +53,12 @@ def run(args: argparse.Namespace) -> int:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is there already; name a new folder")
     (folder / "data").mkdir(parents=True)
-    values = {"NAME": _in_yaml(folder.resolve().name), "MODEL": _in_yaml(_seen_from(args.model))}
-    text = re.sub(r"\b(?:NAME|MODEL)\b", lambda found: values[found[0]], _shipped(f"{args.template}.yaml"))
+    values = {
+        "NAME": _in_yaml(folder.resolve().name),
+        "MODEL": _in_yaml(_seen_from(args.model)),
+        "VOCAB_SIZE": str(_vocab_size(args.model)),
+    }
+    text = re.sub(r"\b(?:NAME|MODEL|VOCAB_SIZE)\b", lambda found: values[found[0]], _shipped(f"{args.template}.yaml"))
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     if template.example is not None:
         (folder / "data" / template.example).write_text(_shipped(template.example), encoding="utf-8")
@@ -62,6 +68,15 @@ def run(args: argparse.Namespace) -> int:
         print("      leanmill check recipe.yaml     # what it will do, in words")
     print(f"      {template.command}")
     return 0
+
+
+def _vocab_size(model: str | None) -> int:
+    """The model's own where its folder is here; of a hub name nothing is fetched, and the recipe says to set it."""
+    try:
+        config = json.loads((Path(model or "") / "config.json").read_text(encoding="utf-8"))
+        return int(config["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DEFAULT_VOCAB_SIZE
 
 
 def _shipped(name: str) -> str:

@@ -6,7 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from leanmill.cli.init_command import DEFAULT_MODEL, TEMPLATES
+from leanmill.cli.init_command import DEFAULT_MODEL, DEFAULT_VOCAB_SIZE, TEMPLATES
 from leanmill.cli.main import main
 from leanmill.recipe.compress import CompressRecipe
 from leanmill.recipe.io import load_recipe
@@ -37,6 +37,18 @@ def test_a_local_model_is_found_from_the_new_folder(tmp_path, monkeypatch):
     assert written["model"]["path"] == written["data"]["tokenizer"]["path"] == str(tmp_path / "a model")
     rows = (tmp_path / "my sft" / written["data"]["source"]["path"]).read_text().splitlines()
     assert all(json.loads(row)["messages"][-1]["role"] == "assistant" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"), [({"vocab_size": 512}, 512), ({}, DEFAULT_VOCAB_SIZE), (None, DEFAULT_VOCAB_SIZE)]
+)
+def test_a_student_has_the_vocabulary_of_a_teacher_that_is_here(config, found, tmp_path, monkeypatch):
+    (tmp_path / "teacher").mkdir()
+    if config is not None:
+        (tmp_path / "teacher/config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "student", "--template", "distill", "--model", "teacher"]) == 0
+    assert load_recipe("student/recipe.yaml").model.config["vocab_size"] == found
 
 
 @pytest.mark.parametrize("folder", ["yes", "null", "1e5", "a MODEL: NAME"])
