@@ -58,10 +58,14 @@ TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "branch": [{"type": "lora", "rank": 4, "where": "branch", "targets": ["q_proj", "v_proj"]}],
     # Loads of the whole step, which do not depend on how it is cut.
     "balance": [{"type": "router_balance", "weight": 0.5, "estimator": "two_pass"}],
+    "lsq": [{"type": "lsq", "weight_bits": 3, "activation_bits": 8}],
+    "int4": [{"type": "int_quant", "weight_bits": 4, "activation_bits": 8}],
+    "noise": [{"type": "neftune"}],
     "distill": [{"type": "distill", "teacher": "TEACHER", "weight": 0.5}],
 }
 """One of each way in which a technique meets a layout: none, its own weights and masks, scales of whole weights,
-adapters in the weight and beside it, a loss inside the model, and another model beside it."""
+adapters in the weight and beside it, a loss inside the model, learned and measured grids of both operands, noise by
+place in the data, and another model beside it."""
 ACCUMULATION = (1, 3)
 RECOMPUTE = ("none", "selective", "full")
 ROWS = ("whole", "packed")
@@ -164,6 +168,8 @@ def why_not(cell: Cell) -> str | None:
         return "DeepSpeed's masters are fp32"
     if cell.precision == "fp64" and cell.technique == "balance":
         return "factors of balance losses are fp32"
+    if cell.precision == "fp64" and cell.technique == "lsq":
+        return "step sizes are fp32"
     try:
         recipe_of(cell, "teacher")
     except ValidationError as error:

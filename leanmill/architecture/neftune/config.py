@@ -22,6 +22,10 @@ class NefTune(TechniqueConfig):
     """Size of the noise: each element is drawn from [-alpha, alpha) / sqrt(L d), for a document of L tokens and
     embeddings of d elements. The paper tries 5, 10 and 15."""
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Return True: embeddings are whole, and noise is drawn by row of the data."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Stand around the table of embeddings."""
         from leanmill.architecture.neftune.around import install

@@ -66,6 +66,10 @@ class Distill(TechniqueConfig):
     weight: float = Field(default=1.0, gt=0)
     """Weight of the loss beside cross-entropy (`train.cross_entropy_weight`)."""
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Return True: it compares whole logits, gathered where ranks share the vocabulary."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Add the loss term; the teacher is loaded when training starts."""
         from leanmill.distill.logits.confidence import ConfidenceRule

@@ -92,6 +92,10 @@ class IntQuant(LayerBits, Warmup, SharedScales):
                 f"never trained; set train.steps to {len(self.switch_bits)} or more"
             )
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Return True: stages see whole weights and whole activations."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a quantiser on every target, and one on its input.
 

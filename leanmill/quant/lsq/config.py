@@ -85,6 +85,10 @@ class Lsq(TrainedTechniqueConfig, LayerBits, Warmup, SharedScales):
     def _range_of_bits(self) -> tuple[int, int]:
         return (1 if self.grid == "midrise" else 2), 8
 
+    def holds_where_matmuls_are_shared(self) -> bool:
+        """Return True: stages see whole weights, and steps their whole gradient."""
+        return True
+
     def install(self, sites: Sites, context: InstallContext) -> Installation:
         """Put a quantiser with steps of its own on every target, and one on its input.
 
