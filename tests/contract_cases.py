@@ -276,6 +276,7 @@ EXTRA_TECHNIQUES: dict[str, dict[str, Any]] = {
         "grow_every": 1,
         "grow_after": 0,
     },
+    "peft_nested": {"type": "peft", "method": "rank_lora", "variant": "dylora", "r": 4, "used_r": 2},
     "lisa": {"type": "lisa", "num_layers": 1, "every_steps": 1},
     "peqa": {"type": "peqa", "bits": 4, "group_size": 8, "lr_factor": 0.1},
     "peqa_rows": {"type": "peqa", "bits": 2, "lr_factor": 0.1},

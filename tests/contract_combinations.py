@@ -190,5 +190,7 @@ BF16_COMBINATIONS: dict[str, tuple[str, ...]] = {
     "further tokens": ("multi_token", "nm_sparsity"),
     # Another order of additions in bf16 turns singular vectors.
     "peqa": ("peqa",),
+    "regularised adapters": ("lora", "ba_lora"),
+    "nested ranks": ("peft_nested", "nm_sparsity"),
     "drawn subspaces": ("drawn_subspaces", "nm_sparsity"),
 }

@@ -25,6 +25,8 @@ class StepContext:
     """Optimizer steps of the whole run."""
     num_micro_batches: int
     """Backward passes that this rank adds up in this step."""
+    is_replayed: bool = False
+    """Whether nothing trains: an export or an evaluation asks for what is scheduled."""
     views: Views | None = None
     """This rank's pieces of weights, gradients and optimizer state; None where nothing trains (an export)."""
     is_reported: bool = True

@@ -209,7 +209,9 @@ def _widened(model: nn.Module) -> frozenset[str]:
 def _replay_schedules(rules: list[StepRule], step: int, steps: int) -> None:
     """Put scheduled values where they stood in the last step done; they are in no checkpoint."""
     for rule in rules:
-        rule.begin_step(StepContext(step=max(0, step - 1), num_steps=max(steps, step), num_micro_batches=1))
+        rule.begin_step(
+            StepContext(step=max(0, step - 1), num_steps=max(steps, step), num_micro_batches=1, is_replayed=True)
+        )
 
 
 def _no_teacher(path: str) -> nn.Module:

@@ -62,6 +62,9 @@ class NestedRanks(StepRule):
         self.model, self.config, self.seed = model, config, seed
 
     def begin_step(self, context: StepContext) -> None:
+        if context.is_replayed:
+            self._use(self.config.used_r or self.config.r)
+            return
         least, most = self.config.least_r, self.config.r
         self._use(least + derive_seed(self.seed, self.name, context.step) % (most - least + 1))
 

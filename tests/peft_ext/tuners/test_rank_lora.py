@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 import leanmill.peft_ext  # noqa: F401 (registers)
 from leanmill.core.errors import ConfigError
+from leanmill.export import export_model
+from leanmill.export.compare import reload
 from leanmill.peft_ext.tuners.rank_lora import RankLoraConfig, RankLoraLayer
 from tests.core.tiny import install, tiny
+from tests.export.checkpoints import recipe_of, save, trained_model
 
 
 OUT, IN, R, ALPHA = 7, 5, 6, 3.0
@@ -144,3 +147,20 @@ def test_what_is_refused(options: dict, expected: str):
         RankLoraConfig(**options)
     with pytest.raises(ConfigError, match=expected):
         install(tiny("llama"), {"type": "peft", "method": "rank_lora", **options})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("used", [None, 2])
+def test_a_run_is_exported_at_the_rank_that_its_recipe_names(used: int | None, precision: str, tmp_path):
+    technique = {"type": "peft", "method": "rank_lora", "variant": "dylora", "r": 4, "alpha": 4, "targets": ["q_proj"]}
+    recipe = recipe_of("llama", [technique | ({} if used is None else {"used_r": used})], precision=precision)
+    model = trained_model(recipe)
+    layer = model.model.layers[0].self_attn.q_proj
+    a, b = (getattr(layer, f"rank_lora_{name}")["default"].detach() for name in "AB")
+    rank = used or 4
+    expected = layer.base_layer.weight.detach() + 4 / rank * b[:, :rank] @ a[:rank]
+    export_model(save(model, recipe, tmp_path / "run"), tmp_path / "out")
+    found = reload(tmp_path / "out").model.layers[0].self_attn.q_proj.weight
+    # What a frozen base is rounded to, in bf16.
+    tolerance = {"rtol": 0, "atol": 1e-6} if precision == "fp32" else {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(found, expected.float(), **tolerance)
