@@ -23,12 +23,14 @@ def activation_bytes(recipe: Recipe, config: Any, token_shares: Sequence[float])
     layer keeps its input and one layer is alive at a time; `selective` also keeps matmul outputs. Layers that run
     for a share of the tokens keep that share. With expert parallelism recomputation keeps what came from other ranks;
     of fully sharded experts too, but only the run knows which tokens travel, so that is not counted.
-    Ranks that share matmuls keep their part of what is neither hidden state nor norm.
+    Ranks that share matmuls keep their part of what is neither hidden state nor norm, and with `sequence_parallel` of
+    these.
     Every further token that is predicted keeps a layer's, what the matmul before it takes and returns, and what three
     norms keep.
     """
     size = 2 if recipe.train.precision == "bf16" else 4
-    hidden, tp = config.hidden_size, recipe.layout.tp
+    tp = recipe.layout.tp
+    hidden = config.hidden_size / (tp if recipe.layout.sequence_parallel else 1)
     inner, (projected, attended) = mlp_width(config) / tp, (width / tp for width in attention_widths(config))
     whole = size * (2 * hidden + projected + 2 * attended + 4 * inner) + 4 * 4 * hidden
     matmuls = size * (2 * hidden + projected + attended + 2 * inner)

@@ -87,7 +87,9 @@ class Candidates:
     def _alone(self) -> LayoutConfig:
         """The recipe's layout with nothing shared but data; the rest is its own choice, and changes what it trains."""
         sizes: dict[str, Any] = {key: 1 for key in SHARED if key in LayoutConfig.model_fields}
-        changes = {**sizes, "dp_shard": None, "dp_replicate": None, "expert_chunks": 1}
+        of_rows = {key: LayoutConfig.model_fields[key].default for key in ("cp_attention", "cp_rows")}
+        of_data = {"dp_shard": None, "dp_replicate": None}
+        changes = {**sizes, **of_data, **of_rows, "expert_chunks": 1, "sequence_parallel": False}
         return self.recipe.layout.model_copy(update=changes)
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -108,7 +110,15 @@ class Candidates:
             for key, number in shared.items():
                 size *= 1 if key == "ep" else number
             if self.world_size % size == 0:
-                yield plain.model_copy(update={**shared, **_without_travel(plain, shared)})
+                layout = plain.model_copy(update={**shared, **self._of_rows(shared), **_without_travel(plain, shared)})
+                yield layout
+                if shared.get("tp", 1) > 1:
+                    yield layout.model_copy(update={"sequence_parallel": True})
+
+    def _of_rows(self, shared: dict[str, int]) -> dict[str, Any]:
+        """What the recipe says of rows that ranks share, where they do."""
+        asked = self.recipe.layout
+        return {"cp_attention": asked.cp_attention, "cp_rows": asked.cp_rows} if shared.get("cp", 1) > 1 else {}
 
     def _engines(self, layout: LayoutConfig) -> Iterator[EngineConfig]:
         if self.world_size <= layout.num_workers:

@@ -61,7 +61,8 @@ class Ranked:
             name += "" if engine.reshard_after_forward else " kept gathered"
             name += f" {layout.dp_replicate} x {layout.dp_shard}" if layout.dp_replicate > 1 else f" {layout.dp_shard}"
         shared = {key: size_of(self.candidate.recipe.layout, key) for key in SHARED}
-        return ", ".join([name, *(f"{key} {size}" for key, size in shared.items() if size > 1)])
+        split = ["tokens split"] if layout.sequence_parallel else []
+        return ", ".join([name, *(f"{key} {size}" for key, size in shared.items() if size > 1), *split])
 
     def to_json(self, asked: Recipe) -> dict[str, Any]:
         """Return plain values; `asked` is the recipe as it was."""

@@ -35,8 +35,9 @@ PASSES, COMPILED_PASSES = 6, 3
 """Times that element-wise work reads or writes what is kept for backward, forward and backward together."""
 UPDATE_BYTES = 24
 """What an update reads and writes of a weight and its gradient, clipping included; beside the optimizer's state."""
-_FORWARD, _BACKWARD = 2, 5
-"""Reductions of a layer among ranks that share its matmuls: after each half forward; for each projection backward."""
+_SENT = {False: (14, 2, 4), True: (10, 1, 6)}
+"""By whether tokens are split as well (`sequence_parallel`), what ranks that share matmuls send, in shares of a hidden
+state: in a layer, in one that is recomputed on top, outside of layers. From the guide on tensor parallelism."""
 
 
 MATMULS, SMALL, ELEMENTWISE, RECOMPUTE = "matmuls", "small matmuls", "element-wise", "recomputation"
@@ -266,8 +267,9 @@ def _send_activations(rest: _Transfers, point: Point, work: Work, width: int) ->
     own = point.tokens / layout.cp
     again = 1 if point.recompute == "full" else 0
     state = own * work.hidden * width
-    reductions = layers * (_FORWARD * (1 + again) + _BACKWARD) + 2 / point.pipeline
-    rest.add(state, layout.tp, 1, times=m * reductions, kind="reduce")
+    of_layer, of_again, outside = _SENT[layout.sequence_parallel]
+    sends = layers * (of_layer + again * of_again) + outside / point.pipeline
+    rest.add(state, layout.tp, 1, times=m * sends)
     if layout.cp > 1:
         sent = sent_numbers(work.num_heads, work.num_groups, work.head_dim, layout.cp, layout.cp_attention)
         rest.add(own * sent * width, layout.cp, 1, times=m * layers * (2 + again), kind="send")

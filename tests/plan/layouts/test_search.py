@@ -45,7 +45,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def found(recipe):
-    return search(recipe, 8, 4, rates=DEVICES["h100"], rank_memory_gib=80)
+    return search(recipe, 4, 2, rates=DEVICES["h100"], rank_memory_gib=80)
 
 
 def test_everything_that_is_suggested_is_a_recipe_that_these_ranks_run(found):
@@ -53,7 +53,7 @@ def test_everything_that_is_suggested_is_a_recipe_that_these_ranks_run(found):
     for one in found.ranked:
         pasted = yaml.safe_load(typed(one.candidate, found.recipe))
         again = Recipe.model_validate(RAW | {key: {**RAW.get(key, {}), **value} for key, value in pasted.items()})
-        layout = resolve_layout(again.layout, again.engine, 8)
+        layout = resolve_layout(again.layout, again.engine, 4)
         assert layout == one.candidate.layout
         assert micro_batches_of_step(again, layout.data_size) == one.candidate.num_micro_batches
         shared |= {key for key in SHARED if getattr(again.layout, key, 1) > 1}
@@ -62,7 +62,7 @@ def test_everything_that_is_suggested_is_a_recipe_that_these_ranks_run(found):
 
 def test_the_peak_is_the_plans_own(found):
     for one in found.ranked[:3]:
-        assert plan(one.candidate.recipe, 8, 4).peak_bytes == one.peak_bytes
+        assert plan(one.candidate.recipe, 4, 2).peak_bytes == one.peak_bytes
 
 
 def test_the_best_is_as_fast_as_any_and_the_others_say_why_not(found):
@@ -77,16 +77,16 @@ def test_the_best_is_as_fast_as_any_and_the_others_say_why_not(found):
 def test_what_does_not_fit_never_wins(recipe, found):
     peaks = sorted(one.peak_bytes for one in found.ranked)
     limit = peaks[len(peaks) // 2]
-    less = search(recipe, 8, 4, rates=DEVICES["h100"], rank_memory_gib=(limit + 1) / 2**30)
+    less = search(recipe, 4, 2, rates=DEVICES["h100"], rank_memory_gib=(limit + 1) / 2**30)
     assert less.best.peak_bytes <= limit + 1
     assert any(one.reason.startswith("memory") for one in less.ranked)
     with pytest.raises(ConfigError, match="nothing fits"):
-        search(recipe, 8, 4, rates=DEVICES["h100"], rank_memory_gib=0.0001)
+        search(recipe, 4, 2, rates=DEVICES["h100"], rank_memory_gib=0.0001)
 
 
 def test_a_slow_link_between_machines_is_the_reason(recipe):
     slow = with_given(DEVICES["h100"], matmul_tflops=None, link_gb=None, node_link_gb=0.01)
-    found = search(recipe, 8, 4, rates=slow, rank_memory_gib=80)
+    found = search(recipe, 4, 2, rates=slow, rank_memory_gib=80)
     assert any(one.reason.startswith("links between") for one in found.ranked)
     # What crosses machines least wins: gradients once, rather than weights in every micro-batch.
     assert found.best.time.bytes_between < 1.01 * min(one.time.bytes_between for one in found.ranked)
@@ -103,10 +103,10 @@ def test_rates_survive_their_file_and_an_unknown_device_is_named(tmp_path):
 def test_the_command_prints_yaml_to_paste(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(RAW))
-    assert main(["plan", str(path), "--search", "--gpus-per-node", "4", "--json"]) == 0
+    assert main(["plan", str(path), "--search", "--gpus-per-node", "2", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert yaml.safe_load(document["best_yaml"])["engine"]["type"] in ("ddp", "fsdp", "deepspeed")
-    assert main(["plan", str(path), "--search", "--gpus-per-node", "4", "--show", "2"]) == 0
+    assert main(["plan", str(path), "--search", "--gpus-per-node", "2", "--show", "2"]) == 0
     told = capsys.readouterr().out
     assert "paste into the recipe" in told
     assert document["best_yaml"].splitlines()[0] in told

@@ -84,13 +84,15 @@ def test_replicas_reduce_shards_once_a_step_between_machines():
     assert found.parts[BETWEEN] == pytest.approx(2 * 1 / 2 * 4 * 1_000_000 / 2 / 1e9)
 
 
-def test_matmuls_that_ranks_share_send_seven_times_a_layer():
+def test_matmuls_that_ranks_share_send_what_the_guide_counts():
     found = timed(DdpEngine(), Layout(2, tp=2))
-    state = 1000 * 500 * 2
-    # No gradients travel: the ranks are one data rank. Twice more for the vocabulary.
-    assert found.parts[INSIDE] == pytest.approx(2 * (4 * 7 + 2) * 2 * 1 / 2 * state / 1e10)
+    share = 1 / 2 * 1000 * 500 * 2
+    # No gradients travel: the ranks are one data rank. Of 4 layers, and outside of them.
+    assert found.parts[INSIDE] == pytest.approx(2 * (4 * 14 + 4) * share / 1e10)
+    split = timed(DdpEngine(), Layout(2, tp=2, sequence_parallel=True))
+    assert split.parts[INSIDE] == pytest.approx(2 * (4 * 10 + 6) * share / 1e10)
     again = timed(DdpEngine(), Layout(2, tp=2), recompute="full")
-    assert again.parts[INSIDE] == pytest.approx(2 * (4 * 9 + 2) * 2 * 1 / 2 * state / 1e10)
+    assert again.parts[INSIDE] == pytest.approx(2 * (4 * 16 + 4) * share / 1e10)
     assert again.parts[RECOMPUTE] > 0
 
 
