@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
 from torch.distributed.tensor import DTensor
@@ -165,7 +172,7 @@ def _raw(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 class SnapshotPlanner(DefaultSavePlanner):
-    """Plans the write of a snapshot; torch's checks of overlap and coverage apply.
+    """Plans the write of a snapshot.
 
     Args:
         snapshot: This rank's chunks.
@@ -190,9 +197,62 @@ class SnapshotPlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Check the ranks' plans against each other."""
-        return super().create_global_plan(all_plans)
+        """Check the ranks' plans against each other.
+
+        Torch's own check compares boxes pair by pair where a weight is cut along another dim than its longest: minutes
+        for 70B parameters on 1,024 ranks.
+
+        Raises:
+            ValueError: The boxes do not fill a tensor once.
+        """
+        self.global_plan, self.metadata = create_default_global_save_plan(all_plans, rewrite_index_hints=False)
+        for name, stored in self.metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata):
+                check_filled(name, stored.size, stored.chunks)
+        return self.global_plan, self.metadata
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the data of a chunk."""
         return self._data[write_item.index]
+
+
+def check_filled(name: str, shape: Sequence[int], boxes: Sequence[ChunkStorageMetadata]) -> None:
+    """Refuse boxes that do not fill a tensor exactly once.
+
+    Args:
+        name: Of the tensor.
+        shape: Its own.
+        boxes: Offsets and sizes.
+
+    Raises:
+        ValueError: A box lies outside, two overlap, or elements are left.
+    """
+    firsts, sizes = (np.array([getattr(box, of) for box in boxes], np.int64) for of in ("offsets", "sizes"))
+    ends = firsts + sizes
+    if len(shape) and ((firsts < 0).any() or (ends > np.array(shape)).any()):
+        raise ValueError(f"{name}: a part lies outside of its shape {list(shape)}")
+    num_elements = int(sizes.prod(axis=-1).sum()) if len(shape) else len(boxes)
+    if num_elements != math.prod(shape):
+        raise ValueError(f"{name}: parts have {num_elements} elements, its shape {list(shape)} {math.prod(shape)}")
+    if len(boxes) > 1 and _overlap(firsts, ends):
+        raise ValueError(f"{name}: two parts overlap")
+
+
+def _overlap(firsts: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> bool:
+    """Whether any two boxes share an element, swept along the dim in which most begin elsewhere."""
+    has_some = (ends > firsts).all(axis=1)
+    firsts, ends = firsts[has_some], ends[has_some]
+    dim = int(np.argmax([len(np.unique(firsts[:, d])) for d in range(firsts.shape[1])]))
+    order = np.argsort(firsts[:, dim], kind="stable")
+    firsts, ends = firsts[order], ends[order]
+    if (firsts[1:, dim] >= ends[:-1, dim]).all():
+        return False
+    open_boxes: list[int] = []
+    for index in range(len(firsts)):
+        open_boxes = [other for other in open_boxes if ends[other, dim] > firsts[index, dim]]
+        if open_boxes:
+            others = np.array(open_boxes)
+            if ((firsts[others] < ends[index]) & (firsts[index] < ends[others])).all(axis=1).any():
+                return True
+        open_boxes.append(index)
+    return False
