@@ -40,9 +40,13 @@ def _records(folder: Path) -> list[Path]:
 
 def _rebuild(run_dir: Path) -> int:
     from leanmill.report.page.html import write_report
+    from leanmill.report.phases import table_of_phases
 
-    for folder in _records(run_dir):
+    folders = _records(run_dir)
+    for folder in folders:
         print(f"report: {write_report(folder).resolve()}")
+    for line in table_of_phases(folders):
+        print(line)
     return 0
 
 

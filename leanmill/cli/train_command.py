@@ -42,6 +42,12 @@ def train(path: str, overrides: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _quit()
     if result.rank == 0:
+        if recipe.phases:
+            from leanmill.checkpoint.phases import phase_folders
+            from leanmill.report.phases import table_of_phases
+
+            for line in table_of_phases(phase_folders(result.run_dir)):
+                print(line)
         # The path of the report was printed by the progress observer, just above.
         skipped = f", {result.num_skipped} of them skipped as non-finite" if result.num_skipped else ""
         print(f"{result.status} after {result.step} steps{skipped}; results in {result.run_dir.resolve()}", flush=True)

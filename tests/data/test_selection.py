@@ -112,5 +112,7 @@ def test_scores_that_do_not_fit_are_refused(prepared, tmp_path):
     with pytest.raises(ValueError, match="kept_share: it chooses documents by their scores"):
         Prepared(path="prepared", kept_share=0.5)
     other = config.model_copy(update={"task": "preference"})
-    with pytest.raises(ConfigError, match="scores are of text and conversations, and the recipe has data.task=preference"):
+    with pytest.raises(
+        ConfigError, match="scores are of text and conversations, and the recipe has data.task=preference"
+    ):
         build(scored(other, tmp_path / "scores"))
