@@ -206,6 +206,11 @@ class LayoutConfig(Config):
                 near = near_divisors(size, world_size)
                 ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
                 raise ConfigError(f"layout.{key}={size} does not divide the {ranks}; set layout.{key}={near}")
+        if world_size % (self.tp * self.cp):
+            raise ConfigError(
+                f"layout.tp={self.tp} x layout.cp={self.cp} do not divide the {world_size} ranks; set one to 1, or "
+                f"start a multiple of {self.tp * self.cp} ranks"
+            )
         return world_size // (self.tp * self.cp)
 
     def num_expert_ranks(self, world_size: int) -> int:

@@ -13,13 +13,14 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3"})
 transformers' registry, and what the model is given besides tokens reaches it."""
 
 
-def context_problems(config: Any, cp: int, kind: str) -> Iterator[str]:
+def context_problems(config: Any, cp: int, kind: str, tp: int = 1) -> Iterator[str]:
     """Yield why rows of a model cannot be cut into `cp` parts.
 
     Args:
         config: The family's config: a mapping or a transformers config; what it leaves out is not judged.
         cp: Ranks that share a row.
         kind: `layout.cp_attention`.
+        tp: Ranks that share heads before those of a row do.
     """
     get = config.get if isinstance(config, dict) else lambda key: getattr(config, key, None)
     asked, family = f"layout.cp={cp}", get("model_type")
@@ -31,10 +32,11 @@ def context_problems(config: Any, cp: int, kind: str) -> Iterator[str]:
     if get("attention_dropout"):
         yield f"{asked} draws no dropout in attention; set model.config.attention_dropout=0, or layout.cp=1"
     heads = get("num_attention_heads")
-    if kind == "ulysses" and isinstance(heads, int) and heads > 0 and heads % cp:
+    if kind == "ulysses" and isinstance(heads, int) and heads > 0 and heads % tp == 0 and heads // tp % cp:
+        share = f" / layout.tp={tp}" if tp > 1 else ""
         yield (
-            f"{asked} does not divide model.config.num_attention_heads={heads}; set layout.cp="
-            f"{near_divisors(cp, heads)}, or layout.cp_attention=all_gather"
+            f"{asked} does not divide model.config.num_attention_heads={heads}{share}; set layout.cp="
+            f"{near_divisors(cp, heads // tp)}, or layout.cp_attention=all_gather"
         )
 
 

@@ -57,10 +57,11 @@ class CutRows(WholeRows):
     Args:
         group: The ranks that share rows.
         kind: How attention comes to the rest of them, see `layout.cp_attention`.
+        tp: Ranks that share heads of each part.
     """
 
-    def __init__(self, group: dist.ProcessGroup, kind: Literal["ulysses", "all_gather"]) -> None:
-        self._group, self._kind = group, kind
+    def __init__(self, group: dist.ProcessGroup, kind: Literal["ulysses", "all_gather"], tp: int = 1) -> None:
+        self._group, self._kind, self._tp = group, kind, tp
 
     def prepare(self, model: nn.Module) -> None:
         """See `WholeRows`.
@@ -68,7 +69,7 @@ class CutRows(WholeRows):
         Raises:
             ConfigError: Rows of this model cannot be cut.
         """
-        for problem in context_problems(model.config, self._group.size(), self._kind):
+        for problem in context_problems(model.config, self._group.size(), self._kind, self._tp):
             raise ConfigError(problem)
         register(self._attention())
         model.config._attn_implementation = NAME  # type: ignore[union-attr]
@@ -165,7 +166,7 @@ def rows_of(layout: Layout) -> WholeRows:
         return WholeRows()
     group = layout.rows.get_group("cp")
     if layout.cp_rows == "even":
-        return CutRows(group, layout.cp_attention)
+        return CutRows(group, layout.cp_attention, layout.tp)
     degrees = [degree for degree in range(2, layout.cp) if layout.cp % degree == 0]
     groups = {degree: layout.neighbours(degree) for degree in degrees} | {layout.cp: group}
     return CutDocuments(group, layout.cp_attention, groups)

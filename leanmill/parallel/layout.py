@@ -21,6 +21,9 @@ has, so its gradient is the sum over all ranks of what each one's own tokens giv
 back through the transposed exchange, so that it is counted once, at the rank of the token it came from. Losses are
 scaled up by the ranks that a reduction averages, `reduced_size`, which are these and those that read other data.
 
+Both may be: each of a row's parts is then with `tp` neighbours that share matmuls, and heads are shared twice, first
+by those and then, where attention exchanges heads for places, by the ranks of the row.
+
 Workers that train with little communication (`layout.low_comm`) are each such a grid: "all ranks" are then those of
 one worker.
 """
@@ -90,8 +93,9 @@ class Layout:
 
     @cached_property
     def rows(self) -> DeviceMesh:
-        """All ranks, where rows are shared: `data` x `cp`."""
-        return init_device_mesh(self.device_type, (self.data_size, self.cp), mesh_dim_names=("data", "cp"))
+        """All ranks, where rows are shared: `data` x `cp` x `tp`; ranks that share matmuls have the same parts."""
+        shape = (self.data_size, self.cp, self.tp)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("data", "cp", "tp"))
 
     def neighbours(self, size: int) -> dist.ProcessGroup:
         """Return this rank's group where all ranks form groups of `size` neighbours. Made by all ranks together."""
@@ -205,13 +209,11 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
     for key, size in (("tp", tp), ("cp", config.cp)):
         if size > 1 and isinstance(engine, DeepSpeedEngine):
             raise ConfigError(f"layout.{key}={size} is for engines on torch alone, not for DeepSpeed; type engine=fsdp")
-    if tp > 1:
-        dp_shard, splits = _dp_shard(config, engine, data_size, tp), config.sequence_parallel
-        return Layout(world_size, dp_shard, tp=tp, sequence_parallel=splits, device_type=device_type)
-    dp_shard = _dp_shard(config, engine, world_size)
-    if config.cp > 1:
-        how: dict[str, Any] = {"cp_attention": config.cp_attention, "cp_rows": config.cp_rows}
-        return Layout(world_size, dp_shard, cp=config.cp, device_type=device_type, **how)
+    dp_shard = _dp_shard(config, engine, data_size * config.cp, tp)
+    if max(tp, config.cp) > 1:
+        how: dict[str, Any] = {"sequence_parallel": config.sequence_parallel}
+        how |= {"cp_attention": config.cp_attention, "cp_rows": config.cp_rows}
+        return Layout(world_size, dp_shard, tp=tp, cp=config.cp, device_type=device_type, **how)
     if isinstance(config.experts, FullyShardedExperts):
         if world_size == 1:
             raise ConfigError(

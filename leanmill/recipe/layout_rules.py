@@ -91,9 +91,10 @@ def _shared_matmuls(recipe: Sections) -> Iterator[str]:
             near = near_divisors(layout.tp, number)
             yield f"{asked} does not divide model.config.{key}={number}; set layout.tp={near}"
     if layout.sequence_parallel:
-        length = recipe.data.sequence_length
-        if length % layout.tp:
-            near = near_multiples(length, layout.tp)
+        length, parts = recipe.data.sequence_length, layout.tp * layout.cp
+        if length % parts:
+            near = near_multiples(length, parts)
+            asked += f" x layout.cp={layout.cp}" * (layout.cp > 1)
             yield (
                 f"layout.sequence_parallel: {asked} does not divide data.sequence_length={length}; set "
                 f"data.sequence_length={near}, or layout.sequence_parallel=false"
@@ -105,8 +106,8 @@ def _shared_rows(recipe: Sections) -> Iterator[str]:
     layout = recipe.layout
     asked = f"layout.cp={layout.cp}"
     yield from _shared_work(recipe, "cp", "rows")
-    if layout.tp > 1:
-        yield f"{asked} has not been shown to hold beside layout.tp={layout.tp}; set one of the two to 1"
+    if layout.tp > 1 and layout.cp_rows != "even":
+        yield f"layout.cp_rows={layout.cp_rows} has not been shown to hold beside layout.tp={layout.tp}; remove it"
     if layout.low_comm is not None:
         yield f"{asked} has not been shown to hold beside layout.low_comm; set layout.cp=1, or remove layout.low_comm"
     if recipe.train.compile:
@@ -116,7 +117,7 @@ def _shared_rows(recipe: Sections) -> Iterator[str]:
     if recipe.data.sequence_length % layout.cp:
         near = near_divisors(layout.cp, recipe.data.sequence_length)
         yield f"{asked} does not divide data.sequence_length={recipe.data.sequence_length}; set layout.cp={near}"
-    yield from context_problems(recipe.model.family_config or {}, layout.cp, layout.cp_attention)
+    yield from context_problems(recipe.model.family_config or {}, layout.cp, layout.cp_attention, layout.tp)
 
 
 def _experts(recipe: Sections) -> Iterator[str]:

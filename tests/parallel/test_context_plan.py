@@ -24,7 +24,17 @@ RAW: dict[str, Any] = {
         ({"engine": "single"}, "layout.cp=2 shares rows among ranks, and engine=single is one"),
         ({"engine": "deepspeed"}, "layout.cp=2 is for engines on torch alone"),
         ({"train": {"steps": 3, "compile": True}}, "set train.compile=false"),
-        ({"layout": {"cp": 2, "tp": 2}}, "has not been shown to hold beside layout.tp=2"),
+        (
+            {"layout": {"cp": 2, "tp": 2, "cp_rows": "by_document"}},
+            "layout.cp_rows=by_document has not been shown to hold beside layout.tp=2",
+        ),
+        (
+            {
+                "layout": {"cp": 4, "tp": 2},
+                "model": {"config": {"model_type": "llama", "num_attention_heads": 4}},
+            },
+            r"layout.cp=4 does not divide model.config.num_attention_heads=4 / layout.tp=2; set layout.cp=2",
+        ),
         ({"layout": {"cp": 2, "ep": 2}}, "does not go together with experts that ranks share"),
         ({"layout": {"cp_attention": "all_gather"}}, "is about rows that ranks share; set layout.cp, or remove it"),
         ({"layout": {"cp": 3, "cp_attention": "all_gather"}}, "layout.cp=3 does not divide data.sequence_length="),

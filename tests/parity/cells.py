@@ -7,6 +7,7 @@ message says why.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -45,6 +46,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
     "tp2 tokens": {"tp": 2, "sequence_parallel": True},
     "cp2": {"cp": 2},
+    "cp2 tp2": {"cp": 2, "tp": 2},
+    "cp2 tp2 tokens": {"cp": 2, "tp": 2, "sequence_parallel": True},
     "cp2 gathered": {"cp": 2, "cp_attention": "all_gather"},
     "cp4 gathered": {"cp": 4, "cp_attention": "all_gather"},
     "cp2 by document": {"cp": 2, "cp_rows": "by_document"},
@@ -160,7 +163,7 @@ def why_not(cell: Cell) -> str | None:
     """Return why there is no such cell; None where there is."""
     if (cell.engine == "single") != (cell.world_size == 1):
         return "one process is engine=single"
-    if any(cell.world_size % LAYOUTS[cell.layout].get(group, 1) for group in ("ep", "tp", "cp")):
+    if cell.world_size % math.prod(LAYOUTS[cell.layout].get(group, 1) for group in ("ep", "tp", "cp")):
         return "groups larger than the world"
     if cell.engine == "hsdp" and cell.world_size < 4 * LAYOUTS[cell.layout].get("tp", 1):
         return "replicas of shards need 4 data ranks"

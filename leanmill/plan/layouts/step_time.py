@@ -271,8 +271,10 @@ def _send_activations(rest: _Transfers, point: Point, work: Work, width: int) ->
     sends = layers * (of_layer + again * of_again) + outside / point.pipeline
     rest.add(state, layout.tp, 1, times=m * sends)
     if layout.cp > 1:
-        sent = sent_numbers(work.num_heads, work.num_groups, work.head_dim, layout.cp, layout.cp_attention)
-        rest.add(own * sent * width, layout.cp, 1, times=m * layers * (2 + again), kind="send")
+        # Of the heads that ranks which share matmuls leave each.
+        heads, groups = work.num_heads // layout.tp, max(1, work.num_groups // layout.tp)
+        sent = sent_numbers(heads, groups, work.head_dim, layout.cp, layout.cp_attention)
+        rest.add(own * sent * width, layout.cp, layout.tp, times=m * layers * (2 + again), kind="send")
     if layout.ep > 1 and work.num_experts:
         elsewhere = math.comb(work.num_experts - work.num_experts // layout.ep, work.top_k)
         ranks = (layout.ep - 1) * (1 - elsewhere / math.comb(work.num_experts, work.top_k))
