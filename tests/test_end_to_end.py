@@ -191,6 +191,40 @@ def test_a_run_goes_on_where_ranks_share_rows(tmp_path, cache):
         assert all(abs(expected[step] - got[step]) < 1e-4 for step in expected), (name, expected, got)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("end_to_end")
+def test_a_run_goes_on_where_ranks_have_blocks(tmp_path, cache, capsys):
+    """From two stages to one process and to two stages sharded twice, and exported: as one process would have."""
+    names = ("alone", "whole", "broken", "moved")
+    alone, whole, broken, moved = (write_recipe(tmp_path, cache, "ddp", 6, name) for name in names)
+    options = ("schedule.type=constant", "techniques=[{type: nm_sparsity, decay: 0.0}]", "optimizer.eps=1.0e-3")
+    parts = (*options, "layout.pp=2")
+    finish(launch(alone, *options, "engine=single", num_ranks=1))
+    finish(launch(whole, *parts))
+    finish(launch(broken, *parts, "train.steps=3"))
+    assert "resumed" in finish(launch(broken, *parts))
+    finish(launch(moved, *parts, "train.steps=2"))
+    assert "resumed" in finish(launch(moved, *options, "engine=single", "train.steps=4", num_ranks=1))
+    assert "resumed" in finish(launch(moved, *parts, "engine=fsdp", num_ranks=4))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+    for part in ("model", "optimizer"):
+        states = [read_full_state(tmp_path / name / "checkpoints/step-00000006", part) for name in names]
+        assert all(state.keys() == states[0].keys() for state in states)
+        for key, value in states[0].items():
+            assert torch.equal(states[1][key], states[2][key]), key
+            for state in states[1:]:
+                torch.testing.assert_close(state[key], value, rtol=0, atol=2e-5)
+    capsys.readouterr()
+    assert main(["eval", "--checkpoint", str(tmp_path / "whole"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = (tmp_path / "whole/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = [record for record in map(json.loads, lines) if record["kind"] == "eval"][-1]
+    assert found["domains"]["all"]["loss"] == pytest.approx(last["domains"]["all"]["loss"], rel=1e-6)
+    assert found["samples"] == last["samples"]
+    assert main(["export", "--checkpoint", str(tmp_path / "whole"), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+
+
 @pytest.mark.xdist_group("end_to_end")
 def test_sigterm_finishes_the_step_and_saves(tmp_path, cache):
     process = launch(write_recipe(tmp_path, cache, "ddp", 100_000))

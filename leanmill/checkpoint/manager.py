@@ -31,6 +31,7 @@ from leanmill.checkpoint.workers import OUTER, WORKERS, Stateful, WorkersState, 
 from leanmill.checkpoint.writing import Job, Writer, versions
 from leanmill.core.errors import ConfigError, RunError
 from leanmill.core.redact import redact_tree
+from leanmill.parallel.collectives import gather_objects
 
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class CheckpointManager:
         remote: Where copies go, a URL; None keeps none.
         worker: Which of several groups of ranks this one is of, each with all of the model (`layout.low_comm`), and its
             rank in there. What is equal on all of them, the first writes.
+        in_parts: Whether ranks hold different parameters (`layout.pp`): each saves and loads its own.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class CheckpointManager:
         before_write: Callable[[], None] = lambda: None,
         remote: str | None = None,
         worker: tuple[int, int] | None = None,
+        in_parts: bool = False,
     ) -> None:
         self.root = Path(run_dir) / "checkpoints"
         self.config = config
@@ -77,6 +80,7 @@ class CheckpointManager:
             before_write=before_write,
             highest_elsewhere=lambda: 0 if self._uploads is None else self._uploads.highest_at_start,
         )
+        self._in_parts = in_parts
         self._is_first_worker = worker is None or worker[0] == 0
         self._snapshots = Snapshots(self.group.rank if worker is None else worker[1])
         self._thread: threading.Thread | None = None
@@ -329,15 +333,23 @@ class CheckpointManager:
         check_kind(folder, manifest, names, base)
         model = engine.model_state()
         wanted = model if names is None else {name: tensor for name, tensor in model.items() if name in names}
-        read_part(folder / "model", wanted, self.group)
+        read_part(folder / "model", wanted, self.group, only=self._meant(wanted))
         engine.load_model_state(model)
         if optimizer:
             state = engine.optimizer_state()
-            read_part(folder / "optimizer", take_apart(state), self.group)
+            apart = take_apart(state)
+            read_part(folder / "optimizer", apart, self.group, only=self._meant(apart))
             engine.load_optimizer_state(state)
             if isinstance(engine, WorkersState):
                 load_workers(folder, engine, self.group, manifest.step)
         return self.train_state(folder)
+
+    def _meant(self, live: Collection[str]) -> Callable[[str], bool]:
+        """Return which names of a checkpoint this rank reads: all but those that other ranks have. A collective."""
+        if not self._in_parts:
+            return lambda name: True
+        elsewhere = {name for names in gather_objects(sorted(live)) for name in names} - set(live)
+        return lambda name: name not in elsewhere
 
     def train_state(self, path: str | Path) -> dict[str, Any]:
         """Return the saved `train_state` of a checkpoint that `find` returned, without its tensors."""

@@ -194,6 +194,13 @@ class TechniqueConfig(Config):
         """Whether it has been shown to train what one process trains where ranks have parts of rows (`layout.cp`)."""
         return False
 
+    def holds_where_blocks_are_apart(self) -> bool:
+        """Whether it has been shown to train what one process trains where ranks have some blocks (`layout.pp`).
+
+        What it puts on a model is in places of their own, and what its losses look at is known on the last stage.
+        """
+        return False
+
     def holds_where_workers_drift(self) -> bool:
         """Whether it has been shown to hold where workers step without each other (`layout.low_comm`).
 

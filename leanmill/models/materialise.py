@@ -25,6 +25,7 @@ from leanmill.core.sites import iter_sites
 from leanmill.core.stage import Slot, TechniqueModule
 from leanmill.models.full_copies import full_copy, own_tensor, with_storage
 from leanmill.models.stored_weights import StoredWeights
+from leanmill.parallel.pipeline_parts import is_cut
 from leanmill.parallel.tensors import assign, full
 
 
@@ -163,7 +164,7 @@ def _causal_lm(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _load(config: ModelConfig, model: nn.Module) -> frozenset[int]:
     """Read the checkpoint's weights into `model`; return the ids of the tensors it filled."""
-    weights = StoredWeights(config)
+    weights = StoredWeights(config, in_parts=is_cut(model))
     filled: set[int] = set()
     coded = _coded(model)
     for name, owner, key in _base_tensors(model):

@@ -34,10 +34,11 @@ class StoredWeights:
 
     Args:
         config: With the `path` to read.
+        in_parts: Whether ranks fill different parts of the model: then each reads what it holds, whole ones too.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, *, in_parts: bool = False) -> None:
+        self.config, self._in_parts = config, in_parts
         self._is_open = self._everyone_reads = False
         self._folder: FolderWeights | None = None
         self._weights: dict[str, Tensor] = {}
@@ -56,8 +57,15 @@ class StoredWeights:
         """
         self._open()
         folder = self._folder
+        if self._in_parts and (folder is None or not self._everyone_reads):
+            raise ConfigError(
+                f"layout.pp has each rank read its own blocks of {self.config.path}, and not every rank sees this "
+                f"folder, or it holds other than plain safetensors of this family; put it where all ranks see it, "
+                f"or set layout.pp=1"
+            )
         like = tensor if compact is None else torch.empty(compact.shape, dtype=torch.float32, device="meta")
-        if folder is None or not self._everyone_reads or not isinstance(tensor, DTensor):
+        is_own = self._in_parts or isinstance(tensor, DTensor)
+        if folder is None or not self._everyone_reads or not is_own:
             value = self.take(name, like)
             if compact is None:
                 assign(tensor, value)
@@ -78,7 +86,10 @@ class StoredWeights:
             part.copy_(codes)
             local(compact.scale).copy_(scales)
 
-        write_part(tensor, read)
+        if isinstance(tensor, DTensor):
+            write_part(tensor, read)
+        else:
+            read(tensor, [0] * tensor.dim())
 
     def take(self, name: str, like: Tensor) -> Tensor:
         """Return a weight, whole, on every rank. A collective.

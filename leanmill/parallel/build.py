@@ -72,6 +72,8 @@ def _shared(layout: Layout) -> Iterator[str]:
         yield f"experts over groups of {layout.ep}"
     if layout.tp > 1:
         yield f"matmuls shared by groups of {layout.tp}" + (", tokens split in between" * layout.sequence_parallel)
+    if layout.pp > 1:
+        yield f"blocks shared out among {layout.pp}"
     if layout.cp > 1:
         yield f"rows shared by groups of {layout.cp} ({layout.cp_attention})"
 
@@ -93,12 +95,15 @@ def _check_ranks_agree(layout: Layout) -> None:
         layout.cp,
         layout.cp_attention,
         layout.sequence_parallel,
+        layout.pp,
+        layout.pp_schedule,
+        layout.pp_split,
     ]
     if not same_on_all_ranks(sizes):
         found = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(sizes)))
         raise RunError(
             f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts, workers, cp, cp_attention, "
-            f"sequence_parallel] is {found}; start every rank with the same recipe"
+            f"sequence_parallel, pp, pp_schedule, pp_split] is {found}; start every rank with the same recipe"
         )
 
 

@@ -10,6 +10,7 @@ from leanmill.core.config import Config
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_divisors
 from leanmill.parallel.low_comm_config import OuterConfig
+from leanmill.parallel.pipeline_plan import Schedule
 
 
 class TorchEngineConfig(Config):
@@ -171,6 +172,16 @@ class LayoutConfig(Config):
     """What a rank has of rows that are shared. `even`: 1 / `cp` of each. `by_document`: whole documents of a
     micro-batch, and parts of those alone that would take one rank longer than the others; less travels, and padding
     is not computed."""
+    pp: int = Field(default=1, ge=1)
+    """Ranks that each have some of the model's blocks and hand on hidden states (pipeline parallel), world size / pp
+    apart. They read the same data; ranks with the same blocks replicate or shard them. 1 leaves the model whole."""
+    pp_schedule: Schedule = "1f1b"
+    """In which order ranks take the micro-batches of a step. `gpipe`: all forwards, then all backwards. `1f1b`: a
+    backward as soon as it can be, which keeps at most `pp` micro-batches. `interleaved_1f1b`: several stages a rank, so
+    that ranks wait less and send more. `zbv`: two stages a rank, there and back, and gradients of weights where a rank
+    would wait. All but `gpipe` need `pp` micro-batches or more a step."""
+    pp_split: Literal["balance"] | tuple[int, ...] = "balance"
+    """First block of each stage, e.g. [0, 5]; `balance` makes the largest stage's parameters as few as can be."""
     experts: Annotated[SpreadExperts | FullyShardedExperts, Field(discriminator="type")] = SpreadExperts()
     """Where the experts of each layer are: `spread` over groups of `ep` ranks, or `fully_sharded` over all ranks."""
     low_comm: OuterConfig | None = None
@@ -199,9 +210,9 @@ class LayoutConfig(Config):
         """Return how many ranks read different data.
 
         Raises:
-            ConfigError: `tp` or `cp` does not divide the ranks.
+            ConfigError: `tp`, `cp` or `pp` does not divide the ranks.
         """
-        for key, size in (("tp", self.tp), ("cp", self.cp)):
+        for key, size in (("tp", self.tp), ("cp", self.cp), ("pp", self.pp)):
             if world_size % size:
                 near = near_divisors(size, world_size)
                 ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
@@ -211,7 +222,7 @@ class LayoutConfig(Config):
                 f"layout.tp={self.tp} x layout.cp={self.cp} do not divide the {world_size} ranks; set one to 1, or "
                 f"start a multiple of {self.tp * self.cp} ranks"
             )
-        return world_size // (self.tp * self.cp)
+        return world_size // (self.tp * self.cp * self.pp)
 
     def num_expert_ranks(self, world_size: int) -> int:
         """Return how many ranks share the experts of a layer."""

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from leanmill.core.batches import Batch
@@ -23,6 +25,8 @@ from leanmill.parallel.staging import ReplicaStaging
 from leanmill.parallel.torch_engine import TorchEngine
 
 
+_BUCKET_BYTES = 25 << 20
+"""Of gradients of a pipeline's stage that are reduced at once: that of DDP."""
 # Renamed in torch 2.13, where the old spelling warns.
 _SIGNATURE = inspect.signature(DistributedDataParallel.__init__).parameters
 _NO_BUFFERS: dict[str, Any] = {
@@ -62,6 +66,7 @@ class DdpEngine(TorchEngine):
         self._left_out: set[int] = set()
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        self._cut(module, preparation)
         if self.layout.fully_sharded is not None:
             self._owned = OwnedExperts(module.model, self.layout)  # type: ignore[arg-type]
         elif self.layout.ep > 1:
@@ -83,6 +88,19 @@ class DdpEngine(TorchEngine):
         _leave_out(self.module, own)
         self._left_out = {id(p) for p in own}
         self._make_optimizer(preparation)
+
+    def _reduce_stage(self) -> None:
+        # Not DDP's reducer, which waits for one backward, where those of several micro-batches are under way.
+        group = self.layout.data_group
+        if group is None or group.size() == 1:
+            return
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat, group=group)
+            flat /= group.size()
+            for gradient, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
 
     @property
     def _replicated(self) -> nn.Module:
@@ -131,6 +149,19 @@ class DdpEngine(TorchEngine):
     def close(self) -> None:
         super().close()
         self._replica = None
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield gradients of one dtype together, up to `_BUCKET_BYTES`."""
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        bucket: list[Tensor] = []
+        for gradient in (g for g in gradients if g.dtype == dtype):
+            bucket.append(gradient)
+            if sum(g.nbytes for g in bucket) >= _BUCKET_BYTES:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
 
 
 def _leave_out(module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

@@ -18,10 +18,10 @@ from leanmill.parallel.layout import Layout
 
 Losses = dict[str, Tensor]
 """fp32 scalars: `total` (what is differentiated: weighted sum over tokens) and one raw sum a term."""
-Wanted = Literal["losses", "token_losses", "next_logits", "embeddings"]
-"""What a forward without gradients is to give: `Losses`; `cross_entropy` [B, S] of each token, fp32, alone; of a batch
-with `last` [B] int64, positions whose following token is asked for, `logits` [B, V]; or, of rows of texts, `embeddings`
-[B, texts, H]."""
+Wanted = Literal["losses", "token_losses", "next_logits", "embeddings", "hidden_states"]
+"""What a forward is to give: `Losses`; `hidden_states` [B, S, H] behind the last block and norm; or, without
+gradients, `cross_entropy` [B, S] of each token, fp32, alone; of a batch with `last` [B] int64, positions whose
+following token is asked for, `logits` [B, V]; or, of rows of texts, `embeddings` [B, texts, H]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +146,9 @@ class Engine(ABC):
 
     @abstractmethod
     def full_parameter(self, name: str) -> Tensor:
-        """Gather one parameter of `module.model` by its dotted name.
+        """Gather one parameter of `module.model` by its dotted name; the ranks that have it call together.
 
-        Full, fp32 master where there is one, on every rank, on the CPU.
+        Full, fp32 master where there is one, on each of them, on the CPU.
         """
 
     @abstractmethod

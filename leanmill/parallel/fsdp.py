@@ -26,6 +26,7 @@ from leanmill.parallel.frozen import move_plain_tensors, shard_frozen
 from leanmill.parallel.fssdp import OwnedExperts
 from leanmill.parallel.launch import Ranks, ensure_process_group
 from leanmill.parallel.layout import Layout, resolve_layout
+from leanmill.parallel.pipeline_parts import Absent
 from leanmill.parallel.single import freeze
 from leanmill.parallel.staging_shards import ShardStaging
 from leanmill.parallel.torch_engine import TorchEngine
@@ -80,6 +81,7 @@ class FsdpEngine(TorchEngine):
         self._shared: list[nn.Parameter] = []
 
     def prepare(self, module: nn.Module, preparation: Preparation) -> None:
+        self._cut(module, preparation)
         if self.layout.fully_sharded is not None:
             self._owned = OwnedExperts(module.model, self.layout)  # type: ignore[arg-type]
         elif self.layout.ep > 1:
@@ -105,6 +107,9 @@ class FsdpEngine(TorchEngine):
         )
         model: nn.Module = module.model  # type: ignore[assignment]
         blocks = [*decoder_blocks(model), *added_blocks(model)]
+        if self._pipeline is not None:
+            blocks = [block for block in blocks if not isinstance(block, Absent)]
+            self._pipeline.boundary_dtype = torch.bfloat16 if self._gathers_bf16 else None
         self._root, self._shared = module, _lift_shared(module, blocks)
         for block in blocks:
             self._shard(block, reshard_after_forward=self.config.reshard_after_forward)

@@ -24,6 +24,10 @@ scaled up by the ranks that a reduction averages, `reduced_size`, which are thes
 Both may be: each of a row's parts is then with `tp` neighbours that share matmuls, and heads are shared twice, first
 by those and then, where attention exchanges heads for places, by the ranks of the row.
 
+Ranks of a pipeline (`pp`, far apart: what travels between them is least) each have some of a model's blocks, and read
+the same data. Every other group is among ranks with the same blocks, which are neighbours; what first and last stage
+both hold, tied embeddings, has the sum of both stages' gradients.
+
 Workers that train with little communication (`layout.low_comm`) are each such a grid: "all ranks" are then those of
 one worker.
 """
@@ -40,6 +44,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from leanmill.core.errors import ConfigError
 from leanmill.core.near import near_divisors
 from leanmill.parallel.config import DeepSpeedEngine, EngineConfig, FsdpEngine, FullyShardedExperts, LayoutConfig
+from leanmill.parallel.pipeline_plan import Schedule
 
 
 Family = Literal["dense", "expert"]
@@ -64,6 +69,12 @@ class Layout:
     """How those attend."""
     cp_rows: Literal["even", "by_document"] = "even"
     """What each of those has of a row."""
+    pp: int = 1
+    """Ranks that each have some of the blocks; neighbours have the same ones."""
+    pp_schedule: Schedule = "1f1b"
+    """In which order those take micro-batches."""
+    pp_split: tuple[int, ...] | None = None
+    """First blocks of stages; None balances parameters."""
     device_type: str = "cpu"
     expert_chunks: int = 1
     """Pieces of a rank's tokens that travel to experts one after the other."""
@@ -75,21 +86,32 @@ class Layout:
     @property
     def data_size(self) -> int:
         """Ranks that read different data."""
-        return self.world_size // (self.tp * self.cp)
+        return self.world_size // (self.tp * self.cp * self.pp)
 
     def data_rank(self, rank: int) -> int:
         """Return which share of the data a rank reads, in [0, data_size)."""
-        return rank // (self.tp * self.cp)
+        return self.rank_in_stage(rank) // (self.tp * self.cp)
+
+    def rank_in_stage(self, rank: int) -> int:
+        """Return a rank's number among those with the same blocks."""
+        return rank % (self.world_size // self.pp)
 
     @property
     def reduced_size(self) -> int:
         """Ranks that a dense parameter's gradient is averaged over: those of a worker that compute different tokens."""
-        return self.step_size // self.tp
+        return self.step_size // (self.tp * self.pp)
 
     @property
     def data_group(self) -> dist.ProcessGroup | None:
         """The ranks that read different data and share matmuls and rows as this one; None where those are all ranks."""
+        if self.pp > 1:
+            return self.stages.get_group("data")
         return self.rows.get_group("data") if self.cp > 1 else self.token_group
+
+    @cached_property
+    def stages(self) -> DeviceMesh:
+        """All ranks, where each has some blocks: `pp` x `data`."""
+        return init_device_mesh(self.device_type, (self.pp, self.data_size), mesh_dim_names=("pp", "data"))
 
     @cached_property
     def rows(self) -> DeviceMesh:
@@ -138,7 +160,7 @@ class Layout:
     @property
     def dp_replicate(self) -> int:
         """Replicas of a dense parameter."""
-        return self.step_size // (self.dp_shard * self.tp)
+        return self.step_size // (self.dp_shard * self.tp * self.pp)
 
     @property
     def expert_shard(self) -> int:
@@ -159,7 +181,7 @@ class Layout:
         """Mesh of a dense parameter: `shard`, or `replicate` x `shard`; neighbours share, they are on one machine."""
         if self.tp > 1:
             return self.grid["shard"] if self.dp_replicate == 1 else self.grid["replicate", "shard"]
-        if self.dp_shard == self.step_size:
+        if self.dp_replicate == 1:
             return self._mesh(shard=self.dp_shard)
         return self._mesh(replicate=self.dp_replicate, shard=self.dp_shard)
 
@@ -177,10 +199,11 @@ class Layout:
     def _mesh(self, **sizes: int) -> DeviceMesh:
         """Return a mesh of the ranks that step together with this one."""
         names = tuple(sizes)
-        if self.workers == 1:
+        groups = self.workers * self.pp  # one of the two is 1
+        if groups == 1:
             return init_device_mesh(self.device_type, tuple(sizes.values()), mesh_dim_names=names)
-        shape = (self.workers, *sizes.values())
-        return init_device_mesh(self.device_type, shape, mesh_dim_names=("worker", *names))[names]
+        shape = (groups, *sizes.values())
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("group", *names))[names]
 
 
 def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, device_type: str = "cpu") -> Layout:
@@ -206,7 +229,7 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         inner = resolve_layout(alone, engine, world_size // workers, device_type)
         return replace(inner, world_size=world_size, workers=workers)
     tp, data_size = config.tp, config.data_size(world_size)
-    for key, size in (("tp", tp), ("cp", config.cp)):
+    for key, size in (("tp", tp), ("cp", config.cp), ("pp", config.pp)):
         if size > 1 and isinstance(engine, DeepSpeedEngine):
             raise ConfigError(f"layout.{key}={size} is for engines on torch alone, not for DeepSpeed; type engine=fsdp")
     dp_shard = _dp_shard(config, engine, data_size * config.cp, tp)
@@ -214,6 +237,15 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         how: dict[str, Any] = {"sequence_parallel": config.sequence_parallel}
         how |= {"cp_attention": config.cp_attention, "cp_rows": config.cp_rows}
         return Layout(world_size, dp_shard, tp=tp, cp=config.cp, device_type=device_type, **how)
+    if config.pp > 1:
+        return Layout(
+            world_size,
+            dp_shard,
+            pp=config.pp,
+            pp_schedule=config.pp_schedule,
+            pp_split=None if config.pp_split == "balance" else config.pp_split,
+            device_type=device_type,
+        )
     if isinstance(config.experts, FullyShardedExperts):
         if world_size == 1:
             raise ConfigError(

@@ -83,7 +83,13 @@ def _local_write(target: DTensor, whole: Tensor) -> None:
 
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """L2 norm over all `tensors` as if they were whole, fp32 scalar on `device`, without a host sync.
+    """L2 norm over all `tensors` as if they were whole, fp32 scalar on `device`, without a host sync."""
+    return squared_norm(tensors, device).sqrt().float()
+
+
+@torch.no_grad()
+def squared_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares over all `tensors` as if they were whole, scalar on `device` in their precision, fp32 at least.
 
     Tensors are grouped by the mesh dims they are sharded over, since tensors of different meshes
     cannot be stacked; a group's sum of squares is reduced over those dims, then groups are added.
@@ -99,7 +105,7 @@ def global_norm(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
             for dim in dims:
                 dist.all_reduce(squared, group=mesh.get_group(dim))
         total = total + squared.to(device)
-    return total.sqrt().float()
+    return total
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from leanmill.parallel.launch import Ranks
 from leanmill.parallel.layout import Layout
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.parallel.optimizer_state import allocate_state, pulled
+from leanmill.parallel.pipeline import Pipeline
 from leanmill.parallel.rank_memory import smallest_rank_memory
 from leanmill.parallel.staging import ReplicaStaging, Staging, StepStaging, choose
 from leanmill.parallel.tensor_parallel import PartialGradients, split_model
@@ -46,6 +47,7 @@ class TorchEngine(Engine):
         self.reduced_size = self.layout.reduced_size
         self._rows = rows_of(self.layout)
         set_data_group(self.layout.data_group)
+        self._pipeline = None if self.layout.pp == 1 else Pipeline(self.layout, self.device, self._autocast)
         self.precision = precision
         self._partial = PartialGradients((), None)
         self._optimizer: torch.optim.Optimizer | None = None
@@ -97,7 +99,7 @@ class TorchEngine(Engine):
             memory_bytes=lambda: smallest_rank_memory(self._ranks),
             **options,
         )
-        self.notes = (line,) if line else ()
+        self.notes += (line,) if line else ()
         return weights
 
     def _split_matmuls(self, module: nn.Module, *, replicated: bool) -> None:
@@ -105,6 +107,14 @@ class TorchEngine(Engine):
         if self.layout.tp > 1:
             self._partial = split_model(module.model, self.layout, replicated=replicated)  # type: ignore[arg-type]
             self._partial.find(module)
+
+    def _cut(self, module: nn.Module, preparation: Preparation) -> None:
+        """Leave in a module on meta what this rank has of a pipeline, before anything else is done to it."""
+        if self._pipeline is not None:
+            self.notes = (self._pipeline.cut(module, preparation.num_micro_batches),)
+
+    def _reduce_stage(self) -> None:
+        """Average the gradients of a pipeline's stage over the ranks that have it; sharding engines have done so."""
 
     def _make_optimizer(self, preparation: Preparation) -> None:
         self._optimizer = preparation.make_optimizer(self.module)
@@ -120,6 +130,8 @@ class TorchEngine(Engine):
     def forward_backward(self, micro_batches: Sequence[Batch], num_valid_tokens: Tensor) -> Losses:
         self.staging.begin()
         scale = self._begin_backward(micro_batches, num_valid_tokens)
+        if self._pipeline is not None:
+            return self._run_pipeline(self._pipeline, micro_batches, scale)
         sums: Losses = {}
         for index, batch in enumerate(micro_batches):
             with self._micro_batch(is_last=index == len(micro_batches) - 1):
@@ -132,6 +144,13 @@ class TorchEngine(Engine):
         self.staging.finish()
         return self._rows.total(sums)
 
+    def _run_pipeline(self, pipeline: Pipeline, micro_batches: Sequence[Batch], scale: Tensor) -> Losses:
+        sums = pipeline.run(micro_batches, scale)
+        self._reduce_stage()
+        self.staging.finish()
+        pipeline.add_tied()
+        return sums
+
     def _look(self, batch: Batch) -> None:
         with self._autocast():
             self.module(self._rows.part(batch))
@@ -142,7 +161,8 @@ class TorchEngine(Engine):
 
     def clip(self, max_norm: float | None) -> Tensor:
         gradients = self._gradients()
-        norm = global_norm(gradients, self.device)
+        pipeline = self._pipeline
+        norm = global_norm(gradients, self.device) if pipeline is None else pipeline.global_norm()
         if max_norm is not None:
             scale_to_norm(gradients, norm, max_norm)
         return norm
@@ -184,6 +204,8 @@ class TorchEngine(Engine):
         self.module.eval()
         try:
             with self._autocast(), self.staging.for_evaluation():
+                if self._pipeline is not None:
+                    return self._pipeline.evaluate(batch, wanted)
                 part = self._rows.given(batch, wanted)
                 found = self.module(part) if wanted == "losses" else self.module(part, wanted=wanted)
                 return self._rows.found(found, wanted)

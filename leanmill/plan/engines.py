@@ -53,7 +53,11 @@ def candidates(world_size: int, layout: LayoutConfig) -> list[EngineConfig]:
         return [SingleEngine()]
     if {layout.dp_shard, layout.dp_replicate} - {None}:
         return [FsdpEngine()]
-    if layout.experts.type == "fully_sharded" or max(layout.tp, layout.cp) > 1 or layout.low_comm is not None:
+    if (
+        layout.experts.type == "fully_sharded"
+        or max(layout.tp, layout.cp, layout.pp) > 1
+        or layout.low_comm is not None
+    ):
         return [DdpEngine(), FsdpEngine()]
     stages: tuple[Any, ...] = (0, 1, 2, 3)
     return [DdpEngine(), FsdpEngine(), *(DeepSpeedEngine(stage=stage) for stage in stages)]

@@ -82,6 +82,12 @@ class Subject:
         Raises:
             ConfigError: A technique does not fit the model, or a frozen model is not there.
         """
+        if recipe.layout.pp > 1:
+            raise ConfigError(
+                f"layout.pp={recipe.layout.pp} gives ranks different blocks, and plan counts ranks that are alike; "
+                f"plan with layout.pp=1: a stage holds its share of weights, gradients and optimizer state, and with "
+                f"1f1b the activations of its blocks of at most pp micro-batches"
+            )
         model = plain_model(recipe)
         # Before techniques add theirs.
         num_total, num_active = num_parameters(model)[0], num_active_parameters(model)

@@ -10,6 +10,7 @@ from leanmill.core.registry import PASSES, known_techniques
 from leanmill.data.config import DataConfig, LocalCorpus, Prepared, Source, sources_of
 from leanmill.parallel.config import FullyShardedExperts
 from leanmill.parallel.context_plan import sent_numbers
+from leanmill.parallel.pipeline_plan import pipeline_numbers, stages_per_rank
 from leanmill.recipe.on_this_machine import not_looked_at
 from leanmill.recipe.phases import FRESH, PhaseConfig, phase_names, source_of
 from leanmill.recipe.root import Recipe
@@ -210,9 +211,27 @@ def _layout(recipe: Recipe) -> list[str]:
             f"cp {layout.cp} ({layout.cp_attention}): groups of {layout.cp} neighbouring ranks have {has} and read the "
             f"same data; {_travel(recipe)}"
         )
+    if layout.pp > 1:
+        lines.append(_pipeline(recipe))
     if layout.low_comm is not None:
         lines += layout.low_comm.lines()
     return lines
+
+
+def _pipeline(recipe: Recipe) -> str:
+    """What ranks that have some blocks each send and wait, where the recipe says the model's size."""
+    layout, hidden = recipe.layout, (recipe.model.family_config or {}).get("hidden_size")
+    split = None if layout.pp_split == "balance" else layout.pp_split
+    of_rank = stages_per_rank(layout.pp_schedule, layout.pp, split)
+    line = (
+        f"pp {layout.pp} ({layout.pp_schedule}): each of {layout.pp} ranks has some of the blocks, in {of_rank} "
+        f"stage{'s' * (of_rank > 1)}, and all read the same data"
+    )
+    if isinstance(hidden, int):
+        tokens = recipe.batch.tokens_per_micro_batch
+        numbers = pipeline_numbers(tokens, hidden, layout.pp * of_rank, layout.pp_schedule)
+        line += f"; {numbers} numbers travel for each micro-batch"
+    return line
 
 
 def _travel(recipe: Recipe) -> str:
@@ -233,7 +252,7 @@ def _batch(recipe: Recipe, world_sizes: Sequence[int]) -> list[str]:
         f"{batch.tokens_per_step:,} tokens an optimizer step = {batch.tokens_per_step // row:,} rows of {row:,}; "
         f"{batch.tokens_per_micro_batch:,} tokens = {batch.tokens_per_micro_batch // row:,} rows a forward on one rank"
     ]
-    for size in (size for size in world_sizes if size % (recipe.layout.tp * recipe.layout.cp) == 0):
+    for size in (size for size in world_sizes if size % (recipe.layout.tp * recipe.layout.cp * recipe.layout.pp) == 0):
         share = batch.tokens_per_micro_batch * recipe.layout.data_size(size)
         ranks = f"{size} rank{'s' if size > 1 else ''}"
         if batch.tokens_per_step % share == 0:

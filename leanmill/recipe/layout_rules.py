@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from leanmill.core.near import near_divisors, near_multiples
 from leanmill.models.expert_sizes import NUM_EXPERTS
 from leanmill.parallel.context_plan import context_problems
+from leanmill.parallel.pipeline_plan import pipeline_problems
 from leanmill.parallel.sequence_plan import sequence_problems
 
 
@@ -28,6 +29,11 @@ def layout_problems(recipe: Sections) -> Iterator[str]:
         for key, default in (("cp_attention", "ulysses"), ("cp_rows", "even")):
             if (value := getattr(recipe.layout, key)) != default:
                 yield f"layout.{key}={value} is about rows that ranks share; set layout.cp, or remove it"
+    if recipe.layout.pp > 1:
+        yield from _pipeline(recipe)
+    elif (recipe.layout.pp_schedule, recipe.layout.pp_split) != ("1f1b", "balance"):
+        key = "pp_schedule" if recipe.layout.pp_split == "balance" else "pp_split"
+        yield f"layout.{key} is about ranks that each have some blocks; set layout.pp, or remove it"
     if recipe.layout.experts.type == "fully_sharded":
         yield from _fully_sharded(recipe)
     elif recipe.layout.ep > 1:
@@ -118,6 +124,31 @@ def _shared_rows(recipe: Sections) -> Iterator[str]:
         near = near_divisors(layout.cp, recipe.data.sequence_length)
         yield f"{asked} does not divide data.sequence_length={recipe.data.sequence_length}; set layout.cp={near}"
     yield from context_problems(recipe.model.family_config or {}, layout.cp, layout.cp_attention, layout.tp)
+
+
+def _pipeline(recipe: Sections) -> Iterator[str]:
+    layout, engine = recipe.layout, recipe.engine
+    asked = f"layout.pp={layout.pp}"
+    yield from _shared_work(recipe, "pp", "blocks")
+    for key, size in (("tp", layout.tp), ("cp", layout.cp)):
+        if size > 1:
+            yield f"{asked} has not been shown to hold beside layout.{key}={size}; set one of the two to 1"
+    if layout.low_comm is not None:
+        yield f"{asked} has not been shown to hold beside layout.low_comm; set layout.pp=1, or remove layout.low_comm"
+    if recipe.train.compile:
+        yield f"{asked} has not been shown to hold with compiled blocks; set train.compile=false"
+    if layout.pp_schedule == "zbv" and engine.type == "fsdp":
+        yield (
+            f"{asked} with layout.pp_schedule=zbv takes backward apart, which sharded blocks do not allow; type "
+            f"engine=ddp, or set layout.pp_schedule=interleaved_1f1b"
+        )
+    if layout.pp_schedule == "zbv" and recipe.train.activation_checkpointing == "selective":
+        yield (
+            f"{asked} with layout.pp_schedule=zbv goes back through a block twice, and what selective recomputation "
+            f"keeps serves once; set train.activation_checkpointing=full, or layout.pp_schedule=interleaved_1f1b"
+        )
+    split = None if layout.pp_split == "balance" else layout.pp_split
+    yield from pipeline_problems(recipe.model.family_config or {}, layout.pp, layout.pp_schedule, split)
 
 
 def _experts(recipe: Sections) -> Iterator[str]:

@@ -47,6 +47,7 @@ def _shared_work(recipe: Sections) -> Iterator[str]:
         for key, size, holds, shared in (
             ("tp", layout.tp, config.holds_where_matmuls_are_shared, "matmuls"),
             ("cp", layout.cp, config.holds_where_rows_are_shared, "rows"),
+            ("pp", layout.pp, config.holds_where_blocks_are_apart, "out blocks"),
         ):
             if size > 1 and not holds():
                 yield (

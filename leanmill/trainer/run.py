@@ -228,8 +228,16 @@ class _Run:
         layout, rank, worker = self.engine.layout, self.ranks.rank, None
         if layout.workers > 1:
             worker = layout.worker(rank), rank % layout.step_size
+        elif layout.pp > 1:
+            worker = 0, layout.rank_in_stage(rank)
         return CheckpointManager(
-            self.run_dir, asked, overlap=True, before_write=self.lock.check, remote=remote, worker=worker
+            self.run_dir,
+            asked,
+            overlap=True,
+            before_write=self.lock.check,
+            remote=remote,
+            worker=worker,
+            in_parts=layout.pp > 1,
         )
 
     @property

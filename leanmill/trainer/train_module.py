@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from leanmill.core.ledger import Ledger
 from leanmill.core.losses import AnyLossTerm, LmLossTerm, TokenLossTerm
 from leanmill.parallel.engine import Wanted
 from leanmill.trainer.loss_paths import FromLogits, Job, LossPath, choose_path
+from leanmill.trainer.losses import model_inputs
 from leanmill.trainer.scoring import TokenLosses, next_logits
 
 
@@ -65,6 +66,9 @@ class TrainModule(nn.Module):
             batch: See `leanmill.core.batches.Batch`.
             wanted: What to return instead, see `Wanted`.
         """
+        if wanted == "hidden_states":
+            body: Any = self.model.base_model
+            return {"hidden_states": body(**model_inputs(self.model, batch)).last_hidden_state}
         if wanted == "token_losses":
             return {"cross_entropy": self._score(batch)}
         if wanted == "next_logits":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from leanmill.core.site import LinearSite
 from leanmill.core.stage import Slot, Stage
 from leanmill.core.technique import TechniqueConfig
+from leanmill.parallel.layout import Layout
 from leanmill.recipe.root import Recipe
 from leanmill.recipe.sections import LogConfig
 from leanmill.report.observer import DomainScore, EvalRecord, Observer, RunInfo, StepRecord
@@ -57,6 +58,7 @@ class FakeEngine:
 
     name = "single"
     device = torch.device("cpu")
+    layout = Layout(1)
 
     def __init__(self, model: nn.Module) -> None:
         self.module = nn.Module()

@@ -51,6 +51,10 @@ class Lora(TrainedTechniqueConfig):
         """Return whether nothing is drawn in forward: ranks with parts of an input would drop the same places of it."""
         return self.dropout == 0
 
+    def holds_where_blocks_are_apart(self) -> bool:
+        """Return whether nothing is drawn in forward; factors are beside their weight, on one stage."""
+        return self.dropout == 0
+
     def holds_where_rows_are_shared(self) -> bool:
         """Return whether nothing is drawn in forward: ranks would drop the same places of their parts."""
         return self.dropout == 0

@@ -33,6 +33,10 @@ class Ternary(BitNetInputs, Warmup, WeightTechniqueConfig):
         """Return True: stages see whole weights and whole activations."""
         return True
 
+    def holds_where_blocks_are_apart(self) -> bool:
+        """Return True: scales come from weights, each of which is on one stage."""
+        return True
+
     def holds_where_rows_are_shared(self) -> bool:
         """Return True: weights are whole, and each token has a scale of its own."""
         return True

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from leanmill.parallel.collectives import gather_objects
 from leanmill.report.files import write_atomically
 from leanmill.report.observer import EvalRecord, Observer, RunInfo, StepRecord
 
@@ -69,14 +70,19 @@ class SiteStatistics(Observer):
     def _collect(self) -> None:
         assert self._info is not None, "on_start comes first"
         self._written_at = self._step
-        rank = self._info.rank
+        rank, layout = self._info.rank, self._info.engine.layout
         norms = PathNorms(self._info.engine)
-        sites = list(site_statistics(self._info.engine, compute=rank == 0, also=norms.see))
+        sites = list(site_statistics(self._info.engine, compute=layout.rank_in_stage(rank) == 0, also=norms.see))
+        path_norms = norms.found()
+        if layout.pp > 1:
+            parts = gather_objects([sites, path_norms])
+            sites = sorted((site for part, _ in parts for site in part), key=lambda site: _in_order(site["name"]))
+            path_norms = {name: norm for _, found in parts for name, norm in sorted(found.items())}
         if rank == 0:
             self.sites = sites
             self._remember()
             document = {"step": self._step, "tokens": self._tokens, "group_size": GROUP_SIZE, "sites": sites}
-            document |= {"path_norms": norms.found(), "history": self._history}
+            document |= {"path_norms": path_norms, "history": self._history}
             write_atomically(self._path, json.dumps(document))
 
     def _remember(self) -> None:
@@ -84,6 +90,11 @@ class SiteStatistics(Observer):
         by_site = {site["name"]: {key: site[key] for key in OVER_TIME} for site in self.sites}
         earlier = [one for one in self._history if one["step"] < self._step]
         self._history = [*earlier, {"step": self._step, "sites": by_site}]
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """Sort blocks by their number, where stages of a pipeline have theirs in turn."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in name.split(".")]
 
 
 def _read(path: Path) -> dict[str, Any]:

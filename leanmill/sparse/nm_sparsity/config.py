@@ -121,6 +121,10 @@ class NMSparsity(TechniqueConfig):
         """Return whether no rule looks at masks of weights that ranks have parts of."""
         return self.decay_on == "gradient" and not self.log_flips
 
+    def holds_where_blocks_are_apart(self) -> bool:
+        """Return True: masks come from weights, each of which is on one stage."""
+        return True
+
     def holds_where_rows_are_shared(self) -> bool:
         """Return True: masks come from weights and gradients, which are whole."""
         return True
