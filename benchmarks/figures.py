@@ -324,7 +324,8 @@ def claim_section(name: str, result: dict[str, Any]) -> str:
         f"{claim.source}. {found['steps']} steps; {under['date']}, {under['processor']}.\n",
     ]
     also = found.get("also", {})
-    lines += ["| ".join(["| variant ", "losses of seeds ", "mean ", *(f"{what} " for what in also)]) + "|"]
+    read = {"loss": "losses of seeds ", "rejected": "share rejected, of seeds "}[claim.reads]
+    lines += ["| ".join(["| variant ", read, "mean ", *(f"{what} " for what in also)]) + "|"]
     lines += ["|---" * (3 + len(also)) + "|"]
     for variant, losses in found["losses"].items():
         means = [sum(values) / len(values) for values in (losses, *(of[variant] for of in also.values()))]

@@ -30,6 +30,8 @@ class Variant:
     """Of the recipe, each with a name; the last one is measured."""
     num_ranks: int = 1
     """Processes that it trains on from the start of the recipe."""
+    target: str | None = None
+    """Of `phases`, the one whose model accepts what the last one's proposes; `rejected` is then measured too."""
 
     @property
     def starts_trained(self) -> bool:
@@ -66,6 +68,9 @@ class Claim:
     variants: Mapping[str, Variant]
     base: str = "base.yaml"
     """The recipe that variants change."""
+    reads: str = "loss"
+    """What variants are ordered by, lower is better: held-out `loss`, or `rejected`, the share of a draft's proposals
+    that its target did not accept."""
     also: Mapping[str, str] = field(default_factory=dict)
     """What is read beside losses: its name, and the metric in the last records, or `rise`: by how much the training
     loss, averaged over tenths of the run, rises above its least before; or `loss / ` and a variant, whose loss of the
@@ -216,6 +221,31 @@ def _adapted_in_bits(bits: int) -> dict[str, Variant]:
         "L4Q": Variant(techniques=[lora, grid], overrides=overrides, continues=True),
         "LoRA, then GPTQ": Variant(techniques=[lora], overrides=overrides, continues=True, afterwards=[gptq]),
     }
+
+
+_MIXED = ["data.source.domains={python: 1.0, cpp: 1.0, english: 1.0}"]
+
+
+def _on_three_domains(**technique: Any) -> Variant:
+    return Variant(techniques=[technique], continues=True, overrides=_MIXED)
+
+
+def _drafted(*own_text: Mapping[str, Any]) -> Variant:
+    """A target, and a draft cut out of it that is distilled on the data, and on what it writes itself where asked."""
+    distill = {"type": "distill", "teacher": "phase:target", "divergence": "forward_kl"}
+    draft = {"train.cross_entropy_weight": 0, "optimizer.lr": 2.0e-3, "techniques": [*own_text, distill]}
+    return Variant(
+        target="target",
+        phases=[
+            {"name": "target", "overrides": {}},
+            {
+                "name": "cut",
+                "passes": [{"type": "minitron", "intermediate_size": 0.34, "num_hidden_layers": 0.5}],
+                "calibration": {"num_rows": 64},
+            },
+            {"name": "draft", "overrides": draft},
+        ],
+    )
 
 
 CLAIMS: dict[str, Claim] = {
@@ -449,5 +479,38 @@ CLAIMS: dict[str, Claim] = {
         },
         remark="MoS is below LoRA of as many parameters by 0.31 in every seed, and does not reach LoRA of eight "
         "times as many: a model of 1.8M that goes from Python to C++ has more to learn than 41,000 parameters hold.",
+    ),
+    "smora": Claim(
+        says="on three domains at once, SMoRA ends below LoRA of as many ranks, and that below LoRA of as many as "
+        "SMoRA uses for a token",
+        source="Zhao et al. 2025, arXiv:2501.15103",
+        variants={
+            "smora, 8 of 64 ranks": _on_three_domains(
+                type="peft",
+                method="moe_lora",
+                num_experts=64,
+                r=1,
+                top_k=8,
+                alpha=8,
+                normalise=True,
+                balance="bias",
+                bias_rate=1e-3,
+            ),
+            "lora, 64 ranks": _on_three_domains(type="lora", rank=64, alpha=64),
+            "lora, 8 ranks": _on_three_domains(type="lora", rank=8, alpha=8),
+        },
+    ),
+    "on_policy": Claim(
+        says="a draft that is distilled on text of which it wrote half (DistillSpec, GKD) has more of its proposals "
+        "accepted than one that is distilled on the data alone",
+        source="Zhou et al. 2023, arXiv:2310.08461; Agarwal et al. 2023, arXiv:2306.13649",
+        variants={
+            "its own text and data": _drafted(
+                {"type": "on_policy", "share": 0.5, "prompt_tokens": 32, "new_tokens": 32}
+            ),
+            "data alone": _drafted(),
+        },
+        reads="rejected",
+        also={"held-out loss": "loss"},
     ),
 }

@@ -91,7 +91,7 @@ def figures_of(name: str, measured: Mapping[Task, Mapping[str, float]]) -> dict[
             {variant: [a / b for a, b in zip(of[variant], of[other], strict=True)] for variant in of} if other else of
         )
 
-    losses = by_variant("loss")
+    losses = by_variant(claim.reads)
     also = {what: by_variant(metric) for what, metric in claim.also.items()}
     bounds = [_bounded(bound, also[bound.what][bound.variant]) for bound in claim.bounds]
     return {"losses": losses, "orders": orders(losses), "also": also, "bounds": bounds}
@@ -126,7 +126,8 @@ def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequenc
     run_dir = _run_dir(folder, name, variant, seed)
     base = FOLDER / claim.base
     if not given.starts_trained:
-        return _train(run_dir, base, given, seed, overrides)
+        trained = _train(run_dir, base, given, seed, overrides)
+        return trained | ({} if given.target is None else _drafts(run_dir, base, given, seed))
     model = _exported(_dense(folder, base, seed))
     if given.passes:
         compressed = run_dir.with_name(f"{run_dir.name}-model")
@@ -152,6 +153,21 @@ def measure(folder: Path, name: str, variant: str, seed: int, overrides: Sequenc
         _compress(exported, base, given.afterwards, given.overrides, seed, compressed)
     start = [f"model={{path: {compressed}}}", f"data.tokenizer.path={compressed}"]
     return _evaluate(run_dir.with_name(f"{run_dir.name}-compressed"), base, seed, [*start, *given.overrides])
+
+
+def _drafts(run_dir: Path, base: Path, given: Variant, seed: int) -> dict[str, float]:
+    """Return the share of what the last phase's model proposes that the model of its target does not accept."""
+    found = run_dir / "drafts.json"
+    if not found.exists():
+        target = next(index for index, phase in enumerate(given.phases) if phase["name"] == given.target)
+        folder = phase_folder(run_dir, target, str(given.target))
+        data = load_recipe(base).data.model_dump(mode="json")
+        tasks = [{"type": "speculative", "target": str(folder), "num_prompts": 64}]
+        recipe = run_dir / "drafts.yaml"
+        recipe.write_text(yaml.safe_dump({"seed": seed, "device": "cpu", "data": data, "tasks": tasks}), "utf-8")
+        _leanmill("evaluate", "--recipe", str(recipe), "--model", str(_last_phase(run_dir, given)), "--out", str(found))
+    (scores,) = json.loads(found.read_text(encoding="utf-8"))["models"].values()
+    return {"rejected": 1 - next(one["value"] for one in scores if one["metric"] == "accepted")}
 
 
 def _run_dir(folder: Path, name: str, variant: str, seed: int) -> Path:
