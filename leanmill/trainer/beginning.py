@@ -18,6 +18,7 @@ from leanmill.core.names import state_name
 from leanmill.core.stage import is_added_tensor
 from leanmill.data.train_data import TrainData
 from leanmill.models.pretrained import local_folder
+from leanmill.parallel.collectives import gather_objects, is_first_rank
 from leanmill.parallel.engine import Engine
 from leanmill.parallel.naming import state_buffers, state_parameters
 from leanmill.recipe.changes import Change, changes, check_accepted
@@ -146,13 +147,16 @@ class Beginning:
 def saved_part(recipe: Recipe, model: nn.Module, prepared: Prepared) -> dict[str, Any]:
     """What of the model a checkpoint holds: all of it, or only adapters and stages beside a named base.
 
-    A frozen base that came from a checkpoint is not written again; its digest is.
+    A frozen base that came from a checkpoint is not written again; its digest is, which the first rank takes for all:
+    it reads the whole base. A collective.
     """
     names = saved_names(recipe, model, prepared.trained, freezes_base=prepared.techniques.freeze_base)
     if names is None:
         return {}
     assert recipe.model.path is not None
-    return {"names": names, "base": fingerprint_folder(local_folder(recipe.model.path, recipe.model.revision))}
+    folder = local_folder(recipe.model.path, recipe.model.revision)
+    base, *_ = gather_objects(fingerprint_folder(folder) if is_first_rank() else None)
+    return {"names": names, "base": base}
 
 
 def saved_names(recipe: Recipe, model: nn.Module, trained: Collection[str], *, freezes_base: bool) -> set[str] | None:
