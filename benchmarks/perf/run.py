@@ -22,6 +22,7 @@ BENCHMARKS = (
     "data_scale",
     "plan_memory",
     "layout_order",
+    "scale",
     "compress_memory",
     "adapter_memory",
     "router_balance",
