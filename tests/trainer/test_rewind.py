@@ -131,8 +131,11 @@ def test_a_run_goes_back_and_past_the_rows_and_resumes_bitwise(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shares", [False, True], ids=["data", "matmuls"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_ranks_go_back_to_the_same_checkpoint(engine: str, tmp_path: Path, cache: Path) -> None:
+def test_two_ranks_go_back_to_the_same_checkpoint(engine: str, shares: bool, tmp_path: Path, cache: Path) -> None:
+    """Ranks that read different data; or that share matmuls and tokens, and read the same."""
+
     def body() -> tuple[list[int], list[int]]:
         steps, rows = [], []
         next_batch, clip = Loop._next_batch, TorchEngine.clip
@@ -146,7 +149,7 @@ def test_two_ranks_go_back_to_the_same_checkpoint(engine: str, tmp_path: Path, c
         def spoilt(self: TorchEngine, max_norm: float | None) -> Tensor:
             found = clip(self, max_norm)
             # On the rank that has the row; a norm is the same on all.
-            is_bad = max_over_ranks(torch.tensor(float(45 in rows[-4:])))
+            is_bad = max_over_ranks(torch.tensor(float(45 in rows[-(8 if shares else 4) :])))
             return torch.full_like(found, float("nan")) if is_bad else found
 
         Loop._next_batch, TorchEngine.clip = watched, spoilt  # type: ignore[method-assign]
@@ -154,13 +157,17 @@ def test_two_ranks_go_back_to_the_same_checkpoint(engine: str, tmp_path: Path, c
         recipe.write_text(RECIPE.format(run_dir=tmp_path / "run", cache=cache))
         lisa = "techniques=[{type: lisa, num_layers: 1, every_steps: 2}]"
         length = ["train.steps=null", "train.total_tokens=6144", "batch.tokens_per_micro_batch=128"]
-        assert main(["train", str(recipe), f"engine={engine}", "model.config.num_hidden_layers=2", lisa, *length]) == 0
+        options = ["layout={tp: 2, sequence_parallel: true}"] if shares else [lisa]
+        layers = "model.config.num_hidden_layers=2"
+        assert main(["train", str(recipe), f"engine={engine}", layers, *options, *length]) == 0
         return steps, rows
 
     found = run_ranks(body, 2)
     # Rows that were left out count as read, so that the run has two steps less.
     assert [steps for steps, _ in found] == [[1, 2, 3, 4, 5, 6, 5, 6, 7, 8, 9, 10]] * 2
-    assert sorted(row for _, rows in found for row in rows) == list(range(96))
+    if shares:
+        assert found[0] == found[1]
+    assert sorted(row for _, rows in found[: 1 if shares else 2] for row in rows) == list(range(96))
 
 
 def test_a_trouble_that_stays_ends_the_run(
