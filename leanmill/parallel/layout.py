@@ -238,6 +238,11 @@ def resolve_layout(config: LayoutConfig, engine: EngineConfig, world_size: int, 
         how |= {"cp_attention": config.cp_attention, "cp_rows": config.cp_rows}
         return Layout(world_size, dp_shard, tp=tp, cp=config.cp, device_type=device_type, **how)
     if config.pp > 1:
+        if config.pp_schedule == "zbv" and isinstance(engine, FsdpEngine):  # that `auto` may have chosen
+            raise ConfigError(
+                "layout.pp_schedule=zbv takes backward apart, which sharded blocks do not allow; type engine=ddp, or "
+                "set layout.pp_schedule=interleaved_1f1b"
+            )
         return Layout(
             world_size,
             dp_shard,

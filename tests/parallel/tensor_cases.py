@@ -67,6 +67,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "nm_sparsity": {"type": "nm_sparsity", "decay": 0.0},
     "ternary": {"type": "ternary"},
     "quest": {"type": "quest"},
+    "lsq": {"type": "lsq", "weight_bits": 3},
     "lora": {"type": "lora", "rank": 4},
     "lora_branch": {"type": "lora", "rank": 4, "where": "branch"},
 }

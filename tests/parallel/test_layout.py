@@ -93,6 +93,7 @@ def test_fully_sharded_experts_are_on_all_ranks() -> None:
         ({"tp": 3}, DdpEngine(), 8, r"layout.tp=3 does not divide the 8 ranks; set layout.tp=2 or 4"),
         ({"tp": 2}, DeepSpeedEngine(), 8, r"layout.tp=2 is for engines on torch alone, not for DeepSpeed"),
         ({"cp": 3}, DdpEngine(), 8, r"layout.cp=3 does not divide the 8 ranks; set layout.cp=2 or 4"),
+        ({"pp": 2, "pp_schedule": "zbv"}, FsdpEngine(), 4, r"layout.pp_schedule=zbv takes backward apart"),
         ({"cp": 2}, DeepSpeedEngine(), 8, r"layout.cp=2 is for engines on torch alone, not for DeepSpeed"),
         ({"tp": 2, "dp_shard": 3}, FsdpEngine(), 8, r"the 4 ranks that layout.tp=2 leaves; set one of \[2, 4\]"),
         ({"dp_shard": 3}, FsdpEngine(), 8, r"layout.dp_shard=3 does not divide the 8 ranks; set one of \[2, 4, 8\]"),

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.fsdp  # noqa: F401 (once here instead of in every forked rank)
-import torch.distributed.pipelining  # noqa: F401
+from torch.distributed.pipelining import PipelineStage
 
 from leanmill.parallel.config import DdpEngine, EngineConfig, FsdpEngine, LayoutConfig, SingleEngine
 from leanmill.parallel.engine import Engine
-from leanmill.parallel.pipeline_plan import FAMILIES
+from leanmill.parallel.pipeline_plan import FAMILIES, pipeline_numbers
 from tests.distributed import run_ranks
 from tests.parallel import cases, expert_cases, tensor_cases
 from tests.parallel.test_tensor_parallel import assert_like_one_process
@@ -156,3 +156,51 @@ def test_recomputation(recompute: str, engine: str, schedule: Any) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_fp32(engine: str) -> None:
     check(engine, 4, LayoutConfig(pp=2), num_micro_batches=2, tolerance=2e-5, dtype=torch.float32, num_hidden_layers=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lsq(engine: str) -> None:
+    options = {"technique": "lsq", "dtype": torch.float32, "num_hidden_layers": 3}
+    check(engine, 2, LayoutConfig(pp=2), num_micro_batches=2, tolerance=2e-5, **options)
+
+
+def counted(schedule: Any, num_micro_batches: int) -> tuple[int, int]:
+    """Bytes that this rank sends in a step, and the most micro-batches that it keeps for backward."""
+    layout = LayoutConfig(pp=2, pp_schedule=schedule)
+    engine = tensor_cases.prepared(
+        DdpEngine(), layout=layout, num_micro_batches=num_micro_batches, fused_loss=True, num_hidden_layers=4
+    )
+    sent, kept = 0, [0]
+    send, forward = PipelineStage.get_fwd_send_ops, PipelineStage.forward_one_chunk
+    send_back = PipelineStage.get_bwd_send_ops
+
+    def counting(which: Any) -> Any:
+        def ops(stage: Any, index: int) -> Any:
+            nonlocal sent
+            found = which(stage, index)
+            sent += sum(op.tensor.nbytes for op in found)
+            return found
+
+        return ops
+
+    def keeping(stage: Any, *args: Any, **options: Any) -> Any:
+        output = forward(stage, *args, **options)
+        kept.append(len(stage.fwd_cache))
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PipelineStage, "get_fwd_send_ops", counting(send))
+        patch.setattr(PipelineStage, "get_bwd_send_ops", counting(send_back))
+        patch.setattr(PipelineStage, "forward_one_chunk", keeping)
+        engine.forward_backward(*expert_cases.share_of(engine, 0, num_micro_batches))
+    return sent, max(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "kept"), [("gpipe", [4, 4]), ("1f1b", [2, 1])])
+def test_what_travels_and_what_is_kept(schedule: Any, kept: list[int]) -> None:
+    found = run_ranks(lambda: counted(schedule, 4), 2)
+    tokens = expert_cases.ROWS * cases.SEQUENCE_LENGTH
+    assert sum(sent for sent, _ in found) == 8 * pipeline_numbers(tokens, 24, 2, schedule)
+    assert [most for _, most in found] == kept

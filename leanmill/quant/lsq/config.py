@@ -85,6 +85,10 @@ class Lsq(TrainedTechniqueConfig, LayerBits, Warmup, SharedScales):
     def _range_of_bits(self) -> tuple[int, int]:
         return (1 if self.grid == "midrise" else 2), 8
 
+    def holds_where_blocks_are_apart(self) -> bool:
+        """Return whether steps come from weights alone, each of which is on one stage."""
+        return self.activation_bits is None
+
     def holds_where_matmuls_are_shared(self) -> bool:
         """Return True: stages see whole weights, and steps their whole gradient."""
         return True
