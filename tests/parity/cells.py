@@ -27,6 +27,7 @@ SEQUENCE_LENGTH, NUM_ROWS, NUM_STEPS, MAX_NORM = 16, 12, 3, 0.1
 MODELS: dict[str, dict[str, Any]] = {
     "llama": contract_models.MODEL,
     "llama with heads to share": {**contract_models.MODEL, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "llama of four blocks": {**contract_models.MODEL, "num_hidden_layers": 4},
     "mixtral": contract_models.MODELS["mixtral"],
 }
 ENGINES: dict[str, dict[str, Any]] = {
@@ -48,6 +49,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"cp": 2},
     "cp2 tp2": {"cp": 2, "tp": 2},
     "cp2 tp2 tokens": {"cp": 2, "tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "pp2 zbv": {"pp": 2, "pp_schedule": "zbv"},
+    "pp4": {"pp": 4, "pp_schedule": "gpipe"},
     "cp2 gathered": {"cp": 2, "cp_attention": "all_gather"},
     "cp4 gathered": {"cp": 4, "cp_attention": "all_gather"},
     "cp2 by document": {"cp": 2, "cp_rows": "by_document"},
@@ -127,7 +131,7 @@ def recipe_of(cell: Cell, teacher: str) -> Recipe:
     """
     tokens = NUM_ROWS * SEQUENCE_LENGTH
     layout = LAYOUTS[cell.layout]
-    data_size = cell.world_size // (layout.get("tp", 1) * layout.get("cp", 1))
+    data_size = cell.world_size // (layout.get("tp", 1) * layout.get("cp", 1) * layout.get("pp", 1))
     techniques = [
         {key: teacher if value == "TEACHER" else value for key, value in raw.items()}
         for raw in TECHNIQUES[cell.technique]
@@ -163,9 +167,11 @@ def why_not(cell: Cell) -> str | None:
     """Return why there is no such cell; None where there is."""
     if (cell.engine == "single") != (cell.world_size == 1):
         return "one process is engine=single"
-    if cell.world_size % math.prod(LAYOUTS[cell.layout].get(group, 1) for group in ("ep", "tp", "cp")):
+    if cell.world_size % math.prod(LAYOUTS[cell.layout].get(group, 1) for group in ("ep", "tp", "cp", "pp")):
         return "groups larger than the world"
-    if cell.engine == "hsdp" and cell.world_size < 4 * LAYOUTS[cell.layout].get("tp", 1):
+    if cell.engine == "hsdp" and cell.world_size < 4 * LAYOUTS[cell.layout].get("tp", 1) * LAYOUTS[cell.layout].get(
+        "pp", 1
+    ):
         return "replicas of shards need 4 data ranks"
     if cell.precision == "fp64" and cell.engine.startswith("zero"):
         return "DeepSpeed's masters are fp32"
@@ -188,6 +194,7 @@ def all_cells(world_sizes: tuple[int, ...] = (1, 2, 4)) -> Iterator[Cell]:
     for world_size, engine, layout, technique, accumulation, recompute, rows, precision in itertools.product(*axes):
         spreads_experts = bool({"ep", "experts"} & LAYOUTS[layout].keys())
         dense = "llama with heads to share" if "tp" in LAYOUTS[layout] else "llama"
+        dense = "llama of four blocks" if "pp" in LAYOUTS[layout] else dense
         yield Cell(
             world_size=world_size,
             engine=engine,
@@ -205,5 +212,5 @@ def sizes_of(cell: Cell) -> dict[str, int]:
     """What a wrong factor may be, by name."""
     layout = LAYOUTS[cell.layout]
     shared = {name: size for name, size in layout.items() if isinstance(size, int)}
-    data_size = cell.world_size // (layout.get("tp", 1) * layout.get("cp", 1))
+    data_size = cell.world_size // (layout.get("tp", 1) * layout.get("cp", 1) * layout.get("pp", 1))
     return {"data ranks": data_size, **shared, "micro-batches": cell.accumulation}

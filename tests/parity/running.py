@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from leanmill.core.errors import ConfigError
 from leanmill.parallel.launch import Ranks
 from leanmill.trainer.parity.compare import Difference, compare
 from leanmill.trainer.parity.trace import Trace, trace
-from tests.parity.cells import BOUNDS, Cell, recipe_of, sizes_of
+from tests.parity.cells import BOUNDS, LAYOUTS, Cell, recipe_of, sizes_of
 
 
 def traced(cell: Cell, teacher: str) -> Trace:
@@ -59,7 +60,32 @@ def reference(cell: Cell, teacher: str) -> Trace:
 
 def judged(cell: Cell, teacher: str, found: list[Trace]) -> tuple[list[Difference], list[Difference]]:
     """Hold the ranks of a cell beside its reference; see `leanmill.trainer.parity.compare.compare`."""
+    found = _whole(found, LAYOUTS[cell.layout].get("pp", 1))
     return compare(reference(cell, teacher), found, bounds=BOUNDS[cell.precision], sizes=sizes_of(cell))
+
+
+def _whole(found: list[Trace], pp: int) -> list[Trace]:
+    """Complete what each rank of a pipeline has by what the other stages have."""
+    if pp == 1:
+        return found
+    apart = len(found) // pp
+
+    def complete(rank: int, values: Callable[[Trace], dict[str, Tensor]]) -> dict[str, Tensor]:
+        stages = [*found[rank % apart :: apart], found[rank]]  # its own last, so that they count
+        return {name: value for trace in stages for name, value in values(trace).items()}
+
+    return [
+        replace(
+            trace,
+            start=complete(rank, lambda one: one.start),
+            weights=complete(rank, lambda one: one.weights),
+            gradients=[
+                complete(rank, lambda one, step=step: one.gradients[step])  # type: ignore[misc]
+                for step in range(len(trace.gradients))
+            ],
+        )
+        for rank, trace in enumerate(found)
+    ]
 
 
 def run_cells(cells: Sequence[Cell], teacher: str) -> Iterator[Result]:

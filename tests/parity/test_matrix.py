@@ -20,6 +20,8 @@ FAST = {
     ("fsdp", "tp2"): ("2:4",),
     ("ddp", "cp2"): ("2:4",),
     ("fsdp", "cp2 gathered"): ("branch",),
+    ("ddp", "pp2 zbv"): ("2:4",),
+    ("fsdp", "pp2"): ("ternary",),
     ("ddp", "cp2 by document"): ("ternary",),
 }
 """In fp64, with accumulation, recomputation and packed rows."""
