@@ -23,6 +23,20 @@ LIBRARIES = {
     "find_spec": "how Python finds a module",
     "init": "what starts a run of Weights & Biases",
     "accumulate": "what NumPy's functions of two numbers do along an array",
+    "cache": "a decorator of functools",
+    "library": "torch's registry of operators",
+    **dict.fromkeys(("half", "linear", "mean"), "functions and dtypes of torch"),
+    **dict.fromkeys(
+        (
+            "base_model_prefix",
+            "generate",
+            "get_input_embeddings",
+            "get_output_embeddings",
+            "_supports_flex_attn",
+            "_supports_sdpa",
+        ),
+        "what transformers' models have",
+    ),
     **dict.fromkeys(
         (
             "intermediate_size",
