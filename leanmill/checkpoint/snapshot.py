@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -205,7 +206,9 @@ class SnapshotPlanner(DefaultSavePlanner):
         Raises:
             ValueError: The boxes do not fill a tensor once.
         """
-        self.global_plan, self.metadata = create_default_global_save_plan(all_plans, rewrite_index_hints=False)
+        # First and last stage of a pipeline both have tied tables; one of them writes.
+        plans = dedup_save_plans(all_plans, save_to_lowest_rank=True)
+        self.global_plan, self.metadata = create_default_global_save_plan(plans, rewrite_index_hints=False)
         for name, stored in self.metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata):
                 check_filled(name, stored.size, stored.chunks)
