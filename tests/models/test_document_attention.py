@@ -88,12 +88,13 @@ def test_families_train_as_with_a_mask(family: str, dtype: torch.dtype) -> None:
             AutoConfig.for_model(**tiny_config(family)), attn_implementation=attention, dtype=dtype
         )
         found[attention] = step(model, POSITIONS)
-    tolerance = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 2e-2}
+    # Of each tensor's own size: gradients of norms are a thousandth of the table's.
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
     (logits, gradients), (wanted, others) = found.values()
-    torch.testing.assert_close(logits, wanted, **tolerance)
     assert gradients.keys() == others.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, others[name], **tolerance, msg=name)
+    for name, gradient in [*gradients.items(), ("logits", logits)]:
+        expected = wanted if name == "logits" else others[name]
+        assert (gradient - expected).float().norm() <= tolerance * expected.float().norm(), name
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
