@@ -171,7 +171,7 @@ def _untrained(combination, teacher):
     names = BF16_COMBINATIONS[combination]
     engine, loop = train(recipe_of(names, {"type": "single"}, teacher, 1, "bf16"), ONE, num_steps=0)
     for rule in loop.step_rules:  # as an export does: what is scheduled is in no checkpoint
-        rule.begin_step(StepContext(step=NUM_STEPS - 1, num_steps=NUM_STEPS, num_micro_batches=2))
+        rule.begin_step(StepContext(step=NUM_STEPS - 1, num_steps=NUM_STEPS, num_micro_batches=2, is_replayed=True))
     return engine
 
 
