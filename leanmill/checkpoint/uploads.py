@@ -59,6 +59,8 @@ class Uploads:
         self.remote, self.root, self.config, self.group = remote, root, config, group
         self._damaged = damaged
         self._token = ""
+        self._attempt = 0
+        """How often this run began to bring a save, on every rank the same."""
         self._thread: threading.Thread | None = None
         self._folder: Path | None = None
         self.highest_at_start = 0
@@ -86,7 +88,8 @@ class Uploads:
                 self.highest_at_start = self.remote.highest_sequence()
             except RunError as error:
                 problem = str(error)
-        if problem := self.group.broadcast(problem):
+        problem, self._token = json.loads(self.group.broadcast(json.dumps([problem, self._token])))
+        if problem:
             raise RunError(f"{problem}; put it right, or type checkpoint.remote=null to train without it")
         self._bring_what_is_missing()
 
@@ -123,13 +126,14 @@ class Uploads:
     def _start(self, folder: Path) -> None:
         self._join()
         self._folder = folder
+        self._attempt += 1
         # A daemon: who ends a run in a hurry does not wait for a network.
-        self._thread = threading.Thread(target=self._bring, args=(folder,), name="upload", daemon=True)
+        self._thread = threading.Thread(target=self._bring, args=(folder, self._attempt), name="upload", daemon=True)
         self._thread.start()
 
     # In the thread
 
-    def _bring(self, folder: Path) -> None:
+    def _bring(self, folder: Path, attempt: int) -> None:
         started = time.monotonic()
         try:
             manifest = _patiently(lambda: read_manifest(folder))  # another machine may see it a moment later
@@ -138,9 +142,9 @@ class Uploads:
             for file in sorted(manifest.files)[self.group.rank :: self.group.size]:
                 _patiently(lambda file=file: self.remote.put(folder / file, f"{name}/{file}"))  # type: ignore[misc]
             if self.group.rank != 0:
-                self._mark(folder, name)
+                self._mark(name, self._mark_of(folder, attempt))
                 return
-            self._wait_for_others(name, (folder / MANIFEST).read_bytes(), time.monotonic() - started)
+            self._wait_for_others(name, self._mark_of(folder, attempt), time.monotonic() - started)
             self._check_claim()
             _patiently(lambda: self.remote.put(folder / MANIFEST, f"{name}/{MANIFEST}"))
             self._brought = manifest.sequence
@@ -162,13 +166,16 @@ class Uploads:
             with suppress(Exception):  # a store that takes nothing does not take this either
                 name = name_of(read_manifest(folder))
                 if self.group.rank != 0:
-                    self._mark(folder, name, _FAILED)
+                    self._mark(name, _FAILED + self._mark_of(folder, attempt))
                 elif self.remote.is_claimed_by(self._token):
                     self.remote.delete_save(name)  # of a store that is full, halves would keep it so
 
-    def _mark(self, folder: Path, name: str, prefix: bytes = b"") -> None:
-        """Tell rank 0 what became of this rank's share of a save, which its manifest tells from every other."""
-        mark = prefix + (folder / MANIFEST).read_bytes()
+    def _mark_of(self, folder: Path, attempt: int) -> bytes:
+        """Return what stands in the marks of an attempt: files of an earlier one at the same save may be deleted."""
+        return f"{self._token} {attempt} ".encode() + (folder / MANIFEST).read_bytes()
+
+    def _mark(self, name: str, mark: bytes) -> None:
+        """Tell rank 0 what became of this rank's share of a save."""
         _patiently(lambda: self.remote.write(f"{name}/.rank-{self.group.rank}", mark))
 
     def _check_claim(self) -> None:
@@ -187,7 +194,6 @@ class Uploads:
             said = {one: _patiently(lambda one=one: self.remote.read(f"{name}/{one}")) for one in there}  # type: ignore[misc]
             if failed := sorted(one for one, content in said.items() if content == _FAILED + mark):
                 raise RunError(f"rank {failed[0].rpartition('-')[2]} could not bring its share")
-            # A mark of an earlier attempt, cut off, is of another save.
             missing -= {one for one, content in said.items() if content == mark}
             if missing and time.monotonic() > until:
                 raise RunError(f"{', '.join(sorted(missing))} of {len(marks)} shares did not arrive")

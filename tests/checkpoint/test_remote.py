@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from leanmill.checkpoint import uploads
 from leanmill.checkpoint.config import CheckpointConfig
+from leanmill.checkpoint.finding import Alone
 from leanmill.checkpoint.manager import CheckpointManager
 from leanmill.checkpoint.manifest import Manifest
 from leanmill.checkpoint.remote import RemoteFolder
@@ -436,6 +437,36 @@ def _one_share_fails(folder: Path, url: str) -> float:
 def test_nobody_waits_for_a_share_that_failed(store: str, tmp_path: Path) -> None:
     assert max(run_ranks(_one_share_fails, 2, tmp_path, store)) < uploads.PATIENCE_SECONDS / 10
     assert RemoteFolder(store).saves() == []
+
+
+class _Pretended(Alone):
+    """One of two ranks, for what does without collectives."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size = rank, 2
+
+
+def test_a_share_of_an_earlier_attempt_does_not_count(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first rank deletes what a failed attempt brought, while the other may still be bringing and mark it."""
+    manager = CheckpointManager(tmp_path / "a", CheckpointConfig())
+    _save(manager, 1)
+    folder = manager.root / "step-00000001"
+    first, second = (
+        uploads.Uploads(RemoteFolder(store), manager.root, CheckpointConfig(), _Pretended(rank), set())
+        for rank in (0, 1)
+    )
+    first.remote.claim("")
+    monkeypatch.setattr(uploads, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(uploads, "_POLL_SECONDS", 0.01)
+    second._bring(folder, 1)
+    first._bring(folder, 2)
+    assert ".rank-1 of 1 shares did not arrive" in caplog.text
+    assert RemoteFolder(store).names() == [], "the half of it is gone"
+    second._bring(folder, 3)
+    first._bring(folder, 3)
+    assert _there(store) == [1]
 
 
 def test_two_ranks_share_the_work(store: str, tmp_path: Path) -> None:
