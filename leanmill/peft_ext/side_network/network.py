@@ -229,6 +229,8 @@ class Seen:
         if isinstance(mask, Tensor) and mask.dim() == 4:
             whole = mask[:, 0, :, :num_keys]
             return whole if whole.dtype == torch.bool else whole == 0
+        if hasattr(mask, "mask_mod"):  # flex_attention's BlockMask
+            return _by_places(mask, num_queries, num_keys, device)
         places = torch.arange(num_keys, device=device)
         queries = places[num_keys - num_queries :]
         seen = (places <= queries[:, None])[None]
@@ -239,3 +241,11 @@ class Seen:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             seen = seen & mask[:, None, :num_keys].bool()
         return seen
+
+
+@torch.compiler.disable
+def _by_places(mask: Any, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Return what a BlockMask says of each place, bool [B, S, T]; it counts queries from the first of this call."""
+    rows, queries, keys = (torch.arange(size, device=device) for size in (mask.shape[0], num_queries, num_keys))
+    seen = mask.mask_mod(rows[:, None, None], torch.zeros_like(rows[0]), queries[:, None], keys)
+    return seen.expand(len(rows), num_queries, num_keys)  # type: ignore[no-any-return]

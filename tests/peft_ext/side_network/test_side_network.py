@@ -8,13 +8,16 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch.nn import functional as F
 
+from leanmill.core.documents import as_tensor
 from leanmill.core.errors import ConfigError
 from leanmill.export import export_model
 from leanmill.export.compare import reload
 from leanmill.export.folding import fold
 from leanmill.export.own_code import HfCodeFormat
+from leanmill.models.document_attention import register
 from leanmill.parallel.launch import Ranks
 from leanmill.peft_ext.side_network.around import BesideBlocks
+from leanmill.peft_ext.side_network.network import Seen
 from tests.contract_training import full_parameters, train
 from tests.contract_training import recipe_of as contract_recipe
 from tests.core.tiny import install, tiny, tokens
@@ -212,6 +215,22 @@ def test_an_export_is_one_model_with_its_code(tmp_path, method, family):
         assert torch.equal(one.generate(ids, use_cache=True, **options), expected)
     with pytest.raises(ConfigError, match="no weight of the model could hold it; export it with `--to hf_code`"):
         fold(model)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "flex_attention", "per_document"])
+def test_a_token_sees_what_attention_shows_in_every_form_of_mask(kind):
+    from transformers import MistralConfig
+    from transformers.masking_utils import create_sliding_window_causal_mask
+
+    register()
+    config = MistralConfig(sliding_window=3, hidden_size=8, num_attention_heads=1, attn_implementation=kind)
+    given = create_sliding_window_causal_mask(config, torch.zeros(2, 9, 8), None, None, position_ids=POSITIONS)
+    assert isinstance(given, torch.Tensor) == (kind == "sdpa")
+    found = Seen({"attention_mask": as_tensor(given), "position_ids": POSITIONS}, 0).mask(9, 9, torch.device("cpu"))
+    queries, keys = torch.arange(9)[:, None], torch.arange(9)
+    starts = torch.arange(9) - POSITIONS
+    within = starts[:, :, None] == starts[:, None]
+    assert torch.equal(found, within & (keys <= queries) & (keys > queries - 3))
 
 
 def test_features_of_earlier_tokens_are_kept_beside_the_cache():
