@@ -23,7 +23,13 @@ class HfCodeFormat(HfFormat):
 
     @classmethod
     def covers(cls, model: Any) -> str | None:
-        if is_own_family(model) or own_form(model) is not None:
+        own, form = is_own_family(model), own_form(model)
+        if own and form is not None:
+            return (
+                f"a folder brings the Python files of one family, and what stands beside {model.config.model_type} is "
+                f"another of Leanmill's own; type --to hf"
+            )
+        if own or form is not None:
             return None
         return f"transformers has {model.config.model_type} built in and needs no code beside it; type --to hf"
 

@@ -217,6 +217,17 @@ def test_an_export_is_one_model_with_its_code(tmp_path, method, family):
         fold(model)
 
 
+def test_beside_a_family_of_our_own_no_code_is_written_that_lacks_the_familys(tmp_path):
+    sizes = {"model_type": "pruned_llama", "intermediate_size_by_layer": [24, 16]}
+    recipe = recipe_of("llama", [{"type": "side_network", "size": 8}], **sizes)
+    latest = save(trained_model(recipe), recipe, tmp_path / "run")
+    with pytest.raises(ConfigError, match="what stands beside pruned_llama is another.*type --to hf"):
+        export_model(latest, tmp_path / "refused", to="hf_code")
+    report = export_model(latest, tmp_path / "out", to="hf")
+    assert report.max_difference < 1e-4
+    assert any("leanmill.peft_ext.side_network.register" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("kind", ["sdpa", "flex_attention", "per_document"])
 def test_a_token_sees_what_attention_shows_in_every_form_of_mask(kind):
     from transformers import MistralConfig
