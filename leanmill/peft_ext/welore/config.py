@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class WeLore(SurgeryConfig):
     """Replace weights by the two factors of their leading singular vectors, each of a rank of its own.
 
-    Jaiswal et al. 2024, arXiv:2407.11239. One threshold on the singular values of all weights, each over its largest,
-    says which of them go; a weight that loses many becomes a pair, the others stay whole.
+    Jaiswal et al. 2024, arXiv:2407.11239. One threshold on the singular values of all weights, those of each on a scale
+    from 0, its least, to 1, its largest, says which go; a weight that loses many becomes a pair, the others stay whole.
     """
 
     type: Literal["welore"] = "welore"
