@@ -27,8 +27,8 @@ from leanmill.recipe.root import Recipe
 from leanmill.recipe.rules import micro_batches_of_step, problems
 
 
-SHARED = ("pp", "tp", "cp", "ep")
-"""What ranks may share beside data, by the keys of `layout` as far as it has them."""
+SHARED = ("tp", "cp", "ep")
+"""What ranks may share beside data, by the keys of `layout`. Not blocks (`pp`): memory is counted for ranks alike."""
 RECOMPUTE = ("none", "selective", "full")
 MAX_ROWS = 64
 """Rows of a micro-batch, at most."""
@@ -86,10 +86,11 @@ class Candidates:
     @property
     def _alone(self) -> LayoutConfig:
         """The recipe's layout with nothing shared but data; the rest is its own choice, and changes what it trains."""
-        sizes: dict[str, Any] = {key: 1 for key in SHARED if key in LayoutConfig.model_fields}
-        of_rows = {key: LayoutConfig.model_fields[key].default for key in ("cp_attention", "cp_rows")}
+        sizes: dict[str, Any] = dict.fromkeys(SHARED, 1)
+        other = ("cp_attention", "cp_rows", "pp", "pp_schedule", "pp_split")
+        of_others = {key: LayoutConfig.model_fields[key].default for key in other}
         of_data = {"dp_shard": None, "dp_replicate": None}
-        changes = {**sizes, **of_data, **of_rows, "expert_chunks": 1, "sequence_parallel": False}
+        changes = {**sizes, **of_data, **of_others, "expert_chunks": 1, "sequence_parallel": False}
         return self.recipe.layout.model_copy(update=changes)
 
     def __iter__(self) -> Iterator[Candidate]:
@@ -100,9 +101,8 @@ class Candidates:
                 yield from self._of(layout.model_copy(update=_sharding(engine)), engine, subject)
 
     def _layouts(self) -> Iterator[LayoutConfig]:
-        known = [key for key in SHARED if key in LayoutConfig.model_fields]
         divisors = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]
-        sizes = {key: [d for d in divisors if d <= self.per_node or key in ("ep", "pp")] for key in known}
+        sizes = {key: [d for d in divisors if d <= self.per_node or key == "ep"] for key in SHARED}
         plain = self._alone
         for chosen in product(*sizes.values()):
             shared = dict(zip(sizes, chosen, strict=True))

@@ -57,7 +57,14 @@ def test_everything_that_is_suggested_is_a_recipe_that_these_ranks_run(found):
         assert layout == one.candidate.layout
         assert micro_batches_of_step(again, layout.data_size) == one.candidate.num_micro_batches
         shared |= {key for key in SHARED if getattr(again.layout, key, 1) > 1}
-    assert {"tp", "cp"} <= shared <= set(SHARED) & set(LayoutConfig.model_fields)
+    assert {"tp", "cp"} <= shared <= set(SHARED) <= set(LayoutConfig.model_fields)
+
+
+def test_stages_of_a_pipeline_are_not_alike_and_not_suggested():
+    piped = {"engine": "ddp", "layout": {"pp": 2, "pp_split": [0, 1]}}
+    found = search(Recipe.model_validate(RAW | piped), 2, 2, rates=DEVICES["h100"], rank_memory_gib=80)
+    assert {one.candidate.recipe.layout.pp for one in found.ranked} == {1}
+    assert not any("layout.pp" in reason for reason in found.refused)
 
 
 def test_the_peak_is_the_plans_own(found):
