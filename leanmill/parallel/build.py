@@ -94,6 +94,7 @@ def _check_ranks_agree(layout: Layout) -> None:
         layout.workers,
         layout.cp,
         layout.cp_attention,
+        layout.cp_rows,
         layout.sequence_parallel,
         layout.pp,
         layout.pp_schedule,
@@ -103,7 +104,7 @@ def _check_ranks_agree(layout: Layout) -> None:
         found = ", ".join(f"rank {rank}: {one}" for rank, one in enumerate(gather_objects(sizes)))
         raise RunError(
             f"ranks differ in layout, [dp_shard, tp, ep, expert_chunks, experts, workers, cp, cp_attention, "
-            f"sequence_parallel, pp, pp_schedule, pp_split] is {found}; start every rank with the same recipe"
+            f"cp_rows, sequence_parallel, pp, pp_schedule, pp_split] is {found}; start every rank with the same recipe"
         )
 
 
