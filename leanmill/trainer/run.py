@@ -344,8 +344,9 @@ class _Run:
 
     def _slow_ranks(self) -> SlowRanks | None:
         factor, ranks = self.recipe.cluster.slow_rank_factor, self.ranks
-        # NCCL only queues on the host, so its times of asking say nothing of the device.
-        if factor is None or ranks.world_size == 1 or ranks.device.type != "cpu":
+        # NCCL only queues on the host, so its times of asking say nothing of the device. What a stage of a pipeline
+        # waits for the one before would count as its own.
+        if factor is None or ranks.world_size == 1 or ranks.device.type != "cpu" or self.engine.layout.pp > 1:
             return None
         return SlowRanks(
             pulse=self.pulse,
