@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from leanmill.core.near import near_divisors
+from leanmill.parallel.sequence_plan import DROPOUT
 
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3"})
@@ -31,6 +32,12 @@ def context_problems(config: Any, cp: int, kind: str, tp: int = 1) -> Iterator[s
         )
     if get("attention_dropout"):
         yield f"{asked} draws no dropout in attention; set model.config.attention_dropout=0, or layout.cp=1"
+    for key in DROPOUT:
+        if get(key):
+            yield (
+                f"{asked}: ranks would drop the same places of their parts by model.config.{key}={get(key)}; set it "
+                f"to 0, or layout.cp=1"
+            )
     heads = get("num_attention_heads")
     if kind == "ulysses" and isinstance(heads, int) and heads > 0 and heads % tp == 0 and heads // tp % cp:
         share = f" / layout.tp={tp}" if tp > 1 else ""

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+from leanmill.parallel.sequence_plan import DROPOUT
+
 
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv"]
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma3_text"})
@@ -50,6 +52,12 @@ def pipeline_problems(
             f"{asked} has not been shown to hold for model type {family!r}, whose embeddings or blocks may hand on "
             f"more than one tensor, but for {', '.join(sorted(FAMILIES))}; set layout.pp=1"
         )
+    for key in ("attention_dropout", "embd_pdrop", *DROPOUT):
+        if get(key):
+            yield (
+                f"{asked}: stages would draw the same for different blocks by model.config.{key}={get(key)}; set it "
+                f"to 0, or layout.pp=1"
+            )
     of_rank = stages_per_rank(schedule, pp, split)
     num_stages = pp * of_rank
     if split is not None:

@@ -8,7 +8,8 @@ from typing import Any
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo", "olmo2", "phi", "phi3"})
 """Compared with one process, parameter by parameter."""
-_DROPOUT = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout")
+DROPOUT = ("resid_pdrop", "hidden_dropout", "hidden_dropout_prob", "dropout")
+"""Of the residual stream, by the names of families."""
 
 
 def sequence_problems(config: Any, tp: int) -> Iterator[str]:
@@ -25,7 +26,7 @@ def sequence_problems(config: Any, tp: int) -> Iterator[str]:
             f"{asked} has not been shown to hold for model type {family!r}, but for {', '.join(sorted(FAMILIES))}; set "
             f"{asked}=false"
         )
-    for key in _DROPOUT:
+    for key in DROPOUT:
         if get(key):
             yield (
                 f"{asked}: the {tp} ranks of layout.tp would drop the same places of different tokens by "

@@ -43,6 +43,10 @@ RAW: dict[str, Any] = {
         ({"techniques": [{"type": "neftune"}]}, "neftune has not been shown to hold where ranks share rows"),
         ({"model": {"config": {"model_type": "gpt2"}}}, "has not been shown to hold for model type 'gpt2'"),
         ({"model": {"config": {"model_type": "llama", "attention_dropout": 0.1}}}, "attention_dropout=0"),
+        (
+            {"model": {"config": {"model_type": "phi3", "resid_pdrop": 0.1}}},
+            "same places of their parts by model.config",
+        ),
         ({"model": {**RAW["model"], "attention": "flex_attention"}}, "has an attention of its own"),
     ],
 )

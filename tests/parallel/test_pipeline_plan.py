@@ -45,7 +45,9 @@ RAW: dict[str, Any] = {
         ),
         ({"techniques": [{"type": "rigl"}]}, "rigl has not been shown to hold where ranks share out blocks"),
         ({"techniques": [{"type": "lora", "dropout": 0.1, "where": "branch"}]}, "lora has not been shown to hold"),
+        ({"techniques": [{"type": "nm_sparsity", "log_flips": True}]}, "nm_sparsity has not been shown to hold"),
         ({"model": {"config": {"model_type": "gpt2"}}}, "has not been shown to hold for model type 'gpt2'"),
+        ({"model": {"config": {"model_type": "phi3", "resid_pdrop": 0.1}}}, "resid_pdrop=0.1; set it to 0"),
     ],
 )
 def test_a_recipe_says_what_does_not_go_together(changes: dict[str, Any], message: str) -> None:

@@ -122,8 +122,8 @@ class NMSparsity(TechniqueConfig):
         return self.decay_on == "gradient" and not self.log_flips
 
     def holds_where_blocks_are_apart(self) -> bool:
-        """Return True: masks come from weights, each of which is on one stage."""
-        return True
+        """Return whether no rule looks at masks, which are those of one stage: they come from weights."""
+        return self.decay_on == "gradient" and not self.log_flips
 
     def holds_where_rows_are_shared(self) -> bool:
         """Return True: masks come from weights and gradients, which are whole."""
