@@ -43,13 +43,18 @@ def profile(recipe: Recipe, *, num_steps: int = 4, num_before: int = 2) -> Profi
         num_before: Steps before them.
 
     Raises:
-        ConfigError: The recipe has phases, is compiled, or cannot run here.
+        ConfigError: The recipe has phases, is compiled or a pipeline, or cannot run here.
     """
     if recipe.phases:
         raise ConfigError("a profile is of one stretch of training, and the recipe has phases; give one of them")
     if recipe.train.compile:
         raise ConfigError(
             "train.compile=true leaves no modules to look into; set train.compile=false, or use torch.profiler"
+        )
+    if recipe.layout.pp > 1:
+        raise ConfigError(
+            f"layout.pp={recipe.layout.pp} gives ranks different blocks, and a profile is told beside what `plan` "
+            f"counts for ranks that are alike; set layout.pp=1, or use torch.profiler"
         )
     folder = f"{recipe.run_dir}-profile"
     checkpoint = recipe.checkpoint.model_copy(update={"resume": "never", "remote": None})

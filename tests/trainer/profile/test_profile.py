@@ -181,3 +181,8 @@ def test_a_recipes_own_steps_are_profiled_and_nothing_is_left(tmp_path, engine, 
 def test_compiled_blocks_have_no_modules_to_look_into(tmp_path):
     with pytest.raises(ConfigError, match="train.compile=false"):
         profile(_recipe(tmp_path, train={"steps": 3, "compile": True}))
+
+
+def test_stages_of_a_pipeline_are_not_alike(tmp_path):
+    with pytest.raises(ConfigError, match="layout.pp=2 gives ranks different blocks"):
+        profile(_recipe(tmp_path, engine="ddp", layout={"pp": 2}))
