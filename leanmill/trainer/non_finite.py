@@ -39,7 +39,10 @@ class _Watch:
     names: dict[int, str] = field(default_factory=dict)
 
     def next_batch(self, module: nn.Module, args: Any) -> None:
-        self.micro_batch += 1
+        # Stages of a pipeline take micro-batches by turns, so which one it is its rows say, where they are known.
+        ids = args[0].get("row_ids") if args else None
+        known = [index for index, own in enumerate(self.row_ids) if own is not None and own is ids]
+        self.micro_batch = known[0] if known else self.micro_batch + 1
 
     def look(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep the first module that gives what is not finite: an inner one ends before those around it."""

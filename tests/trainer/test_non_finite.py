@@ -81,6 +81,14 @@ def test_the_first_module_its_rank_and_its_rows_are_named_under_every_engine(kin
         assert is_well
 
 
+def test_rows_are_named_of_the_micro_batch_that_was_under_way_whatever_the_order() -> None:
+    engine = engine_of("single", poisoned("model.layers.1.mlp.down_proj", {0}, rank=0))
+    in_order = engine.forward_backward
+    engine.forward_backward = lambda batches, num_valid: in_order(batches[::-1], num_valid)  # type: ignore[method-assign]
+    told = source_of(engine, *batch_of(engine))
+    assert told.endswith("(rank 0, micro-batch 2, rows 111 of the data)")
+
+
 def test_a_weight_that_is_not_finite_is_named() -> None:
     engine = engine_of("single", cases.make_module(torch.float32, tied=False))
     with torch.no_grad():
