@@ -90,11 +90,6 @@ class Pipeline:
         ]
         return f"pipeline ({layout.pp_schedule}): {', '.join(shown)} of each {layout.pp}"
 
-    @property
-    def stage_names(self) -> str:
-        """What messages call this rank's stages."""
-        return " and ".join(f"stage {stage}" for stage in self.own)
-
     # Training.
 
     def run(self, micro_batches: Sequence[Batch], scale: Tensor) -> Losses:
