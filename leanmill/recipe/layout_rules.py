@@ -137,6 +137,8 @@ def _pipeline(recipe: Sections) -> Iterator[str]:
         yield f"{asked} has not been shown to hold beside layout.low_comm; set layout.pp=1, or remove layout.low_comm"
     if recipe.train.compile:
         yield f"{asked} has not been shown to hold with compiled blocks; set train.compile=false"
+    if engine.type == "fsdp" and engine.cpu_offload:
+        yield f"{asked} moves a rank's blocks to its device, and engine.cpu_offload keeps them on the host; remove it"
     if layout.pp_schedule == "zbv" and engine.type == "fsdp":
         yield (
             f"{asked} with layout.pp_schedule=zbv takes backward apart, which sharded blocks do not allow; type "

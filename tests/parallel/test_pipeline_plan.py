@@ -36,6 +36,7 @@ RAW: dict[str, Any] = {
         ({"layout": {"pp": 2, "pp_split": [0, 1, 2]}}, "makes 3 stages"),
         ({"layout": {"pp": 4, "pp_schedule": "zbv"}}, "makes 8 stages, and the model has 4 blocks"),
         ({"engine": "fsdp", "layout": {"pp": 2, "pp_schedule": "zbv"}}, "takes backward apart"),
+        ({"engine": {"type": "fsdp", "cpu_offload": True}}, "engine.cpu_offload keeps them on the host"),
         (
             {
                 "layout": {"pp": 2, "pp_schedule": "zbv"},
