@@ -105,7 +105,7 @@ class Pipeline:
         schedule, stages = self._schedule(shape, len(micro_batches))
         for stage in stages:
             stage.begin(micro_batches, scale)
-        index = torch.arange(len(micro_batches), device=self._device)
+        index = torch.arange(len(micro_batches))  # on the host, which stages read it on
         args = (index,) if 0 in self.own else ()
         target = index if self.num_stages - 1 in self.own else None
         try:
