@@ -11,7 +11,7 @@ Left out: what techniques do to weights, the data, and ranks of unequal speed.
 - Gathers of weights hide behind all computing, reductions of gradients behind the last backward; activations, keys,
   values and tokens that travel hide behind nothing.
 - A pipeline of p stages waits p - 1 micro-batches of m (1F1B: Narayanan et al., arXiv:2104.04473).
-- Offload is done after backward, as DeepSpeed does it. `Offload.hidden_seconds` is what a schedule would hide
+- Offload is done after backward, as DeepSpeed does it. `StepTime.offload_hideable` is what a schedule would hide
   that updates layers while backward goes on (Fuyou, arXiv:2403.06504).
 """
 
