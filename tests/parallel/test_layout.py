@@ -51,6 +51,23 @@ def test_sizes_where_matmuls_are_shared(
     assert {shares.count(share) for share in range(found.data_size)} == {found.tp}
 
 
+@pytest.mark.parametrize(
+    ("layout", "engine", "sizes"),
+    [
+        ({"pp": 2}, DdpEngine(), (1, 4)),
+        ({"pp": 2, "dp_shard": 2}, FsdpEngine(), (2, 2)),
+        ({"pp": 8}, DdpEngine(), (1, 1)),
+    ],
+)
+def test_ranks_of_a_pipeline_read_the_same_and_lie_far_apart(
+    layout: dict[str, int], engine: EngineConfig, sizes: tuple[int, ...]
+) -> None:
+    found, apart = resolve_layout(LayoutConfig(**layout), engine, 8), 8 // layout["pp"]
+    assert (found.dp_shard, found.dp_replicate) == sizes
+    assert found.data_size == found.reduced_size == apart
+    assert [found.data_rank(rank) for rank in range(8)] == [*range(apart)] * layout["pp"]
+
+
 def test_workers_are_each_such_a_grid() -> None:
     config = LayoutConfig.model_validate({"low_comm": {"type": "diloco", "workers": 4}, "dp_shard": 4})
     found = resolve_layout(config, FsdpEngine(), 32)
