@@ -30,6 +30,10 @@ from leanmill.evaluate.recovery.choice import Features, chosen_documents
 from leanmill.evaluate.recovery.concepts import concepts_of
 
 
+_TOKENS_AT_ONCE = 256
+"""Whose probabilities are in memory in fp64."""
+
+
 def measure_documents(
     config: DataConfig,
     out: Path,
@@ -141,14 +145,19 @@ def features_of(
         is_about = asked if targets is None or bool(asked.all()) else ~asked
         embeddings.append(before.hidden_states[-1][0, is_about.to(device)].double().mean(0).cpu().numpy())
         after = pruned(input_ids=ids, use_cache=False).logits
-        each = js_divergence(before.logits[0, :-1].double(), after[0, :-1].double())
-        predicted = each[asked[1:].to(device)]
-        degradation.append(float(predicted.mean()) if len(predicted) else float("nan"))
+        degradation.append(_mean_divergence(before.logits[0, :-1], after[0, :-1], asked[1:].to(device)))
     return Features(
         embeddings=np.stack(embeddings),
         degradation=np.asarray(degradation),
         lengths=np.asarray([min(len(one), sequence_length) for one in documents], dtype=np.int64),
     )
+
+
+def _mean_divergence(ours: Tensor, theirs: Tensor, asked: Tensor) -> float:
+    """Mean over the asked tokens of logits [S, V], in fp64 for a few at a time; NaN where none is asked."""
+    pieces = zip(ours[asked].split(_TOKENS_AT_ONCE), theirs[asked].split(_TOKENS_AT_ONCE), strict=True)
+    sums = [float(js_divergence(p.double(), q.double()).sum()) for p, q in pieces]
+    return sum(sums) / int(asked.sum()) if asked.any() else float("nan")
 
 
 def js_divergence(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -166,16 +175,17 @@ class _Texts:
     """What documents of a domain are about, by their number in it."""
 
     def __init__(self, domain: PreparedDomain, tokenizer: Any) -> None:
-        self._domain, self._tokenizer = domain, tokenizer
-        sizes = [len(domain.shard_documents(shard)) for shard in range(domain.num_shards)]
-        self.ends = np.cumsum(sizes, dtype=np.int64)
+        self._tokenizer = tokenizer
+        # Views into the shards, taken apart once: documents are asked for in any order.
+        self._shards = [domain.shard_documents(shard) for shard in range(domain.num_shards)]
+        self.ends = np.cumsum([len(documents) for documents in self._shards], dtype=np.int64)
         """Of each shard."""
 
     def concepts(self, number: int) -> frozenset[str]:
         """Return the concepts of a document's text."""
         shard = int(np.searchsorted(self.ends, number, side="right"))
         first = int(self.ends[shard - 1]) if shard else 0
-        ids = self._domain.shard_documents(shard)[number - first].tolist()
+        ids = self._shards[shard][number - first].tolist()
         return concepts_of(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
