@@ -118,7 +118,7 @@ class Mha2MlaSurgeon(LookingSurgeon):
         for suffix in ("weight", "bias"):
             if f"{_QUERIES}.{suffix}" not in block.names:
                 continue
-            yield f"{_QUERIES}.{suffix}", _taken(block.read(f"{_QUERIES}.{suffix}"), of_queries)
+            yield f"{_QUERIES}.{suffix}", self._queries(block.read(f"{_QUERIES}.{suffix}"), of_queries)
             yield f"self_attn.k_rope_proj.{suffix}", _taken(block.read(f"{_KEYS}.{suffix}"), rotary)
         key_bias, value_bias = f"{_KEYS}.bias", f"{_VALUES}.bias"
         if key_bias in block.names:
@@ -131,6 +131,14 @@ class Mha2MlaSurgeon(LookingSurgeon):
         yield "self_attn.kv_down_proj.weight", down
         yield "self_attn.k_up_proj.weight", up[: len(keys)]
         yield "self_attn.v_up_proj.weight", up[len(keys) :]
+
+    def _queries(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """Rows in their new order; those that no longer turn keep what cosines and sines scale scores by (YaRN)."""
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        by_head = _taken(tensor, rows).double().unflatten(0, (self.sizes.heads, -1))
+        by_head[:, self.rope_dim :] *= LlamaRotaryEmbedding(self._after).attention_scaling ** 2
+        return by_head.flatten(0, 1)
 
     def describe(self) -> str:
         sizes = self.sizes

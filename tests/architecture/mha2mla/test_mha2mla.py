@@ -13,6 +13,7 @@ from tests.trainer.passes.test_run import recipe, text, tokenizer  # noqa: F401 
 
 
 OPTIONS = {"type": "mha2mla", "kv_lora_rank": 36, "rope_head_dim": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
 
 
 def logits(model, rows):
@@ -21,7 +22,8 @@ def logits(model, rows):
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), [("qwen2", {}), pytest.param("llama", {"attention_bias": True}, marks=pytest.mark.slow)]
+    ("family", "changes"),
+    [("qwen2", {"rope_parameters": YARN}), pytest.param("llama", {"attention_bias": True}, marks=pytest.mark.slow)],
 )
 def test_where_nothing_turns_a_whole_rank_changes_nothing(family, changes, text, tokenizer, tmp_path):  # noqa: F811
     model = save(tmp_path / "in", tokenizer, family, num_hidden_layers=2, **changes)
