@@ -7,6 +7,7 @@
 | `phases/02-prune/solved/` | the same before its weights were rewound to an earlier phase's |
 | `phases/02-prune/drawn/` | weights drawn anew that it was given instead |
 | `phases/03-best/scored/` | scores of the documents of its data, of whose best it trains |
+| `phases/03-best/scored/asked.json` | what decided them |
 | `phases/03-best/scoring/` | the same while they are written, shard by shard |
 | `phases/01-dense/model/` | the phase's model folded, once another phase starts from it |
 | `phases/01-dense/done.json` | the phase is finished, and how it was asked for |
@@ -18,7 +19,7 @@ from pathlib import Path
 
 
 PHASES, PASSED, SOLVED, DRAWN, MODEL, DONE = "phases", "passed", "solved", "drawn", "model", "done.json"
-SCORED, SCORING = "scored", "scoring"
+SCORED, SCORING, ASKED = "scored", "scoring", "asked.json"
 
 
 def phase_folder(run_dir: Path, index: int, name: str) -> Path:

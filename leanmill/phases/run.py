@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from leanmill.checkpoint.group import SaveGroup
-from leanmill.checkpoint.phases import DONE, SCORING, phase_folders
+from leanmill.checkpoint.phases import ASKED, DONE, SCORING, phase_folders
 from leanmill.core.errors import ConfigError
 from leanmill.core.folders import clear_unfinished
 from leanmill.evaluate.document_scores import check_models, model_folder, score_documents
@@ -137,11 +137,12 @@ class _Phases:
 
     def _score(self, index: int) -> None:
         """Score the documents of a phase's data, going on behind the shards that have theirs."""
-        out, ranks = self.handover.scored(index), self.given.ranks
-        if self.group.broadcast("there" if out.is_dir() else ""):
-            return
-        scoring, data, score = out.with_name(SCORING), self.recipe.of_phase(index).data, self.recipe.phases[index].score
+        out, ranks, score = self.handover.scored(index), self.given.ranks, self.recipe.phases[index].score
         assert score is not None, "asked of a phase that scores"
+        if self.group.broadcast("there" if out.is_dir() else ""):
+            self._check_scored(out, score.written)
+            return
+        scoring, data = out.with_name(SCORING), self.recipe.of_phase(index).data
         look = measure_documents if score.method == "paser" else score_documents
         look(
             data,
@@ -155,9 +156,18 @@ class _Phases:
         max_over_ranks(torch.zeros(()))  # all have written theirs
         if score.method == "paser":
             choose = partial(choose_documents, data, scoring, kept_share=score.kept_share, tell=log.info)
-            number = 10 if score.num_clusters is None else score.num_clusters
-            self.group.on_first_rank(lambda: choose(num_clusters=number, seed=self.recipe.seed))
+            self.group.on_first_rank(lambda: choose(num_clusters=score.groups, seed=self.recipe.seed))
+        self.group.on_first_rank(lambda: write_atomically(scoring / ASKED, json.dumps(score.written, indent=2) + "\n"))
         self.group.on_first_rank(lambda: os.replace(scoring, out))
+
+    def _check_scored(self, out: Path, asked: dict[str, Any]) -> None:
+        """Refuse scores that are whole and of another `score`."""
+        path = out / ASKED
+        text = self.group.broadcast(path.read_text(encoding="utf-8") if path.is_file() else "")
+        before = json.loads(text) if text else asked
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in asked.items() if before.get(key) != value]
+        if changed:
+            raise ConfigError(f"{out} was asked for otherwise ({'; '.join(changed)}); remove it to score anew")
 
     def _check_models_to_score_with(self, done: Collection[int]) -> None:
         """Refuse models that exist and cannot score, before phases take their time; the others come of those."""

@@ -105,6 +105,17 @@ class ScoreConfig(Config):
         """The two models, by what each is."""
         return {"teacher": self.teacher_model, "reference": self.reference_model}
 
+    @property
+    def groups(self) -> int:
+        """At most."""
+        return 10 if self.num_clusters is None else self.num_clusters
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """What decides the scores that are written; `miniplm` takes the share of them later."""
+        found = {"method": self.method, "teacher_model": self.teacher_model, "reference_model": self.reference_model}
+        return found | ({"kept_share": self.kept_share, "num_clusters": self.groups} if self.method == "paser" else {})
+
 
 class PhaseConfig(Config):
     """One phase: passes over a model, then training, or one of the two."""

@@ -137,3 +137,7 @@ def test_a_phase_recovers_on_what_was_chosen_for_it(home, run_dir, tmp_path):
     scored = tmp_path / "run" / "phases" / "02-recover" / "scored" / "domain-0"
     scores = np.concatenate([np.load(path) for path in sorted(scored.glob("scores-*.npy"))])
     assert 0 < np.isfinite(scores).sum() <= len(scores) // 2
+    (tmp_path / "run" / "phases" / "02-recover" / "done.json").unlink()
+    other = {**recovered, "score": {**score, "num_clusters": 3}}
+    with pytest.raises(ConfigError, match=r"asked for otherwise \(num_clusters 2 -> 3\); remove it to score anew"):
+        run(recipe(home, tmp_path / "run", REFERENCE, other))
