@@ -16,6 +16,8 @@ from leanmill.peft_ext.welore.ranks import pair_ranks
 
 _FAMILY = "pruned_llama"
 _BY_LAYER = ("num_attention_heads_by_layer", "num_key_value_heads_by_layer", "intermediate_size_by_layer")
+_MATRICES = ("linear_attention_by_layer", "linear_mlp_by_layer")
+"""Which layers have a matrix in the place of attention or MLP; it stays as it is."""
 _LINEARS = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
@@ -62,7 +64,9 @@ class WeLoreSurgeon(LookingSurgeon):
         }
 
     def _config(self, ranks: dict[str, list[int]]) -> Any:
-        kept = {key: value for key in _BY_LAYER if (value := getattr(self.before, key, None)) is not None}
+        kept = {
+            key: value for key in (*_BY_LAYER, *_MATRICES) if (value := getattr(self.before, key, None)) is not None
+        }
         return own_config("welore", _FAMILY, self.before, **kept, rank_by_linear=ranks)
 
     def look(self, model: CalibratedModel) -> Any:

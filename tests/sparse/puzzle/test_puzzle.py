@@ -193,4 +193,7 @@ def test_what_it_leaves_is_refused_by_passes_that_cut_heads():
     config |= {"intermediate_size_by_layer": [56, 0]}
     with pytest.raises(ConfigError, match="matrices in the place of attention or MLP"):
         after_passes(ModelConfig(config=config), [parse_pass({"type": "flap", "sparsity": 0.5})], seed=0)
+    pairs = parse_pass({"type": "welore", "rank_reduction": 0.5})
+    after = after_passes(ModelConfig(config=config), [pairs], seed=0).config
+    assert after["linear_mlp_by_layer"] == [False, True]  # the matrix stays
     assert Puzzle(parameters=0.5).reads_text
