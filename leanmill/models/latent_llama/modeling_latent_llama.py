@@ -75,7 +75,10 @@ class LatentLlamaAttention(nn.Module):
         query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
         rotary_key = self.k_rope_proj(hidden_states).view(batch, length, -1, self.rope_dim).transpose(1, 2)
         latent = self.kv_down_proj(hidden_states)[:, None]
-        cos, sin = (self._of_heads(table) for table in position_embeddings)
+        # The stream need not be waited for: the copy is staged before this returns.
+        columns = torch.tensor(self.rotary, device="cpu").to(hidden_states.device, non_blocking=True)
+        # Each key-value head's columns of tables [B, S, head_dim], as [B, groups, S, rope_head_dim].
+        cos, sin = (table[..., columns].transpose(1, 2) for table in position_embeddings)
         rotary_key = rotary_key * cos + rotate_half(rotary_key) * sin
         if past_key_values is not None:
             latent, rotary_key = past_key_values.update(latent, rotary_key, self.layer_idx)
@@ -97,11 +100,6 @@ class LatentLlamaAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(out.reshape(batch, length, -1).contiguous()), maps
-
-    def _of_heads(self, table: Tensor) -> Tensor:
-        """Each key-value head's columns of a table [B, S, head_dim], as [B, groups, S, rope_head_dim]."""
-        columns = torch.tensor(self.rotary, device=table.device)
-        return table[..., columns].transpose(1, 2)
 
     def _spread(self, projection: nn.Module, latent: Tensor) -> Tensor:
         """What a latent [B, 1, K, rank] holds of each key-value head [B, groups, K, n]."""
