@@ -73,4 +73,7 @@ def modules_cache(tmp_path, monkeypatch):
     # Another test's would be looked into first.
     others = [path for path in sys.path if not (Path(path) / "transformers_modules").is_dir()]
     monkeypatch.setattr(sys, "path", others)
-    return folder
+    yield folder
+    # The next test's are not found beneath a package of this one's.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]

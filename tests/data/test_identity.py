@@ -7,7 +7,7 @@ import pytest
 from leanmill.core.errors import ConfigError
 from leanmill.data.build import build_train_data
 from leanmill.data.cache import fingerprint
-from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, MaskingConfig, Mixture, Prepared
+from leanmill.data.config import DataConfig, HfDataset, LocalCorpus, MaskingConfig, Mixture, Prepared, SubsetConfig
 from leanmill.data.identity import HARMLESS, MOVABLE, data_identity
 from tests.data.samples import hf_config, write_texts
 
@@ -22,6 +22,7 @@ OTHERS = {
     "task": "sft",
     "source": LocalCorpus(),
     "domains": {"cpp": 1.0},
+    "draw": "once",
 }
 """Where another value of the same kind is not allowed."""
 
@@ -45,13 +46,15 @@ def cases():
         (HF, "data.source.", lambda c: DataConfig(source=c)),
         (LocalCorpus(), "data.source.", lambda c: DataConfig(source=c)),
         (MaskingConfig(), "data.masking.", lambda c: DataConfig(masking=c)),
+        (SubsetConfig(share=0.5), "data.subset.", lambda c: DataConfig(source=HF, subset=c)),
         (Prepared(path="p", scores="s", kept_share=0.25), "data.source.", lambda c: DataConfig(source=c)),
         (HF, "data.source.sources.0.", lambda c: DataConfig(source=mixture.model_copy(update={"sources": [c]}))),
     ):
         for name in type(owner).model_fields:
             free = HARMLESS.get(type(owner), frozenset()) | MOVABLE.get(type(owner), frozenset())
-            if name not in free and name not in ("type", "masking"):
-                yield pytest.param(owner, name, key, build, id=f"{key}{type(owner).__name__}.{name}")
+            if name in free or name in ("type", "masking") or (name == "subset" and isinstance(owner, DataConfig)):
+                continue  # subset: fields of its own, below
+            yield pytest.param(owner, name, key, build, id=f"{key}{type(owner).__name__}.{name}")
 
 
 @pytest.mark.parametrize(("owner", "name", "key", "build"), cases())
@@ -67,7 +70,7 @@ def test_any_changed_setting_is_refused_by_name_with_what_to_type(owner, name, k
     assert "\n" not in message
     if name != "source":
         value = getattr(owner, name)
-        typed = str(value).lower() if isinstance(value, bool) else value
+        typed = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
         assert f"type '{key}{name}={{" in message or f"type {key}{name}={typed} " in message
     identity(before).check(identity(before).state())
 

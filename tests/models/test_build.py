@@ -53,8 +53,8 @@ def test_meta_then_values_then_a_finite_step(family: str) -> None:
     ("family", "attention"),
     [(family, attention) for family in FAMILIES for attention in ("sdpa", "eager")]
     + [(family, "per_document") for family in FAMILIES if family != "olmoe"]
-    + [("llama", "flex_attention")]
-    + [pytest.param(f, "flex_attention", marks=pytest.mark.slow) for f in FAMILIES if f not in ("llama", "olmoe")],
+    # Compiled for tens of seconds, and not what a CPU is given.
+    + [pytest.param(f, "flex_attention", marks=pytest.mark.slow) for f in FAMILIES if f != "olmoe"],
 )
 def test_no_token_attends_across_documents(family: str, attention: str) -> None:
     model = materialised(family, attention).eval()

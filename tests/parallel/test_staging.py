@@ -269,6 +269,7 @@ def two_ranks():
     return run_ranks(on_ranks, 2, timeout_seconds=200)[0]
 
 
+@pytest.mark.xdist_group("staging on two ranks")
 @pytest.mark.parametrize("name", ON_RANKS)
 @pytest.mark.parametrize("kind", ENGINES)
 def test_two_ranks_equal_one_that_stages_at_use(kind, name, two_ranks):
@@ -281,6 +282,7 @@ def test_two_ranks_equal_one_that_stages_at_use(kind, name, two_ranks):
         torch.testing.assert_close(two_ranks[name, kind, "fp32"][key], value, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.xdist_group("staging on two ranks")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["decay", "ternary", "tied"])
 def test_packed_gathers_change_no_bit(name, precision, two_ranks):
@@ -288,6 +290,7 @@ def test_packed_gathers_change_no_bit(name, precision, two_ranks):
     assert all(torch.equal(packed[key], value) for key, value in full.items())
 
 
+@pytest.mark.xdist_group("staging on two ranks")
 @pytest.mark.parametrize("name", ["decay", "ternary", "lsq"])
 def test_fsdp_in_bf16_trains_alike_once_and_at_use(name, two_ranks):
     once, at_use = (two_ranks[name, kind, "bf16"] for kind in ("fsdp", "fsdp at use"))

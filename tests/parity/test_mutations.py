@@ -104,6 +104,7 @@ def results() -> dict[str, Result]:
     return run_ranks(_mutated, 2)[0]
 
 
+@pytest.mark.xdist_group("parity mutations")
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mistakes_are_named(mutation: str, results: dict[str, Result]) -> None:
     _, _, quantity, families, reason = MUTATIONS[mutation]

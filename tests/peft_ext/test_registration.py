@@ -64,7 +64,7 @@ def test_saved_and_reloaded_without_a_warning(name: str, tmp_path: Path, recwarn
     if name in NO_MATRIX:
         return
     merged = reloaded.merge_and_unload(safe_merge=True)
-    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
+    _is_close(merged(x), expected)
     assert type(merged[0]) is nn.Linear
 
 
@@ -84,14 +84,19 @@ def test_several_adapters_on_one_layer(name: str):
         _merges(model, x, two)
     model.delete_adapter("two")
     model.set_adapter("one")
-    torch.testing.assert_close(model(x), one, rtol=1e-4, atol=1e-5)
+    _is_close(model(x), one)
 
 
 def _merges(model: Any, x: torch.Tensor, two: torch.Tensor) -> None:
     model.merge_adapter()
-    torch.testing.assert_close(model(x), two, rtol=1e-4, atol=1e-5)
+    _is_close(model(x), two)
     model.unmerge_adapter()
-    torch.testing.assert_close(model(x), two, rtol=1e-4, atol=1e-5)
+    _is_close(model(x), two)
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """In fp32 of the largest: what cancels in one output leaves the rounding of what was added."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=max(1e-5, 1e-6 * float(expected.abs().max())))
 
 
 @pytest.mark.slow

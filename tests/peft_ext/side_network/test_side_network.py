@@ -195,7 +195,7 @@ def started(recipe):
 
 
 @pytest.mark.parametrize(("method", "family"), [("unipt", "llama"), ("sherl", "qwen3")])
-def test_an_export_is_one_model_with_its_code(tmp_path, method, family):
+def test_an_export_is_one_model_with_its_code(tmp_path, modules_cache, method, family):
     is_tied = family == "llama"
     recipe = recipe_of(family, [{"type": "side_network", "method": method, "size": 8}], tie_word_embeddings=is_tied)
     model = trained_model(recipe)

@@ -113,7 +113,7 @@ def test_what_is_foreseen_has_the_share_of_ranks_that_was_asked_for(text, tokeni
     assert foreseen.config["rank_by_linear"]["mlp.down_proj"] == [24, 24]
 
 
-def test_an_export_brings_the_code_of_pairs(tmp_path):
+def test_an_export_brings_the_code_of_pairs(tmp_path, modules_cache):
     ranks = {"self_attn.q_proj": [4, 0], "mlp.down_proj": [0, 3]}
     recipe = checkpoint_recipe("llama", [{"type": "welore"}], model_type="pruned_llama", rank_by_linear=ranks)
     model = trained_model(recipe)

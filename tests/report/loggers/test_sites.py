@@ -129,7 +129,7 @@ def test_the_pq_index_is_the_papers_of_what_is_left() -> None:
     p, q = 0.5, 1.0
     norm = lambda r: left.pow(r).sum().pow(1 / r)  # noqa: E731
     assert pq_index(weight) == pytest.approx(float(1 - 4 ** (1 / q - 1 / p) * norm(p) / norm(q)))
-    assert pq_index(torch.tensor([[0.5, -0.5, 0.0]])) == 0
+    assert pq_index(torch.tensor([[0.5, -0.5, 0.0]])) == pytest.approx(0, abs=1e-15)
     assert pq_index(torch.tensor([[1.0] + [1e-9] * 999])) > 0.99
     assert pq_index(torch.zeros(2, 2)) is None
     assert pq_index(torch.tensor([[float("nan"), 1.0]])) is None
