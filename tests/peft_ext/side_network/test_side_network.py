@@ -228,7 +228,10 @@ def test_beside_a_family_of_our_own_no_code_is_written_that_lacks_the_familys(tm
     assert any("leanmill.peft_ext.side_network.register" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("kind", ["sdpa", "flex_attention", "per_document"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow), "per_document"],  # compiled for long
+)
 def test_a_token_sees_what_attention_shows_in_every_form_of_mask(kind):
     from transformers import MistralConfig
     from transformers.masking_utils import create_sliding_window_causal_mask
